@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
+	$(BIN)/python train.py scenes --run-dir runs/demo
+	$(BIN)/python -m nanovlm.data.scenes runs/demo/images --split test --num 8
+	$(BIN)/python generate.py --model runs/demo/model --image runs/demo/images/0.png --prompt \
+	  "describe the image." "how many objects are there?" "what number is written?"
+	@echo "the image is runs/demo/images/0.png; runs/demo/samples.png shows more of them"
+
+test: .venv/installed-test  ## every test that needs no GPU
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Without an NVIDIA GPU on Linux, a CPU build of torch: as a wheel named +cpu where one is offered, else through uv,
+# which knows where the CPU builds are. Everywhere else the usual build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@if [ "$$(uname)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  { $(BIN)/pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; } || \
+	  { echo "error: no CPU build of torch $(TORCH) was found; install one into .venv, then run make again" >&2; exit 1; }; \
+	else $(BIN)/pip install -q "torch==$(TORCH)"; fi
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,57 @@
+"""What to ask: each task is a list of questions about held-out images."""
+
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from PIL import Image
+from tqdm import tqdm
+
+from nanovlm.data.sources import Scenes
+
+
+@dataclass(frozen=True)
+class Question:
+    scene: int  # index of its image in the task
+    kind: str
+    text: str
+    truth: str
+
+
+class SceneTask:
+    """The questions of one held-out split of the drawn scenes."""
+
+    def __init__(self, split: str, num_scenes: int):
+        self.split = split
+        raw = [Scenes(split).raw(i) for i in range(num_scenes)]
+        self.images = [scene["images"][0] for scene in raw]
+        self.questions = [
+            Question(i, turn["kind"], turn["user"], turn["assistant"])
+            for i, scene in enumerate(raw)
+            for turn in scene["texts"]
+        ]
+
+    def without_scenes_of(self, training: "TrainingScan") -> int:
+        """Drop scenes whose pixels occur in training, byte for byte; return how many."""
+        repeated = {i for i, image in enumerate(self.images) if digest(image) in training.digests}
+        self.questions = [question for question in self.questions if question.scene not in repeated]
+        return len(repeated)
+
+
+class TrainingScan:
+    """What the training scenes alone give away: their pixels, and the commonest answer to each question."""
+
+    def __init__(self, source: Scenes, num_scenes: int):
+        self.digests = set()
+        answers = defaultdict(Counter)
+        for i in tqdm(range(num_scenes), desc="training scenes", unit="scene", mininterval=1):
+            raw = source.raw(i)
+            self.digests.add(digest(raw["images"][0]))
+            for turn in raw["texts"]:
+                answers[turn["user"]][turn["assistant"]] += 1
+        self.majority = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+
+
+def digest(image: Image.Image) -> bytes:
+    """Name an image by its pixels."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()

@@ -1,0 +1,137 @@
+"""Ask a trained model about images.
+
+    python generate.py --model runs/scenes/model --image cat.png --prompt "what color is the circle?"
+    python generate.py --model runs/scenes/model --image a.png b.png --prompt "..." --temperature 0.7 --seed 1
+    python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     one batch
+    python generate.py --model runs/scenes/model --image a.png                                 a chat
+
+An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+
+import nanovlm
+from nanovlm import cli
+from nanovlm.data.chat import Processor
+from nanovlm.data.images import open_image
+from nanovlm.model.vlm import VLM
+from nanovlm.sampling import SamplingConfig, cut_at_end, stream
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    # Model folder, as train.py writes it.
+    model: Path
+    # Image files, in the order in which the model sees them.
+    image: tuple[Path, ...] = ()
+    # Questions about the images; with several, they are answered as one batch. Without any: a chat.
+    prompt: tuple[str, ...] = ()
+    # Print one JSON object for each prompt: text, token counts, speed, memory.
+    json: bool = False
+    # How to choose tokens.
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
+
+
+def main(config: GenerateConfig):
+    """Answer the prompts, or chat. Raises ValueError with one sentence for anything wrong with the input."""
+    config.sampling.validate()
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    images = [open_image(path) for path in config.image]
+    model, processor = nanovlm.load(config.model, device)
+    if not config.prompt:
+        return chat(model, processor, images, config.sampling)
+    prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
+    echo = len(prompts) == 1 and not config.json
+    texts, numbers = answer(model, processor, prompts, config.sampling, echo)
+    if config.json:
+        for prompt, text, (prompt_tokens, new_tokens) in zip(config.prompt, texts, numbers["tokens"], strict=True):
+            shared = {key: value for key, value in numbers.items() if key != "tokens"}
+            counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+            print(json.dumps({"prompt": prompt, "text": text, **counts, **shared}))
+    elif not echo:
+        for prompt, text in zip(config.prompt, texts, strict=True):
+            print(f"{prompt}\n  {text}")
+
+
+def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConfig, echo: bool):
+    """Generate an answer to each prompt document; return the texts and what the generation cost.
+
+    With `echo` the text of the first prompt appears on the terminal as it is generated.
+    """
+    device = next(model.parameters()).device
+    batch = processor.batch(prompts).to(device)
+    columns, shown = [], ""
+    start = time.perf_counter()
+    for tokens in stream(model, batch, config):
+        columns.append(tokens.tolist())
+        if len(columns) == 1:
+            first = time.perf_counter()
+        if echo:
+            text = processor.decode([column[0] for column in columns])
+            # A character of several bytes may still be incomplete at the end.
+            if not text.endswith("\ufffd"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    end = time.perf_counter()
+    rows = [cut_at_end(list(row), model.config.eos_token_id) for row in zip(*columns, strict=True)]
+    texts = [processor.decode(row) for row in rows]
+    if echo:
+        print(texts[0][len(shown) :])
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    num_new = sum(len(row) for row in rows)
+    speed = num_new / (end - start)
+    return texts, {
+        "tokens": [(len(prompt), len(row)) for prompt, row in zip(prompts, rows, strict=True)],
+        "time_to_first_token_s": first - start,
+        "tokens_per_second": speed,
+        "peak_memory_bytes": peak,
+        "tokens_per_second_per_gb": speed / (peak / 1e9),
+    }
+
+
+def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):
+    """Talk until the input ends. The conversation so far is part of every prompt."""
+    print("Ask about the image. /image FILE shows another one, /new forgets the conversation, /exit leaves.")
+    messages, pending = [], list(images)
+    shown = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == "/exit":
+            return
+        if line == "/new":
+            messages, pending, shown = [], list(images), []
+            continue
+        try:
+            if line.startswith("/image "):
+                pending.append(open_image(line.removeprefix("/image ").strip()))
+                continue
+            content = [{"type": "image"} for _ in pending] + [{"type": "text", "text": line}]
+            asked = [*messages, {"role": "user", "content": content}]
+            prompt = processor.prompt(asked, shown + pending)
+        except ValueError as error:
+            print(error)
+            continue
+        text = answer(model, processor, [prompt], config, echo=True)[0][0]
+        messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(GenerateConfig, description=__doc__)))

@@ -1,0 +1,190 @@
+"""Weights and run state on disk, so that a kill at any moment loses nothing that was saved.
+
+A folder is written under a temporary name, flushed to the disk and renamed; what has its final name is
+whole. Tensors are safetensors, everything else is JSON.
+
+```
+run_dir/model/            config.json  model.safetensors  tokenizer.json  chat_template.jinja
+run_dir/checkpoints/step_00000200/   model.safetensors  optimizer.safetensors  rng.safetensors  state.json
+```
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanovlm.config import VLMConfig, from_dict
+from nanovlm.data.chat import Processor
+from nanovlm.model.vlm import VLM
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """Yield a temporary folder to fill; it becomes `path` when all is well and is removed when not.
+
+    Raises OSError that names `path` when the disk is full or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        replaced = path.with_name(f".{path.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        _flush(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str):
+    """Write a file under a temporary name, flush it and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        _flush(temporary)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file. Raises ValueError that names the file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+# --- models ----------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, model: VLM, processor: Processor):
+    """Write a model folder: all that `load` and generate.py need."""
+    with new_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
+        save_file(model.state_dict(), temporary / "model.safetensors")
+        processor.save(temporary)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VLM, Processor]:
+    """Read a model folder; the model is in evaluation mode.
+
+    Raises ValueError that names what is missing, unknown, cut off or of another shape.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no model folder {folder}")
+    try:
+        config = from_dict(VLMConfig, read_json(folder / "config.json")).validate()
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    processor = Processor.load(folder, config)
+    model = VLM(config)
+    load_weights(model, folder / "model.safetensors")
+    return model.to(device).eval(), processor
+
+
+def load_weights(model: VLM, path: Path):
+    """Copy a safetensors file into the model; every tensor must be there with its shape, and no other."""
+    tensors = read_tensors(path)
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, the config says {list(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the config: {'; '.join(sorted(problems))}")
+    model.load_state_dict(tensors)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file. Raises ValueError that names a missing or damaged one."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+
+
+# --- run state ---------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run_dir: Path, model: VLM, optimizers: dict, state: dict, keep: int):
+    """Write the checkpoint of `state["step"]` and remove all but the newest `keep`.
+
+    `state` is plain numbers, lists and strings. The state of torch's random generators is saved too.
+    """
+    folder = run_dir / "checkpoints" / f"step_{state['step']:08d}"
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with new_folder(folder) as temporary:
+        save_file(model.state_dict(), temporary / "model.safetensors")
+        tensors = {
+            f"{kind}/{names[parameter]}/{key}": value
+            for kind, optimizer in optimizers.items()
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
+        }
+        save_file(tensors, temporary / "optimizer.safetensors")
+        save_file(_rng_state(), temporary / "rng.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state))
+    for old in list_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step_*"))
+
+
+def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> dict:
+    """Restore model, optimizers and random generators; return the saved `state`."""
+    load_weights(model, folder / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for key, tensor in read_tensors(folder / "optimizer.safetensors").items():
+        kind, name, field = key.split("/")
+        parameter = parameters[name]
+        device = parameter.device if tensor.ndim or parameter.is_cuda else "cpu"
+        optimizers[kind].state[parameter][field] = tensor.to(device)
+    rng = read_tensors(folder / "rng.safetensors")
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+    return read_json(folder / "state.json")
+
+
+def _rng_state():
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _flush(path):
+    """Ask the system to put a file or a folder on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

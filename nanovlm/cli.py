@@ -1,0 +1,33 @@
+"""Command lines: fields of a dataclass as options, mistakes as one sentence."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def parse(cls, args: list[str] | None = None, **options):
+    """Read options into a dataclass with tyro; an unknown one is an error that names the nearest field."""
+    return tyro.cli(cls, args=args, config=(tyro.conf.FlagCreatePairsOff,), **options)
+
+
+def run(main: Callable, *args):
+    """Call main. A mistake that our own code reports is printed as one sentence and exits with status 2.
+
+    An error from anywhere else is a bug, and keeps its traceback.
+    """
+    try:
+        main(*args)
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if ".venv" in raised_in.parts or not raised_in.is_relative_to(PROJECT):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,297 @@
+"""Every setting of a model and of a run, as frozen dataclasses.
+
+The comment above a field is its help text on the command line. Values that follow from others are
+properties. `validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    # Side of the square tile that the encoder reads, in pixels.
+    image_size: int = 64
+    # Side of one square patch, in pixels.
+    patch_size: int = 8
+    # Channels of a tile.
+    num_channels: int = 3
+    # How pixels become patch embeddings: one linear map (SigLIP) or a small stack of 3x3 convolutions.
+    patch_embedding: Literal["linear", "conv"] = "linear"
+    # Width of the residual stream.
+    hidden_size: int = 128
+    # Width of the feed-forward layer.
+    intermediate_size: int = 512
+    # Number of transformer blocks.
+    num_hidden_layers: int = 4
+    # Number of attention heads.
+    num_attention_heads: int = 4
+    # Epsilon of the layer norms.
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    # Pixel shuffle: scale_factor x scale_factor neighbouring patches become one image token.
+    scale_factor: int = 2
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    # Rows of the embedding table; at least the size of the tokenizer.
+    vocab_size: int = 640
+    # Width of the residual stream.
+    hidden_size: int = 128
+    # Width of the SwiGLU feed-forward layer.
+    intermediate_size: int = 384
+    # Number of transformer blocks.
+    num_hidden_layers: int = 4
+    # Number of query heads.
+    num_attention_heads: int = 4
+    # Number of key/value heads; each serves num_attention_heads / num_key_value_heads query heads.
+    num_key_value_heads: int = 2
+    # Width of one head.
+    head_dim: int = 32
+    # Base of the rotary position frequencies.
+    rope_theta: float = 10000.0
+    # Epsilon of the RMS norms.
+    rms_norm_eps: float = 1e-5
+    # Use the embedding table as output head.
+    tie_word_embeddings: bool = True
+    # Attention backend, a key of nanovlm.model.attention.ATTENTION.
+    attention: Literal["sdpa"] = "sdpa"
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    # Image encoder.
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    # Patch features to image tokens.
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    # Language model.
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    # Token id of padding; differs from the next two, so that padding never teaches a model to stop.
+    pad_token_id: int = 0
+    # Token id over whose embeddings the image features are written.
+    image_token_id: int = 1
+    # Token id that ends an assistant turn.
+    eos_token_id: int = 2
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens that one tile fills."""
+        return self.vision.num_patches // self.projector.scale_factor**2
+
+    def validate(self) -> "VLMConfig":
+        """Return self, or raise ValueError with both values of the first contradiction."""
+        v, d, scale = self.vision, self.decoder, self.projector.scale_factor
+        for name, value in (*_integers("vision", v), *_integers("projector", self.projector), *_integers("decoder", d)):
+            _check(value >= 1, f"{name} = {value} must be at least 1")
+        _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
+        _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
+        _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
+        _divides(
+            "decoder.num_key_value_heads", d.num_key_value_heads, "decoder.num_attention_heads", d.num_attention_heads
+        )
+        _divides("2 (rotary halves)", 2, "decoder.head_dim", d.head_dim)
+        if v.patch_embedding == "conv":
+            _check(
+                v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1,
+                f"vision.patch_size = {v.patch_size} must be a power of two above 1 for patch_embedding = conv",
+            )
+        ids = {"pad_token_id": self.pad_token_id, "image_token_id": self.image_token_id}
+        ids["eos_token_id"] = self.eos_token_id
+        for name, value in ids.items():
+            _check(0 <= value < d.vocab_size, f"{name} = {value} is outside decoder.vocab_size = {d.vocab_size}")
+        _check(len(set(ids.values())) == 3, f"pad, image and eos token ids must all differ, got {ids}")
+        return self
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # Where the samples come from, a key of nanovlm.data.sources.SOURCES.
+    source: str = "scenes"
+    # Tokens in a packed row; a longer document is an error.
+    row_length: int = 256
+    # Rows in a batch (a micro-batch, when gradients are accumulated).
+    batch_rows: int = 16
+    # Documents to choose from when rows are packed; more waste less and need more memory.
+    pack_buffer: int = 128
+    # Size of the byte-level BPE vocabulary made from the embedded data.
+    tokenizer_size: int = 640
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    # Regular expression searched in the parameter's name.
+    pattern: str
+    # Factor on optim.lr; null (None) freezes the parameter.
+    lr_scale: float | None = 1.0
+    # Decoupled weight decay.
+    weight_decay: float = 0.0
+    # Which optimizer updates it; muon takes matrices only.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    # Peak learning rate.
+    lr: float = 1e-3
+    # Optimizer steps of the whole run.
+    steps: int = 1000
+    # Steps of linear warm-up.
+    warmup_steps: int = 20
+    # The cosine ends at this fraction of the peak.
+    min_lr_ratio: float = 0.02
+    # Gradients are scaled down to this global norm.
+    max_grad_norm: float = 1.0
+    # Micro-batches that make one step.
+    accumulation_steps: int = 1
+    # AdamW: decay of the first and second moments.
+    betas: tuple[float, float] = (0.9, 0.99)
+    # Muon: momentum.
+    momentum: float = 0.95
+    # Parameter groups: the first rule whose pattern is found in a parameter's name holds.
+    rules: tuple[ParamRule, ...] = (
+        ParamRule(r"(norm|embed|embedding|bias)", weight_decay=0.0),
+        ParamRule(r"", weight_decay=0.01),
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # Where the run writes everything; started again with the same folder it continues.
+    run_dir: str = "runs/scenes"
+    # The model.
+    model: VLMConfig = field(default_factory=VLMConfig)
+    # The data.
+    data: DataConfig = field(default_factory=DataConfig)
+    # The optimizer and its schedule.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES.
+    objective: Literal["next_token"] = "next_token"
+    # Seed of the weights and of the order of the data.
+    seed: int = 0
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
+    # Precision of matrix products: bf16 autocast, or fp32 throughout.
+    precision: Literal["bf16", "fp32"] = "bf16"
+    # CPU threads; 0 times one and all cores before the first step, takes the faster and says which.
+    threads: int = 0
+    # Steps between checkpoints; one is always written at the end.
+    checkpoint_every: int = 200
+    # Newest checkpoints to keep.
+    keep_checkpoints: int = 2
+    # Steps between sample answers on the terminal; 0 for none.
+    sample_every: int = 200
+    # Held-out scenes a split in the final evaluation; 0 skips it.
+    eval_scenes: int = 512
+    # Also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
+    wandb: bool = False
+
+    def validate(self) -> "TrainConfig":
+        """Return self, or raise ValueError with both values of the first contradiction."""
+        self.model.validate()
+        d, o = self.data, self.optim
+        for name, value, least in (
+            *((n, x, 1) for n, x in _integers("data", d)),
+            ("optim.steps", o.steps, 1),
+            ("optim.warmup_steps", o.warmup_steps, 0),
+            ("optim.accumulation_steps", o.accumulation_steps, 1),
+            ("threads", self.threads, 0),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("keep_checkpoints", self.keep_checkpoints, 1),
+            ("sample_every", self.sample_every, 0),
+            ("eval_scenes", self.eval_scenes, 0),
+        ):
+            _check(value >= least, f"{name} = {value} must be at least {least}")
+        _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
+        _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
+        _check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
+        _check(
+            d.tokenizer_size <= self.model.decoder.vocab_size,
+            f"data.tokenizer_size = {d.tokenizer_size} is above "
+            f"model.decoder.vocab_size = {self.model.decoder.vocab_size}",
+        )
+        _check(
+            d.row_length > self.model.num_image_tokens,
+            f"data.row_length = {d.row_length} leaves no room for text beside one image "
+            f"of {self.model.num_image_tokens} tokens",
+        )
+        return self
+
+
+def from_dict(cls, data, where: str = ""):
+    """Build the dataclass `cls` from parsed JSON.
+
+    Missing fields take their defaults. Raises ValueError that names the field and the nearest known
+    one for an unknown field, and the expected type for a value of another type.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where or cls.__name__} must be a JSON object, got {data!r}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in data.keys() - known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown field {where + name!r}; the nearest known field is {where + nearest!r}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """List the dotted fields in which two configs of one class differ, with both values."""
+    lines = []
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x):
+            lines += differences(x, y, f"{where}{f.name}.")
+        elif x != y:
+            lines.append(f"{where}{f.name}: {x!r} against {y!r}")
+    return lines
+
+
+def _convert(hint, value, where):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where + ".")
+    if origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"{where} must have {len(args)} entries, got {value!r}")
+        return tuple(_convert(args[0], x, f"{where}[{i}]") for i, x in enumerate(value))
+    if origin is Literal and value in args:
+        return value
+    if origin is types.UnionType and value is None and type(None) in args:
+        return None
+    if origin is types.UnionType:
+        return _convert(args[0], value, where)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is hint:
+        return value
+    expected = f"one of {list(args)}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where} must be {expected}, got {value!r}")
+
+
+def _integers(prefix, config):
+    return [(f"{prefix}.{k}", v) for k, v in vars(config).items() if type(v) is int]
+
+
+def _check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+def _divides(name, divisor, other, number):
+    _check(number % divisor == 0, f"{name} = {divisor} must divide {other} = {number}")

@@ -1,0 +1,1 @@
+"""Sample -> Document -> Row -> Batch; types.py has the drawing."""

@@ -1,0 +1,54 @@
+"""Image -> tiles: read any image file, fit it into the encoder's square, normalise."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB. Raises ValueError that names the file when it is missing or no image."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no image file {path}")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode upright and into RGB; transparent parts become white.
+
+    16-bit and float greys keep their contrast: their range is scaled to 0-255 unless it already fits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = (0, 65535) if image.mode.startswith("I") else (grey.min(), grey.max())
+        if grey.min() < 0 or grey.max() > 255:
+            grey = (grey - low) / (high - low) * 255
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # palettes with byte transparency
+            image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def make_tiles(image: Image.Image, image_size: int) -> Tensor:
+    """Fit an RGB image into one square tile, aspect kept, centred on grey.
+
+    Returns float32[1, 3, image_size, image_size] in [-1, 1] (mean and standard deviation 0.5, as SigLIP).
+    """
+    if image.size != (image_size, image_size):
+        scale = image_size / max(image.size)
+        size = tuple(max(1, round(side * scale)) for side in image.size)
+        fitted = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        image = Image.new("RGB", (image_size, image_size), (128, 128, 128))
+        image.paste(fitted, tuple((image_size - side) // 2 for side in size))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.unsqueeze(0).float() / 127.5 - 1

@@ -1,0 +1,45 @@
+"""Make and read tokenizers: byte-level BPE, so that any text has tokens, with our special tokens first."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Their places in this list are their ids: VLMConfig.pad_token_id, image_token_id, eos_token_id, and roles.
+SPECIAL_TOKENS = ("<|pad|>", "<|image|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|' + message.role + '|>' + message.content }}{{ '<|end|>' if message.role == 'assistant' }}
+{%- endfor -%}
+{{ '<|assistant|>' if add_generation_prompt }}"""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a BPE tokenizer on `texts`; numbers are split into digits.
+
+    Raises ValueError when `vocab_size` has no room for the special tokens and the 256 bytes.
+    """
+    if vocab_size < len(SPECIAL_TOKENS) + 256:
+        raise ValueError(f"data.tokenizer_size = {vocab_size} must be at least {len(SPECIAL_TOKENS) + 256}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json. Raises ValueError that names the file when it cannot be read."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error

@@ -1,0 +1,115 @@
+"""Embeddings -> hidden states: a Llama-style decoder.
+
+RMSNorm and rotary positions in fp32, grouped-query attention within documents, SwiGLU. Legend: B rows,
+T tokens, D hidden, N query heads, K key/value heads, H head size, F feed-forward width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.config import DecoderConfig
+from nanovlm.model.attention import ATTENTION
+from nanovlm.model.kv_cache import KVCache
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output head, or the embedding table where the two are tied."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, x_BTD: Tensor, position_ids: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embeddings [B, T, D] -> normed hidden states [B, T, D]; `mask` bool[B, 1, T, S] as attention.py says."""
+        rope = rope_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rope, position_ids, mask, cache)
+        return self.norm(x_BTD)
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD, rope, position_ids, mask, cache):
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, position_ids, mask, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        D, N, K, H = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.index, self.head_dim = index, H
+        self.attend = ATTENTION[config.attention]
+        self.q_proj = nn.Linear(D, N * H, bias=False)
+        self.k_proj = nn.Linear(D, K * H, bias=False)
+        self.v_proj = nn.Linear(D, K * H, bias=False)
+        self.o_proj = nn.Linear(N * H, D, bias=False)
+
+    def forward(self, x_BTD, rope, position_ids, mask, cache):
+        q_BTNH = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTKH = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTKH = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        if cache is not None:
+            k_BTKH, v_BTKH = cache.update(self.index, k_BTKH, v_BTKH, position_ids)
+        return self.o_proj(self.attend(q_BTNH, k_BTKH, v_BTKH, mask).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_fp32 = x.float()
+        return self.weight * (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine fp32[B, T, 1, H / 2] of position * theta**(-2i / H) (Su et al. 2021, arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[:, :, None, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair (x[i], x[i + H / 2]) of [B, T, heads, H] by its angle; returns fp32."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,0 +1,35 @@
+"""Patch features -> image tokens: pixel shuffle, then one linear map.
+
+Pixel shuffle gathers each square of scale_factor x scale_factor patches into one token, in the order of
+Idefics3 (rows of the square first), so that its projector weights fit:
+
+```
+a b c d        [a b e f]  [c d g h]
+e f g h   ->   [i j m n]  [k l o p]       scale_factor 2: 16 patches, 4 tokens of 4 times the width
+i j k l
+m n o p
+```
+"""
+
+from torch import Tensor, nn
+
+from nanovlm.config import ProjectorConfig
+
+
+def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
+    """[I, P, D] of a square grid of patches -> [I, P / scale**2, D * scale**2]."""
+    I, P, D = x.shape
+    side = int(P**0.5)
+    x = x.view(I, side // scale, scale, side // scale, scale, D)
+    return x.transpose(2, 3).reshape(I, P // scale**2, scale**2 * D)
+
+
+class Projector(nn.Module):
+    def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int):
+        super().__init__()
+        self.scale_factor = config.scale_factor
+        self.proj = nn.Linear(vision_size * config.scale_factor**2, decoder_size, bias=False)
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        """[I, P, vision D] -> [I, image tokens, decoder D]."""
+        return self.proj(pixel_shuffle(x_IPD, self.scale_factor))

@@ -1,0 +1,87 @@
+"""pixel_values -> patch features: a SigLIP-style vision transformer.
+
+Patch embedding, learned positions, pre-norm blocks with full attention, tanh-GELU, final norm
+(Zhai et al. 2023, arXiv 2303.15343). Legend: I tiles, P patches a tile, D hidden, C channels.
+"""
+
+import itertools
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.config import VisionConfig
+from nanovlm.model.attention import ATTENTION
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_embedding = PATCH_EMBEDDING[config.patch_embedding](config)
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+        self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """float[I, C, H, W] -> [I, P, D], patches row by row."""
+        x_IPD = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        x_IPD = x_IPD + self.position_embedding.weight
+        for layer in self.layers:
+            x_IPD = layer(x_IPD)
+        return self.post_layernorm(x_IPD)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        x_IPD = x_IPD + self.self_attn(self.layer_norm1(x_IPD))
+        return x_IPD + self.mlp(self.layer_norm2(x_IPD))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        q, k, v = (f(x_IPD).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(ATTENTION["sdpa"](q, k, v, None).flatten(-2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_IPD), approximate="tanh"))
+
+
+def linear_patches(config: VisionConfig) -> nn.Module:
+    """One linear map of each patch, as in SigLIP."""
+    return nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+
+def conv_patches(config: VisionConfig) -> nn.Module:
+    """3x3 convolutions of stride 2, doubling channels, then a 1x1 (Xiao et al. 2021, arXiv 2106.14881).
+
+    Learns faster from little data than one linear map of raw pixels. No batch norm: it would let the
+    documents of a batch see each other.
+    """
+    steps = config.patch_size.bit_length() - 1
+    widths = [config.num_channels] + [config.hidden_size >> (steps - i) for i in range(1, steps + 1)]
+    layers = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], config.hidden_size, 1))
+
+
+PATCH_EMBEDDING = {"linear": linear_patches, "conv": conv_patches}

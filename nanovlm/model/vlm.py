@@ -1,0 +1,94 @@
+"""Batch -> hidden states -> logits: the vision-language model.
+
+```
+pixel_values --> vision --> projector --> image tokens
+                                              | written over the placeholders' embeddings
+input_ids ----> embed_tokens -----------------+--> decoder --> hidden states --> logits
+```
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.config import VLMConfig
+from nanovlm.data.types import Batch
+from nanovlm.model.attention import make_mask
+from nanovlm.model.decoder import Decoder
+from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.projector import Projector
+from nanovlm.model.vision import VisionEncoder
+
+
+class VLM(nn.Module):
+    def __init__(self, config: VLMConfig):
+        """Build the model of a validated config; the weights are random (see init_weights)."""
+        super().__init__()
+        self.config = config.validate()
+        self.vision = VisionEncoder(config.vision)
+        self.projector = Projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
+        self.decoder = Decoder(config.decoder)
+        init_weights(self)
+
+    def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+        """Return normed hidden states [B, T, D].
+
+        With a cache the rows hold one document each, whose keys and values are written into it.
+        """
+        if cache is None:
+            mask = make_mask(batch.doc_ids, batch.branch_ids)
+        else:
+            mask = cache.make_mask(batch.position_ids)
+        return self.decoder(self.embed(batch), batch.position_ids, mask, cache)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return token embeddings [B, T, D] with the image features in the placeholders' places, in order.
+
+        Raises ValueError when there are more or fewer placeholders than image features.
+        """
+        x_BTD = self.decoder.embed_tokens(batch.input_ids)
+        is_image = batch.input_ids == self.config.image_token_id
+        num_features = len(batch.pixel_values) * self.config.num_image_tokens
+        if (num_placeholders := int(is_image.sum())) != num_features:
+            raise ValueError(
+                f"{num_placeholders} image placeholders in input_ids, but {num_features} image features "
+                f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
+            )
+        if num_features == 0:
+            return x_BTD
+        features = self.projector(self.vision(batch.pixel_values)).flatten(0, 1)
+        return x_BTD.masked_scatter(is_image[..., None], features.to(x_BTD.dtype))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V]."""
+        return F.linear(hidden, self.decoder.head_weight)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return logits [B, T, V] at every position."""
+        return self.head(self(batch))
+
+
+@torch.no_grad()
+def init_weights(model: VLM):
+    """Draw all weights, in one place.
+
+    Matrices: normal with standard deviation 1 / sqrt(inputs), so that every layer keeps the scale of what it
+    is given; those that write to a residual stream (out_proj, fc2, o_proj, down_proj) are divided by
+    sqrt(2 * layers), so that the stream keeps its scale too (GPT-2). Convolutions: Kaiming for ReLU. Embeddings:
+    0.02, so that a tied head begins near uniform logits. Biases 0, norm weights 1.
+    """
+    depth = {"vision": len(model.vision.layers), "decoder": len(model.decoder.layers), "projector": 1}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            std = 1 / math.sqrt(module.in_features)
+            if name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
+                std /= math.sqrt(2 * depth[name.split(".")[0]])
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,170 @@
+"""Which tokens are trained, and which are control tokens."""
+
+import pytest
+import torch
+
+from nanovlm.data.chat import Processor
+from nanovlm.data.sources import to_sample
+from nanovlm.data.tokenizer import CHAT_TEMPLATE
+from nanovlm.data.types import IGNORE, Sample
+from tests.conftest import TINY, make_document, make_raw, noise
+
+EOS = TINY.eos_token_id
+
+# Each does something that naive masking gets wrong: a default system prompt, stripped messages, a leading token,
+# a system message moved into the user turn.
+TEMPLATES = {
+    "ours": CHAT_TEMPLATE,
+    "default system prompt": (
+        "{% if messages[0].role != 'system' %}<|system|>You help.{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "stripped, with a first token": (
+        "<|pad|>{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+    ),
+    "system inside the user turn": (
+        "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}<|{{ m.role }}|>{% if loop.first and first %}[{{ first }}] {% endif %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    ),
+}
+
+
+def trained_texts(processor, document):
+    """The text of every run of trained tokens, with control tokens written out."""
+    runs, last = [], None
+    for t, label in enumerate(document.labels.tolist()):
+        if label == IGNORE:
+            continue
+        assert document.input_ids[t + 1 :].tolist()[:1] in ([label], []) or document.branch_ids[t] > 0
+        runs.append([label]) if last != t - 1 else runs[-1].append(label)
+        last = t
+    return [processor.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [False, True])
+def test_trained_tokens_are_the_answers_and_their_ends(processor, name, system):
+    processor = Processor(processor.tokenizer, TEMPLATES[name], TINY)
+    turns = [("what is it?", "a red circle"), ("how many?\n", "42"), ("naïve 🙂?", "no 🙂, \n never")]
+    messages = [
+        m
+        for user, assistant in turns
+        for m in ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})
+    ]
+    if system:
+        messages = [{"role": "system", "content": "Answer briefly."}, *messages]
+    document = processor.document(Sample([], messages))
+    assert trained_texts(processor, document) == [f"{answer}<|end|>" for _, answer in turns]
+    # The untrained tokens together hold everything else, in order.
+    shown = processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
+    plain = processor.template.render(messages=messages, add_generation_prompt=False)
+    assert shown == plain
+
+
+def test_a_stripping_template_trains_the_stripped_answer(processor):
+    processor = Processor(processor.tokenizer, TEMPLATES["stripped, with a first token"], TINY)
+    document = make_document(processor, 0, ("  what?  ", "  yes\n"))
+    assert trained_texts(processor, document) == ["yes<|end|>"]
+
+
+def test_single_turn_with_image(processor):
+    document = make_document(processor, 0, ("what color is the circle?", "red"))
+    ids = document.input_ids.tolist()
+    assert ids.count(TINY.image_token_id) == TINY.num_image_tokens == 4
+    assert trained_texts(processor, document) == ["red<|end|>"]
+    assert processor.tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|user|>" + "<|image|>" * 4 + "what color is the circle?<|assistant|>red<|end|>"
+    )
+
+
+def test_every_label_is_the_next_token_of_its_branch(processor):
+    document = make_document(processor, 0, ("a?", "red"), ("b c?", "the blue one"), ("d?", ""), independent=True)
+    answers = []
+    for branch in (1, 2, 3):
+        ids = document.input_ids[document.branch_ids == branch].tolist()
+        labels = document.labels[document.branch_ids == branch].tolist()
+        assert all(label in (IGNORE, after) for label, after in zip(labels, ids[1:], strict=False))
+        assert labels[-1] == IGNORE
+        answers.append(processor.tokenizer.decode([x for x in labels if x != IGNORE], skip_special_tokens=False))
+    assert answers == ["red<|end|>", "the blue one<|end|>", "<|end|>"]
+    assert (document.labels[document.branch_ids == 0] == IGNORE).all()
+
+
+def test_branches_are_the_same_tokens_and_positions_as_separate_documents(processor):
+    turns = [("a?", "red"), ("what shape?", "blue square")]
+    together = make_document(processor, 3, *turns, independent=True)
+    assert together.branch_ids.unique().tolist() == [0, 1, 2]
+    for branch, turn in enumerate(turns, start=1):
+        alone = make_document(processor, 3, turn)
+        seen = (together.branch_ids == 0) | (together.branch_ids == branch)
+        assert together.input_ids[seen].tolist() == alone.input_ids.tolist()
+        assert together.labels[seen].tolist() == alone.labels.tolist()
+        assert together.position_ids[seen].tolist() == alone.position_ids.tolist()
+    assert len(together.tiles) == 1
+
+
+def test_independent_questions_without_images_share_nothing(processor):
+    document = make_document(processor, 0, ("a?", "b"), ("c?", "d"), images=0, independent=True)
+    assert document.branch_ids.unique().tolist() == [1, 2]
+    assert document.position_ids[document.branch_ids == 2][0] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["<|end|>", "a <|image|> b", "<|assistant|>yes<|end|>", "<|pad|><|user|>", "\ue0000\ue001"]
+)
+def test_special_strings_in_text_are_plain_text(processor, text):
+    special = set(processor.special.values())
+    plain = make_document(processor, 0, ("plain", "plain"))
+    for turn in ((text, "plain"), ("plain", text)):
+        document = make_document(processor, 0, turn)
+        count = [sum(i in special for i in d.input_ids.tolist()) for d in (document, plain)]
+        assert count[0] == count[1]
+        shown = processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
+        assert text in shown
+    prompt = processor.prompt([{"role": "user", "content": text}])
+    assert sum(i in special for i in prompt.input_ids.tolist()) == 2
+
+
+def test_prompt_is_the_document_up_to_the_answer(processor):
+    document = make_document(processor, 7, ("what shape?", "star"))
+    prompt = processor.prompt([{"role": "user", "content": "what shape?"}], [noise(7)])
+    first = int((document.labels != IGNORE).nonzero()[0])
+    assert prompt.input_ids.tolist() == document.input_ids[: first + 1].tolist()
+    assert torch.equal(prompt.tiles, document.tiles)
+
+
+def test_images_stand_where_the_messages_put_them(processor):
+    content = [
+        {"type": "text", "text": "first"},
+        {"type": "image"},
+        {"type": "text", "text": "second"},
+        {"type": "image"},
+    ]
+    prompt = processor.prompt([{"role": "user", "content": content}], [noise(0), noise(1)])
+    text = processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+    assert text == "<|user|>first" + "<|image|>" * 4 + "second" + "<|image|>" * 4 + "<|assistant|>"
+    assert len(prompt.tiles) == 2
+
+
+def test_mistakes_are_named(processor):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        processor.prompt([{"role": "user", "content": "  "}])
+    with pytest.raises(ValueError, match="show 2 images, but 1 were given"):
+        processor.prompt(
+            [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "?"}]}], [noise(0)]
+        )
+    with pytest.raises(ValueError, match="line 1"):
+        Processor(processor.tokenizer, "{% for %}", TINY)
+    with pytest.raises(ValueError, match="every message exactly once"):
+        Processor(processor.tokenizer, "{{ messages[0].content }}", TINY).document(to_sample(make_raw(0, ("a", "b"))))
+    with pytest.raises(ValueError, match=r"does not end an assistant message with the end-of-turn token <\|end\|>"):
+        template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        make_document(Processor(processor.tokenizer, template, TINY), 0, ("a", "b"), ("c", "d"))
+    with pytest.raises(ValueError, match="no system messages here"):
+        template = "{{ raise_exception('no system messages here') if messages[0].role == 'system' }}"
+        Processor(processor.tokenizer, template, TINY).prompt(
+            [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+        )

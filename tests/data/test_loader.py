@@ -1,0 +1,64 @@
+"""The loader shows every document once, and goes on exactly where it was."""
+
+import pytest
+import torch
+
+from nanovlm.data.loader import Loader, collate
+from nanovlm.data.packing import make_row
+from nanovlm.data.types import Document
+
+
+def numbered(i):
+    """Document i: its length is pseudo-random, all its tokens are i."""
+    length = 5 + (i * 7919) % 23
+    ids = torch.full((length,), i)
+    return Document(ids, ids, torch.zeros(length, dtype=torch.int32), torch.full((1, 1, 1, 1), float(i)))
+
+
+def make_loader(length=10**6, buffer_size=20, batch_rows=3, row_length=64):
+    return Loader(range(length), numbered, row_length, batch_rows, buffer_size, pad_token_id=-5)
+
+
+def test_every_document_once():
+    loader = make_loader()
+    seen = []
+    for _ in range(50):
+        batch = next(loader)
+        assert batch.input_ids.shape == (3, 64)
+        for doc in range(int(batch.doc_ids.max()) + 1):
+            tokens = batch.input_ids[batch.doc_ids == doc]
+            assert len(tokens.unique()) == 1 and len(tokens) == len(numbered(int(tokens[0])))
+            assert batch.pixel_values[doc].item() == tokens[0]
+            seen.append(int(tokens[0]))
+    assert len(set(seen)) == len(seen)
+    assert set(seen) | set(loader.buffer) == set(range(loader.next_index))
+    assert min(loader.buffer) > loader.next_index - 80  # nothing waits for ever
+
+
+def test_goes_on_where_it_was():
+    loader = make_loader()
+    for _ in range(7):
+        next(loader)
+    state = loader.state_dict()
+    expected = [next(loader) for _ in range(5)]
+    resumed = make_loader()
+    resumed.load_state_dict(state)
+    for batch in expected:
+        again = next(resumed)
+        assert all(torch.equal(x, y) for x, y in zip(vars(batch).values(), vars(again).values(), strict=True))
+
+
+def test_starts_over_at_the_end_and_fills_large_batches():
+    batch = next(make_loader(length=4, buffer_size=2, batch_rows=6))
+    assert set(batch.input_ids.unique().tolist()) == {0, 1, 2, 3, -5}
+
+
+def test_too_long_a_sample_is_named():
+    with pytest.raises(ValueError, match=r"sample 1 has 12 tokens, more than data.row_length = 8"):
+        next(make_loader(row_length=8))
+
+
+def test_documents_are_numbered_through():
+    rows = [make_row([numbered(0), numbered(1)], 40, 0), make_row([numbered(2)], 40, 0)]
+    doc_ids = collate(rows).doc_ids
+    assert doc_ids[0].unique().tolist() == [-1, 0, 1] and doc_ids[1].unique().tolist() == [-1, 2]

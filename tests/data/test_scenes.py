@@ -1,0 +1,130 @@
+"""The drawn scenes: reproducible, truthful, balanced, and without leaks between splits."""
+
+import hashlib
+import itertools
+import math
+import random
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from nanovlm.data import scenes
+from nanovlm.data.scenes import COLORS, HELD_OUT, SEEN, SHAPES, SPLITS, draw
+
+
+def test_same_on_any_machine():
+    scene = draw("train", 7)
+    assert scene["images"][0].tobytes() == draw("train", 7)["images"][0].tobytes()
+    assert hashlib.sha256(scene["images"][0].tobytes()).hexdigest()[:16] == "PIXELS"
+    assert hashlib.sha256(repr(scene["texts"]).encode()).hexdigest()[:16] == "TEXTS"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_held_out_pairs_are_only_in_the_compositional_split(split):
+    held_out = [f"{color} {shape}" for color, shape in HELD_OUT]
+    shown = Counter()
+    for i in range(300):
+        scene = draw(split, i)
+        mentioned = " ".join(text["user"] + " " + text["assistant"] for text in scene["texts"])
+        shown[any(pair in mentioned for pair in held_out)] += 1
+    assert shown == ({True: 300} if split == "compositional" else {False: 300})
+
+
+def test_every_color_and_shape_keeps_partners():
+    for value in (*COLORS, *SHAPES):
+        assert sum(value in pair for pair in SEEN) >= 4
+
+
+def compose(split, i):
+    return scenes._compose(random.Random(f"{split} {i}"), split == "compositional")
+
+
+def test_answers_agree_with_the_objects():
+    """Work every answer out again from the objects alone."""
+    seen = Counter()
+    for split, i in itertools.product(SPLITS, range(300)):
+        scene, texts = compose(split, i), draw(split, i)["texts"]
+        names = [o.name for o in scene.objects]
+        for text in texts:
+            q, a, kind = text["user"].rstrip("?"), text["assistant"], text["kind"]
+            words = q.split()
+            if kind == "color":
+                assert [o.color for o in scene.objects if o.shape == words[-1]] == [a]
+            elif kind == "shape":
+                assert [o.shape for o in scene.objects if o.color == words[-2]] == [a]
+            elif kind == "count":
+                what = words[2].removesuffix("es") if words[2] == "crosses" else words[2].removesuffix("s")
+                assert sum(what in ("object", *o.pair) for o in scene.objects) == int(a)
+            elif kind == "existence":
+                assert (" ".join(words[-2:]) in names) == (a == "yes")
+            elif kind == "position":
+                (o,) = [o for o in scene.objects if o.name == " ".join(words[-2:])]
+                column, row = int(o.x * 3 // 64), int(o.y * 3 // 64)
+                words = [("top", "", "bottom")[row], ("left", "", "right")[column]]
+                assert a == (" ".join(w for w in words if w) or "center")
+            elif kind == "relation":
+                (first,) = [o for o in scene.objects if o.name == " ".join(words[3:5])]
+                (second,) = [o for o in scene.objects if o.name == " ".join(words[-2:])]
+                dx, dy = first.x - second.x, first.y - second.y
+                assert {"left": -dx, "right": dx, "above": -dy, "below": dy}[a] == max(abs(dx), abs(dy))
+            elif kind == "digits":
+                assert [o.text for o in scene.numbers] == [a]
+            elif kind == "caption":
+                assert all(name in a for name in names) and a.count(" at the ") == len(names)
+            seen[kind] += 1
+    assert set(seen) == set(scenes.QUESTIONS)
+
+
+def test_pictures_show_the_objects():
+    """The pixel at an object's centre has its colour; nothing overlaps or leaves the picture."""
+    for i in range(100):
+        scene, image = compose("test", i), np.asarray(draw("test", i)["images"][0], dtype=int)
+        for o in scene.objects:
+            nearest = min(COLORS, key=lambda c: np.abs(image[int(o.y), int(o.x)] - COLORS[c]).sum())
+            assert nearest == o.color
+        things = scene.objects + scene.numbers
+        for a, b in itertools.combinations(things, 2):
+            assert math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
+        assert all(o.radius <= o.x <= 64 - o.radius and o.radius <= o.y <= 64 - o.radius for o in scene.objects)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Answers of 4,000 training scenes by kind and by question."""
+    by_kind = defaultdict(lambda: defaultdict(Counter))
+    for i in range(4000):
+        for text in draw("train", i)["texts"]:
+            by_kind[text["kind"]][text["user"]][text["assistant"]] += 1
+    return by_kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "chances"),
+    [("color", 5), ("shape", 4), ("count", 3), ("position", 9), ("existence", 2), ("relation", 4), ("digits", 20)],
+)
+def test_no_question_gives_its_answer_away(answers, kind, chances):
+    """The commonest answer to a question is hardly commoner than a fair draw from the least number of answers."""
+    for question, counts in answers[kind].items():
+        n = sum(counts.values())
+        if n < 100:
+            continue
+        commonest = counts.most_common(1)[0][1]
+        spread = math.sqrt(n / chances * (1 - 1 / chances))
+        assert commonest <= n / chances + 4 * spread, (question, counts)
+
+
+def test_relations_are_balanced_over_all_texts(answers):
+    total = sum(answers["relation"].values(), Counter())
+    assert max(total.values()) / sum(total.values()) < 0.28
+
+
+def test_a_scene_is_a_record_like_public_data():
+    scene = draw("test", 0)
+    assert scene["independent"] is True
+    assert scene["images"][0].size == (64, 64) and scene["images"][0].mode == "RGB"
+    assert all({"user", "assistant"} <= set(text) for text in scene["texts"])
+    kinds = Counter(text["kind"] for text in scene["texts"])
+    assert max(kinds.values()) == 1
+    with pytest.raises(ValueError, match="unknown split 'tset'"):
+        draw("tset", 0)

@@ -1,0 +1,37 @@
+"""The tokenizer that is made from the embedded data."""
+
+import pytest
+
+from nanovlm.data.tokenizer import SPECIAL_TOKENS, read_tokenizer, train_tokenizer
+from tests.conftest import TINY
+
+
+def test_special_tokens_have_the_ids_of_the_config(processor):
+    assert [processor.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+    ids = (TINY.pad_token_id, TINY.image_token_id, TINY.eos_token_id)
+    assert [SPECIAL_TOKENS[i] for i in ids] == ["<|pad|>", "<|image|>", "<|end|>"]
+
+
+@pytest.mark.parametrize("text", ["what color is the circle?", "  two  spaces\n", "naïve 日本 🙂", "\x00\x07", "42"])
+def test_any_text_survives(processor, text):
+    assert processor.decode(processor.tokenizer.encode(text).ids) == text
+
+
+def test_words_of_the_data_are_one_token_and_digits_are_apart(processor):
+    assert len(processor.tokenizer.encode(" triangle").ids) == 1
+    assert processor.tokenizer.encode("42").tokens == ["4", "2"]
+
+
+def test_same_texts_same_tokenizer(processor):
+    from nanovlm.data.sources import Scenes
+
+    again = train_tokenizer(Scenes("train").texts(50), 512)
+    assert again.to_str() == processor.tokenizer.to_str()
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer_size = 100 must be at least 262"):
+        train_tokenizer(["a"], 100)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a readable tokenizer file"):
+        read_tokenizer(tmp_path / "tokenizer.json")

@@ -1,0 +1,140 @@
+"""The document is the unit: what a token may see, and what it may not, for every attention backend."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanovlm.data.types import IGNORE
+from nanovlm.losses import next_token_loss
+from nanovlm.model.attention import make_mask
+from nanovlm.objectives import next_token
+from tests.conftest import make_batch, make_document
+
+TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
+
+
+def test_mask_is_the_drawing():
+    doc_ids = torch.tensor([[0, 0, 0, 0, 1, 1, -1]], dtype=torch.int32)
+    branch_ids = torch.tensor([[0, 0, 1, 2, 0, 0, 0]], dtype=torch.int32)
+    drawing = """
+        1......
+        11.....
+        111....
+        11.1...
+        ....1..
+        ....11.
+        ......1
+    """
+    expected = torch.tensor([[c == "1" for c in line.strip()] for line in drawing.split()])
+    assert torch.equal(make_mask(doc_ids, branch_ids)[0, 0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_changing_a_document_leaves_the_others_bit_equal(model, processor, changed):
+    documents = [make_document(processor, 10 * i, *TURNS[: i + 1]) for i in range(3)]
+    batch = make_batch(documents, row_length=160)
+    other = make_document(processor, 99, ("what shape is the red object?", "star"), ("why?", "no 9"))
+    length = len(documents[changed])
+    documents[changed].input_ids = torch.cat([documents[changed].input_ids[:5], other.input_ids[5:]])[:length]
+    documents[changed].input_ids = torch.nn.functional.pad(
+        documents[changed].input_ids, (0, length - len(documents[changed].input_ids)), value=77
+    )
+    documents[changed].tiles = other.tiles
+    after = make_batch(documents, row_length=160)
+    same = batch.doc_ids != changed
+    assert not torch.equal(model.logits(batch)[~same], model.logits(after)[~same])
+    assert torch.equal(model.logits(batch)[same], model.logits(after)[same])
+
+
+@torch.no_grad()
+def test_changing_a_branch_leaves_the_others_bit_equal(model, processor):
+    document = make_document(processor, 0, *TURNS, independent=True)
+    batch = make_batch([document], row_length=100)
+    for branch in (1, 2, 3):
+        changed = (batch.doc_ids == 0) & (batch.branch_ids == branch)
+        after = dataclasses.replace(
+            batch, input_ids=torch.where(changed, (batch.input_ids + 7) % 400 + 6, batch.input_ids)
+        )
+        assert torch.equal(model.logits(batch)[~changed], model.logits(after)[~changed])
+        assert not torch.equal(model.logits(batch)[changed], model.logits(after)[changed])
+
+
+@torch.no_grad()
+def test_padding_never_reaches_a_document(model, processor):
+    document = make_document(processor, 0, *TURNS)
+    batch = make_batch([document], row_length=len(document) + 9)
+    poisoned = dataclasses.replace(batch, input_ids=batch.input_ids.masked_fill(batch.doc_ids < 0, 300))
+    real = batch.doc_ids >= 0
+    assert torch.equal(model.logits(batch)[real], model.logits(poisoned)[real])
+
+
+def loss_and_gradients(model, batches):
+    model.zero_grad()
+    total = sum(next_token(model, batch) for batch in batches)
+    (total / sum(int((b.labels != IGNORE).sum()) for b in batches)).backward()
+    return total.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(model, left, right):
+    (loss_a, gradients_a), (loss_b, gradients_b) = loss_and_gradients(model, left), loss_and_gradients(model, right)
+    assert loss_a == pytest.approx(loss_b, rel=1e-5)
+    for name, gradient in gradients_a.items():
+        assert (gradient - gradients_b[name]).abs().max() <= 1e-5 * gradient.abs().max() + 1e-7, name
+
+
+def test_packed_loss_is_the_sum_over_documents(model, processor):
+    documents = [make_document(processor, i, *TURNS[: 1 + i % 3], images=1 + i % 2) for i in range(5)]
+    assert_same(model, [make_batch(documents, rows=2)], [make_batch([d]) for d in documents])
+
+
+def test_branches_equal_documents_of_their_own(model, processor):
+    together = make_document(processor, 5, *TURNS, images=2, independent=True)
+    apart = [make_document(processor, 5, turn, images=2) for turn in TURNS]
+    assert_same(model, [make_batch([together])], [make_batch(apart)])
+
+
+@torch.no_grad()
+def test_turns_of_a_conversation_do_see_each_other(model, processor):
+    """The control of the test above: without `independent` a turn sees the earlier ones."""
+    chat = make_batch([make_document(processor, 5, *TURNS)])
+    alone = make_batch([make_document(processor, 5, turn) for turn in TURNS])
+    assert abs(next_token(model, chat).item() - next_token(model, alone).item()) > 1e-3
+
+
+def test_logits_only_at_trained_positions_give_the_same_loss(model, processor):
+    batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
+    logits = model.logits(batch)
+    full = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    assert next_token(model, batch).item() == pytest.approx(full.item(), rel=1e-6)
+
+
+def test_no_trained_token_gives_zero_loss_and_gradients():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    loss = next_token_loss(hidden, torch.full((1, 3), IGNORE), torch.randn(5, 4))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.abs().sum() == 0
+
+
+@torch.no_grad()
+def test_image_features_go_to_their_placeholders_in_order(model, processor):
+    documents = [make_document(processor, 20 + i, ("what?", "red"), images=2) for i in range(3)]
+    batch = make_batch(documents, rows=2)
+    is_image = batch.input_ids == model.config.image_token_id
+    embedded = model.embed(batch)
+    assert torch.equal(embedded[is_image], model.projector(model.vision(batch.pixel_values)).flatten(0, 1))
+    assert torch.equal(embedded[~is_image], model.decoder.embed_tokens(batch.input_ids[~is_image]))
+
+
+def test_a_wrong_number_of_images_is_an_error(model, processor):
+    batch = make_batch([make_document(processor, 0, ("what?", "red"), images=2)])
+    with pytest.raises(ValueError, match=r"8 image placeholders in input_ids, but 4 image features \(1 tiles of 4\)"):
+        model(dataclasses.replace(batch, pixel_values=batch.pixel_values[:1]))
+
+
+def test_text_alone_works(model, processor):
+    batch = make_batch([make_document(processor, 0, ("what?", "red"), images=0)])
+    assert model.logits(batch).isfinite().all()
