@@ -172,8 +172,9 @@ def main(config: TrainConfig) -> dict:
     results = {"train_seconds": round(state.elapsed_s, 1)}
     if config.eval_scenes:
         training = TrainingScan(source, min(loader.next_index, len(source)))
-        results |= evaluate(model, processor, tasks, training)
-        print("\n" + format_table(results))
+        scores = evaluate(model, processor, tasks, training)
+        results |= scores
+        print("\n" + format_table(scores))
         draw_contact_sheet(model, processor, tasks["test"], run_dir / "samples.png")
         print(f"contact sheet: {run_dir / 'samples.png'}")
     checkpoint.write_text(run_dir / "eval.json", json.dumps(results, indent=2))

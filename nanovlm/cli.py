@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def parse(cls, args: list[str] | None = None, **options):
     """Read options into a dataclass with tyro; an unknown one is an error that names the nearest field."""
-    return tyro.cli(cls, args=args, config=(tyro.conf.FlagCreatePairsOff,), **options)
+    return tyro.cli(cls, args=args, **options)
 
 
 def run(main: Callable, *args):

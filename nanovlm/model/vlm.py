@@ -72,23 +72,30 @@ class VLM(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: VLM):
-    """Draw all weights, in one place.
+    """Draw all weights, in one place; all are normal with mean 0 and these standard deviations.
 
-    Matrices: normal with standard deviation 1 / sqrt(inputs), so that every layer keeps the scale of what it
-    is given; those that write to a residual stream (out_proj, fc2, o_proj, down_proj) are divided by
-    sqrt(2 * layers), so that the stream keeps its scale too (GPT-2). Convolutions: Kaiming for ReLU. Embeddings:
-    0.02, so that a tied head begins near uniform logits. Biases 0, norm weights 1.
+    - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
+      residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
+    - convolutions: sqrt(2 / inputs), for the ReLU behind them
+    - token embeddings: 1, the scale of the image tokens among them; as a tied head 1 / sqrt(hidden size)
+    - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
+    - vision positions: 0.5, half the scale of the patches
+    Biases are 0, norm weights 1.
     """
-    depth = {"vision": len(model.vision.layers), "decoder": len(model.decoder.layers), "projector": 1}
+    depth = {"vision": len(model.vision.layers), "decoder": len(model.decoder.layers)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            std = 1 / math.sqrt(module.in_features)
-            if name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            std = 1 / math.sqrt(module.weight[0].numel())
+            if isinstance(module, nn.Conv2d):
+                std *= math.sqrt(2)
+            elif name.endswith("lm_head"):
+                std *= 0.1
+            elif name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
                 std /= math.sqrt(2 * depth[name.split(".")[0]])
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    decoder = model.config.decoder
+    std = decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0
+    nn.init.normal_(model.decoder.embed_tokens.weight, std=std)
+    nn.init.normal_(model.vision.position_embedding.weight, std=0.5)

@@ -1,0 +1,164 @@
+"""What is saved comes back, and nothing half-written is ever taken for whole."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nanovlm
+from nanovlm import checkpoint
+from nanovlm.config import OptimConfig
+from nanovlm.model.vlm import VLM
+from nanovlm.optim import make_optimizers
+from tests.conftest import TINY, make_batch, make_document
+
+
+@pytest.fixture
+def folder(tmp_path, processor):
+    torch.manual_seed(1)
+    checkpoint.save_model(tmp_path / "model", VLM(TINY), processor)
+    return tmp_path / "model"
+
+
+@torch.no_grad()
+def test_a_model_comes_back(folder, processor):
+    torch.manual_seed(1)
+    original = VLM(TINY)
+    batch = make_batch([make_document(processor, 0, ("what?", "red"))])
+    model, loaded = nanovlm.load(folder)
+    assert torch.equal(model.logits(batch), original.logits(batch))
+    assert model.config == TINY
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.tokenizer.to_str() == processor.tokenizer.to_str()
+    assert not model.training
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        nanovlm.load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -100])
+def test_cut_off_weights_are_named(folder, keep):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:keep])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut off"):
+        nanovlm.load(folder)
+
+
+def edit(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["vision"].update(hiden_size=3), "unknown field 'vision.hiden_size'; .* 'vision.hidden_size'"),
+        (lambda c: c["vision"].update(patch_size=5), "vision.patch_size = 5 must divide vision.image_size = 16"),
+        (lambda c: c["decoder"].update(hidden_size="32"), "decoder.hidden_size must be int, got '32'"),
+        (lambda c: c["decoder"].update(attention="fast"), r"decoder.attention must be one of \['sdpa'\], got 'fast'"),
+        (lambda c: c.update(eos_token_id=0), "must all differ"),
+        (
+            lambda c: c["decoder"].update(hidden_size=64),
+            r"decoder.norm.weight has shape \[32\], the config says \[64\]",
+        ),
+        (lambda c: c["decoder"].update(num_hidden_layers=3), r"decoder.layers.2.mlp.up_proj.weight is missing"),
+        (lambda c: c["decoder"].update(num_hidden_layers=1), r"decoder.layers.1.mlp.up_proj.weight is unknown"),
+        (lambda c: c["decoder"].update(vocab_size=100), "tokens, more than decoder.vocab_size = 100"),
+        (lambda c: c.update(eos_token_id=400), "eos_token_id = 400 is not a special token"),
+    ],
+)
+def test_a_wrong_config_is_named(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        nanovlm.load(folder)
+
+
+def test_config_that_is_no_json(folder):
+    (folder / "config.json").write_text("{'a': 1}")
+    with pytest.raises(ValueError, match=r"config.json is not readable JSON"):
+        nanovlm.load(folder)
+    with pytest.raises(ValueError, match="there is no model folder"):
+        nanovlm.load(folder / "nothing")
+
+
+def test_a_failed_write_leaves_what_was_there(folder, monkeypatch):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match=r"could not write .*model: .*No space left on device"):
+        checkpoint.save_model(folder, nanovlm.load(folder)[0], nanovlm.load(folder)[1])
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_file_too_large_for_the_disk(folder):
+    """The system itself refuses to write on: the first save fits the limit, the second does not."""
+    script = f"""
+import resource, sys
+import nanovlm
+from nanovlm import checkpoint
+from pathlib import Path
+model, processor = nanovlm.load({str(folder)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save_model(Path({str(folder)!r}), model, processor)
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"could not write {folder}" in done.stdout
+    nanovlm.load(folder)
+
+
+def test_run_state_comes_back(tmp_path, processor):
+    """Weights, both optimizers' states and torch's random state; the newest checkpoints are kept."""
+    model = VLM(TINY)
+    rules = [{"pattern": "norm|embed|bias|vision"}, {"pattern": "", "optimizer": "muon", "weight_decay": 0.1}]
+    config = OptimConfig(rules=tuple(checkpoint.from_dict(OptimConfig, {"rules": rules}).rules))
+    optimizers = make_optimizers(model, config)
+    batch = make_batch([make_document(processor, 0, ("what?", "red"))])
+
+    def step(model, optimizers):
+        model.logits(batch).square().mean().backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.rand(1)
+
+    for i in (1, 2, 3):
+        step(model, optimizers)
+        checkpoint.save_checkpoint(tmp_path, model, optimizers, {"step": i, "loader": {"next_index": 5}}, keep=2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    drawn = step(model, optimizers)
+    again = VLM(TINY)
+    optimizers_again = make_optimizers(again, config)
+    state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(tmp_path)[-1], again, optimizers_again)
+    assert state == {"step": 3, "loader": {"next_index": 5}}
+    assert torch.equal(step(again, optimizers_again), drawn)
+    for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_tied_and_untied_heads_are_saved(tmp_path, processor):
+    for tied in (True, False):
+        config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, tie_word_embeddings=tied))
+        checkpoint.save_model(tmp_path / "model", VLM(config), processor)
+        assert ("decoder.lm_head.weight" in nanovlm.load(tmp_path / "model")[0].state_dict()) is not tied

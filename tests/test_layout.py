@@ -1,0 +1,62 @@
+"""Imports only point down the road: train, generate, eval -> objectives -> losses, model -> kernels."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [p for folder in ("nanovlm", "eval") for p in (ROOT / folder).rglob("*.py")] + [
+    ROOT / "train.py",
+    ROOT / "generate.py",
+]
+
+# Who may not import what, as prefixes of module names.
+FORBIDDEN = {
+    "nanovlm": ("train", "generate", "eval", "tests", "benchmarks", "transformers"),
+    "nanovlm.data": ("nanovlm.model", "nanovlm.losses", "nanovlm.objectives", "nanovlm.checkpoint", "nanovlm.sampling"),
+    "nanovlm.model": (
+        "nanovlm.losses",
+        "nanovlm.objectives",
+        "nanovlm.checkpoint",
+        "nanovlm.sampling",
+        "nanovlm.data.chat",
+        "nanovlm.data.tokenizer",
+        "tokenizers",
+        "tyro",
+        "torch.distributed",
+    ),
+    "nanovlm.losses": ("nanovlm.model", "nanovlm.objectives"),
+    "eval": ("train", "generate", "transformers"),
+    "train": ("transformers",),
+    "generate": ("transformers", "train"),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_in(module, prefix):
+    return module == prefix or module.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for owner, forbidden in FORBIDDEN.items():
+        if is_in(module, owner):
+            bad = [name for name in imports(path) if any(is_in(name, prefix) for prefix in forbidden)]
+            assert not bad, f"{path} must not import {bad}"
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    for path in FILES:
+        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {alias.name for n in top if isinstance(n, ast.Import) for alias in n.names}
+        names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
+        assert not names & {"wandb", "datasets"}, path

@@ -1,0 +1,241 @@
+"""A run learns, stops, resumes and survives being killed, and its losses say so bit for bit."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanovlm
+import train
+from nanovlm.config import DataConfig, DecoderConfig, OptimConfig, ParamRule, TrainConfig, VisionConfig, VLMConfig
+from nanovlm.model.vlm import VLM
+from nanovlm.optim import make_optimizers
+from nanovlm.presets import PRESETS
+from tests.conftest import TINY, make_batch, make_document
+
+SMALL = TrainConfig(
+    model=VLMConfig(
+        vision=VisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=16
+        ),
+        decoder=DecoderConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=640),
+    ),
+    data=DataConfig(row_length=256, batch_rows=2, pack_buffer=8),
+    optim=dataclasses.replace(PRESETS["scenes"]().optim, steps=12, warmup_steps=2),
+    checkpoint_every=3,
+    sample_every=0,
+    eval_scenes=0,
+    threads=1,
+    device="cpu",
+)
+
+
+def run(run_dir, **changes):
+    return train.main(dataclasses.replace(SMALL, run_dir=str(run_dir), **changes))
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder)
+    return metrics(folder)
+
+
+def run_and_kill(run_dir, hook):
+    """Run SMALL in a process of its own with a hook that kills it (signal 9) somewhere."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import train
+from nanovlm import checkpoint
+from tests.test_train import run
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+{hook}
+run({str(run_dir)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+
+
+KILL_AT_STEP = """
+step = train.train_step
+def train_step(state, *args):
+    if state.step == {}: die()
+    return step(state, *args)
+train.train_step = train_step
+"""
+KILL_IN_SAVE = """
+save, calls = checkpoint.save_file, []
+def save_file(tensors, path):
+    calls.append(path)
+    if len(calls) == {}:
+        path.write_bytes(b"half a file")
+        die()
+    save(tensors, path)
+checkpoint.save_file = save_file
+"""
+KILL_BEFORE_RENAME = """
+flush, calls = checkpoint._flush, []
+def _flush(path):
+    calls.append(path)
+    flush(path)
+    if len(calls) == {}: die()
+checkpoint._flush = _flush
+"""
+
+
+def comparable(lines):
+    """What must repeat bit for bit: everything but the clock."""
+    clock = ("tokens_per_second", "data_wait_s", "elapsed_s")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        pytest.param(KILL_AT_STEP.format(random.Random(os.getpid()).randint(1, 11)), id="at a random step"),
+        pytest.param(KILL_IN_SAVE.format(random.Random(os.getpid()).randint(1, 9)), id="in the middle of a save"),
+        pytest.param(KILL_BEFORE_RENAME.format(9), id="just before a rename"),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
+    print(hook)
+    run_and_kill(tmp_path, hook)
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+    nanovlm.load(tmp_path / "model")
+
+
+def test_a_half_written_line_is_dropped(tmp_path, unbroken):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_metrics_and_files(tmp_path, unbroken):
+    fields = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed_s"}
+    assert all(fields <= set(line) for line in unbroken)
+    assert unbroken[-1]["loss"] < 0.9 * unbroken[0]["loss"]
+    for before, after in itertools.pairwise(unbroken):
+        assert before["tokens"] < after["tokens"] and before["elapsed_s"] < after["elapsed_s"]
+    assert max(line["lr"] for line in unbroken) <= SMALL.optim.lr
+    assert all(0 <= line["padding"] < 0.5 for line in unbroken)
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    first = run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert run(tmp_path) == first
+    assert "is a finished run" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000009", "step_00000012"]
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["steps"] == 12
+
+
+def test_another_config_is_named(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"seed: 0 against 5"):
+        run(tmp_path, seed=5)
+    with pytest.raises(ValueError, match=r"optim.lr: .* against 0.5"):
+        run(tmp_path, optim=dataclasses.replace(SMALL.optim, lr=0.5))
+
+
+def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(processor):
+    """Documents of very different lengths: a mean of means would be far off."""
+    answers = ["red"] * 3 + ["a red circle at the top left, a blue star at the bottom and the number 42."]
+    documents = [make_document(processor, i, ("what?", answer)) for i, answer in enumerate(answers)]
+    results = []
+    for batches in ([make_batch(documents, rows=4)], [make_batch([document]) for document in documents]):
+        torch.manual_seed(0)
+        model = VLM(TINY)
+        optim = OptimConfig(rules=(ParamRule(""),), warmup_steps=0)
+        state = train.TrainState(model, make_optimizers(model, optim), loader=None, threads=1)
+        results.append(train.train_step(state, batches, TrainConfig(optim=optim, precision="fp32")))
+    one, four = results
+    assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert four["trained_tokens"] == one["trained_tokens"]
+
+
+def test_the_evaluation_and_its_files(tmp_path, capsys):
+    results = run(tmp_path, eval_scenes=6, optim=dataclasses.replace(SMALL.optim, steps=2))
+    assert results == json.loads((tmp_path / "eval.json").read_text())
+    assert set(results) == {"train_seconds", "test", "compositional"}
+    for split in ("test", "compositional"):
+        assert {"mean", "kinds", "blank_mean", "caption_exact"} <= set(results[split])
+        kinds = results[split]["kinds"]
+        assert set(kinds) <= {"color", "shape", "count", "position", "relation", "existence", "digits"}
+        assert all(set(row) == {"accuracy", "blank", "shuffled", "majority", "n"} for row in kinds.values())
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+    assert "whole caption exact" in capsys.readouterr().out
+
+
+def test_the_command_line():
+    assert train.parse_config([]) == PRESETS["scenes"]()
+    changed = train.parse_config(["scenes", "--optim.lr", "0.5", "--model.vision.hidden-size", "64", "--wandb"])
+    assert (changed.optim.lr, changed.model.vision.hidden_size, changed.wandb) == (0.5, 64, True)
+    with pytest.raises(ValueError, match="no preset 'scene'; there are scenes"):
+        train.parse_config(["scene"])
+
+
+def test_a_typo_names_the_nearest_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_config(["scenes", "--optim.lrr", "1"])
+    assert stopped.value.code == 2
+    output = capsys.readouterr().err
+    assert "--optim.lrr" in output and "Perhaps you meant" in output and "--optim.lr " in output
+
+
+def test_help_shows_every_field_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    def leaves(config, prefix=""):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from leaves(value, f"{prefix}{field.name}.")
+            else:
+                yield f"--{prefix}{field.name}".replace("_", "-")
+
+    options = list(leaves(TrainConfig()))
+    assert len(options) > 40
+    for option in options:
+        assert option in shown, option
+    assert "Peak learning rate." in shown and "Side of one square patch, in pixels." in shown
+
+
+def test_a_user_mistake_is_one_sentence(tmp_path):
+    command = [sys.executable, "train.py", "scenes", "--run-dir", str(tmp_path), "--model.vision.patch-size", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2
+    assert done.stderr == "error: vision.patch_size = 7 must divide vision.image_size = 64\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_learning_rate_never_overshoots():
+    from nanovlm.optim import learning_rate
+
+    for steps in (1, 2, 5, 12, 50, 1000):
+        for warmup in (0, 1, 20, 2000):
+            config = OptimConfig(lr=1.0, steps=steps, warmup_steps=warmup, min_lr_ratio=0.1)
+            rates = [learning_rate(step, config) for step in range(steps + 3)]
+            assert max(rates) <= 1.0 and min(rates) > 0
+            if warmup < steps:
+                assert rates[min(warmup, steps - 1)] == pytest.approx(1.0)
+                assert rates[steps] == pytest.approx(0.1)
