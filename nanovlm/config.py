@@ -18,8 +18,6 @@ class VisionConfig:
     image_size: int = 64
     # Side of one square patch, in pixels.
     patch_size: int = 8
-    # Channels of a tile.
-    num_channels: int = 3
     # How pixels become patch embeddings: one linear map (SigLIP) or a small stack of 3x3 convolutions.
     patch_embedding: Literal["linear", "conv"] = "linear"
     # Width of the residual stream.

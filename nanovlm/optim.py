@@ -89,7 +89,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return (x.mT if transposed else x).to(matrices.dtype)
 
 

@@ -134,7 +134,7 @@ class Processor:
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
             branch_ids=torch.tensor(branch_ids, dtype=torch.int32),
-            tiles=torch.cat(tiles) if tiles else torch.empty(0, self.config.vision.num_channels, size, size),
+            tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8),
         )
 
     def _spans(self, messages, add_generation_prompt=False) -> tuple[Span, ...]:

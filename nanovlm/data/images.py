@@ -1,4 +1,4 @@
-"""Image -> tiles: read any image file, fit it into the encoder's square, normalise."""
+"""Image -> tiles: read any image file, fit it into the encoder's square; normalise pixels."""
 
 import warnings
 from pathlib import Path
@@ -40,15 +40,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def make_tiles(image: Image.Image, image_size: int) -> Tensor:
-    """Fit an RGB image into one square tile, aspect kept, centred on grey.
-
-    Returns float32[1, 3, image_size, image_size] in [-1, 1] (mean and standard deviation 0.5, as SigLIP).
-    """
+    """Fit an RGB image into one square tile, aspect kept, centred on grey: uint8[1, 3, image_size, image_size]."""
     if image.size != (image_size, image_size):
         scale = image_size / max(image.size)
         size = tuple(max(1, round(side * scale)) for side in image.size)
         fitted = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
         image = Image.new("RGB", (image_size, image_size), (128, 128, 128))
         image.paste(fitted, tuple((image_size - side) // 2 for side in size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return pixels.unsqueeze(0).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1)[None])
+
+
+def normalize(tiles: Tensor) -> Tensor:
+    """Bring uint8 pixels to float32 in [-1, 1] (mean and standard deviation 0.5, as SigLIP)."""
+    return tiles.float() / 127.5 - 1

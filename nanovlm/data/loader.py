@@ -2,6 +2,7 @@
 
 import torch
 
+from nanovlm.data.images import normalize
 from nanovlm.data.packing import make_row, pack
 from nanovlm.data.types import Batch, Row
 
@@ -18,7 +19,7 @@ def collate(rows: list[Row]) -> Batch:
         doc_ids=torch.stack(doc_ids),
         branch_ids=torch.stack([r.branch_ids for r in rows]),
         position_ids=torch.stack([r.position_ids for r in rows]),
-        pixel_values=torch.cat([r.tiles for r in rows]),
+        pixel_values=normalize(torch.cat([r.tiles for r in rows])),
     )
 
 
@@ -50,12 +51,13 @@ class Loader:
                 self.next_index += 1
             indices = list(self.buffer)
             documents = list(self.buffer.values())
-            packed = pack([len(d) for d in documents], [len(d.tiles) for d in documents], self.row_length)
+            lengths = [len(d) for d in documents]
+            packed = pack(lengths, [len(d.tiles) for d in documents], self.row_length)
             if len(packed) >= self.batch_rows:
                 break
             size *= 2
         oldest = next(row for row in packed if 0 in row)
-        fullest = sorted(packed, key=lambda row: (row is not oldest, -sum(len(documents[i]) for i in row)))
+        fullest = sorted(packed, key=lambda row: (row is not oldest, -sum(lengths[i] for i in row)))
         rows = []
         for row in fullest[: self.batch_rows]:
             rows.append(make_row([self.buffer.pop(indices[i]) for i in row], self.row_length, self.pad_token_id))

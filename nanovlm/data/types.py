@@ -4,11 +4,11 @@
 Sample     images: list[PIL.Image], messages: list[{role, content}]      data/sources.py
    |       chat template, image placeholders, loss mask
 Document   input_ids, labels int64[L]  branch_ids int32[L]               data/chat.py
-   |       tiles float32[n, C, H, W]
+   |       tiles uint8[n, C, H, W]
    |       knapsack
 Row        input_ids, labels, position_ids int64[T]                      data/packing.py
-   |       doc_ids, branch_ids int32[T]  tiles float32[n, C, H, W]
-   |       stack rows, number the documents through
+   |       doc_ids, branch_ids int32[T]  tiles uint8[n, C, H, W]
+   |       stack rows, number the documents through, normalise pixels
 Batch      input_ids, labels, position_ids int64[B, T]                   data/loader.py
            doc_ids, branch_ids int32[B, T]
            pixel_values float32[I, C, H, W]

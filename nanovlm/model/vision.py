@@ -68,7 +68,7 @@ class VisionMLP(nn.Module):
 
 def linear_patches(config: VisionConfig) -> nn.Module:
     """One linear map of each patch, as in SigLIP."""
-    return nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+    return nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
 
 
 class ConvPatches(nn.Module):
@@ -81,7 +81,7 @@ class ConvPatches(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         steps = config.patch_size.bit_length() - 1
-        widths = [config.num_channels] + [max(1, config.hidden_size >> (steps - i)) for i in range(1, steps + 1)]
+        widths = [3] + [max(1, config.hidden_size >> (steps - i)) for i in range(1, steps + 1)]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, width), width) for width in widths[1:])
         self.proj = nn.Conv2d(widths[-1], config.hidden_size, 1)

@@ -40,7 +40,7 @@ def test_too_long_and_too_many_tiles_are_named():
 def document(length, branch_ids=None):
     ids = torch.arange(1, length + 1)
     branch_ids = torch.tensor(branch_ids or [0] * length, dtype=torch.int32)
-    return Document(ids, ids + 1, branch_ids, torch.full((1, 3, 2, 2), float(length)))
+    return Document(ids, ids + 1, branch_ids, torch.full((1, 3, 2, 2), length, dtype=torch.uint8))
 
 
 def test_row_layout():

@@ -1,0 +1,173 @@
+"""Training and decoding speed of a preset.
+
+    python benchmarks/speed.py                                  print, and append to benchmarks/results/speed.jsonl
+    python benchmarks/speed.py --preset scenes --threads 1
+
+Before anything is timed, decoding with the cache is checked against a forward pass without it on the timed
+shape. Weights are random: speed does not depend on what they say. Every line has the medians of `repeats` runs.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from nanovlm import cli
+from nanovlm.data.chat import Processor
+from nanovlm.data.loader import Loader
+from nanovlm.data.sources import SOURCES
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.vlm import VLM
+from nanovlm.optim import make_optimizers
+from nanovlm.presets import PRESETS
+from nanovlm.sampling import decode_one_token, prefill
+
+RESULTS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    # Preset to time.
+    preset: str = "scenes"
+    # CPU threads; 0 leaves torch's own choice.
+    threads: int = 0
+    # Timed training steps and timed decodings.
+    repeats: int = 10
+    # Tokens decoded in one timed decoding.
+    new_tokens: int = 64
+    # Prompts decoded together, one line each.
+    batch_sizes: tuple[int, ...] = (1, 32)
+
+
+def main(config: SpeedConfig):
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = PRESETS[config.preset]()
+    source = SOURCES[preset.data.source]("train")
+    tokenizer = train_tokenizer(source.texts(1000), preset.data.tokenizer_size)
+    processor = Processor(tokenizer, CHAT_TEMPLATE, preset.model)
+    torch.manual_seed(0)
+    model = VLM(preset.model).to(device)
+    environment = {
+        "preset": config.preset,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "commit": train.git_commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    lines = [time_training(model, processor, source, preset, config)]
+    lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "a") as file:
+        for line in lines:
+            print(json.dumps(line | environment))
+            file.write(json.dumps(line | environment) + "\n")
+
+
+def time_training(model, processor, source, preset, config):
+    """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
+    data = preset.data
+    loader = Loader(
+        source, processor.document, data.row_length, data.batch_rows, data.pack_buffer, preset.model.pad_token_id
+    )
+    state = train.TrainState(model, make_optimizers(model, preset.optim), loader, torch.get_num_threads())
+    tokens, trained, images, seconds, data_seconds = [], [], [], [], []
+    for _ in range(config.repeats + 3):
+        start = time.perf_counter()
+        batch = next(loader)
+        data_seconds.append(time.perf_counter() - start)
+        metrics = train.train_step(state, [batch], preset)
+        seconds.append(time.perf_counter() - start)
+        tokens.append(int((batch.doc_ids >= 0).sum()))
+        trained.append(metrics["trained_tokens"])
+        images.append(len(batch.pixel_values))
+    assert metrics["loss"] == metrics["loss"], "the loss is not a number"
+    step = statistics.median(seconds[3:])
+    return {
+        "what": "training",
+        "tokens_per_second": round(statistics.median(tokens[3:]) / step),
+        "trained_tokens_per_second": round(statistics.median(trained[3:]) / step),
+        "images_per_second": round(statistics.median(images[3:]) / step, 1),
+        "step_ms": round(1e3 * step, 1),
+        "data_ms": round(1e3 * statistics.median(data_seconds[3:]), 1),
+    }
+
+
+@torch.inference_mode()
+def time_decoding(model, processor, source, config, batch_size):
+    """Time prefill and decode_one_token over a static cache, in fp32."""
+    question = [{"role": "user", "content": "describe the image."}]
+    prompts = [processor.prompt(question, source.raw(i)["images"]) for i in range(batch_size)]
+    batch = processor.batch(prompts).to(next(model.parameters()).device)
+    length = batch.input_ids.shape[1]
+    prefills, decodes = [], []
+    for _ in range(config.repeats + 1):
+        cache = KVCache(model.config.decoder, batch_size, length + config.new_tokens, batch.input_ids.device)
+        start = time.perf_counter()
+        logits = prefill(model, batch, cache)
+        synchronize()
+        prefills.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        tokens = []
+        for _ in range(config.new_tokens):
+            tokens.append(logits.argmax(-1).clamp(min=6))  # 6: behind the special tokens
+            logits = decode_one_token(model, tokens[-1], cache)
+        synchronize()
+        decodes.append(time.perf_counter() - start)
+    check(model, batch, torch.stack(tokens, dim=1), logits)
+    return {
+        "what": "decoding",
+        "batch_size": batch_size,
+        "prompt_tokens": length,
+        "new_tokens": config.new_tokens,
+        "prefill_ms": round(1e3 * statistics.median(prefills[1:]), 2),
+        "tokens_per_second": round(batch_size * config.new_tokens / statistics.median(decodes[1:])),
+    }
+
+
+def check(model, batch, tokens, logits):
+    """Refuse a result whose last logits differ from those of one forward pass over the whole rows."""
+    grown = torch.cat([batch.input_ids, tokens], dim=1)
+    zeros = torch.zeros_like(grown, dtype=torch.int32)
+    whole = dataclasses.replace(
+        batch,
+        input_ids=grown,
+        doc_ids=zeros,
+        branch_ids=zeros,
+        position_ids=torch.arange(grown.shape[1], device=grown.device).expand_as(grown),
+    )
+    expected = model.head(model(whole)[:, -1])
+    error = (logits - expected).abs().max() / expected.abs().max()
+    if not error < 1e-4:
+        raise SystemExit(f"decoding is wrong by {error:.1e} relative: not timed")
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def cpu_name():
+    """The processor's model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(SpeedConfig, description=__doc__)))
