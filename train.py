@@ -108,14 +108,7 @@ def main(config: TrainConfig) -> dict:
     source = SOURCES[config.data.source]("train")
     tokenizer = train_tokenizer(source.texts(1000), config.data.tokenizer_size)
     processor = Processor(tokenizer, CHAT_TEMPLATE, config.model)
-    loader = Loader(
-        source,
-        processor.document,
-        config.data.row_length,
-        config.data.batch_rows,
-        config.data.pack_buffer,
-        config.model.pad_token_id,
-    )
+    loader = Loader(source, processor.document, config.data, config.model.pad_token_id, config.seed)
     tasks = {split: SceneTask(split, config.eval_scenes) for split in ("test", "compositional")}
 
     # --- model, optimizer ----------------------------------------------------------------------------------

@@ -79,10 +79,7 @@ def main(config: SpeedConfig):
 
 def time_training(model, processor, source, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
-    data = preset.data
-    loader = Loader(
-        source, processor.document, data.row_length, data.batch_rows, data.pack_buffer, preset.model.pad_token_id
-    )
+    loader = Loader(source, processor.document, preset.data, preset.model.pad_token_id, preset.seed)
     state = train.TrainState(model, make_optimizers(model, preset.optim), loader, torch.get_num_threads())
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []
     for _ in range(config.repeats + 3):

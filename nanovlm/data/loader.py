@@ -1,10 +1,15 @@
 """Row -> Batch. Read documents, pack them, stack rows into batches, and know where it is."""
 
+import functools
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
+from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.packing import make_row, pack
-from nanovlm.data.types import Batch, Row
+from nanovlm.data.types import Batch, Document, Row, Sample
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -26,25 +31,28 @@ def collate(rows: list[Row]) -> Batch:
 class Loader:
     """An endless iterator of batches over a source.
 
-    `source[i]` is a Sample, `process(sample)` its Document; the source is read in order, over and over.
-    Before each batch the buffer is filled up to `buffer_size` documents and packed; the fullest rows make
-    the batch, and so does the row with the oldest document, so that none waits for ever. What is not used
-    stays in the buffer. The state is the next index and the indices in the buffer: a loader that is given
-    it goes on with exactly the documents that have not been seen.
+    `source[i]` is a Sample, `process(sample)` its Document. The source is read over and over, each time in
+    another order that the seed decides; with `keep_documents` each document is made once and kept.
+
+    Before each batch the buffer is filled up to `pack_buffer` documents and packed; the fullest rows make the
+    batch, and so does the row with the oldest document, so that none waits for ever. What is not used stays in
+    the buffer. The state is the next index and the indices in the buffer: a loader that is given it goes on with
+    exactly the documents that have not been seen.
     """
 
-    def __init__(self, source, process, row_length: int, batch_rows: int, buffer_size: int, pad_token_id: int):
-        self.source, self.process = source, process
-        self.row_length, self.batch_rows, self.buffer_size = row_length, batch_rows, buffer_size
-        self.pad_token_id = pad_token_id
-        self.next_index = 0
+    def __init__(self, source, process: Callable[[Sample], Document], config: DataConfig, pad_token_id: int, seed: int):
+        self.source, self.process, self.config = source, process, config
+        self.pad_token_id, self.seed = pad_token_id, seed
+        self.next_index = 0  # counts on from one pass over the source to the next
         self.buffer = {}  # index -> Document, oldest first
+        self.kept = {}  # place in the source -> Document
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
-        size = self.buffer_size
+        size = self.config.pack_buffer
         while True:
             while len(self.buffer) < size:
                 self._read(self.next_index)
@@ -52,25 +60,34 @@ class Loader:
             indices = list(self.buffer)
             documents = list(self.buffer.values())
             lengths = [len(d) for d in documents]
-            packed = pack(lengths, [len(d.tiles) for d in documents], self.row_length)
-            if len(packed) >= self.batch_rows:
+            packed = pack(lengths, [len(d.tiles) for d in documents], self.config.row_length)
+            if len(packed) >= self.config.batch_rows:
                 break
             size *= 2
         oldest = next(row for row in packed if 0 in row)
         fullest = sorted(packed, key=lambda row: (row is not oldest, -sum(lengths[i] for i in row)))
         rows = []
-        for row in fullest[: self.batch_rows]:
-            rows.append(make_row([self.buffer.pop(indices[i]) for i in row], self.row_length, self.pad_token_id))
+        for row in fullest[: self.config.batch_rows]:
+            chosen = [self.buffer.pop(indices[i]) for i in row]
+            rows.append(make_row(chosen, self.config.row_length, self.pad_token_id))
         return collate(rows)
 
     def _read(self, index):
-        document = self.process(self.source[index % len(self.source)])
-        if len(document) > self.row_length:
-            raise ValueError(
-                f"sample {index % len(self.source)} has {len(document)} tokens, "
-                f"more than data.row_length = {self.row_length}"
-            )
+        epoch, place = divmod(index, len(self.source))
+        place = int(self._order(epoch)[place])
+        document = self.kept.get(place)
+        if document is None:
+            document = self.process(self.source[place])
+            if len(document) > self.config.row_length:
+                raise ValueError(
+                    f"sample {place} has {len(document)} tokens, more than data.row_length = {self.config.row_length}"
+                )
+            if self.config.keep_documents:
+                self.kept[place] = document
         self.buffer[index] = document
+
+    def _make_order(self, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
     def state_dict(self) -> dict:
         """Return the position as plain numbers."""

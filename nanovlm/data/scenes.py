@@ -80,18 +80,22 @@ class Scene:
 def draw(split: str, index: int) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    A training scene has up to two questions of each kind, a scene of another split one.
+    A training scene has a caption and three other questions of different kinds, a scene of another split one
+    question of each kind.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     rng = random.Random(f"{split} {index}")
     scene = _compose(rng, compositional=split == "compositional")
+    about = scene.objects[:1] if split == "compositional" else scene.objects
+    asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
+    kinds = [*asked]
+    if split == "train":
+        kinds = [*rng.sample(kinds[:-1], min(3, len(kinds) - 1)), "caption"]
     texts = []
-    for kind, ask in QUESTIONS.items():
-        about = scene.objects[:1] if split == "compositional" else scene.objects
-        answers = dict(ask(rng, scene, about))
-        chosen = rng.sample(sorted(answers), min(len(answers), 2 if split == "train" else 1))
-        texts += [{"user": question, "assistant": answers[question], "kind": kind} for question in chosen]
+    for kind in kinds:
+        question, answer = rng.choice(asked[kind])
+        texts.append({"user": question, "assistant": answer, "kind": kind})
     return {"images": [_render(rng, scene)], "texts": texts, "independent": True}
 
 
@@ -111,10 +115,10 @@ def _compose(rng, compositional):
         pair = rng.choice(SEEN)
         if (pair[axis] == counted) == (len(pairs) < same):
             pairs.append(pair)
-    things = [Object(*pair, radius=rng.uniform(7, 11), angle=rng.uniform(0, 2 * math.pi)) for pair in pairs]
+    things = [Object(*pair, radius=rng.uniform(8, 12), angle=rng.uniform(-0.4, 0.4)) for pair in pairs]
     if rng.random() < 0.5:
         text = str(rng.randrange(10)) if rng.random() < 0.5 else str(rng.randrange(10, 100))
-        radius = rng.uniform(1.6, 1.9) * math.hypot(6 * len(text) - 1, 7) / 2
+        radius = rng.uniform(1.7, 2.0) * math.hypot(6 * len(text) - 1, 7) / 2
         things.append(Object("", "", radius=radius, angle=rng.uniform(-0.2, 0.2), text=text))
     placed = None
     while placed is None:
@@ -183,14 +187,12 @@ def _ask_relation(rng, scene, about):
 
 def _ask_existence(rng, scene, about):
     """Yes and no come evenly; the absent pair shares its colour or its shape with an object."""
-    asked = []
+    if rng.random() < 0.5:
+        return [(f"is there {_a(rng.choice(about).pair)}?", "yes")]
     present = {o.pair for o in scene.objects}
     absent = [pair for pair in scene.known if pair not in present]
     near = [p for p in absent if any(p[0] == q[0] or p[1] == q[1] for q in present)] or absent
-    for _ in range(2):
-        pair, answer = (rng.choice(about).pair, "yes") if rng.random() < 0.5 else (rng.choice(near), "no")
-        asked.append((f"is there {_a(pair)}?", answer))
-    return asked
+    return [(f"is there {_a(rng.choice(near))}?", "no")]
 
 
 def _ask_digits(rng, scene, about):
@@ -277,7 +279,7 @@ def _draw_thing(canvas, thing, ink):
     elif thing.shape == "circle":
         canvas.ellipse([round(c + side * r * SCALE) for side in (-1, 1) for c in (left, top)], fill=ink)
     elif thing.shape == "square":
-        polygon(_polar(r, r, r, r))
+        polygon(_box(-0.75 * r, -0.75 * r, 0.75 * r, 0.75 * r))
     elif thing.shape == "triangle":
         polygon(_polar(r, r, r))
     elif thing.shape == "star":
@@ -288,9 +290,9 @@ def _draw_thing(canvas, thing, ink):
 
 
 def _polar(*radii):
-    """Corners at even angles and these distances from the origin."""
+    """Corners at even angles and these distances from the origin, the first at the top."""
     steps = [(r, 2 * math.pi * i / len(radii)) for i, r in enumerate(radii)]
-    return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in steps]
+    return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in steps]
 
 
 def _box(left, top, right, bottom):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.loader import Loader, collate
 from nanovlm.data.packing import make_row
@@ -18,8 +19,9 @@ def numbered(i):
     )
 
 
-def make_loader(length=10**6, buffer_size=20, batch_rows=3, row_length=64):
-    return Loader(range(length), numbered, row_length, batch_rows, buffer_size, pad_token_id=-5)
+def make_loader(length=10**6, buffer_size=20, batch_rows=3, row_length=64, keep=False, seed=0):
+    config = DataConfig(row_length=row_length, batch_rows=batch_rows, pack_buffer=buffer_size, keep_documents=keep)
+    return Loader(range(length), numbered, config, pad_token_id=-5, seed=seed)
 
 
 def test_every_document_once():
@@ -34,7 +36,8 @@ def test_every_document_once():
             assert batch.pixel_values[doc] == normalize(tokens[0] % 251)
             seen.append(int(tokens[0]))
     assert len(set(seen)) == len(seen)
-    assert set(seen) | set(loader.buffer) == set(range(loader.next_index))
+    waiting = [int(document.input_ids[0]) for document in loader.buffer.values()]
+    assert len(seen) + len(waiting) == loader.next_index == len({*seen, *waiting})
     assert min(loader.buffer) > loader.next_index - 80  # nothing waits for ever
 
 
@@ -51,13 +54,37 @@ def test_goes_on_where_it_was():
         assert all(torch.equal(x, y) for x, y in zip(vars(batch).values(), vars(again).values(), strict=True))
 
 
-def test_starts_over_at_the_end_and_fills_large_batches():
+def contents(loader, num_documents):
+    """The first documents that a loader reads, in its order."""
+    while loader.next_index < num_documents:
+        next(loader)
+    return [int(loader._order(i // len(loader.source))[i % len(loader.source)]) for i in range(num_documents)]
+
+
+def test_every_pass_shows_everything_in_another_order():
+    order = contents(make_loader(length=40), 120)
+    passes = [order[i : i + 40] for i in (0, 40, 80)]
+    assert all(sorted(one) == list(range(40)) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert contents(make_loader(length=40, seed=1), 40) != passes[0]
+
+
+def test_kept_documents_are_the_same_and_made_once():
+    made = []
+    kept, fresh = make_loader(length=40, keep=True), make_loader(length=40)
+    kept.process = lambda i: made.append(i) or numbered(i)
+    for _ in range(20):
+        assert all(map(torch.equal, vars(next(kept)).values(), vars(next(fresh)).values()))
+    assert sorted(made) == list(range(40))
+
+
+def test_a_large_batch_of_a_small_source():
     batch = next(make_loader(length=4, buffer_size=2, batch_rows=6))
     assert set(batch.input_ids.unique().tolist()) == {0, 1, 2, 3, -5}
 
 
 def test_too_long_a_sample_is_named():
-    with pytest.raises(ValueError, match=r"sample 1 has 12 tokens, more than data.row_length = 8"):
+    with pytest.raises(ValueError, match=r"sample \d+ has \d+ tokens, more than data.row_length = 8"):
         next(make_loader(row_length=8))
 
 
