@@ -45,9 +45,8 @@ class GenerateConfig:
 def main(config: GenerateConfig):
     """Answer the prompts, or chat. Raises ValueError with one sentence for anything wrong with the input."""
     config.sampling.validate()
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     images = [open_image(path) for path in config.image]
-    model, processor = nanovlm.load(config.model, device)
+    model, processor = nanovlm.load(config.model, cli.find_device(config.device))
     if not config.prompt:
         return chat(model, processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]

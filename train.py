@@ -99,9 +99,7 @@ def main(config: TrainConfig) -> dict:
     checkpoint.write_text(
         run_dir / "config.json", json.dumps({"commit": git_commit(), **dataclasses.asdict(config)}, indent=2)
     )
-    device = torch.device(config.device)
-    if config.device == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = cli.find_device(config.device)
     torch.manual_seed(config.seed)
 
     # --- data --------------------------------------------------------------------------------------------

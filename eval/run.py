@@ -58,7 +58,8 @@ def evaluate(model: VLM, processor: Processor, tasks: dict[str, SceneTask], trai
     results = {}
     for name, task in tasks.items():
         dropped = task.without_scenes_of(training)
-        questions = task.questions
+        # Captions last, so that short answers never wait for them in a batch.
+        questions = sorted(task.questions, key=lambda question: question.kind == "caption")
         texts = [question.text for question in questions]
         shown = [task.images[question.scene] for question in questions]
         blank = [Image.new("RGB", image.size, (128, 128, 128)) for image in shown]
@@ -156,7 +157,7 @@ class EvalConfig:
 
 def main(config: EvalConfig):
     """Print the scores of a model folder."""
-    model, processor = load(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load(config.model, cli.find_device("auto"))
     tasks = {split: SceneTask(split, config.scenes) for split in ("test", "compositional")}
     results = evaluate(model, processor, tasks, TrainingScan(Scenes("train"), config.training_scenes))
     print(json.dumps(results) if config.json else format_table(results))

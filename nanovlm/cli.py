@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import tyro
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,17 @@ PROJECT = Path(__file__).resolve().parent.parent
 def parse(cls, args: list[str] | None = None, **options):
     """Read options into a dataclass with tyro; an unknown one is an error that names the nearest field."""
     return tyro.cli(cls, args=args, **options)
+
+
+def find_device(name: str) -> torch.device:
+    """Turn cpu, cuda, cuda:1 or auto into a device that is there. Raises ValueError that names what is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device = {name!r} must be cpu, cuda, cuda:N or auto")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}, but torch finds no CUDA device here; use cpu or auto")
+    return torch.device(name)
 
 
 def run(main: Callable, *args):

@@ -12,15 +12,15 @@ def scenes() -> TrainConfig:
                 hidden_size=96,
                 intermediate_size=384,
                 num_hidden_layers=2,
-                num_attention_heads=3,
+                num_attention_heads=4,
             ),
             decoder=DecoderConfig(
                 hidden_size=96,
                 intermediate_size=288,
                 num_hidden_layers=3,
-                num_attention_heads=3,
-                num_key_value_heads=1,
-                head_dim=32,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+                head_dim=16,
                 vocab_size=512,
                 tie_word_embeddings=False,
             ),
@@ -28,7 +28,7 @@ def scenes() -> TrainConfig:
         data=DataConfig(row_length=192, batch_rows=16, keep_documents=True, tokenizer_size=512),
         optim=OptimConfig(
             lr=2e-3,
-            steps=1200,
+            steps=1050,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
                 ParamRule(r"", lr_scale=2.0, weight_decay=0.01, optimizer="muon"),

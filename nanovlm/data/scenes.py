@@ -2,7 +2,7 @@
 
 `draw(split, index)` is a pure function: the same picture and questions on any machine. Everything is drawn
 from polygons, so no font or file is needed. One to three shapes differ in colour, size, position and
-rotation, half of the scenes show a number, and the background is a noisy gradient.
+rotation, half of the scenes show a digit, and the background is a noisy gradient.
 
 Splits differ by seed. Each `compositional` scene contains a colour-shape pair of HELD_OUT and asks about
 it; `train` and `test` scenes never show or mention such a pair, but every colour and every shape of it.
@@ -37,7 +37,8 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 HELD_OUT = (("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "triangle"), ("purple", "square"))
-MAX_OBJECTS = 3
+# How many objects there are when 0, 1, 2 or 3 of them share a colour or a shape.
+NUMBERS = ((1, 1, 2, 3), (1, 1, 2, 3), (2, 2, 3, 3), (3, 3, 3, 3))
 SEEN = tuple(pair for pair in itertools.product(COLORS, SHAPES) if pair not in HELD_OUT)
 CELLS = tuple(
     " ".join(filter(None, words)) or "center"
@@ -47,13 +48,13 @@ CELLS = tuple(
 
 @dataclass(frozen=True)
 class Object:
-    """A shape, or a number when `text` is given; centre and radius in pixels, angle in radians."""
+    """A shape, or a digit when `digit` is given; centre and radius in pixels, angle in radians."""
 
     color: str
     shape: str
     radius: float
     angle: float
-    text: str = ""
+    digit: int | None = None
     cell: int = 0
     x: float = 0.0
     y: float = 0.0
@@ -72,7 +73,7 @@ class Scene:
     """What is in a picture. `counted` is the colour or shape that 0 to 3 objects share, evenly often."""
 
     objects: list[Object]
-    numbers: list[Object]
+    digits: list[Object]
     counted: str
     known: tuple[tuple[str, str], ...]  # the pairs that questions may mention
 
@@ -105,7 +106,7 @@ def draw(split: str, index: int) -> dict:
 def _compose(rng, compositional):
     """Choose the objects so that counts are balanced, then place them so that positions are."""
     same = rng.randrange(4)  # so many objects share a colour (axis 0) or a shape (axis 1)
-    number = rng.randint(max(same, 1), MAX_OBJECTS)
+    number = rng.choice(NUMBERS[same])
     axis = rng.randrange(2)
     first = rng.choice(HELD_OUT if compositional else SEEN)
     values = (tuple(COLORS), SHAPES)[axis]
@@ -117,9 +118,8 @@ def _compose(rng, compositional):
             pairs.append(pair)
     things = [Object(*pair, radius=rng.uniform(8, 12), angle=rng.uniform(-0.4, 0.4)) for pair in pairs]
     if rng.random() < 0.5:
-        text = str(rng.randrange(10)) if rng.random() < 0.5 else str(rng.randrange(10, 100))
-        radius = rng.uniform(1.7, 2.0) * math.hypot(6 * len(text) - 1, 7) / 2
-        things.append(Object("", "", radius=radius, angle=rng.uniform(-0.2, 0.2), text=text))
+        radius = rng.uniform(2.2, 2.7) * math.hypot(5, 7) / 2  # a dot of the glyph is 2.2 to 2.7 pixels wide
+        things.append(Object("", "", radius=radius, angle=rng.uniform(-0.2, 0.2), digit=rng.randrange(10)))
     placed = None
     while placed is None:
         placed = _place(rng, things)
@@ -151,37 +151,36 @@ def _span(third, radius):
 
 
 def _ask_color(rng, scene, about):
-    single = [o for o in about if sum(p.shape == o.shape for p in scene.objects) == 1]
-    return [(f"what color is the {o.shape}?", o.color) for o in single]
+    return [(f"what color is the {o.shape}?", o.color) for o in about if _is_only(o.shape, scene)]
 
 
 def _ask_shape(rng, scene, about):
-    single = [o for o in about if sum(p.color == o.color for p in scene.objects) == 1]
-    return [(f"what shape is the {o.color} object?", o.shape) for o in single]
+    return [(f"what shape is the {o.color} object?", o.shape) for o in about if _is_only(o.color, scene)]
 
 
 def _ask_count(rng, scene, about):
     count = sum(scene.counted in o.pair for o in scene.objects)
     what = f"{scene.counted} objects" if scene.counted in COLORS else f"{scene.counted}s".replace("sss", "sses")
     asked = [(f"how many {what} are there?", str(count))]
-    # Scenes of 1, 2 and 3 objects come in the ratio 4 : 7 : 13; ask this equally often of each.
-    if rng.random() < (1, 4 / 7, 4 / 13)[len(scene.objects) - 1]:
+    # Ask this as often of scenes with many objects as of scenes with few.
+    scenes_of = [sum(numbers.count(n) for numbers in NUMBERS) for n in (1, 2, 3)]
+    if rng.random() < min(scenes_of) / scenes_of[len(scene.objects) - 1]:
         asked.append(("how many objects are there?", str(len(scene.objects))))
     return asked
 
 
 def _ask_position(rng, scene, about):
-    return [(f"where is the {o.name}?", CELLS[o.cell]) for o in _unique(about, scene)]
+    return [(f"where is {rng.choice(names)}?", CELLS[o.cell]) for o in about if (names := _names(o, scene))]
 
 
 def _ask_relation(rng, scene, about):
     asked = []
-    for a, b in itertools.product(_unique(about, scene), _unique(scene.objects, scene)):
+    for a, b in itertools.product(about, scene.objects):
         dx, dy = a.x - b.x, a.y - b.y
-        if abs(dx) > 1.5 * abs(dy):
-            asked.append((f"where is the {a.name} relative to the {b.name}?", "left" if dx < 0 else "right"))
-        elif abs(dy) > 1.5 * abs(dx):
-            asked.append((f"where is the {a.name} relative to the {b.name}?", "above" if dy < 0 else "below"))
+        names_a, names_b = _names(a, scene), _names(b, scene)
+        if names_a and names_b and max(abs(dx), abs(dy)) > 1.5 * min(abs(dx), abs(dy)):
+            side = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+            asked.append((f"where is {rng.choice(names_a)} relative to {rng.choice(names_b)}?", side))
     return asked
 
 
@@ -196,12 +195,12 @@ def _ask_existence(rng, scene, about):
 
 
 def _ask_digits(rng, scene, about):
-    return [("what number is written?", o.text) for o in scene.numbers]
+    return [("what digit is written?", str(o.digit)) for o in scene.digits]
 
 
 def _ask_caption(rng, scene, about):
     parts = [f"{_a(o.pair)} at the {CELLS[o.cell]}" for o in sorted(scene.objects, key=lambda o: o.x)]
-    parts += [f"the number {o.text}" for o in scene.numbers]
+    parts += [f"the digit {o.digit}" for o in scene.digits]
     return [("describe the image.", " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + ".")]
 
 
@@ -209,9 +208,15 @@ def _a(pair):
     return f"{'an' if pair[0][0] in 'aeiou' else 'a'} {pair[0]} {pair[1]}"
 
 
-def _unique(objects, scene):
-    """The objects that colour and shape together name."""
-    return [o for o in objects if sum(p.pair == o.pair for p in scene.objects) == 1]
+def _is_only(value, scene):
+    """Is there just one object of this colour, this shape, or this pair of both?"""
+    return sum(value in (o.color, o.shape, o.pair) for o in scene.objects) == 1
+
+
+def _names(o, scene):
+    """Every way to name an object that fits no other: its shape, its colour, or both."""
+    names = [(o.shape, f"the {o.shape}"), (o.color, f"the {o.color} object"), (o.pair, f"the {o.name}")]
+    return [name for value, name in names if _is_only(value, scene)]
 
 
 QUESTIONS = {
@@ -242,8 +247,8 @@ def _render(rng, scene):
     layer = Image.new("CMYK", (IMAGE_SIZE * SCALE,) * 2)  # as four plain channels: red, green, blue, cover
     canvas = ImageDraw.Draw(layer)
     grey = rng.uniform(40, 215)
-    for thing in scene.objects + scene.numbers:
-        if thing.text:
+    for thing in scene.objects + scene.digits:
+        if thing.digit is not None:
             color = (15, 15, 15) if grey > 128 else (250, 250, 250)
         else:
             color = tuple(min(255, max(0, c + rng.randint(-15, 15))) for c in COLORS[thing.color])
@@ -262,20 +267,19 @@ def _render(rng, scene):
 
 
 def _draw_thing(canvas, thing, ink):
-    """Draw a shape or a number about its centre."""
+    """Draw a shape or a digit about its centre."""
     cos, sin = math.cos(thing.angle) * SCALE, math.sin(thing.angle) * SCALE
     left, top, r = thing.x * SCALE, thing.y * SCALE, thing.radius
 
     def polygon(points):
         canvas.polygon([(round(left + x * cos - y * sin), round(top + x * sin + y * cos)) for x, y in points], fill=ink)
 
-    if thing.text:
-        dot = 2 * r / math.hypot(6 * len(thing.text) - 1, 7)
-        for place, digit in enumerate(thing.text):
-            for row, bits in enumerate(bytes.fromhex(GLYPHS[int(digit)])):
-                for run in re.finditer("1+", f"{bits:05b}"):
-                    x, y = 6 * place - 3 * len(thing.text) + 0.5, row - 3.5
-                    polygon(_box((x + run.start()) * dot, y * dot, (x + run.end()) * dot, (y + 1) * dot))
+    if thing.digit is not None:
+        dot = 2 * r / math.hypot(5, 7)
+        for row, bits in enumerate(bytes.fromhex(GLYPHS[thing.digit])):
+            for run in re.finditer("1+", f"{bits:05b}"):
+                left_dot, right_dot, top_dot = run.start() - 2.5, run.end() - 2.5, row - 3.5
+                polygon(_box(left_dot * dot, top_dot * dot, right_dot * dot, (top_dot + 1) * dot))
     elif thing.shape == "circle":
         canvas.ellipse([round(c + side * r * SCALE) for side in (-1, 1) for c in (left, top)], fill=ink)
     elif thing.shape == "square":

@@ -72,19 +72,22 @@ def linear_patches(config: VisionConfig) -> nn.Module:
 
 
 class ConvPatches(nn.Module):
-    """3x3 convolutions of stride 2, doubling channels, then a 1x1 (Xiao et al. 2021, arXiv 2106.14881).
+    """3x3 convolutions: of stride 2 with doubling channels down to the grid, two more on it, then a 1x1.
 
-    Learns faster from little data than one linear map of raw pixels. Group norm and not batch norm, which
-    would let the documents of a batch see each other.
+    Learns faster from little data than one linear map of raw pixels (Xiao et al. 2021, arXiv 2106.14881). Group norm
+    and not batch norm, which would let the documents of a batch see each other.
     """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        steps = config.patch_size.bit_length() - 1
-        widths = [3] + [max(1, config.hidden_size >> (steps - i)) for i in range(1, steps + 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths))
+        D, steps = config.hidden_size, config.patch_size.bit_length() - 1
+        widths = [3] + [max(1, D >> (steps - i)) for i in range(1, steps + 1)] + [D, D]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2 if i < steps else 1, padding=1, bias=False)
+            for i, (before, after) in enumerate(itertools.pairwise(widths))
+        )
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, width), width) for width in widths[1:])
-        self.proj = nn.Conv2d(widths[-1], config.hidden_size, 1)
+        self.proj = nn.Conv2d(D, D, 1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """float[I, C, H, W] -> [I, D, grid, grid]."""
