@@ -8,8 +8,7 @@ demo: .venv/installed  ## train the default preset, then answer questions about 
 	$(BIN)/python train.py scenes --run-dir runs/demo
 	$(BIN)/python -m nanovlm.data.scenes runs/demo/images --split test --num 8
 	$(BIN)/python generate.py --model runs/demo/model --image runs/demo/images/0.png --prompt \
-	  "describe the image." "how many objects are there?" "where is the star?"
-	@echo "the image is runs/demo/images/0.png; runs/demo/samples.png shows more of them"
+	  "describe the image." "how many objects are there?"
 
 test: .venv/installed-test  ## every test that needs no GPU
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest

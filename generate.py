@@ -45,6 +45,8 @@ class GenerateConfig:
 def main(config: GenerateConfig):
     """Answer the prompts, or chat. Raises ValueError with one sentence for anything wrong with the input."""
     config.sampling.validate()
+    if config.json and not config.prompt:
+        raise ValueError("--json needs a --prompt; a chat has no JSON form")
     images = [open_image(path) for path in config.image]
     model, processor = nanovlm.load(config.model, cli.find_device(config.device))
     if not config.prompt:
@@ -122,6 +124,8 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
             if line.startswith("/image "):
                 pending.append(open_image(line.removeprefix("/image ").strip()))
                 continue
+            if line.startswith("/"):
+                raise ValueError(f"there is no command {line!r}; there are /image FILE, /new and /exit")
             content = [{"type": "image"} for _ in pending] + [{"type": "text", "text": line}]
             asked = [*messages, {"role": "user", "content": content}]
             prompt = processor.prompt(asked, shown + pending)

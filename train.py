@@ -10,6 +10,7 @@ The run directory receives config.json, metrics.jsonl (a line a step), checkpoin
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -45,16 +46,19 @@ class TrainState:
     optimizers: dict[str, torch.optim.Optimizer]
     loader: Loader
     threads: int
+    precision: str
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
 
     def save(self, run_dir: Path, keep: int):
-        numbers = {name: getattr(self, name) for name in ("step", "tokens", "elapsed_s", "threads")}
+        """Write a checkpoint and keep the newest `keep`."""
+        numbers = {name: getattr(self, name) for name in ("step", "tokens", "elapsed_s", "threads", "precision")}
         numbers["loader"] = self.loader.state_dict()
         checkpoint.save_checkpoint(run_dir, self.model, self.optimizers, numbers, keep)
 
     def load(self, folder: Path):
+        """Go on from a checkpoint."""
         numbers = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
         self.loader.load_state_dict(numbers.pop("loader"))
         for name, value in numbers.items():
@@ -72,7 +76,7 @@ def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> 
     set_learning_rate(state.optimizers, lr)
     loss = 0.0
     for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
             loss_sum = OBJECTIVES[config.objective](state.model, batch.to(device))
         (loss_sum / max(1, num_trained)).backward()
         loss += loss_sum.item() / max(1, num_trained)
@@ -88,18 +92,15 @@ def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> 
 def main(config: TrainConfig) -> dict:
     """Train, resume or report a finished run; return the contents of its eval.json."""
     # --- setup -------------------------------------------------------------------------------------------
+    begin = time.perf_counter()
     config.validate()
+    device = cli.find_device(config.device)
     run_dir = Path(config.run_dir)
     if (run_dir / "config.json").exists():
         check_same_config(run_dir / "config.json", config)
     if (run_dir / "eval.json").exists():
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
         return checkpoint.read_json(run_dir / "eval.json")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(
-        run_dir / "config.json", json.dumps({"commit": git_commit(), **dataclasses.asdict(config)}, indent=2)
-    )
-    device = cli.find_device(config.device)
     torch.manual_seed(config.seed)
 
     # --- data --------------------------------------------------------------------------------------------
@@ -109,22 +110,25 @@ def main(config: TrainConfig) -> dict:
     loader = Loader(source, processor.document, config.data, config.model.pad_token_id, config.seed)
     tasks = {split: SceneTask(split, config.eval_scenes) for split in ("test", "compositional")}
 
-    # --- model, optimizer ----------------------------------------------------------------------------------
+    # --- model, optimizer, state -----------------------------------------------------------------------------
     model = VLM(config.model).to(device)
-    optimizers = make_optimizers(model, config.optim)
-    state = TrainState(model, optimizers, loader, config.threads)
-    checkpoints = checkpoint.list_checkpoints(run_dir)
-    if checkpoints:
+    state = TrainState(model, make_optimizers(model, config.optim), loader, config.threads, config.precision)
+    log = start_wandb(config) if config.wandb else None
+    if checkpoints := checkpoint.list_checkpoints(run_dir):
         state.load(checkpoints[-1])
+        begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
-    if not state.threads:
-        state.threads = fastest_threads(state, config) if device.type == "cpu" else torch.get_num_threads()
+    else:
+        choose_fastest(state, config)
+        begin_run(run_dir, config)
     torch.set_num_threads(state.threads)
     metrics_file = open_metrics(run_dir / "metrics.jsonl", state.step)
+    if not checkpoints:
+        state.save(run_dir, config.keep_checkpoints)
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     print(f"{sum(parts.values()):.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})")
-    print(f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'the CPU, {state.threads} threads'}")
-    log = start_wandb(config) if config.wandb else None
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU with {state.threads} threads"
+    print(f"training on {place} in {state.precision}")
 
     # --- loop --------------------------------------------------------------------------------------------
     model.train()
@@ -135,11 +139,10 @@ def main(config: TrainConfig) -> dict:
         data_wait_s = time.perf_counter() - start
         tokens_before = state.tokens
         metrics = train_step(state, batches, config)
-        seconds = time.perf_counter() - start
-        state.elapsed_s += seconds
+        state.elapsed_s = time.perf_counter() - begin
         metrics |= {
             "tokens": state.tokens,
-            "tokens_per_second": (state.tokens - tokens_before) / seconds,
+            "tokens_per_second": (state.tokens - tokens_before) / (time.perf_counter() - start),
             "padding": 1 - (state.tokens - tokens_before) / sum(batch.doc_ids.numel() for batch in batches),
             "data_wait_s": data_wait_s,
             "elapsed_s": state.elapsed_s,
@@ -153,6 +156,7 @@ def main(config: TrainConfig) -> dict:
         if config.sample_every and state.step % config.sample_every == 0:
             bar.write(f"step {state.step}: " + "   ".join(sample_answers(model, processor, tasks["test"])))
         if state.step % config.checkpoint_every == 0 or state.step == config.optim.steps:
+            checkpoint.flush(run_dir / "metrics.jsonl")
             state.save(run_dir, config.keep_checkpoints)
     bar.close()
     metrics_file.close()
@@ -162,37 +166,42 @@ def main(config: TrainConfig) -> dict:
     checkpoint.save_model(run_dir / "model", model, processor)
     results = {"train_seconds": round(state.elapsed_s, 1)}
     if config.eval_scenes:
-        training = TrainingScan(source, min(loader.next_index, len(source)))
-        scores = evaluate(model, processor, tasks, training)
+        scores = evaluate(model, processor, tasks, TrainingScan(source))
         results |= scores
         print("\n" + format_table(scores))
-        draw_contact_sheet(model, processor, tasks["test"], run_dir / "samples.png")
-        print(f"contact sheet: {run_dir / 'samples.png'}")
-    checkpoint.write_text(run_dir / "eval.json", json.dumps(results, indent=2))
-    print(f"trained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
+        png, lines = draw_contact_sheet(model, processor, tasks["test"])
+        checkpoint.write_file(run_dir / "samples.png", png)
+        print(f"Held-out scenes, drawn in {run_dir / 'samples.png'}:", *lines, sep="\n  ")
+    checkpoint.write_file(run_dir / "eval.json", json.dumps(results, indent=2))
+    print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
     return results
 
 
-def fastest_threads(state: TrainState, config: TrainConfig) -> int:
-    """Time a forward and backward pass with one thread and with all; say and return the faster number.
+def choose_fastest(state: TrainState, config: TrainConfig):
+    """Time a batch forward and backward with each thread count and precision left open; say and keep the fastest.
 
-    Two threads on a busy machine can be many times slower than one.
+    Two threads on a busy machine can be many times slower than one, and so can bf16 on a processor without it.
     """
     start = state.loader.state_dict()
     batch = next(state.loader)
     state.loader.load_state_dict(start)
+    on_cpu = next(state.model.parameters()).device.type == "cpu"
+    threads = [config.threads] if config.threads else sorted({1, torch.get_num_threads()} if on_cpu else {1})
+    precisions = [config.precision] if config.precision != "auto" else ["bf16", "fp32"] if on_cpu else ["bf16"]
     seconds = {}
-    for threads in {1, torch.get_num_threads()}:
-        torch.set_num_threads(threads)
+    for choice in itertools.product(threads, precisions) if len(threads) * len(precisions) > 1 else ():
+        torch.set_num_threads(choice[0])
         for _ in range(3):
             begin = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=choice[1] == "bf16"):
                 loss = OBJECTIVES[config.objective](state.model, batch)
             loss.backward()
-            seconds[threads] = min(time.perf_counter() - begin, seconds.get(threads, float("inf")))
+            seconds[choice] = min(time.perf_counter() - begin, seconds.get(choice, float("inf")))
     state.model.zero_grad()
-    print("a batch takes " + ", ".join(f"{s * 1e3:.0f} ms with {n} threads" for n, s in sorted(seconds.items())))
-    return min(seconds, key=seconds.get)
+    state.threads, state.precision = min(seconds, key=seconds.get) if seconds else (threads[0], precisions[0])
+    if seconds:
+        timed = (f"{1e3 * s:.0f} ms with {n} threads in {precision}" for (n, precision), s in seconds.items())
+        print(f"a batch takes {', '.join(timed)}")
 
 
 def sample_answers(model: VLM, processor: Processor, task: SceneTask, num: int = 4) -> list[str]:
@@ -204,11 +213,25 @@ def sample_answers(model: VLM, processor: Processor, task: SceneTask, num: int =
     return [f"{q.text} {said!r} (truth {q.truth!r})" for q, said in zip(chosen, answers, strict=True)]
 
 
+def begin_run(run_dir: Path, config: TrainConfig):
+    """Make the run directory and write config.json, with the commit."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run-dir {run_dir} cannot be made a folder: {error}") from error
+    resolved = {"commit": git_commit(), **dataclasses.asdict(config)}
+    checkpoint.write_file(run_dir / "config.json", json.dumps(resolved, indent=2))
+
+
 def check_same_config(path: Path, config: TrainConfig):
     """Raise ValueError that names the fields in which a run's config.json differs from `config`."""
     saved = checkpoint.read_json(path)
-    saved.pop("commit", None)
-    saved = dataclasses.replace(from_dict(TrainConfig, saved), run_dir=config.run_dir)
+    if isinstance(saved, dict) and saved.pop("commit", None) != git_commit():
+        print(f"note: {path.parent} was started at another commit")
+    try:
+        saved = dataclasses.replace(from_dict(TrainConfig, saved), run_dir=config.run_dir)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if changed := differences(saved, config):
         raise ValueError(
             f"{path.parent} was started with another config ({'; '.join(changed)}): "
@@ -218,12 +241,10 @@ def check_same_config(path: Path, config: TrainConfig):
 
 def open_metrics(path: Path, step: int):
     """Open metrics.jsonl to append after the line of `step`; what a killed run wrote beyond it goes."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    checkpoint.write_text(path, "".join(kept))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if len(lines) < step:
+        raise ValueError(f"{path} has {len(lines)} lines, but the newest checkpoint is of step {step}")
+    checkpoint.write_file(path, "".join(lines[:step]))
     return open(path, "a")
 
 

@@ -3,8 +3,8 @@
     python benchmarks/speed.py                                  print, and append to benchmarks/results/speed.jsonl
     python benchmarks/speed.py --preset scenes --threads 1
 
-Before anything is timed, decoding with the cache is checked against a forward pass without it on the timed
-shape. Weights are random: speed does not depend on what they say. Every line has the medians of `repeats` runs.
+Decoding with the cache is checked against a forward pass without it on the timed shape before it is timed. Every
+line has the medians of `repeats` runs.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 class SpeedConfig:
     # Preset to time.
     preset: str = "scenes"
-    # CPU threads; 0 leaves torch's own choice.
+    # CPU threads; 0 for the fastest number.
     threads: int = 0
     # Timed training steps and timed decodings.
     repeats: int = 10
@@ -50,8 +50,8 @@ class SpeedConfig:
 
 
 def main(config: SpeedConfig):
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.preset not in PRESETS:
+        raise ValueError(f"there is no preset {config.preset!r}; there are {', '.join(PRESETS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = PRESETS[config.preset]()
     source = SOURCES[preset.data.source]("train")
@@ -59,6 +59,8 @@ def main(config: SpeedConfig):
     processor = Processor(tokenizer, CHAT_TEMPLATE, preset.model)
     torch.manual_seed(0)
     model = VLM(preset.model).to(device)
+    lines = [time_training(model, processor, source, preset, config)]
+    lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
     environment = {
         "preset": config.preset,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
@@ -68,8 +70,6 @@ def main(config: SpeedConfig):
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    lines = [time_training(model, processor, source, preset, config)]
-    lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
         for line in lines:
@@ -80,7 +80,9 @@ def main(config: SpeedConfig):
 def time_training(model, processor, source, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
     loader = Loader(source, processor.document, preset.data, preset.model.pad_token_id, preset.seed)
-    state = train.TrainState(model, make_optimizers(model, preset.optim), loader, torch.get_num_threads())
+    state = train.TrainState(model, make_optimizers(model, preset.optim), loader, config.threads, preset.precision)
+    train.choose_fastest(state, dataclasses.replace(preset, threads=config.threads))
+    torch.set_num_threads(state.threads)
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []
     for _ in range(config.repeats + 3):
         start = time.perf_counter()
@@ -100,6 +102,7 @@ def time_training(model, processor, source, preset, config):
         "images_per_second": round(statistics.median(images[3:]) / step, 1),
         "step_ms": round(1e3 * step, 1),
         "data_ms": round(1e3 * statistics.median(data_seconds[3:]), 1),
+        "precision": state.precision,
     }
 
 
@@ -110,28 +113,30 @@ def time_decoding(model, processor, source, config, batch_size):
     prompts = [processor.prompt(question, source.raw(i)["images"]) for i in range(batch_size)]
     batch = processor.batch(prompts).to(next(model.parameters()).device)
     length = batch.input_ids.shape[1]
-    prefills, decodes = [], []
-    for _ in range(config.repeats + 1):
+
+    def decode():
         cache = KVCache(model.config.decoder, batch_size, length + config.new_tokens, batch.input_ids.device)
-        start = time.perf_counter()
+        begin = time.perf_counter()
         logits = prefill(model, batch, cache)
         synchronize()
-        prefills.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        middle = time.perf_counter()
         tokens = []
         for _ in range(config.new_tokens):
             tokens.append(logits.argmax(-1).clamp(min=6))  # 6: behind the special tokens
             logits = decode_one_token(model, tokens[-1], cache)
         synchronize()
-        decodes.append(time.perf_counter() - start)
+        return middle - begin, time.perf_counter() - middle, tokens, logits
+
+    _, _, tokens, logits = decode()
     check(model, batch, torch.stack(tokens, dim=1), logits)
+    prefills, decodes, _, _ = zip(*(decode() for _ in range(config.repeats)), strict=True)
     return {
         "what": "decoding",
         "batch_size": batch_size,
         "prompt_tokens": length,
         "new_tokens": config.new_tokens,
-        "prefill_ms": round(1e3 * statistics.median(prefills[1:]), 2),
-        "tokens_per_second": round(batch_size * config.new_tokens / statistics.median(decodes[1:])),
+        "prefill_ms": round(1e3 * statistics.median(prefills), 2),
+        "tokens_per_second": round(batch_size * config.new_tokens / statistics.median(decodes)),
     }
 
 
@@ -149,7 +154,7 @@ def check(model, batch, tokens, logits):
     expected = model.head(model(whole)[:, -1])
     error = (logits - expected).abs().max() / expected.abs().max()
     if not error < 1e-4:
-        raise SystemExit(f"decoding is wrong by {error:.1e} relative: not timed")
+        raise SystemExit(f"decoding is wrong by {error:.1e} relative: it is not timed")
 
 
 def synchronize():

@@ -4,17 +4,17 @@
     python -m eval.run runs/scenes/model --scenes 64   faster
 
 Beside the accuracy stand three controls: the answers to the same questions with a grey image (`blank`) and
-with another scene's image (`shuffled`), and the commonest training answer to the very same question
-(`majority`). All answers are generated greedily and count only when they are exact.
+with another scene's image (`shuffled`), and the commonest training answer to the very same question, or to its kind
+where training never asks it (`majority`). All answers are generated greedily and count only when they are exact.
 """
 
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -43,8 +43,7 @@ def answer(
             for image, text in zip(images[start : start + BATCH_ROWS], texts[start : start + BATCH_ROWS], strict=True)
         ]
         batch = processor.batch(prompts).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            rows = generate(model, batch, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS))
+        rows = generate(model, batch, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS))
         answers += [processor.decode(row) for row in rows]
     return answers
 
@@ -68,7 +67,7 @@ def evaluate(model: VLM, processor: Processor, tasks: dict[str, SceneTask], trai
             "accuracy": answer(model, processor, shown, texts, name),
             "blank": answer(model, processor, blank, texts, f"{name}, blank images"),
             "shuffled": answer(model, processor, other, texts, f"{name}, shuffled images"),
-            "majority": [training.majority.get(text, "") for text in texts],
+            "majority": [training.guess(question) for question in questions],
         }
         scores = {column: accuracy_by_kind(questions, answers) for column, answers in predictions.items()}
         counts = Counter(question.kind for question in questions)
@@ -107,8 +106,8 @@ def format_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_contact_sheet(model: VLM, processor: Processor, task: SceneTask, path: Path, num: int = 12):
-    """Draw held-out images with one question of changing kind, the model's answer and the truth."""
+def draw_contact_sheet(model: VLM, processor: Processor, task: SceneTask, num: int = 12) -> tuple[bytes, list[str]]:
+    """Show held-out images with a question, the model's answer and the truth, as a PNG file and as lines of text."""
     chosen: list[Question] = []
     kinds = list(dict.fromkeys(question.kind for question in task.questions))
     for scene in range(min(num, len(task.images))):
@@ -117,29 +116,37 @@ def draw_contact_sheet(model: VLM, processor: Processor, task: SceneTask, path: 
         chosen += wanted[:1]
     images = [task.images[question.scene] for question in chosen]
     answers = answer(model, processor, images, [question.text for question in chosen])
-    columns, side, text_height, gap = 4, 256, 96, 12
+    columns, side, gap, font = 4, 256, 12, ImageFont.load_default(15)
+    cells = []
+    for question, said in zip(chosen, answers, strict=True):
+        color = (0, 110, 40) if exact_match(said, question.truth) else (180, 0, 0)
+        lines = [(line, (0, 0, 0)) for line in _wrap(font, question.text, side)]
+        lines += [(line, color) for line in _wrap(font, f"answer: {said}", side)]
+        lines += [(line, (110, 110, 110)) for line in _wrap(font, f"truth: {question.truth}", side)]
+        cells.append(lines)
+    height = side + gap + 18 * max(len(lines) for lines in cells)
     rows = -(-len(chosen) // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), "white")
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (question, image, said) in enumerate(zip(chosen, images, answers, strict=True)):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text_height + gap)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (height + gap) + gap), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(zip(images, cells, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (height + gap)
         sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        is_right = exact_match(said, question.truth)
-        lines = _wrap(canvas, font, question.text, side) + _wrap(canvas, font, f"answer: {said}", side)
-        lines += [] if is_right else _wrap(canvas, font, f"truth: {question.truth}", side)
-        color = (0, 110, 40) if is_right else (180, 0, 0)
-        for number, line in enumerate(lines):
-            canvas.text(
-                (x, y + side + 2 + 18 * number), line, fill="black" if line in question.text else color, font=font
-            )
-    sheet.save(path)
+        for number, (line, color) in enumerate(lines):
+            canvas.text((x, y + side + 2 + 18 * number), line, fill=color, font=font)
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    texts = [
+        f"{'right' if exact_match(said, q.truth) else 'WRONG'}  {q.text} {said} (truth: {q.truth})"
+        for q, said in zip(chosen, answers, strict=True)
+    ]
+    return png.getvalue(), texts
 
 
-def _wrap(canvas, font, text, width):
+def _wrap(font, text, width):
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if canvas.textlength(longer, font=font) <= width else [*lines, word]
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
     return lines
 
 
@@ -149,17 +156,17 @@ class EvalConfig:
     model: Annotated[Path, tyro.conf.Positional]
     # Held-out scenes a split.
     scenes: int = 512
-    # Training scenes that are searched for repeated pixels and for the majority answers.
-    training_scenes: int = 20000
     # Print one JSON object in place of the table.
     json: bool = False
 
 
 def main(config: EvalConfig):
     """Print the scores of a model folder."""
+    if config.scenes < 1:
+        raise ValueError(f"--scenes {config.scenes} must be at least 1")
     model, processor = load(config.model, cli.find_device("auto"))
     tasks = {split: SceneTask(split, config.scenes) for split in ("test", "compositional")}
-    results = evaluate(model, processor, tasks, TrainingScan(Scenes("train"), config.training_scenes))
+    results = evaluate(model, processor, tasks, TrainingScan(Scenes("train")))
     print(json.dumps(results) if config.json else format_table(results))
 
 

@@ -22,7 +22,6 @@ class SceneTask:
     """The questions of one held-out split of the drawn scenes."""
 
     def __init__(self, split: str, num_scenes: int):
-        self.split = split
         raw = [Scenes(split).raw(i) for i in range(num_scenes)]
         self.images = [scene["images"][0] for scene in raw]
         self.questions = [
@@ -41,15 +40,20 @@ class SceneTask:
 class TrainingScan:
     """What the training scenes alone give away: their pixels, and the commonest answer to each question."""
 
-    def __init__(self, source: Scenes, num_scenes: int):
+    def __init__(self, source: Scenes):
         self.digests = set()
-        answers = defaultdict(Counter)
-        for i in tqdm(range(num_scenes), desc="training scenes", unit="scene", mininterval=1):
+        self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
+        for i in tqdm(range(len(source)), desc="reading the training scenes", unit="scene", mininterval=1):
             raw = source.raw(i)
             self.digests.add(digest(raw["images"][0]))
             for turn in raw["texts"]:
-                answers[turn["user"]][turn["assistant"]] += 1
-        self.majority = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+                self.by_text[turn["user"]][turn["assistant"]] += 1
+                self.by_kind[turn["kind"]][turn["assistant"]] += 1
+
+    def guess(self, question: Question) -> str:
+        """The commonest training answer to the question, or to its kind where training never asks it."""
+        counts = self.by_text.get(question.text) or self.by_kind[question.kind]
+        return counts.most_common(1)[0][0] if counts else ""
 
 
 def digest(image: Image.Image) -> bytes:

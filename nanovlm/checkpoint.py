@@ -31,19 +31,18 @@ def new_folder(path: Path):
 
     Raises OSError that names `path` when the disk is full or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        restore(path)
         temporary.mkdir(parents=True)
         yield temporary
         for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        replaced = path.with_name(f".{path.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
+            flush(file)
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {error}") from error
@@ -51,12 +50,20 @@ def new_folder(path: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str):
+def restore(path: Path):
+    """Put back the folder that `new_folder` was replacing when it was killed between its two renames."""
+    replaced = path.with_name(f".{path.name}.old")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_file(path: Path, data: str | bytes):
     """Write a file under a temporary name, flush it and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
-        _flush(temporary)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        flush(temporary)
         temporary.rename(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -90,10 +97,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VLM, P
     Raises ValueError that names what is missing, unknown, cut off or of another shape.
     """
     folder = Path(folder)
+    restore(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no model folder {folder}")
+    data = read_json(folder / "config.json")
     try:
-        config = from_dict(VLMConfig, read_json(folder / "config.json")).validate()
+        config = from_dict(VLMConfig, data).validate()
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     processor = Processor.load(folder, config)
@@ -114,7 +123,8 @@ def load_weights(model: VLM, path: Path):
         if tensors[name].shape != expected[name].shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the config: {'; '.join(sorted(problems))}")
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{path} does not fit the config: {'; '.join(sorted(problems)[:20])}{more}")
     model.load_state_dict(tensors)
 
 
@@ -150,7 +160,9 @@ def save_checkpoint(run_dir: Path, model: VLM, optimizers: dict, state: dict, ke
         save_file(_rng_state(), temporary / "rng.safetensors")
         (temporary / "state.json").write_text(json.dumps(state))
     for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+        old.rename(old.with_name(f".{old.name}.gone"))
+    for gone in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -181,7 +193,7 @@ def _rng_state():
     return state
 
 
-def _flush(path):
+def flush(path: Path):
     """Ask the system to put a file or a folder on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

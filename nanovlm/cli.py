@@ -20,10 +20,10 @@ def find_device(name: str) -> torch.device:
     """Turn cpu, cuda, cuda:1 or auto into a device that is there. Raises ValueError that names what is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device = {name!r} must be cpu, cuda, cuda:N or auto")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device = {name!r}, but torch finds no CUDA device here; use cpu or auto")
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    present += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in present:
+        raise ValueError(f"device = {name!r} is not here; there are auto, {', '.join(present)}")
     return torch.device(name)
 
 

@@ -6,6 +6,7 @@ properties. `validate()` checks across fields; `from_dict` reads what `dataclass
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class VLMConfig:
 @dataclass(frozen=True)
 class DataConfig:
     # Where the samples come from, a key of nanovlm.data.sources.SOURCES.
-    source: str = "scenes"
+    source: Literal["scenes"] = "scenes"
     # Tokens in a packed row; a longer document is an error.
     row_length: int = 256
     # Rows in a batch (a micro-batch, when gradients are accumulated).
@@ -187,9 +188,9 @@ class TrainConfig:
     seed: int = 0
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
-    # Precision of matrix products: bf16 autocast, or fp32 throughout.
-    precision: Literal["bf16", "fp32"] = "bf16"
-    # CPU threads; 0 times one and all cores before the first step, takes the faster and says which.
+    # Precision of the model's matrix products: bf16 (autocast), fp32, or auto (the faster; bf16 on a GPU).
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # CPU threads; 0 takes one or all, whichever is faster. What is chosen by speed is timed first, and said.
     threads: int = 0
     # Steps between checkpoints; one is always written at the end.
     checkpoint_every: int = 200
@@ -211,6 +212,7 @@ class TrainConfig:
             ("optim.steps", o.steps, 1),
             ("optim.warmup_steps", o.warmup_steps, 0),
             ("optim.accumulation_steps", o.accumulation_steps, 1),
+            ("seed", self.seed, 0),
             ("threads", self.threads, 0),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("keep_checkpoints", self.keep_checkpoints, 1),
@@ -220,6 +222,14 @@ class TrainConfig:
             _check(value >= least, f"{name} = {value} must be at least {least}")
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
         _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
+        for name, value in (("optim.betas", max(o.betas)), ("optim.momentum", o.momentum)):
+            _check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
+        for rule in o.rules:
+            _check(rule.weight_decay >= 0, f"the weight_decay {rule.weight_decay} of {rule.pattern!r} is negative")
+            try:
+                re.compile(rule.pattern)
+            except re.error as error:
+                raise ValueError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}") from error
         _check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
         _check(
             d.tokenizer_size <= self.model.decoder.vocab_size,

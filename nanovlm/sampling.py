@@ -36,7 +36,7 @@ class SamplingConfig:
         """Return self, or raise ValueError that names the value and what would be right."""
         for name, ok, right in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -93,6 +93,8 @@ def cut_at_end(tokens: list[int], eos_token_id: int) -> list[int]:
 
 def prefill(model: VLM, batch: Batch, cache: KVCache) -> Tensor:
     """Run the prompts through the model and into the cache; return logits [B, V] after each row's last token."""
+    if bool((batch.doc_ids > batch.doc_ids[:, :1]).any() | (batch.branch_ids != 0).any()):
+        raise ValueError("a row of prompts must hold one document without branches")
     lengths = (batch.doc_ids >= 0).sum(1)
     # Padding goes into the slots behind the prompt, which decoding overwrites before anything sees them.
     slots = torch.arange(batch.input_ids.shape[1], device=lengths.device).expand_as(batch.input_ids)

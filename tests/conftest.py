@@ -1,6 +1,7 @@
 """A tiny model, its processor, and small documents, shared by the tests."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nanovlm.data.packing import make_row
 from nanovlm.data.sources import Scenes, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.attention import ATTENTION
+from nanovlm.model.vision import PATCH_EMBEDDING
 from nanovlm.model.vlm import VLM
 
 TINY = VLMConfig(
@@ -36,11 +38,14 @@ def processor():
     return Processor(train_tokenizer(Scenes("train").texts(50), 512), CHAT_TEMPLATE, TINY)
 
 
-@pytest.fixture(params=sorted(ATTENTION))
+@pytest.fixture(params=itertools.product(sorted(ATTENTION), sorted(PATCH_EMBEDDING)), ids=" ".join)
 def model(request):
-    """A random tiny model for each attention backend."""
+    """A random tiny model for each attention backend and each patch embedding."""
     torch.manual_seed(0)
-    return VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, attention=request.param))).eval()
+    attention, patch_embedding = request.param
+    decoder = dataclasses.replace(TINY.decoder, attention=attention)
+    vision = dataclasses.replace(TINY.vision, patch_embedding=patch_embedding)
+    return VLM(dataclasses.replace(TINY, decoder=decoder, vision=vision)).eval()
 
 
 def noise(seed, size=16):

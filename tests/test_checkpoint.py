@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_what_was_there(folder, monkeypatch):
 
 
 def test_a_file_too_large_for_the_disk(folder):
-    """The system itself refuses to write on: the first save fits the limit, the second does not."""
+    """The system itself refuses to write on, in the middle of the weights."""
     script = f"""
 import resource, sys
 import nanovlm
@@ -126,6 +126,12 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert f"could not write {folder}" in done.stdout
     nanovlm.load(folder)
+
+
+def test_a_kill_between_the_renames_loses_nothing(folder):
+    folder.rename(folder.with_name(".model.old"))
+    nanovlm.load(folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
 def test_run_state_comes_back(tmp_path, processor):

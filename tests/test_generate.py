@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
 from nanovlm import checkpoint
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
@@ -46,16 +47,57 @@ def test_json(folder):
 def test_text_is_streamed_and_repeats(folder):
     options = ["--image", "a.png", "--prompt", "what?", "--temperature", "1", "--seed", "3", "--max-new-tokens", "9"]
     first, second = call(folder, *options), call(folder, *options)
-    assert first.returncode == 0 and first.stdout == second.stdout != ""
+    assert first.returncode == 0 and first.stdout == second.stdout and len(first.stdout.strip()) > 3
+
+
+def test_characters_appear_once_they_are_whole(folder, monkeypatch, capsys, processor):
+    """An emoji is four byte tokens: nothing may be printed before the fourth."""
+    ids = processor.tokenizer.encode("a\U0001f642b").ids
+    printed = []
+
+    def stream(model, batch, config):
+        for token in [*ids, TINY.eos_token_id]:
+            yield torch.tensor([token])
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(generate, "stream", stream)
+    prompt = processor.prompt([{"role": "user", "content": "x"}])
+    texts, _ = generate.answer(VLM(TINY), processor, [prompt], generate.SamplingConfig(), echo=True)
+    assert texts == ["a\U0001f642b"]
+    assert printed[0] == "a" and "".join(printed) == "a\U0001f642b" and "\ufffd" not in "".join(printed)
 
 
 def test_chat(folder):
     done = call(
-        folder, "--max-new-tokens", "4", text="hello?\n/image a.png\nwhat?\n/image nothing.png\n\n/new\nwhy?\n/exit\n"
+        folder,
+        "--max-new-tokens",
+        "4",
+        text="hello?\n/imag a.png\n/image a.png\nwhat?\n/image nothing.png\n\n/new\nwhy?\n/exit\n",
     )
     assert done.returncode == 0, done.stderr
     assert "there is no image file nothing.png" in done.stdout
     assert "the prompt is empty" in done.stdout
+    assert "there is no command '/imag a.png'" in done.stdout
+
+
+def test_a_chat_remembers(folder, monkeypatch, processor):
+    """Every prompt holds the conversation so far and all images, until /new."""
+    seen = []
+
+    def answer(model, processor, prompts, config, echo):
+        text = processor.tokenizer.decode(prompts[0].input_ids.tolist(), skip_special_tokens=False)
+        seen.append((text.replace("<|image|>" * 4, "<I>"), len(prompts[0].tiles)))
+        return ["fine"], {}
+
+    lines = iter(["one?", f"/image {folder / 'b.png'}", "two?", "/new", "three?"])
+    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/exit"))
+    generate.chat(None, processor, [noise(0)], generate.SamplingConfig())
+    assert seen == [
+        ("<|user|><I>one?<|assistant|>", 1),
+        ("<|user|><I>one?<|assistant|>fine<|end|><|user|><I>two?<|assistant|>", 2),
+        ("<|user|><I>three?<|assistant|>", 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +106,8 @@ def test_chat(folder):
         (["--image", "none.png", "--prompt", "a"], "there is no image file none.png"),
         (["--image", "model/config.json", "--prompt", "a"], "model/config.json cannot be read as an image"),
         (["--prompt", "  "], "the prompt is empty"),
+        (["--json"], "--json needs a --prompt"),
+        (["--prompt", "a", "--device", "tpu"], "device = 'tpu' is not here; there are auto, cpu"),
         (["--prompt", "a", "--top-p", "0"], "top_p = 0.0 must be above 0 and at most 1"),
         (["--model", "nowhere", "--prompt", "a"], "there is no model folder nowhere"),
     ],

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nanovlm.config import OptimConfig, ParamRule
-from nanovlm.optim import Muon, make_optimizers, orthogonalize, set_learning_rate
+from nanovlm.optim import Muon, learning_rate, make_optimizers, orthogonalize, set_learning_rate
 
 
 class Net(nn.Module):
@@ -93,3 +93,14 @@ def test_muon_takes_convolutions_as_matrices():
         parameter.grad = torch.arange(48.0).view(parameter.shape).sin()
         optimizer.step()
     assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_learning_rate_never_overshoots():
+    for steps in (1, 2, 5, 12, 50, 1000):
+        for warmup in (0, 1, 20, 2000):
+            config = OptimConfig(lr=1.0, steps=steps, warmup_steps=warmup, min_lr_ratio=0.1)
+            rates = [learning_rate(step, config) for step in range(steps + 3)]
+            assert max(rates) <= 1.0 and min(rates) > 0
+            if warmup < steps:
+                assert rates[min(warmup, steps - 1)] == pytest.approx(1.0)
+                assert rates[steps] == pytest.approx(0.1)

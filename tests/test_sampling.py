@@ -53,6 +53,7 @@ def test_cached_equals_uncached(model, processor, prompts):
 def test_batched_equals_one_by_one(model, processor, prompts):
     together = generate(model, processor.batch(prompts), GREEDY)
     assert together == [generate(model, processor.batch([prompt]), GREEDY)[0] for prompt in prompts]
+    assert len({tuple(row) for row in together}) > 1
     assert together == generate(model, processor.batch(prompts), GREEDY)
     reversed_rows = generate(model, processor.batch(prompts[::-1]), GREEDY)
     assert together == reversed_rows[::-1]
@@ -149,9 +150,24 @@ def test_draws_follow_the_probabilities():
     assert (chosen.bincount() / 20000 - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.02
 
 
+def test_a_row_with_two_documents_is_no_prompt(model, processor, prompts):
+    batch = processor.batch(prompts[:1])
+    batch.doc_ids[0, -2:] = 1
+    with pytest.raises(ValueError, match="must hold one document without branches"):
+        generate(model, batch, GREEDY)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2), ("max_new_tokens", 0)],
+    [
+        ("temperature", float("inf")),
+        ("temperature", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 2),
+        ("max_new_tokens", 0),
+    ],
 )
 def test_wrong_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field} = {value} must be"):

@@ -14,25 +14,28 @@ import torch
 
 import nanovlm
 import train
-from nanovlm.config import DataConfig, DecoderConfig, OptimConfig, ParamRule, TrainConfig, VisionConfig, VLMConfig
+from nanovlm.config import OptimConfig, ParamRule, TrainConfig
 from nanovlm.model.vlm import VLM
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
 from tests.conftest import TINY, make_batch, make_document
 
-SMALL = TrainConfig(
-    model=VLMConfig(
-        vision=VisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=16
-        ),
-        decoder=DecoderConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=640),
+PRESET = PRESETS["scenes"]()
+# The default recipe with fewer and smaller layers.
+SMALL = dataclasses.replace(
+    PRESET,
+    model=dataclasses.replace(
+        PRESET.model,
+        vision=dataclasses.replace(PRESET.model.vision, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
+        decoder=dataclasses.replace(PRESET.model.decoder, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
     ),
-    data=DataConfig(row_length=256, batch_rows=2, pack_buffer=8),
-    optim=dataclasses.replace(PRESETS["scenes"]().optim, steps=12, warmup_steps=2),
+    data=dataclasses.replace(PRESET.data, row_length=256, batch_rows=2, pack_buffer=8),
+    optim=dataclasses.replace(PRESET.optim, steps=12, warmup_steps=2),
     checkpoint_every=3,
-    sample_every=0,
+    sample_every=5,
     eval_scenes=0,
     threads=1,
+    precision="bf16",
     device="cpu",
 )
 
@@ -57,6 +60,7 @@ def run_and_kill(run_dir, hook):
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from pathlib import Path
 import train
 from nanovlm import checkpoint
 from tests.test_train import run
@@ -85,13 +89,15 @@ def save_file(tensors, path):
     save(tensors, path)
 checkpoint.save_file = save_file
 """
-KILL_BEFORE_RENAME = """
-flush, calls = checkpoint._flush, []
-def _flush(path):
-    calls.append(path)
-    flush(path)
-    if len(calls) == {}: die()
-checkpoint._flush = _flush
+KILL_AT_RENAME = """
+rename, calls = Path.rename, []
+def counted(self, target):
+    calls.append(target)
+    if len(calls) == {number} and {before}: die()
+    result = rename(self, target)
+    if len(calls) == {number}: die()
+    return result
+Path.rename = counted
 """
 
 
@@ -106,7 +112,10 @@ def comparable(lines):
     [
         pytest.param(KILL_AT_STEP.format(random.Random(os.getpid()).randint(1, 11)), id="at a random step"),
         pytest.param(KILL_IN_SAVE.format(random.Random(os.getpid()).randint(1, 9)), id="in the middle of a save"),
-        pytest.param(KILL_BEFORE_RENAME.format(9), id="just before a rename"),
+        # Renames: config.json, metrics.jsonl, checkpoint 0, checkpoint 3, checkpoint 6, checkpoint 0 goes, ...
+        pytest.param(KILL_AT_RENAME.format(number=4, before=True), id="before a rename"),
+        pytest.param(KILL_AT_RENAME.format(number=4, before=False), id="after a rename"),
+        pytest.param(KILL_AT_RENAME.format(number=6, before=False), id="while an old checkpoint is removed"),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
@@ -126,10 +135,68 @@ def test_a_half_written_line_is_dropped(tmp_path, unbroken):
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
+def test_the_measured_choice_is_kept(tmp_path, monkeypatch):
+    """A resumed run computes as it began, even if another thread count or precision would be faster by then."""
+
+    def choose(answer):
+        monkeypatch.setattr(train, "choose_fastest", lambda state, config: vars(state).update(answer))
+
+    choose({"threads": 1, "precision": "fp32"})
+    monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, threads=0, precision="auto")
+    monkeypatch.undo()
+    choose({"threads": 1, "precision": "bf16"})
+    run(tmp_path, threads=0, precision="auto")
+    monkeypatch.undo()
+    run(tmp_path / "fp32", precision="fp32")
+    assert comparable(metrics(tmp_path)) == comparable(metrics(tmp_path / "fp32"))
+
+
+def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(tmp_path, unbroken):
+    """From the second checkpoint on the system refuses to write files as large as the weights."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import train
+from nanovlm import checkpoint, cli
+from tests.test_train import run
+save = checkpoint.save_checkpoint
+def save_checkpoint(run_dir, model, optimizers, state, keep):
+    if state["step"] == 6: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    save(run_dir, model, optimizers, state, keep)
+checkpoint.save_checkpoint = save_checkpoint
+cli.run(lambda: run({str(tmp_path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"error: could not write {tmp_path / 'checkpoints' / 'step_00000006'}" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_lost_metrics_are_noticed(tmp_path):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 0 lines, but the newest checkpoint is of step 3"):
+        run(tmp_path)
+
+
+def test_a_failed_start_leaves_nothing(tmp_path):
+    for changes in ({"device": "cuda:99"}, {"data": dataclasses.replace(SMALL.data, row_length=40)}):
+        with pytest.raises(ValueError, match=r"cuda:99|row_length = 40"):
+            run(tmp_path / "new", **changes)
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be made a folder"):
+        run(tmp_path / "file")
+
+
 def test_metrics_and_files(tmp_path, unbroken):
     fields = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed_s"}
     assert all(fields <= set(line) for line in unbroken)
-    assert unbroken[-1]["loss"] < 0.9 * unbroken[0]["loss"]
+    assert unbroken[-1]["loss"] < 0.97 * unbroken[0]["loss"]
     for before, after in itertools.pairwise(unbroken):
         assert before["tokens"] < after["tokens"] and before["elapsed_s"] < after["elapsed_s"]
     assert max(line["lr"] for line in unbroken) <= SMALL.optim.lr
@@ -163,8 +230,8 @@ def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(processor):
         torch.manual_seed(0)
         model = VLM(TINY)
         optim = OptimConfig(rules=(ParamRule(""),), warmup_steps=0)
-        state = train.TrainState(model, make_optimizers(model, optim), loader=None, threads=1)
-        results.append(train.train_step(state, batches, TrainConfig(optim=optim, precision="fp32")))
+        state = train.TrainState(model, make_optimizers(model, optim), loader=None, threads=1, precision="fp32")
+        results.append(train.train_step(state, batches, TrainConfig(optim=optim)))
     one, four = results
     assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
@@ -179,6 +246,7 @@ def test_the_evaluation_and_its_files(tmp_path, capsys):
         assert {"mean", "kinds", "blank_mean", "caption_exact"} <= set(results[split])
         kinds = results[split]["kinds"]
         assert set(kinds) <= {"color", "shape", "count", "position", "relation", "existence", "digits"}
+        assert len(kinds) >= 5
         assert all(set(row) == {"accuracy", "blank", "shuffled", "majority", "n"} for row in kinds.values())
     assert (tmp_path / "samples.png").stat().st_size > 1000
     assert "whole caption exact" in capsys.readouterr().out
@@ -216,7 +284,9 @@ def test_help_shows_every_field_with_its_meaning(capsys):
     options = list(leaves(TrainConfig()))
     assert len(options) > 40
     for option in options:
-        assert option in shown, option
+        start = shown.rfind(f" {option} ")
+        assert start >= 0, option
+        assert "(default:" in shown[start : start + 400], option
     assert "Peak learning rate." in shown and "Side of one square patch, in pixels." in shown
 
 
@@ -226,16 +296,3 @@ def test_a_user_mistake_is_one_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: vision.patch_size = 7 must divide vision.image_size = 64\n"
     assert not list(tmp_path.iterdir())
-
-
-def test_learning_rate_never_overshoots():
-    from nanovlm.optim import learning_rate
-
-    for steps in (1, 2, 5, 12, 50, 1000):
-        for warmup in (0, 1, 20, 2000):
-            config = OptimConfig(lr=1.0, steps=steps, warmup_steps=warmup, min_lr_ratio=0.1)
-            rates = [learning_rate(step, config) for step in range(steps + 3)]
-            assert max(rates) <= 1.0 and min(rates) > 0
-            if warmup < steps:
-                assert rates[min(warmup, steps - 1)] == pytest.approx(1.0)
-                assert rates[steps] == pytest.approx(0.1)

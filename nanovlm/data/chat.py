@@ -71,7 +71,11 @@ class Processor:
         for name in ("tokenizer.json", "chat_template.jinja"):
             if not (folder / name).is_file():
                 raise ValueError(f"the model folder {folder} has no {name}")
-        return cls(read_tokenizer(folder / "tokenizer.json"), (folder / "chat_template.jinja").read_text(), config)
+        try:
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / 'chat_template.jinja'} is not a text file: {error}") from error
+        return cls(read_tokenizer(folder / "tokenizer.json"), template, config)
 
     def save(self, folder: Path):
         """Write tokenizer.json and chat_template.jinja."""
@@ -83,6 +87,8 @@ class Processor:
         if not sample.independent:
             ids, labels = self._encode(self._spans(sample.messages))
             return self._make_document(ids, labels, [0] * len(ids), sample.images)
+        if [message["role"] for message in sample.messages] != ["user", "assistant"] * (len(sample.messages) // 2):
+            raise ValueError("independent questions must be pairs of a user and an assistant message")
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
         branches = [self._encode(self._spans(pair)) for pair in pairs]
         # All branches begin with the same tokens up to the last image: the prefix.
@@ -164,7 +170,7 @@ class Processor:
         marked = [{"role": role, "content": f" \ue000{i}\ue001 "} for i, role in enumerate(roles)]
         try:
             text = self.template.render(messages=marked, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses a conversation of {', '.join(roles)}: {error}") from error
         pieces = re.split("( ?)\ue000([0-9]+)\ue001( ?)", text)
         literals = [pieces[0]]
@@ -176,6 +182,8 @@ class Processor:
 
     def _encode_spans(self, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
         """Tokenise spans; return token ids and labels, each label where it is to be predicted."""
+        end = self.tokenizer.id_to_token(self.config.eos_token_id)
+        no_end = f"the chat template does not end an assistant message with the end-of-turn token {end}"
         ids, is_trained = [], []
         running = []  # text since the last control token: (characters, is_trained)
         answer_is_open = False
@@ -203,14 +211,13 @@ class Processor:
                     flush()
                     token = self.special[piece]
                     if answer_is_open and token != self.config.eos_token_id:
-                        break
+                        raise ValueError(no_end)
                     ids.append(token)
                     is_trained.append(answer_is_open)
                     answer_is_open = False
         flush()
         if answer_is_open:
-            end = self.tokenizer.id_to_token(self.config.eos_token_id)
-            raise ValueError(f"the chat template does not end an assistant message with the end-of-turn token {end}")
+            raise ValueError(no_end)
         labels = [token if trained else IGNORE for token, trained in zip(ids, is_trained, strict=True)]
         return ids, [*labels[1:], IGNORE]
 

@@ -23,14 +23,14 @@ def open_image(path: str | Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode upright and into RGB; transparent parts become white.
 
-    16-bit and float greys keep their contrast: their range is scaled to 0-255 unless it already fits.
+    Deeper greys are scaled down from the smallest of the usual ranges that holds them: 0 to 1 for floats, 8, 12 or
+    16 bits, else their own maximum.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = (0, 65535) if image.mode.startswith("I") else (grey.min(), grey.max())
-        if grey.min() < 0 or grey.max() > 255:
-            grey = (grey - low) / (high - low) * 255
+        ranges = ((1,) if image.mode == "F" else ()) + (255, 4095, 65535)
+        grey = grey / next((top for top in ranges if grey.max() <= top), grey.max()) * 255
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # palettes with byte transparency

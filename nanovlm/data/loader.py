@@ -48,9 +48,6 @@ class Loader:
         self.kept = {}  # place in the source -> Document
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
-    def __iter__(self):
-        return self
-
     def __next__(self) -> Batch:
         size = self.config.pack_buffer
         while True:
@@ -60,7 +57,7 @@ class Loader:
             indices = list(self.buffer)
             documents = list(self.buffer.values())
             lengths = [len(d) for d in documents]
-            packed = pack(lengths, [len(d.tiles) for d in documents], self.config.row_length)
+            packed = pack(lengths, self.config.row_length)
             if len(packed) >= self.config.batch_rows:
                 break
             size *= 2

@@ -13,32 +13,24 @@ import torch
 from nanovlm.data.types import IGNORE, Document, Row
 
 
-def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: int | None = None) -> list[list[int]]:
+def pack(lengths: list[int], row_length: int) -> list[list[int]]:
     """Assign documents to rows by best-fit decreasing: each, longest first, to the fullest row it fits.
 
     Returns one list of document indices a row; every index exactly once. Raises ValueError for a document
-    longer than a row or with more than `max_tiles` tiles.
+    longer than a row.
     """
-    for i, (length, tiles) in enumerate(zip(lengths, num_tiles, strict=True)):
-        if length > row_length:
-            raise ValueError(f"document {i} has {length} tokens, more than row_length = {row_length}")
-        if max_tiles is not None and tiles > max_tiles:
-            raise ValueError(f"document {i} has {tiles} tiles, more than max_tiles = {max_tiles}")
-    rows, tiles_in_row = [], []
+    rows = []
     free = []  # (free tokens, row), ascending
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > row_length:
+            raise ValueError(f"document {i} has {lengths[i]} tokens, more than row_length = {row_length}")
         at = bisect_left(free, (lengths[i], -1))
-        if max_tiles is not None:
-            while at < len(free) and tiles_in_row[free[at][1]] + num_tiles[i] > max_tiles:
-                at += 1
         if at < len(free):
             room, row = free.pop(at)
         else:
             room, row = row_length, len(rows)
             rows.append([])
-            tiles_in_row.append(0)
         rows[row].append(i)
-        tiles_in_row[row] += num_tiles[i]
         insort(free, (room - lengths[i], row))
     return rows
 

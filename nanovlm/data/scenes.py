@@ -81,8 +81,8 @@ class Scene:
 def draw(split: str, index: int) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    A training scene has a caption and three other questions of different kinds, a scene of another split one
-    question of each kind.
+    A scene is asked one question of each kind that it allows; training asks for a caption, which is long, in one
+    scene of four.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
@@ -90,12 +90,11 @@ def draw(split: str, index: int) -> dict:
     scene = _compose(rng, compositional=split == "compositional")
     about = scene.objects[:1] if split == "compositional" else scene.objects
     asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
-    kinds = [*asked]
-    if split == "train":
-        kinds = [*rng.sample(kinds[:-1], min(3, len(kinds) - 1)), "caption"]
+    if split == "train" and index % 4:
+        del asked["caption"]
     texts = []
-    for kind in kinds:
-        question, answer = rng.choice(asked[kind])
+    for kind, pairs in asked.items():
+        question, answer = rng.choice(pairs)
         texts.append({"user": question, "assistant": answer, "kind": kind})
     return {"images": [_render(rng, scene)], "texts": texts, "independent": True}
 
@@ -120,18 +119,18 @@ def _compose(rng, compositional):
     if rng.random() < 0.5:
         radius = rng.uniform(2.2, 2.7) * math.hypot(5, 7) / 2  # a dot of the glyph is 2.2 to 2.7 pixels wide
         things.append(Object("", "", radius=radius, angle=rng.uniform(-0.2, 0.2), digit=rng.randrange(10)))
-    placed = None
-    while placed is None:
-        placed = _place(rng, things)
+    # Cells first and all alike, so that no place is likelier than another; then places in them.
+    cells = rng.sample(range(9), len(things))
+    while (placed := _place(rng, things, cells)) is None:
+        things = [replace(thing, radius=0.97 * thing.radius) for thing in things]
     return Scene(placed[:number], placed[number:], counted, HELD_OUT if compositional else SEEN)
 
 
-def _place(rng, things):
-    """Give each thing a place of its own that lies clearly in one cell; None where they do not fit."""
+def _place(rng, things, cells):
+    """Give each thing a place of its own in its cell; None where no room is found."""
     placed = []
-    for thing in things:
+    for thing, cell in zip(things, cells, strict=True):
         for _ in range(12):
-            cell = rng.randrange(9)
             x, y = rng.uniform(*_span(cell % 3, thing.radius)), rng.uniform(*_span(cell // 3, thing.radius))
             if all(math.hypot(o.x - x, o.y - y) > o.radius + thing.radius + 1 for o in placed):
                 placed.append(replace(thing, cell=cell, x=x, y=y))

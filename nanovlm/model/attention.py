@@ -2,7 +2,7 @@
 
 Legend of shapes: B rows, T query tokens, S key tokens, N query heads, K key/value heads, H head size.
 A backend is `attend(q: [B, T, N, H], k: [B, S, K, H], v: [B, S, K, H], mask: bool[B, 1, T, S] | None)
--> [B, T, N, H]`; each key/value head serves N / K neighbouring query heads.
+-> [B, T, N, H]` in the dtype of v; each key/value head serves N / K neighbouring query heads.
 """
 
 import torch
@@ -27,15 +27,15 @@ def make_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor:
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """torch's scaled_dot_product_attention, which groups heads without copying keys."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
+    grouped, dtype = q.shape[1] != k.shape[1], v.dtype
     if q.device.type == "cpu":
         # bf16 attention on the CPU took 2 to 4 times as long as fp32 (128 and 256 tokens, torch 2.13, 2026-11-22).
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    return out.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, attn_mask=mask, enable_gqa=grouped)
+    return out.transpose(1, 2).to(dtype)
 
 
 ATTENTION = {"sdpa": attend_sdpa}

@@ -76,7 +76,7 @@ def init_weights(model: VLM):
 
     - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
       residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
-    - convolutions: sqrt(2 / inputs), for the ReLU behind them
+    - convolutions: sqrt(2 / inputs), as ReLUs follow most of them
     - token embeddings: 1, the scale of the image tokens among them; as a tied head 1 / sqrt(hidden size)
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
     - vision positions: 0.5, half the scale of the patches

@@ -161,8 +161,11 @@ def test_mistakes_are_named(processor):
     with pytest.raises(ValueError, match="every message exactly once"):
         Processor(processor.tokenizer, "{{ messages[0].content }}", TINY).document(to_sample(make_raw(0, ("a", "b"))))
     with pytest.raises(ValueError, match=r"does not end an assistant message with the end-of-turn token <\|end\|>"):
-        template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
         make_document(Processor(processor.tokenizer, template, TINY), 0, ("a", "b"), ("c", "d"))
+    with pytest.raises(ValueError, match="must be pairs of a user and an assistant message"):
+        messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
+        processor.document(Sample([], messages, independent=True))
     with pytest.raises(ValueError, match="no system messages here"):
         template = "{{ raise_exception('no system messages here') if messages[0].role == 'system' }}"
         Processor(processor.tokenizer, template, TINY).prompt(

@@ -20,8 +20,24 @@ def test_every_mode(mode, tmp_path):
         image = image.convert("LA") if mode == "LA" else image
     rgb = to_rgb(image)
     assert rgb.mode == "RGB" and rgb.size == (20, 10)
-    if mode == "I;16":
-        assert np.asarray(rgb).min() == 255
+    if mode not in ("LAB", "I;16"):
+        assert np.ptp(np.asarray(rgb)) > 100
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([0, 255], np.int32, [0, 255]),
+        ([0, 128], np.int32, [0, 128]),
+        ([0, 4095], np.uint16, [0, 255]),
+        ([0, 32768, 65535], np.uint16, [0, 127, 255]),
+        ([0, 0.5, 1], np.float32, [0, 127, 255]),
+        ([-5, 1e9, float("nan")], np.float32, [0, 255, 0]),
+    ],
+)
+def test_deep_greys_are_scaled_to_the_range_that_holds_them(values, dtype, expected):
+    image = Image.fromarray(np.array([values], dtype=dtype))
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == expected
 
 
 def test_transparent_is_white():

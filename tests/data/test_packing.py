@@ -14,27 +14,22 @@ from nanovlm.data.types import IGNORE, Document
 def test_every_document_once_and_no_row_too_full(data):
     row_length = data.draw(st.integers(1, 60))
     lengths = data.draw(st.lists(st.integers(1, row_length), max_size=60))
-    max_tiles = data.draw(st.none() | st.integers(1, 5))
-    tiles = [data.draw(st.integers(0, max_tiles or 5)) for _ in lengths]
-    rows = pack(lengths, tiles, row_length, max_tiles)
+    rows = pack(lengths, row_length)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert sum(lengths[i] for i in row) <= row_length
-        assert max_tiles is None or sum(tiles[i] for i in row) <= max_tiles
-    assert rows == pack(lengths, tiles, row_length, max_tiles)
+    assert rows == pack(lengths, row_length)
 
 
 def test_rows_are_full():
     lengths = torch.randint(10, 100, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = pack(lengths, [1] * 500, 256)
+    rows = pack(lengths, 256)
     assert sum(lengths) / (len(rows) * 256) > 0.98
 
 
-def test_too_long_and_too_many_tiles_are_named():
+def test_too_long_is_named():
     with pytest.raises(ValueError, match="document 1 has 9 tokens, more than row_length = 8"):
-        pack([8, 9], [1, 1], 8)
-    with pytest.raises(ValueError, match="document 0 has 3 tiles, more than max_tiles = 2"):
-        pack([8], [3], 8, max_tiles=2)
+        pack([8, 9], 8)
 
 
 def document(length, branch_ids=None):
