@@ -13,11 +13,13 @@ import dataclasses
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -127,8 +129,7 @@ def main(config: TrainConfig) -> dict:
         state.save(run_dir, config.keep_checkpoints)
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     print(f"{sum(parts.values()):.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})")
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU with {state.threads} threads"
-    print(f"training on {place} in {state.precision}")
+    print(f"training on {device_name(device)} with {state.threads} threads in {state.precision}")
 
     # --- loop --------------------------------------------------------------------------------------------
     model.train()
@@ -164,7 +165,7 @@ def main(config: TrainConfig) -> dict:
     # --- end ---------------------------------------------------------------------------------------------
     model.eval()
     checkpoint.save_model(run_dir / "model", model, processor)
-    results = {"train_seconds": round(state.elapsed_s, 1)}
+    results = {"train_seconds": round(state.elapsed_s, 1), "environment": describe_environment(state)}
     if config.eval_scenes:
         scores = evaluate(model, processor, tasks, TrainingScan(source))
         results |= scores
@@ -266,6 +267,30 @@ def git_commit() -> str | None:
         return subprocess.run(command, cwd=cli.PROJECT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def describe_environment(state: TrainState) -> dict:
+    """Say what a result was measured on."""
+    return {
+        "commit": git_commit(),
+        "device": device_name(next(state.model.parameters()).device),
+        "threads": state.threads,
+        "precision": state.precision,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def parse_config(args: list[str]) -> TrainConfig:

@@ -9,12 +9,10 @@ line has the medians of `repeats` runs.
 
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -59,17 +57,10 @@ def main(config: SpeedConfig):
     processor = Processor(tokenizer, CHAT_TEMPLATE, preset.model)
     torch.manual_seed(0)
     model = VLM(preset.model).to(device)
-    lines = [time_training(model, processor, source, preset, config)]
+    state = train.TrainState(model, make_optimizers(model, preset.optim), None, config.threads, preset.precision)
+    lines = [time_training(state, processor, source, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
-    environment = {
-        "preset": config.preset,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "commit": train.git_commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
+    environment = {"preset": config.preset} | train.describe_environment(state)
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
         for line in lines:
@@ -77,10 +68,9 @@ def main(config: SpeedConfig):
             file.write(json.dumps(line | environment) + "\n")
 
 
-def time_training(model, processor, source, preset, config):
+def time_training(state, processor, source, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
-    loader = Loader(source, processor.document, preset.data, preset.model.pad_token_id, preset.seed)
-    state = train.TrainState(model, make_optimizers(model, preset.optim), loader, config.threads, preset.precision)
+    state.loader = loader = Loader(source, processor.document, preset.data, preset.model.pad_token_id, preset.seed)
     train.choose_fastest(state, dataclasses.replace(preset, threads=config.threads))
     torch.set_num_threads(state.threads)
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []
@@ -102,7 +92,6 @@ def time_training(model, processor, source, preset, config):
         "images_per_second": round(statistics.median(images[3:]) / step, 1),
         "step_ms": round(1e3 * step, 1),
         "data_ms": round(1e3 * statistics.median(data_seconds[3:]), 1),
-        "precision": state.precision,
     }
 
 
@@ -160,15 +149,6 @@ def check(model, batch, tokens, logits):
 def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def cpu_name():
-    """The processor's model, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

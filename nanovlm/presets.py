@@ -28,7 +28,7 @@ def scenes() -> TrainConfig:
         data=DataConfig(row_length=192, batch_rows=16, keep_documents=True, tokenizer_size=512),
         optim=OptimConfig(
             lr=2e-3,
-            steps=1050,
+            steps=950,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
                 ParamRule(r"", lr_scale=2.0, weight_decay=0.01, optimizer="muon"),

@@ -241,7 +241,7 @@ def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(processor):
 def test_the_evaluation_and_its_files(tmp_path, capsys):
     results = run(tmp_path, eval_scenes=6, optim=dataclasses.replace(SMALL.optim, steps=2))
     assert results == json.loads((tmp_path / "eval.json").read_text())
-    assert set(results) == {"train_seconds", "test", "compositional"}
+    assert set(results) == {"train_seconds", "environment", "test", "compositional"}
     for split in ("test", "compositional"):
         assert {"mean", "kinds", "blank_mean", "caption_exact"} <= set(results[split])
         kinds = results[split]["kinds"]

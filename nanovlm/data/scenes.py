@@ -81,8 +81,8 @@ class Scene:
 def draw(split: str, index: int) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    A scene is asked one question of each kind that it allows; training asks for a caption, which is long, in one
-    scene of four.
+    A training scene has a caption and three questions of other kinds, a scene of another split one question of
+    each kind that it allows.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
@@ -90,11 +90,12 @@ def draw(split: str, index: int) -> dict:
     scene = _compose(rng, compositional=split == "compositional")
     about = scene.objects[:1] if split == "compositional" else scene.objects
     asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
-    if split == "train" and index % 4:
-        del asked["caption"]
+    kinds = [*asked]
+    if split == "train":
+        kinds = [*rng.sample(kinds[:-1], min(3, len(kinds) - 1)), "caption"]
     texts = []
-    for kind, pairs in asked.items():
-        question, answer = rng.choice(pairs)
+    for kind in kinds:
+        question, answer = rng.choice(asked[kind])
         texts.append({"user": question, "assistant": answer, "kind": kind})
     return {"images": [_render(rng, scene)], "texts": texts, "independent": True}
 
