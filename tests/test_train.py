@@ -284,7 +284,7 @@ def test_help_shows_every_field_with_its_meaning(capsys):
     options = list(leaves(TrainConfig()))
     assert len(options) > 40
     for option in options:
-        start = shown.rfind(f" {option} ")
+        start = max(shown.rfind(f" {option}{end}") for end in (" ", ","))
         assert start >= 0, option
         assert "(default:" in shown[start : start + 400], option
     assert "Peak learning rate." in shown and "Side of one square patch, in pixels." in shown
