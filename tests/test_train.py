@@ -278,6 +278,9 @@ def test_help_shows_every_field_with_its_meaning(capsys):
             value = getattr(config, field.name)
             if dataclasses.is_dataclass(value):
                 yield from leaves(value, f"{prefix}{field.name}.")
+            elif field.name == "rules":
+                for i, rule in enumerate(value):
+                    yield from leaves(rule, f"{prefix}rules.{i}.")
             else:
                 yield f"--{prefix}{field.name}".replace("_", "-")
 
