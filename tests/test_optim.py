@@ -71,7 +71,8 @@ def test_muon_equals_torch_muon():
     """torch's own Muon, one matrix at a time, with the same scaling to AdamW's update size."""
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(6, 9)), nn.Parameter(torch.randn(9, 6)), nn.Parameter(torch.randn(6, 9))]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    before = [p.detach().clone() for p in ours]
+    theirs = [nn.Parameter(p.clone()) for p in before]
     muon = Muon(ours, lr=0.1, momentum=0.9, weight_decay=0.2)
     reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
@@ -80,8 +81,8 @@ def test_muon_equals_torch_muon():
             q.grad = p.grad.clone()
         muon.step()
         reference.step()
-    for p, q in zip(ours, theirs, strict=True):
-        assert (p - q).abs().max() < 0.03 * p.abs().max()
+    for p, q, start in zip(ours, theirs, before, strict=True):
+        assert (p - q).norm() < 0.05 * (q - start).norm()
 
 
 def test_muon_takes_convolutions_as_matrices():
