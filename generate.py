@@ -137,4 +137,4 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(GenerateConfig, description=__doc__)))
+    cli.run(lambda: main(tyro.cli(GenerateConfig, description=__doc__)))

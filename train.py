@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
@@ -154,7 +155,7 @@ def main(config: TrainConfig) -> dict:
             log(metrics)
         bar.update()
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
-        if config.sample_every and state.step % config.sample_every == 0:
+        if config.sample_every and config.eval_scenes and state.step % config.sample_every == 0:
             bar.write(f"step {state.step}: " + "   ".join(sample_answers(model, processor, tasks["test"])))
         if state.step % config.checkpoint_every == 0 or state.step == config.optim.steps:
             checkpoint.flush(run_dir / "metrics.jsonl")
@@ -300,7 +301,9 @@ def parse_config(args: list[str]) -> TrainConfig:
         raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
-    return cli.parse(TrainConfig, args, prog="train.py [preset]", default=PRESETS[preset](), description=description)
+    return tyro.cli(
+        TrainConfig, args=args, prog="train.py [preset]", default=PRESETS[preset](), description=description
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
@@ -152,4 +153,4 @@ def synchronize():
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(SpeedConfig, description=__doc__)))
+    cli.run(lambda: main(tyro.cli(SpeedConfig, description=__doc__)))

@@ -171,4 +171,4 @@ def main(config: EvalConfig):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(EvalConfig, description=__doc__)))
+    cli.run(lambda: main(tyro.cli(EvalConfig, description=__doc__)))

@@ -1,4 +1,4 @@
-"""Command lines: fields of a dataclass as options, mistakes as one sentence."""
+"""Command lines: which device, and a user's mistakes as one sentence. tyro reads the options."""
 
 import sys
 import traceback
@@ -6,14 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import tyro
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-def parse(cls, args: list[str] | None = None, **options):
-    """Read options into a dataclass with tyro; an unknown one is an error that names the nearest field."""
-    return tyro.cli(cls, args=args, **options)
 
 
 def find_device(name: str) -> torch.device:
@@ -27,13 +21,13 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def run(main: Callable, *args):
+def run(main: Callable):
     """Call main. A mistake that our own code reports is printed as one sentence and exits with status 2.
 
     An error from anywhere else is a bug, and keeps its traceback.
     """
     try:
-        main(*args)
+        main()
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if ".venv" in raised_in.parts or not raised_in.is_relative_to(PROJECT):

@@ -196,7 +196,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     # Newest checkpoints to keep.
     keep_checkpoints: int = 2
-    # Steps between sample answers on the terminal; 0 for none.
+    # Steps between sample answers (about held-out scenes, so none with eval_scenes 0) on the terminal; 0 for none.
     sample_every: int = 200
     # Held-out scenes a split in the final evaluation; 0 skips it.
     eval_scenes: int = 512

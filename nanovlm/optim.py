@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     Nesterov momentum, decoupled weight decay, and the update scaled to the root mean square that AdamW's has,
     0.2, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon does the same
-    one matrix at a time; matrices of one shape go together here, which is 5 times as fast on small ones. A
+    one matrix at a time; matrices of one shape go together here, which is faster where they are small. A
     convolution counts as a matrix of output channels by everything else.
     """
 

@@ -32,7 +32,7 @@ SMALL = dataclasses.replace(
     data=dataclasses.replace(PRESET.data, row_length=256, batch_rows=2, pack_buffer=8),
     optim=dataclasses.replace(PRESET.optim, steps=12, warmup_steps=2),
     checkpoint_every=3,
-    sample_every=5,
+    sample_every=1,
     eval_scenes=0,
     threads=1,
     precision="bf16",
@@ -249,7 +249,9 @@ def test_the_evaluation_and_its_files(tmp_path, capsys):
         assert len(kinds) >= 5
         assert all(set(row) == {"accuracy", "blank", "shuffled", "majority", "n"} for row in kinds.values())
     assert (tmp_path / "samples.png").stat().st_size > 1000
-    assert "whole caption exact" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "whole caption exact" in shown.out
+    assert "(truth 'yes')" in shown.out + shown.err or "(truth 'no')" in shown.out + shown.err
 
 
 def test_the_command_line():
