@@ -129,8 +129,8 @@ class DataConfig:
     batch_rows: int = 16
     # Documents to choose from when rows are packed; more waste less and need more memory.
     pack_buffer: int = 128
-    # Keep documents in memory once they are made: for data that is small and slow to make.
-    keep_documents: bool = False
+    # Read each pass over the source in another order; without, the order of the source is a curriculum.
+    shuffle: bool = True
     # Size of the byte-level BPE vocabulary made from the embedded data.
     tokenizer_size: int = 640
 

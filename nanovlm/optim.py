@@ -61,37 +61,41 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                updates = []
-                for parameter in parameters:
-                    state = self.state[parameter]
-                    if not state:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
-                    buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(parameter.grad.lerp(buffer, group["momentum"]).flatten(1))
-                updates = orthogonalize(torch.stack(updates))
-                scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
+                    matrix = self._momentum(parameter, group["momentum"])
+                    by_shape.setdefault(matrix.shape, []).append((parameter, matrix))
+            for shape, pairs in by_shape.items():
+                parameters, matrices = zip(*pairs, strict=True)
+                scale = 0.2 * max(shape) ** 0.5
+                for parameter, update in zip(parameters, orthogonalize(torch.stack(matrices)), strict=True):
+                    if parameter.flatten(1).shape != shape:
+                        update = update.mT
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view(shape), alpha=-group["lr"] * scale)
+                    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+
+    def _momentum(self, parameter, momentum):
+        """Advance the momentum; return the update, not yet orthogonal, lying: rows <= columns."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        matrix = parameter.grad.lerp(buffer, momentum).flatten(1)
+        return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Set the singular values of float[n, rows, columns] near 1 by five Newton-Schulz steps of order five, in bf16.
 
-    The coefficients are Jordan's: steep at zero, so that the values come out between about 0.7 and 1.2.
+    Fast where rows <= columns. The coefficients are Jordan's: steep at zero, so that the values come out between
+    about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
-    transposed = x.shape[1] > x.shape[2]
-    x = x.mT if transposed else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
-    return (x.mT if transposed else x).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

@@ -8,9 +8,10 @@ def scenes() -> TrainConfig:
     return TrainConfig(
         model=VLMConfig(
             vision=VisionConfig(
+                image_size=48,
                 patch_embedding="conv",
                 hidden_size=96,
-                intermediate_size=384,
+                intermediate_size=288,
                 num_hidden_layers=2,
                 num_attention_heads=4,
             ),
@@ -18,17 +19,18 @@ def scenes() -> TrainConfig:
                 hidden_size=96,
                 intermediate_size=288,
                 num_hidden_layers=3,
-                num_attention_heads=8,
-                num_key_value_heads=8,
-                head_dim=16,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                head_dim=24,
                 vocab_size=512,
                 tie_word_embeddings=False,
             ),
         ),
-        data=DataConfig(row_length=192, batch_rows=16, keep_documents=True, tokenizer_size=512),
+        data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
         optim=OptimConfig(
             lr=2e-3,
-            steps=950,
+            steps=1150,
+            momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
                 ParamRule(r"", lr_scale=2.0, weight_decay=0.01, optimizer="muon"),

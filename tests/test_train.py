@@ -184,8 +184,8 @@ def test_lost_metrics_are_noticed(tmp_path):
 
 
 def test_a_failed_start_leaves_nothing(tmp_path):
-    for changes in ({"device": "cuda:99"}, {"data": dataclasses.replace(SMALL.data, row_length=40)}):
-        with pytest.raises(ValueError, match=r"cuda:99|row_length = 40"):
+    for changes in ({"device": "cuda:99"}, {"data": dataclasses.replace(SMALL.data, row_length=10)}):
+        with pytest.raises(ValueError, match=r"cuda:99|row_length = 10"):
             run(tmp_path / "new", **changes)
         assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
@@ -299,5 +299,5 @@ def test_a_user_mistake_is_one_sentence(tmp_path):
     command = [sys.executable, "train.py", "scenes", "--run-dir", str(tmp_path), "--model.vision.patch-size", "7"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2
-    assert done.stderr == "error: vision.patch_size = 7 must divide vision.image_size = 64\n"
+    assert done.stderr == "error: vision.patch_size = 7 must divide vision.image_size = 48\n"
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ class Loader:
     """An endless iterator of batches over a source.
 
     `source[i]` is a Sample, `process(sample)` its Document. The source is read over and over, each time in
-    another order that the seed decides; with `keep_documents` each document is made once and kept.
+    another order that the seed decides, or in its own order with `shuffle=False`.
 
     Before each batch the buffer is filled up to `pack_buffer` documents and packed; the fullest rows make the
     batch, and so does the row with the oldest document, so that none waits for ever. What is not used stays in
@@ -45,7 +45,6 @@ class Loader:
         self.pad_token_id, self.seed = pad_token_id, seed
         self.next_index = 0  # counts on from one pass over the source to the next
         self.buffer = {}  # index -> Document, oldest first
-        self.kept = {}  # place in the source -> Document
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def __next__(self) -> Batch:
@@ -72,18 +71,16 @@ class Loader:
     def _read(self, index):
         epoch, place = divmod(index, len(self.source))
         place = int(self._order(epoch)[place])
-        document = self.kept.get(place)
-        if document is None:
-            document = self.process(self.source[place])
-            if len(document) > self.config.row_length:
-                raise ValueError(
-                    f"sample {place} has {len(document)} tokens, more than data.row_length = {self.config.row_length}"
-                )
-            if self.config.keep_documents:
-                self.kept[place] = document
+        document = self.process(self.source[place])
+        if len(document) > self.config.row_length:
+            raise ValueError(
+                f"sample {place} has {len(document)} tokens, more than data.row_length = {self.config.row_length}"
+            )
         self.buffer[index] = document
 
     def _make_order(self, epoch):
+        if not self.config.shuffle:
+            return range(len(self.source))
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
     def state_dict(self) -> dict:

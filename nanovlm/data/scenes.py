@@ -2,13 +2,17 @@
 
 `draw(split, index)` is a pure function: the same picture and questions on any machine. Everything is drawn
 from polygons, so no font or file is needed. One to three shapes differ in colour, size, position and
-rotation, half of the scenes show a digit, and the background is a noisy gradient.
+rotation, a digit stands among them, and the background is a noisy gradient.
 
 Splits differ by seed. Each `compositional` scene contains a colour-shape pair of HELD_OUT and asks about
 it; `train` and `test` scenes never show or mention such a pair, but every colour and every shape of it.
 
 The questions of a scene are independent: none may be read off another. Their answers are balanced for
 each question text, so that a model that does not look can hardly do better than chance.
+
+The training scenes are a curriculum (Bengio et al. 2009): the first ask only for the digit, the next only what is
+where, the rest everything. A model that is asked everything from the start learns to see much more slowly
+(docs/log.md).
 
 `python -m nanovlm.data.scenes FOLDER` writes scenes as PNG files with their questions, to look at.
 """
@@ -20,13 +24,17 @@ import math
 import random
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 SPLITS = ("train", "test", "compositional")
-IMAGE_SIZE = 64
+# Training scenes before this number have these kinds of question only.
+LESSONS = ((8_000, ("digits",)), (26_000, ("position", "digits", "caption")))
+IMAGE_SIZE = 48
+CELL_SIZE = IMAGE_SIZE / 3
 COLORS = {
     "red": (215, 35, 35),
     "green": (35, 165, 55),
@@ -48,7 +56,7 @@ CELLS = tuple(
 
 @dataclass(frozen=True)
 class Object:
-    """A shape, or a digit when `digit` is given; centre and radius in pixels, angle in radians."""
+    """A shape, or a digit (then `radius` is half its height); centre and radius in pixels, angle in radians."""
 
     color: str
     shape: str
@@ -73,16 +81,21 @@ class Scene:
     """What is in a picture. `counted` is the colour or shape that 0 to 3 objects share, evenly often."""
 
     objects: list[Object]
-    digits: list[Object]
+    digit: Object
     counted: str
     known: tuple[tuple[str, str], ...]  # the pairs that questions may mention
+
+    @cached_property
+    def values(self):
+        """Every colour, shape and pair of both, as often as an object has it."""
+        return [value for o in self.objects for value in (o.color, o.shape, o.pair)]
 
 
 def draw(split: str, index: int) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    A training scene has a caption and three questions of other kinds, a scene of another split one question of
-    each kind that it allows.
+    A training scene has what its place in the curriculum says, a scene of another split one question of each kind
+    that it allows.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
@@ -90,13 +103,16 @@ def draw(split: str, index: int) -> dict:
     scene = _compose(rng, compositional=split == "compositional")
     about = scene.objects[:1] if split == "compositional" else scene.objects
     asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
-    kinds = [*asked]
-    if split == "train":
-        kinds = [*rng.sample(kinds[:-1], min(3, len(kinds) - 1)), "caption"]
-    texts = []
-    for kind in kinds:
-        question, answer = rng.choice(asked[kind])
-        texts.append({"user": question, "assistant": answer, "kind": kind})
+    lesson = split == "train" and next((kinds for end, kinds in LESSONS if index < end), None)
+    if lesson:
+        chosen = [(kind, *pair) for kind in lesson for pair in asked.get(kind, ())]
+    else:
+        chosen = [(kind, *rng.choice(pairs)) for kind, pairs in asked.items()]
+        if split == "train" and rng.random() < 0.7:
+            chosen.pop()  # the caption: it is long and known by now
+        if split == "train" and "relation" in asked:
+            chosen.append(("relation", *rng.choice(asked["relation"])))  # the hardest, twice
+    texts = [{"user": question, "assistant": answer, "kind": kind} for kind, question, answer in chosen]
     return {"images": [_render(rng, scene)], "texts": texts, "independent": True}
 
 
@@ -116,35 +132,18 @@ def _compose(rng, compositional):
         pair = rng.choice(SEEN)
         if (pair[axis] == counted) == (len(pairs) < same):
             pairs.append(pair)
-    things = [Object(*pair, radius=rng.uniform(8, 12), angle=rng.uniform(-0.4, 0.4)) for pair in pairs]
-    if rng.random() < 0.5:
-        radius = rng.uniform(2.2, 2.7) * math.hypot(5, 7) / 2  # a dot of the glyph is 2.2 to 2.7 pixels wide
-        things.append(Object("", "", radius=radius, angle=rng.uniform(-0.2, 0.2), digit=rng.randrange(10)))
-    # Cells first and all alike, so that no place is likelier than another; then places in them.
-    cells = rng.sample(range(9), len(things))
-    while (placed := _place(rng, things, cells)) is None:
-        things = [replace(thing, radius=0.97 * thing.radius) for thing in things]
-    return Scene(placed[:number], placed[number:], counted, HELD_OUT if compositional else SEEN)
+    things = [Object(*pair, radius=rng.uniform(5.5, 7.5), angle=rng.uniform(-0.4, 0.4)) for pair in pairs]
+    things.append(Object("", "", radius=rng.uniform(6, 7.3), angle=rng.uniform(-0.2, 0.2), digit=rng.randrange(10)))
+    # Each thing in a cell of its own, all cells alike, so that no place is likelier than another.
+    placed = [_place(rng, thing, cell) for thing, cell in zip(things, rng.sample(range(9), len(things)), strict=True)]
+    return Scene(placed[:-1], placed[-1], counted, HELD_OUT if compositional else SEEN)
 
 
-def _place(rng, things, cells):
-    """Give each thing a place of its own in its cell; None where no room is found."""
-    placed = []
-    for thing, cell in zip(things, cells, strict=True):
-        for _ in range(12):
-            x, y = rng.uniform(*_span(cell % 3, thing.radius)), rng.uniform(*_span(cell // 3, thing.radius))
-            if all(math.hypot(o.x - x, o.y - y) > o.radius + thing.radius + 1 for o in placed):
-                placed.append(replace(thing, cell=cell, x=x, y=y))
-                break
-        else:
-            return None
-    return placed
-
-
-def _span(third, radius):
-    """Where a centre may lie along one side: 2 pixels clear of the other thirds, inside the picture."""
-    low, high = IMAGE_SIZE * third / 3 + 2, IMAGE_SIZE * (third + 1) / 3 - 2
-    return min(max(low, radius + 1), high), max(min(high, IMAGE_SIZE - radius - 1), low)
+def _place(rng, thing, cell):
+    """Put a thing somewhere in a cell."""
+    room = CELL_SIZE / 2 - thing.radius
+    x, y = (CELL_SIZE * (third + 0.5) + rng.uniform(-room, room) for third in (cell % 3, cell // 3))
+    return replace(thing, cell=cell, x=x, y=y)
 
 
 # --- questions: each function returns pairs of question and answer -----------------------------------------
@@ -195,13 +194,14 @@ def _ask_existence(rng, scene, about):
 
 
 def _ask_digits(rng, scene, about):
-    return [("what digit is written?", str(o.digit)) for o in scene.digits]
+    return [("what digit is written?", str(scene.digit.digit))]
 
 
 def _ask_caption(rng, scene, about):
-    parts = [f"{_a(o.pair)} at the {CELLS[o.cell]}" for o in sorted(scene.objects, key=lambda o: o.x)]
-    parts += [f"the digit {o.digit}" for o in scene.digits]
-    return [("describe the image.", " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + ".")]
+    # By colour and shape, so that a picture has one right caption.
+    order = sorted(scene.objects, key=lambda o: ([*COLORS].index(o.color), SHAPES.index(o.shape), o.cell))
+    parts = [f"{_a(o.pair)} at the {CELLS[o.cell]}" for o in order]
+    return [("describe the image.", f"{', '.join(parts)} and the digit {scene.digit.digit}.")]
 
 
 def _a(pair):
@@ -210,7 +210,7 @@ def _a(pair):
 
 def _is_only(value, scene):
     """Is there just one object of this colour, this shape, or this pair of both?"""
-    return sum(value in (o.color, o.shape, o.pair) for o in scene.objects) == 1
+    return scene.values.count(value) == 1
 
 
 def _names(o, scene):
@@ -243,27 +243,23 @@ GLYPHS = (
 
 
 def _render(rng, scene):
-    """Draw the scene: paint is black outside the shapes, so background * (1 - cover) + paint blends."""
+    """Draw the scene: paint is black outside the shapes, so background * (1 - cover) + paint blends them."""
     layer = Image.new("CMYK", (IMAGE_SIZE * SCALE,) * 2)  # as four plain channels: red, green, blue, cover
     canvas = ImageDraw.Draw(layer)
     grey = rng.uniform(40, 215)
-    for thing in scene.objects + scene.digits:
+    for thing in [*scene.objects, scene.digit]:
         if thing.digit is not None:
             color = (15, 15, 15) if grey > 128 else (250, 250, 250)
         else:
             color = tuple(min(255, max(0, c + rng.randint(-15, 15))) for c in COLORS[thing.color])
         _draw_thing(canvas, thing, (*color, 255))
-    *paint, cover = (np.asarray(channel, dtype=np.float32) for channel in layer.reduce(SCALE).split())
-    background = rng.uniform(-25, 25) * GRID[0] + rng.uniform(-25, 25) * GRID[1]
-    noise = np.frombuffer(rng.randbytes(3 * IMAGE_SIZE**2), dtype=np.uint8).reshape(3, *cover.shape)
-    uncovered = 1 - cover / 255
-    pixels = np.empty((*cover.shape, 3), dtype=np.uint8)
-    for i in range(3):
-        channel = (background + (grey + rng.uniform(-20, 20))) * uncovered
-        channel += paint[i]
-        channel += noise[i] * np.float32(24 / 255)
-        pixels[..., i] = (channel - 12).clip(0, 255)
-    return Image.fromarray(pixels)
+    layer = np.asarray(layer.reduce(SCALE)).astype(np.float32)
+    paint, cover = layer[..., :3], layer[..., 3:] / 255
+    tint = np.array([grey + rng.uniform(-20, 20) for _ in range(3)], dtype=np.float32)
+    background = tint + (rng.uniform(-25, 25) * GRID[0] + rng.uniform(-25, 25) * GRID[1])[..., None]
+    noise = np.frombuffer(rng.randbytes(paint.size), dtype=np.uint8).reshape(paint.shape) * np.float32(24 / 255) - 12
+    pixels = background * (1 - cover) + paint + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _draw_thing(canvas, thing, ink):
@@ -275,7 +271,7 @@ def _draw_thing(canvas, thing, ink):
         canvas.polygon([(round(left + x * cos - y * sin), round(top + x * sin + y * cos)) for x, y in points], fill=ink)
 
     if thing.digit is not None:
-        dot = 2 * r / math.hypot(5, 7)
+        dot = 2 * r / 7
         for row, bits in enumerate(bytes.fromhex(GLYPHS[thing.digit])):
             for run in re.finditer("1+", f"{bits:05b}"):
                 left_dot, right_dot, top_dot = run.start() - 2.5, run.end() - 2.5, row - 3.5

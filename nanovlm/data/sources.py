@@ -25,7 +25,7 @@ def to_sample(raw: dict) -> Sample:
 class Scenes:
     """The drawn scenes of one split. `source[i]` is a Sample, `source.raw(i)` has the question kinds too."""
 
-    def __init__(self, split: str, length: int = 16384):
+    def __init__(self, split: str, length: int = 45_000):
         self.split, self.length = split, length
 
     def __len__(self):
@@ -38,8 +38,8 @@ class Scenes:
         return scenes.draw(self.split, index)
 
     def texts(self, num_scenes: int) -> Iterator[str]:
-        """Yield the questions and answers of the first scenes, to make a tokenizer from."""
-        for index in range(num_scenes):
+        """Yield the questions and answers of scenes from the whole source, to make a tokenizer from."""
+        for index in range(0, len(self), -(-len(self) // num_scenes)):
             for turn in self.raw(index)["texts"]:
                 yield from (turn["user"], turn["assistant"])
 

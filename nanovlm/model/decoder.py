@@ -102,14 +102,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine fp32[B, T, 1, H / 2] of position * theta**(-2i / H) (Su et al. 2021, arXiv 2104.09864)."""
+    """Cosine and signed sine fp32[B, T, 1, H] of position * theta**(-2i / H) (Su et al. 2021, arXiv 2104.09864).
+
+    Both halves of H hold the same angles; the sine is negative in the first half, as `rotate` needs it.
+    """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, :, None, None].float() * theta**-exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate each pair (x[i], x[i + H / 2]) of [B, T, heads, H] by its angle; returns fp32."""
-    cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, signed_sin = rope
+    x = x.float()
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
