@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 
 SPLITS = ("train", "test", "compositional")
 # Training scenes before this number have these kinds of question only.
-LESSONS = ((8_000, ("digits",)), (26_000, ("position", "digits", "caption")))
+LESSONS = ((8_000, ("digits",)), (25_000, ("position", "digits", "caption")))
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
 COLORS = {
