@@ -29,7 +29,7 @@ def scenes() -> TrainConfig:
         data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
         optim=OptimConfig(
             lr=2e-3,
-            steps=1300,
+            steps=1280,
             momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),

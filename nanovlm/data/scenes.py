@@ -11,7 +11,7 @@ The questions of a scene are independent: none may be read off another. Their an
 each question text, so that a model that does not look can hardly do better than chance.
 
 The training scenes are a curriculum (Bengio et al. 2009): the first ask only for the digit, the next only what is
-where, the rest everything. A model that is asked everything from the start learns to see much more slowly
+where, some how objects lie to each other, the rest everything. A model that is asked everything from the start learns to see much more slowly
 (docs/log.md).
 
 `python -m nanovlm.data.scenes FOLDER` writes scenes as PNG files with their questions, to look at.
@@ -31,8 +31,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SPLITS = ("train", "test", "compositional")
-# Training scenes before this number have these kinds of question only.
-LESSONS = ((8_000, ("digits",)), (25_000, ("position", "digits", "caption")))
+# Training scenes before this number have all their questions of these kinds, and no others.
+LESSONS = (
+    (8_000, ("digits",)),
+    (25_000, ("position", "digits", "caption")),
+    (29_000, ("position", "relation")),
+)
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
 COLORS = {
