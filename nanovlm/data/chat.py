@@ -87,8 +87,9 @@ class Processor:
         if not sample.independent:
             ids, labels = self._encode(self._spans(sample.messages))
             return self._make_document(ids, labels, [0] * len(ids), sample.images)
-        if [message["role"] for message in sample.messages] != ["user", "assistant"] * (len(sample.messages) // 2):
-            raise ValueError("independent questions must be pairs of a user and an assistant message")
+        roles = [message["role"] for message in sample.messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise ValueError("independent questions must be pairs of a user and an assistant message, at least one")
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
         branches = [self._encode(self._spans(pair)) for pair in pairs]
         # All branches begin with the same tokens up to the last image: the prefix.

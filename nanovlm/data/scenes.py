@@ -11,8 +11,8 @@ The questions of a scene are independent: none may be read off another. Their an
 each question text, so that a model that does not look can hardly do better than chance.
 
 The training scenes are a curriculum (Bengio et al. 2009): the first ask only for the digit, the next only what is
-where, some how objects lie to each other, the rest everything. A model that is asked everything from the start learns to see much more slowly
-(docs/log.md).
+where, the next how objects lie to each other, the rest everything. A model that is asked everything from the
+start learns to see much more slowly (docs/log.md).
 
 `python -m nanovlm.data.scenes FOLDER` writes scenes as PNG files with their questions, to look at.
 """
@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SPLITS = ("train", "test", "compositional")
-# Training scenes before this number have all their questions of these kinds, and no others.
+# Training scenes before this number have all their questions of these kinds, and no others; without any, a caption.
 LESSONS = (
     (8_000, ("digits",)),
     (25_000, ("position", "digits", "caption")),
@@ -110,6 +110,7 @@ def draw(split: str, index: int) -> dict:
     lesson = split == "train" and next((kinds for end, kinds in LESSONS if index < end), None)
     if lesson:
         chosen = [(kind, *pair) for kind in lesson for pair in asked.get(kind, ())]
+        chosen = chosen or [("caption", *asked["caption"][0])]  # no object has a name of its own
     else:
         chosen = [(kind, *rng.choice(pairs)) for kind, pairs in asked.items()]
         if split == "train" and rng.random() < 0.7:
