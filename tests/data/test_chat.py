@@ -166,6 +166,8 @@ def test_mistakes_are_named(processor):
     with pytest.raises(ValueError, match="must be pairs of a user and an assistant message"):
         messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
         processor.document(Sample([], messages, independent=True))
+    with pytest.raises(ValueError, match="at least one"):
+        processor.document(Sample([], [], independent=True))
     with pytest.raises(ValueError, match="no system messages here"):
         template = "{{ raise_exception('no system messages here') if messages[0].role == 'system' }}"
         Processor(processor.tokenizer, template, TINY).prompt(
