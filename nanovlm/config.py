@@ -129,7 +129,7 @@ class DataConfig:
     batch_rows: int = 16
     # Documents to choose from when rows are packed; more waste less and need more memory.
     pack_buffer: int = 128
-    # Read each pass over the source in another order; without, the order of the source is a curriculum.
+    # Read each pass over the source in another order; off where the source's own order is a curriculum.
     shuffle: bool = True
     # Size of the byte-level BPE vocabulary made from the embedded data.
     tokenizer_size: int = 640

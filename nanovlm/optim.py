@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     def _momentum(self, parameter, momentum):
-        """Advance the momentum; return the update, not yet orthogonal, lying: rows <= columns."""
+        """Advance the momentum; return the update, not yet orthogonal, wide: rows <= columns."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -142,7 +142,7 @@ def test_a_scene_is_a_record_like_public_data():
 
 
 def test_training_is_a_curriculum():
-    """Only the digit, then only what is where, then everything; held-out scenes ask everything once."""
+    """Each lesson has its kinds of question and no others; later scenes, like held-out ones, ask everything."""
 
     def kinds(split, first):
         texts = [draw(split, i)["texts"] for i in range(first, first + 200)]
