@@ -17,8 +17,9 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,11 +30,11 @@ from tqdm import tqdm
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
 from nanovlm import checkpoint, cli
-from nanovlm.config import TrainConfig, differences, from_dict
+from nanovlm.config import TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import SOURCES
-from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, read_tokenizer, train_tokenizer
 from nanovlm.data.types import IGNORE, Batch
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import OBJECTIVES
@@ -94,11 +95,16 @@ def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> 
 
 def main(config: TrainConfig) -> dict:
     """Train, resume or report a finished run; return the contents of its eval.json."""
-    # --- setup -------------------------------------------------------------------------------------------
-    begin = time.perf_counter()
     config.validate()
     device = cli.find_device(config.device)
-    run_dir = Path(config.run_dir)
+    with checkpoint.lock(Path(config.run_dir)) as run_dir:
+        return train(config, run_dir, device)
+
+
+def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
+    """Do what `main` says, in a run directory that is ours alone."""
+    # --- setup -------------------------------------------------------------------------------------------
+    begin = time.perf_counter()
     if (run_dir / "config.json").exists():
         check_same_config(run_dir / "config.json", config)
     if (run_dir / "eval.json").exists():
@@ -107,8 +113,12 @@ def main(config: TrainConfig) -> dict:
     torch.manual_seed(config.seed)
 
     # --- data --------------------------------------------------------------------------------------------
-    source = SOURCES[config.data.source]("train")
-    tokenizer = train_tokenizer(source.texts(1000), config.data.tokenizer_size)
+    source = pick(SOURCES, config.data.source, "data.source")("train")
+    checkpoints = checkpoint.list_checkpoints(run_dir)
+    if checkpoints:
+        tokenizer = read_tokenizer(run_dir / "tokenizer.json")
+    else:
+        tokenizer = train_tokenizer(source.texts(1000), config.data.tokenizer_size)
     processor = Processor(tokenizer, CHAT_TEMPLATE, config.model)
     loader = Loader(source, processor.document, config.data, config.model.pad_token_id, config.seed)
     tasks = {split: SceneTask(split, config.eval_scenes) for split in ("test", "compositional")}
@@ -116,14 +126,15 @@ def main(config: TrainConfig) -> dict:
     # --- model, optimizer, state -----------------------------------------------------------------------------
     model = VLM(config.model).to(device)
     state = TrainState(model, make_optimizers(model, config.optim), loader, config.threads, config.precision)
-    log = start_wandb(config) if config.wandb else None
-    if checkpoints := checkpoint.list_checkpoints(run_dir):
+    if checkpoints:
         state.load(checkpoints[-1])
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
     else:
         choose_fastest(state, config)
-        begin_run(run_dir, config)
+        checkpoint.write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
+        checkpoint.write_file(run_dir / "tokenizer.json", tokenizer.to_str())
+    log = start_wandb(config, run_dir) if config.wandb else None
     torch.set_num_threads(state.threads)
     metrics_file = open_metrics(run_dir / "metrics.jsonl", state.step)
     if not checkpoints:
@@ -144,6 +155,7 @@ def main(config: TrainConfig) -> dict:
         state.elapsed_s = time.perf_counter() - begin
         metrics |= {
             "tokens": state.tokens,
+            "samples": loader.next_index,
             "tokens_per_second": (state.tokens - tokens_before) / (time.perf_counter() - start),
             "padding": 1 - (state.tokens - tokens_before) / sum(batch.doc_ids.numel() for batch in batches),
             "data_wait_s": data_wait_s,
@@ -168,7 +180,7 @@ def main(config: TrainConfig) -> dict:
     checkpoint.save_model(run_dir / "model", model, processor)
     results = {"train_seconds": round(state.elapsed_s, 1), "environment": describe_environment(state)}
     if config.eval_scenes:
-        scores = evaluate(model, processor, tasks, TrainingScan(source))
+        scores = evaluate(model, processor, tasks, TrainingScan(source, loader.places_read()))
         results |= scores
         print("\n" + format_table(scores))
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
@@ -191,12 +203,13 @@ def choose_fastest(state: TrainState, config: TrainConfig):
     threads = [config.threads] if config.threads else sorted({1, torch.get_num_threads()} if on_cpu else {1})
     precisions = [config.precision] if config.precision != "auto" else ["bf16", "fp32"] if on_cpu else ["bf16"]
     seconds = {}
+    objective = pick(OBJECTIVES, config.objective, "objective")
     for choice in itertools.product(threads, precisions) if len(threads) * len(precisions) > 1 else ():
         torch.set_num_threads(choice[0])
         for _ in range(3):
             begin = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=choice[1] == "bf16"):
-                loss = OBJECTIVES[config.objective](state.model, batch)
+                loss = objective(state.model, batch)
             loss.backward()
             seconds[choice] = min(time.perf_counter() - begin, seconds.get(choice, float("inf")))
     state.model.zero_grad()
@@ -209,20 +222,10 @@ def choose_fastest(state: TrainState, config: TrainConfig):
 def sample_answers(model: VLM, processor: Processor, task: SceneTask, num: int = 4) -> list[str]:
     """Answer a few held-out questions of different kinds."""
     by_kind = {question.kind: question for question in reversed(task.questions)}
-    chosen = list(by_kind.values())[:num]
+    chosen = list(by_kind.values())[:: -(-len(by_kind) // num)]
     images = [task.images[question.scene] for question in chosen]
     answers = answer(model, processor, images, [question.text for question in chosen])
     return [f"{q.text} {said!r} (truth {q.truth!r})" for q, said in zip(chosen, answers, strict=True)]
-
-
-def begin_run(run_dir: Path, config: TrainConfig):
-    """Make the run directory and write config.json, with the commit."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--run-dir {run_dir} cannot be made a folder: {error}") from error
-    resolved = {"commit": git_commit(), **dataclasses.asdict(config)}
-    checkpoint.write_file(run_dir / "config.json", json.dumps(resolved, indent=2))
 
 
 def check_same_config(path: Path, config: TrainConfig):
@@ -250,14 +253,17 @@ def open_metrics(path: Path, step: int):
     return open(path, "a")
 
 
-def start_wandb(config: TrainConfig) -> Callable[[dict], None]:
-    """Start a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function."""
+def start_wandb(config: TrainConfig, run_dir: Path) -> Callable[[dict], None]:
+    """Start or go on with a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function."""
     try:
         import wandb
     except ImportError:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from None
     mode = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(project="nanovlm", dir=config.run_dir, config=dataclasses.asdict(config), mode=mode)
+    if not (run_dir / "wandb_id").exists():
+        checkpoint.write_file(run_dir / "wandb_id", uuid.uuid4().hex)
+    name = (run_dir / "wandb_id").read_text()
+    run = wandb.init(project="nanovlm", id=name, resume="allow", dir=run_dir, config=asdict(config), mode=mode)
     return lambda metrics: run.log(metrics, step=metrics["step"])
 
 
@@ -297,13 +303,10 @@ def device_name(device: torch.device) -> str:
 def parse_config(args: list[str]) -> TrainConfig:
     """Read `[preset] [--field value ...]`; the preset is scenes when none is named."""
     preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else ("scenes", args)
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    recipe = pick(PRESETS, preset, "preset")()
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
-    return tyro.cli(
-        TrainConfig, args=args, prog="train.py [preset]", default=PRESETS[preset](), description=description
-    )
+    return tyro.cli(TrainConfig, args=args, prog="train.py [preset]", default=recipe, description=description)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from nanovlm import cli
+from nanovlm.config import pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import SOURCES
@@ -49,10 +50,8 @@ class SpeedConfig:
 
 
 def main(config: SpeedConfig):
-    if config.preset not in PRESETS:
-        raise ValueError(f"there is no preset {config.preset!r}; there are {', '.join(PRESETS)}")
+    preset = pick(PRESETS, config.preset, "preset")()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preset = PRESETS[config.preset]()
     source = SOURCES[preset.data.source]("train")
     tokenizer = train_tokenizer(source.texts(1000), preset.data.tokenizer_size)
     processor = Processor(tokenizer, CHAT_TEMPLATE, preset.model)
@@ -65,26 +64,28 @@ def main(config: SpeedConfig):
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
         for line in lines:
-            print(json.dumps(line | environment))
-            file.write(json.dumps(line | environment) + "\n")
+            text = json.dumps(environment | line)
+            print(text)
+            file.write(text + "\n")
 
 
 def time_training(state, processor, source, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
     state.loader = loader = Loader(source, processor.document, preset.data, preset.model.pad_token_id, preset.seed)
-    loader.next_index = 3 * len(source) // 4  # past the first lessons of a curriculum
+    loader.next_index = len(source) // 2  # past the first lessons of a curriculum
     train.choose_fastest(state, dataclasses.replace(preset, threads=config.threads))
     torch.set_num_threads(state.threads)
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []
     for _ in range(config.repeats + 3):
         start = time.perf_counter()
-        batch = next(loader)
+        batches = [next(loader) for _ in range(preset.optim.accumulation_steps)]
         data_seconds.append(time.perf_counter() - start)
-        metrics = train.train_step(state, [batch], preset)
+        tokens_before = state.tokens
+        metrics = train.train_step(state, batches, preset)
         seconds.append(time.perf_counter() - start)
-        tokens.append(int((batch.doc_ids >= 0).sum()))
+        tokens.append(state.tokens - tokens_before)
         trained.append(metrics["trained_tokens"])
-        images.append(len(batch.pixel_values))
+        images.append(sum(len(batch.pixel_values) for batch in batches))
     assert metrics["loss"] == metrics["loss"], "the loss is not a number"
     step = statistics.median(seconds[3:])
     return {
@@ -123,6 +124,7 @@ def time_decoding(model, processor, source, config, batch_size):
     prefills, decodes, _, _ = zip(*(decode() for _ in range(config.repeats)), strict=True)
     return {
         "what": "decoding",
+        "precision": "fp32",
         "batch_size": batch_size,
         "prompt_tokens": length,
         "new_tokens": config.new_tokens,

@@ -156,17 +156,20 @@ class EvalConfig:
     model: Annotated[Path, tyro.conf.Positional]
     # Held-out scenes a split.
     scenes: int = 512
+    # Training scenes to look for the held-out ones in and to take the commonest answers from.
+    training_scenes: int = 50_000
     # Print one JSON object in place of the table.
     json: bool = False
 
 
 def main(config: EvalConfig):
     """Print the scores of a model folder."""
-    if config.scenes < 1:
-        raise ValueError(f"--scenes {config.scenes} must be at least 1")
+    for name, value in (("--scenes", config.scenes), ("--training-scenes", config.training_scenes)):
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
     model, processor = load(config.model, cli.find_device("auto"))
     tasks = {split: SceneTask(split, config.scenes) for split in ("test", "compositional")}
-    results = evaluate(model, processor, tasks, TrainingScan(Scenes("train")))
+    results = evaluate(model, processor, tasks, TrainingScan(Scenes("train"), range(config.training_scenes)))
     print(json.dumps(results) if config.json else format_table(results))
 
 

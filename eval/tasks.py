@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -40,15 +41,16 @@ class SceneTask:
 class TrainingScan:
     """What the training scenes alone give away: their pixels, and the commonest answer to each question."""
 
-    def __init__(self, source: Scenes):
+    def __init__(self, source: Scenes, places: Iterable[int]):
+        """Read the samples of a source at these places."""
         self.digests = set()
         self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
-        for i in tqdm(range(len(source)), desc="reading the training scenes", unit="scene", mininterval=1):
+        for i in tqdm(places, desc="reading the training scenes", unit="scene", mininterval=1):
             raw = source.raw(i)
             self.digests.add(digest(raw["images"][0]))
             for turn in raw["texts"]:
                 self.by_text[turn["user"]][turn["assistant"]] += 1
-                self.by_kind[turn["kind"]][turn["assistant"]] += 1
+                self.by_kind[turn.get("kind")][turn["assistant"]] += 1
 
     def guess(self, question: Question) -> str:
         """The commonest training answer to the question, or to its kind where training never asks it."""

@@ -11,6 +11,7 @@ run_dir/checkpoints/step_00000200/   model.safetensors  optimizer.safetensors  r
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ def new_folder(path: Path):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         restore(path)
+        shutil.rmtree(replaced, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in (*temporary.iterdir(), temporary):
@@ -55,7 +57,30 @@ def restore(path: Path):
     replaced = path.with_name(f".{path.name}.old")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path):
+    """Make a folder, if need be, and keep it to this process; a new one that stays empty is removed again.
+
+    Raises ValueError while another process has the folder (a killed one has let go), and where it cannot be made.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder: {error}") from error
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}: wait for it, or use another folder") from None
+        try:
+            yield folder
+        finally:
+            (folder / ".lock").unlink()
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def write_file(path: Path, data: str | bytes):
@@ -97,9 +122,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VLM, P
     Raises ValueError that names what is missing, unknown, cut off or of another shape.
     """
     folder = Path(folder)
-    restore(folder)
+    restore(folder.resolve())
     if not folder.is_dir():
         raise ValueError(f"there is no model folder {folder}")
+    if (folder / "model" / "config.json").exists():
+        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
     data = read_json(folder / "config.json")
     try:
         config = from_dict(VLMConfig, data).validate()

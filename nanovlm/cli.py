@@ -1,4 +1,4 @@
-"""Command lines: which device, and a user's mistakes as one sentence. tyro reads the options."""
+"""Command lines: which device, and a user's mistakes as one sentence."""
 
 import sys
 import traceback
@@ -29,8 +29,10 @@ def run(main: Callable):
     try:
         main()
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if ".venv" in raised_in.parts or not raised_in.is_relative_to(PROJECT):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raised_in = Path(last.filename).resolve()
+        is_ours = raised_in.is_relative_to(PROJECT) and "site-packages" not in raised_in.parts
+        if not is_ours or not (last.line.startswith("raise ") or isinstance(error, OSError)):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

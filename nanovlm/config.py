@@ -19,8 +19,9 @@ class VisionConfig:
     image_size: int = 64
     # Side of one square patch, in pixels.
     patch_size: int = 8
-    # How pixels become patch embeddings: one linear map (SigLIP) or a small stack of 3x3 convolutions.
-    patch_embedding: Literal["linear", "conv"] = "linear"
+    # How pixels become patch embeddings, a key of nanovlm.model.vision.PATCH_EMBEDDING: linear, one linear map
+    # (SigLIP), or conv, a small stack of 3x3 convolutions.
+    patch_embedding: str = "linear"
     # Width of the residual stream.
     hidden_size: int = 128
     # Width of the feed-forward layer.
@@ -71,7 +72,7 @@ class DecoderConfig:
     # Use the embedding table as output head.
     tie_word_embeddings: bool = True
     # Attention backend, a key of nanovlm.model.attention.ATTENTION.
-    attention: Literal["sdpa"] = "sdpa"
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class VLMConfig:
 @dataclass(frozen=True)
 class DataConfig:
     # Where the samples come from, a key of nanovlm.data.sources.SOURCES.
-    source: Literal["scenes"] = "scenes"
+    source: str = "scenes"
     # Tokens in a packed row; a longer document is an error.
     row_length: int = 256
     # Rows in a batch (a micro-batch, when gradients are accumulated).
@@ -183,7 +184,7 @@ class TrainConfig:
     # The optimizer and its schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES.
-    objective: Literal["next_token"] = "next_token"
+    objective: str = "next_token"
     # Seed of the weights and of the order of the data.
     seed: int = 0
     # cpu, cuda, or auto (cuda when there is one).
@@ -222,7 +223,7 @@ class TrainConfig:
             _check(value >= least, f"{name} = {value} must be at least {least}")
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
         _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
-        for name, value in (("optim.betas", max(o.betas)), ("optim.momentum", o.momentum)):
+        for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
             _check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
         for rule in o.rules:
             _check(rule.weight_decay >= 0, f"the weight_decay {rule.weight_decay} of {rule.pattern!r} is negative")
@@ -244,6 +245,13 @@ class TrainConfig:
         return self
 
 
+def pick(table: dict, key: str, field: str):
+    """Return `table[key]`, or raise ValueError that names the field, the value and the keys there are."""
+    if key not in table:
+        raise ValueError(f"{field} = {key!r} is unknown; there are {', '.join(table)}")
+    return table[key]
+
+
 def from_dict(cls, data, where: str = ""):
     """Build the dataclass `cls` from parsed JSON.
 
@@ -253,7 +261,7 @@ def from_dict(cls, data, where: str = ""):
     if not isinstance(data, dict):
         raise ValueError(f"{where or cls.__name__} must be a JSON object, got {data!r}")
     known = {f.name for f in dataclasses.fields(cls)}
-    for name in data.keys() - known:
+    for name in sorted(data.keys() - known):
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise ValueError(f"unknown field {where + name!r}; the nearest known field is {where + nearest!r}")
     hints = typing.get_type_hints(cls)

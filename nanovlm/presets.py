@@ -29,11 +29,11 @@ def scenes() -> TrainConfig:
         data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
         optim=OptimConfig(
             lr=2e-3,
-            steps=1280,
+            steps=1000,
             momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
-                ParamRule(r"", lr_scale=2.0, weight_decay=0.01, optimizer="muon"),
+                ParamRule(r"", lr_scale=2.0, weight_decay=1.0, optimizer="muon"),
             ),
         ),
     )

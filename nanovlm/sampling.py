@@ -128,7 +128,7 @@ def choose(logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torc
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Divide by the temperature, then set to -inf what top-k, top-p and min-p leave out, one after the other."""
-    logits = logits / config.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature  # at most 0: no temperature overflows
     if config.top_k:
         kth = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -69,7 +70,7 @@ def edit(folder, change):
         (lambda c: c["vision"].update(hiden_size=3), "unknown field 'vision.hiden_size'; .* 'vision.hidden_size'"),
         (lambda c: c["vision"].update(patch_size=5), "vision.patch_size = 5 must divide vision.image_size = 16"),
         (lambda c: c["decoder"].update(hidden_size="32"), "decoder.hidden_size must be int, got '32'"),
-        (lambda c: c["decoder"].update(attention="fast"), r"decoder.attention must be one of \['sdpa'\], got 'fast'"),
+        (lambda c: c["decoder"].update(attention="fast"), r"decoder.attention = 'fast' is unknown; there are sdpa"),
         (lambda c: c.update(eos_token_id=0), "must all differ"),
         (
             lambda c: c["decoder"].update(hidden_size=64),
@@ -132,6 +133,30 @@ def test_a_kill_between_the_renames_loses_nothing(folder):
     folder.rename(folder.with_name(".model.old"))
     nanovlm.load(folder)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_loading_touches_nothing(folder, monkeypatch):
+    """Neither a copy that someone put beside the model nor, by a relative name, anything else."""
+    shutil.copytree(folder, folder.with_name(".model.old"))
+    monkeypatch.chdir(folder)
+    nanovlm.load(".")
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".model.old", "model"]
+
+
+def test_the_folder_of_a_run_says_where_its_model_is(folder):
+    with pytest.raises(ValueError, match=f"is the folder of a run; its model is {folder}"):
+        nanovlm.load(folder.parent)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with (
+        checkpoint.lock(tmp_path),
+        pytest.raises(ValueError, match=f"another process is writing to {tmp_path}"),
+        checkpoint.lock(tmp_path),
+    ):
+        pass
+    with checkpoint.lock(tmp_path):
+        pass
 
 
 def test_run_state_comes_back(tmp_path, processor):

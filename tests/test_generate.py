@@ -1,6 +1,7 @@
 """generate.py as its users call it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_a_chat_remembers(folder, monkeypatch, processor):
         (["--image", "none.png", "--prompt", "a"], "there is no image file none.png"),
         (["--image", "model/config.json", "--prompt", "a"], "model/config.json cannot be read as an image"),
         (["--prompt", "  "], "the prompt is empty"),
+        (["--prompt", os.fsdecode(b"\xff")], "the prompt is not valid UTF-8 text"),
         (["--json"], "--json needs a --prompt"),
         (["--prompt", "a", "--device", "tpu"], "device = 'tpu' is not here; there are auto, cpu"),
         (["--prompt", "a", "--top-p", "0"], "top_p = 0.0 must be above 0 and at most 1"),

@@ -133,6 +133,12 @@ def test_top_p_keeps_the_token_that_crosses(top_p, kept):
     assert int(filter_logits(logits, config).isfinite().sum()) == kept
 
 
+def test_the_smallest_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 80.0, -3.0]])
+    config = SamplingConfig(temperature=1e-45)
+    assert choose(logits, torch.zeros_like(logits, dtype=torch.bool), config, torch.Generator()).tolist() == [1]
+
+
 def test_temperature_comes_before_top_p():
     logits = torch.tensor([[4.0, 2.0, 1.0, 0.0]])
     hot = SamplingConfig(temperature=10, top_p=0.6)

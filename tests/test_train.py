@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 
 import nanovlm
 import train
-from nanovlm.config import OptimConfig, ParamRule, TrainConfig
+from nanovlm import cli
+from nanovlm.config import DataConfig, OptimConfig, ParamRule, TrainConfig
+from nanovlm.data.loader import Loader
+from nanovlm.model.attention import ATTENTION, attend_sdpa
 from nanovlm.model.vlm import VLM
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
@@ -112,10 +116,10 @@ def comparable(lines):
     [
         pytest.param(KILL_AT_STEP.format(random.Random(os.getpid()).randint(1, 11)), id="at a random step"),
         pytest.param(KILL_IN_SAVE.format(random.Random(os.getpid()).randint(1, 9)), id="in the middle of a save"),
-        # Renames: config.json, metrics.jsonl, checkpoint 0, checkpoint 3, checkpoint 6, checkpoint 0 goes, ...
-        pytest.param(KILL_AT_RENAME.format(number=4, before=True), id="before a rename"),
-        pytest.param(KILL_AT_RENAME.format(number=4, before=False), id="after a rename"),
-        pytest.param(KILL_AT_RENAME.format(number=6, before=False), id="while an old checkpoint is removed"),
+        # Renames: config.json, tokenizer.json, metrics.jsonl, checkpoints 0, 3 and 6, checkpoint 0 goes, ...
+        pytest.param(KILL_AT_RENAME.format(number=5, before=True), id="before a rename"),
+        pytest.param(KILL_AT_RENAME.format(number=5, before=False), id="after a rename"),
+        pytest.param(KILL_AT_RENAME.format(number=7, before=False), id="while an old checkpoint is removed"),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
@@ -125,6 +129,56 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
     nanovlm.load(tmp_path / "model")
+
+
+def test_a_killed_run_of_two_threads_goes_on_bit_for_bit(tmp_path):
+    unbroken = tmp_path / "unbroken"
+    run(unbroken, threads=2, precision="fp32")
+    hook = KILL_AT_STEP.format(8) + "run_one = run\ndef run(d): run_one(d, threads=2, precision='fp32')"
+    run_and_kill(tmp_path / "killed", hook)
+    run(tmp_path / "killed", threads=2, precision="fp32")
+    assert comparable(metrics(tmp_path / "killed")) == comparable(metrics(unbroken))
+
+
+def test_a_run_goes_on_with_its_tokenizer(tmp_path, unbroken, monkeypatch):
+    """Even when the code that makes tokenizers changed in between."""
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    monkeypatch.setattr(train, "train_tokenizer", lambda *args: 1 / 0)
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_the_fastest_choice_is_measured_and_leaves_no_trace(processor, capsys):
+    model = VLM(TINY)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = DataConfig(row_length=64, batch_rows=2, pack_buffer=4)
+    source = [((f"what is {i}?", "red"),) for i in range(20)]
+    loader = Loader(source, lambda turns: make_document(processor, 0, *turns), config, pad_token_id=0, seed=0)
+    position = loader.state_dict()
+    state = train.TrainState(model, {}, loader, threads=0, precision="auto")
+    train.choose_fastest(state, TrainConfig(data=config))
+    assert state.threads in (1, torch.get_num_threads()) and state.precision in ("bf16", "fp32")
+    assert f"with {state.threads} threads in {state.precision}" in capsys.readouterr().out
+    assert loader.state_dict() == position
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_weights_and_biases_gets_every_step_of_one_run(tmp_path, monkeypatch):
+    calls, logged = [], []
+
+    def init(**options):
+        calls.append(options)
+        return types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics["loss"])))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(train, "open_metrics", lambda path, step: open(path, "a") if step else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, wandb=True)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    run(tmp_path, wandb=True)
+    assert logged == [(line["step"], line["loss"]) for line in metrics(tmp_path)]
+    assert len(calls) == 2 and calls[0]["id"] == calls[1]["id"] and calls[0]["mode"] == "offline"
 
 
 def test_a_half_written_line_is_dropped(tmp_path, unbroken):
@@ -258,7 +312,7 @@ def test_the_command_line():
     assert train.parse_config([]) == PRESETS["scenes"]()
     changed = train.parse_config(["scenes", "--optim.lr", "0.5", "--model.vision.hidden-size", "64", "--wandb"])
     assert (changed.optim.lr, changed.model.vision.hidden_size, changed.wandb) == (0.5, 64, True)
-    with pytest.raises(ValueError, match="no preset 'scene'; there are scenes"):
+    with pytest.raises(ValueError, match="preset = 'scene' is unknown; there are scenes"):
         train.parse_config(["scene"])
 
 
@@ -301,3 +355,24 @@ def test_a_user_mistake_is_one_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: vision.patch_size = 7 must divide vision.image_size = 48\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_keeps_its_traceback(capsys):
+    """Also one whose ValueError comes from a line of ours that raises nothing by itself."""
+
+    def bug():
+        [_only] = [1, 2]
+
+    with pytest.raises(ValueError, match="too many values"):
+        cli.run(bug)
+    with pytest.raises(SystemExit):
+        cli.run(lambda: PRESET.__class__(seed=-1).validate())
+    assert capsys.readouterr().err == "error: seed = -1 must be at least 0\n"
+
+
+def test_what_is_registered_can_be_named_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(ATTENTION, "mine", attend_sdpa)
+    config = train.parse_config(["scenes", "--model.decoder.attention", "mine", "--data.source", "mine"])
+    assert VLM(config.model).decoder.layers[0].self_attn.attend is attend_sdpa
+    with pytest.raises(ValueError, match=r"data.source = 'mine' is unknown; there are scenes"):
+        train.main(dataclasses.replace(config, run_dir=str(tmp_path), threads=1))

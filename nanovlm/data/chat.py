@@ -4,7 +4,8 @@ The template is rendered with a mark in place of each message, which gives its l
 are then put in by us. So every character is known to come from the template or from a message: special
 tokens are control tokens only where the template or an image wrote them, and are plain text wherever
 a person wrote them, and the trained span of an answer needs no second tokenisation. A trained span is
-the assistant's message and the end-of-turn token after it.
+the assistant's message up to the end-of-turn token after it, that token and anything the template puts between
+included: it is what the model has to write.
 """
 
 import functools
@@ -112,6 +113,8 @@ class Processor:
         """
         if not messages or messages[-1]["role"] != "user" or not _text(messages[-1]["content"]).strip():
             raise ValueError("the prompt is empty: write a question or an instruction")
+        if re.search("[\ud800-\udfff]", _text(messages[-1]["content"])):
+            raise ValueError("the prompt is not valid UTF-8 text")
         messages = [dict(message, content=_parts(message["content"])) for message in messages]
         if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next(message for message in messages if message["role"] == "user")
@@ -166,14 +169,14 @@ class Processor:
     def _render_literals(self, roles, add_generation_prompt):
         """Render the template with marks for messages: a tuple of literal text and (message, strips, strips).
 
-        A mark is surrounded by spaces, which show whether the template strips what it is given.
+        A mark is surrounded by white space that no template writes, which shows whether it strips what it is given.
         """
-        marked = [{"role": role, "content": f" \ue000{i}\ue001 "} for i, role in enumerate(roles)]
+        marked = [{"role": role, "content": f"\u2003\ue000{i}\ue001\u2003"} for i, role in enumerate(roles)]
         try:
             text = self.template.render(messages=marked, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses a conversation of {', '.join(roles)}: {error}") from error
-        pieces = re.split("( ?)\ue000([0-9]+)\ue001( ?)", text)
+        pieces = re.split("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)", text)
         literals = [pieces[0]]
         for left, number, right, literal in zip(*(pieces[i::4] for i in range(1, 5)), strict=True):
             literals += [(int(number), not left, not right), literal]
@@ -207,7 +210,7 @@ class Processor:
             else:
                 for i, piece in enumerate(self.special_pattern.split(span.text)):
                     if i % 2 == 0:
-                        running.append((piece, False))
+                        running.append((piece, answer_is_open))
                         continue
                     flush()
                     token = self.special[piece]

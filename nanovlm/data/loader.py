@@ -83,6 +83,10 @@ class Loader:
             return range(len(self.source))
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
 
+    def places_read(self) -> list[int]:
+        """List the indices of the source that were read at least once."""
+        return list(map(int, self._order(0)[: self.next_index]))
+
     def state_dict(self) -> dict:
         """Return the position as plain numbers."""
         return {"next_index": self.next_index, "buffer": list(self.buffer)}

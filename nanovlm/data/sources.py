@@ -25,7 +25,7 @@ def to_sample(raw: dict) -> Sample:
 class Scenes:
     """The drawn scenes of one split. `source[i]` is a Sample, `source.raw(i)` has the question kinds too."""
 
-    def __init__(self, split: str, length: int = 50_000):
+    def __init__(self, split: str, length: int = 1_000_000):
         self.split, self.length = split, length
 
     def __len__(self):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.config import DecoderConfig
+from nanovlm.config import DecoderConfig, pick
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.kv_cache import KVCache
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             config.head_dim,
         )
         self.index, self.head_dim = index, H
-        self.attend = ATTENTION[config.attention]
+        self.attend = pick(ATTENTION, config.attention, "decoder.attention")
         self.q_proj = nn.Linear(D, N * H, bias=False)
         self.k_proj = nn.Linear(D, K * H, bias=False)
         self.v_proj = nn.Linear(D, K * H, bias=False)

@@ -10,14 +10,14 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.config import VisionConfig
+from nanovlm.config import VisionConfig, pick
 from nanovlm.model.attention import ATTENTION
 
 
 class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.patch_embedding = PATCH_EMBEDDING[config.patch_embedding](config)
+        self.patch_embedding = pick(PATCH_EMBEDDING, config.patch_embedding, "vision.patch_embedding")(config)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

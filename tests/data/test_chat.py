@@ -70,6 +70,19 @@ def test_a_stripping_template_trains_the_stripped_answer(processor):
     assert trained_texts(processor, document) == ["yes<|end|>"]
 
 
+def test_spaces_that_a_template_writes_stay(processor):
+    """Llama 2 strips messages and sets them off by spaces; the one before the end is the model's to write."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|pad|>[INST] ' + m.content | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content | trim + ' <|end|>' }}{% endif %}{% endfor %}"
+    )
+    processor = Processor(processor.tokenizer, template, TINY)
+    document = make_document(processor, 0, ("what? ", " yes\n"), images=0)
+    shown = processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
+    assert shown == "<|pad|>[INST] what? [/INST] yes <|end|>"
+    assert [text.lstrip() for text in trained_texts(processor, document)] == ["yes <|end|>"]
+
+
 def test_single_turn_with_image(processor):
     document = make_document(processor, 0, ("what color is the circle?", "red"))
     ids = document.input_ids.tolist()

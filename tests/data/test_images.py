@@ -69,6 +69,17 @@ def test_pixels_are_normalised_like_siglip():
     assert (normalize(make_tiles(image, 8))[0] - expected).abs().max() < 1e-6
 
 
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "a.avif").write_bytes(b"")
+
+    def fail(path):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match=r"a.avif cannot be read as an image: Failed to decode"):
+        open_image(tmp_path / "a.avif")
+
+
 def test_what_is_no_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no image file .*missing.png"):
         open_image(tmp_path / "missing.png")

@@ -73,6 +73,17 @@ def test_a_curriculum_keeps_its_order():
     assert contents(make_loader(length=40, shuffle=False), 120) == 3 * [*range(40)]
 
 
+def test_it_knows_what_it_has_read():
+    for shuffle in (False, True):
+        loader = make_loader(length=40, shuffle=shuffle)
+        batch = next(loader)
+        seen = set(batch.input_ids.unique().tolist()) - {-5}
+        waiting = {int(document.input_ids[0]) for document in loader.buffer.values()}
+        assert set(loader.places_read()) == seen | waiting and loader.next_index < 40
+        contents(loader, 100)
+        assert sorted(loader.places_read()) == [*range(40)]
+
+
 def test_a_large_batch_of_a_small_source():
     batch = next(make_loader(length=4, buffer_size=2, batch_rows=6))
     assert set(batch.input_ids.unique().tolist()) == {0, 1, 2, 3, -5}

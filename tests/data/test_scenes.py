@@ -84,6 +84,18 @@ def test_answers_agree_with_the_objects():
     assert set(seen) == set(scenes.QUESTIONS)
 
 
+def test_later_training_scenes_practise_what_is_hard():
+    numbers = Counter(text["kind"] for i in range(30_000, 30_600) for text in draw("train", i)["texts"])
+    possible = Counter()
+    for i in range(30_000, 30_600):
+        rng, scene = random.Random(i), compose("train", i)
+        possible.update({kind: min(len(ask(rng, scene, scene.objects)), 3) for kind, ask in scenes.QUESTIONS.items()})
+    assert numbers["relation"] == pytest.approx(possible["relation"], rel=0.02)
+    assert numbers["existence"] == 600
+    for kind, share in (("count", 0.6), ("digits", 0.3), ("caption", 0.3)):
+        assert abs(numbers[kind] / 600 - share) < 0.08, kind
+
+
 def test_pictures_show_the_objects():
     """The pixel at an object's centre has its colour; nothing overlaps or leaves the picture."""
     for i in range(100):
@@ -151,8 +163,7 @@ def test_training_is_a_curriculum():
 
     start = 0
     for end, lesson in scenes.LESSONS:
-        # A caption stands in where nothing else can be asked.
-        assert kinds("train", start) | {"caption"} == kinds("train", end - 200) | {"caption"} == {*lesson, "caption"}
+        assert kinds("train", start) == kinds("train", end - 200) == set(lesson)
         start = end
     assert kinds("train", start) == kinds("test", 0) == set(scenes.QUESTIONS)
     assert kinds("train", 0) == {"digits"}
@@ -161,3 +172,12 @@ def test_training_is_a_curriculum():
         scene = compose("train", i)
         places = [text["assistant"] for text in draw("train", i)["texts"] if text["kind"] == "position"]
         assert places == [scenes.CELLS[o.cell] for o in scene.objects if scenes._names(o, scene)]
+
+
+def test_scenes_are_written_to_a_folder(tmp_path, capsys):
+    scenes.main(tmp_path / "new" / "folder", num=3)
+    assert "wrote 3 test scenes" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"0.png", "1.png", "2.png", "questions.jsonl"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        scenes.main(tmp_path / "file")

@@ -45,7 +45,7 @@ class LateScenes(Scenes):
 def test_scores_and_controls(monkeypatch):
     task = SceneTask("test", 40)
     monkeypatch.setattr(eval.run, "answer", Oracle(task).answer)
-    result = evaluate(None, None, {"test": task}, TrainingScan(LateScenes("train", 300)))["test"]
+    result = evaluate(None, None, {"test": task}, TrainingScan(LateScenes("train"), range(300)))["test"]
     assert result["mean"] == result["caption_exact"] == 1.0
     assert result["blank_mean"] == 0.0
     assert result["shuffled_mean"] < 0.1  # another scene may be asked the very same question
@@ -57,15 +57,15 @@ def test_scores_and_controls(monkeypatch):
 def test_scenes_of_the_training_set_are_dropped(monkeypatch):
     task = SceneTask("test", 10)
     monkeypatch.setattr(eval.run, "answer", Oracle(task).answer)
-    training = TrainingScan(Scenes("train", 5))
-    training.digests |= TrainingScan(Scenes("test", 3)).digests
+    training = TrainingScan(Scenes("train"), range(5))
+    training.digests |= TrainingScan(Scenes("test"), range(3)).digests
     result = evaluate(None, None, {"test": task}, training)["test"]
     assert result["dropped"] == 3
     assert {question.scene for question in task.questions} == set(range(3, 10))
 
 
 def test_majority_is_of_the_question_else_of_its_kind():
-    training = TrainingScan(LateScenes("train", 200))
+    training = TrainingScan(LateScenes("train"), range(200))
     asked = Question(0, "existence", "is there a red circle?", "")
     counts = training.by_text[asked.text]
     assert training.guess(asked) == max(counts, key=counts.get)
