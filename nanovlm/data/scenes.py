@@ -26,7 +26,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -309,7 +309,11 @@ def _box(left, top, right, bottom):
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def main(folder: Path, split: Literal["train", "test", "compositional"] = "test", num: int = 8):
+def main(
+    folder: Annotated[Path, tyro.conf.Positional],
+    split: Literal["train", "test", "compositional"] = "test",
+    num: int = 8,
+):
     """Write scenes and their questions to a folder, to look at.
 
     Args:

@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import math
 import random
+import subprocess
+import sys
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -174,9 +176,10 @@ def test_training_is_a_curriculum():
         assert places == [scenes.CELLS[o.cell] for o in scene.objects if scenes._names(o, scene)]
 
 
-def test_scenes_are_written_to_a_folder(tmp_path, capsys):
-    scenes.main(tmp_path / "new" / "folder", num=3)
-    assert "wrote 3 test scenes" in capsys.readouterr().out
+def test_scenes_are_written_to_a_folder(tmp_path):
+    command = [sys.executable, "-m", "nanovlm.data.scenes", str(tmp_path / "new" / "folder"), "--num", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "wrote 3 test scenes" in done.stdout
     assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"0.png", "1.png", "2.png", "questions.jsonl"}
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; name a folder"):
