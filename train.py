@@ -111,6 +111,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
         return checkpoint.read_json(run_dir / "eval.json")
     torch.manual_seed(config.seed)
+    wandb = import_wandb() if config.wandb else None
 
     # --- data --------------------------------------------------------------------------------------------
     source = pick(SOURCES, config.data.source, "data.source")("train")
@@ -134,7 +135,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         choose_fastest(state, config)
         checkpoint.write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
         checkpoint.write_file(run_dir / "tokenizer.json", tokenizer.to_str())
-    log = start_wandb(config, run_dir) if config.wandb else None
+    log = start_wandb(wandb, config, run_dir) if wandb else None
     torch.set_num_threads(state.threads)
     metrics_file = open_metrics(run_dir / "metrics.jsonl", state.step)
     if not checkpoints:
@@ -253,13 +254,23 @@ def open_metrics(path: Path, step: int):
     return open(path, "a")
 
 
-def start_wandb(config: TrainConfig, run_dir: Path) -> Callable[[dict], None]:
-    """Start or go on with a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function."""
+def import_wandb():
     try:
         import wandb
     except ImportError:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from None
+    return wandb
+
+
+def start_wandb(wandb, config: TrainConfig, run_dir: Path) -> Callable[[dict], None]:
+    """Start a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function.
+
+    Online, a resumed run goes on in the same W&B run; offline, each start is one of its own.
+    """
     mode = os.environ.get("WANDB_MODE", "offline")
+    if mode == "offline":
+        run = wandb.init(project="nanovlm", dir=run_dir, config=asdict(config), mode=mode)
+        return lambda metrics: run.log(metrics, step=metrics["step"])
     if not (run_dir / "wandb_id").exists():
         checkpoint.write_file(run_dir / "wandb_id", uuid.uuid4().hex)
     name = (run_dir / "wandb_id").read_text()

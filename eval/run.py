@@ -156,7 +156,8 @@ class EvalConfig:
     model: Annotated[Path, tyro.conf.Positional]
     # Held-out scenes a split.
     scenes: int = 512
-    # Training scenes to look for the held-out ones in and to take the commonest answers from.
+    # The first so many training scenes are searched for the held-out ones and give the commonest answers: name as
+    # many as the model was trained on (`samples` in the last line of metrics.jsonl).
     training_scenes: int = 50_000
     # Print one JSON object in place of the table.
     json: bool = False

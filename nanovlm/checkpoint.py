@@ -70,16 +70,17 @@ def lock(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder} cannot be made a folder: {error}") from error
-    with open(folder / ".lock", "a") as file:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {folder}: wait for it, or use another folder") from None
-        try:
-            yield folder
-        finally:
-            (folder / ".lock").unlink()
-            if is_new and not any(folder.iterdir()):
+        yield folder
+    finally:
+        os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 

@@ -128,7 +128,8 @@ def choose(logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torc
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Divide by the temperature, then set to -inf what top-k, top-p and min-p leave out, one after the other."""
-    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature  # at most 0: no temperature overflows
+    # At most 0, and by no less than fp32 can divide by: no temperature, however small, gives NaN.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(config.temperature, 1e-20)
     if config.top_k:
         kth = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

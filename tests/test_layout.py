@@ -1,9 +1,12 @@
 """Imports only point down the road: train, generate, eval -> objectives -> losses, model -> kernels."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
+
+from benchmarks.scenes import format_results
 
 ROOT = Path(__file__).parent.parent
 FILES = [p for folder in ("nanovlm", "eval") for p in (ROOT / folder).rglob("*.py")] + [
@@ -68,3 +71,11 @@ def test_optional_packages_are_imported_where_they_are_used():
         names = {alias.name for n in top if isinstance(n, ast.Import) for alias in n.names}
         names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
         assert not names & {"wandb", "datasets"}, path
+
+
+def test_the_readme_shows_the_committed_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "scenes.json").read_text())
+    assert format_results(results) in (ROOT / "README.md").read_text()
+    results["test"]["mean"], results["environment"]["commit"] = 0.8996, "abc+"
+    text = format_results(results)
+    assert "mean at least 90: 90.0 (missed)" in text and "commit abc+:" in text

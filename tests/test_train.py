@@ -15,7 +15,7 @@ import torch
 
 import nanovlm
 import train
-from nanovlm import cli
+from nanovlm import checkpoint, cli
 from nanovlm.config import DataConfig, OptimConfig, ParamRule, TrainConfig
 from nanovlm.data.loader import Loader
 from nanovlm.model.attention import ATTENTION, attend_sdpa
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_its_tokenizer(tmp_path, unbroken, monkeypatch):
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_the_fastest_choice_is_measured_and_leaves_no_trace(processor, capsys):
+def test_the_fastest_choice_is_measured_and_leaves_no_trace(processor, capsys, monkeypatch):
     model = VLM(TINY)
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = DataConfig(row_length=64, batch_rows=2, pack_buffer=4)
@@ -156,29 +156,39 @@ def test_the_fastest_choice_is_measured_and_leaves_no_trace(processor, capsys):
     loader = Loader(source, lambda turns: make_document(processor, 0, *turns), config, pad_token_id=0, seed=0)
     position = loader.state_dict()
     state = train.TrainState(model, {}, loader, threads=0, precision="auto")
+    # Seconds of the three tries of each choice: one slow start must not count.
+    tries = {"1 bf16": (4, 4, 4), "1 fp32": (3, 3, 3), "2 bf16": (9, 1, 2), "2 fp32": (2, 2, 2)}
+    clock = iter(time for seconds in tries.values() for s in seconds for time in (0, s))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     train.choose_fastest(state, TrainConfig(data=config))
-    assert state.threads in (1, torch.get_num_threads()) and state.precision in ("bf16", "fp32")
-    assert f"with {state.threads} threads in {state.precision}" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert (state.threads, state.precision) == (2, "bf16")
+    assert "3000 ms with 1 threads in fp32, 1000 ms with 2 threads in bf16" in capsys.readouterr().out
     assert loader.state_dict() == position
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
 def test_weights_and_biases_gets_every_step_of_one_run(tmp_path, monkeypatch):
     calls, logged = [], []
+    monkeypatch.setenv("WANDB_MODE", "online")
 
     def init(**options):
         calls.append(options)
         return types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics["loss"])))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    monkeypatch.setattr(train, "open_metrics", lambda path, step: open(path, "a") if step else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    step = train.train_step
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "train_step", lambda state, *args: 1 / 0 if state.step == 4 else step(state, *args))
         run(tmp_path, wandb=True)
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     run(tmp_path, wandb=True)
-    assert logged == [(line["step"], line["loss"]) for line in metrics(tmp_path)]
-    assert len(calls) == 2 and calls[0]["id"] == calls[1]["id"] and calls[0]["mode"] == "offline"
+    lines = [(line["step"], line["loss"]) for line in metrics(tmp_path)]
+    assert logged == lines[:4] + lines[3:]  # the checkpoint is of step 3
+    assert len(calls) == 2 and calls[0]["id"] == calls[1]["id"] and calls[0]["mode"] == "online"
+    monkeypatch.delenv("WANDB_MODE")
+    run(tmp_path / "offline", wandb=True)
+    assert calls[2]["mode"] == "offline" and "id" not in calls[2]
 
 
 def test_a_half_written_line_is_dropped(tmp_path, unbroken):
@@ -237,11 +247,17 @@ def test_lost_metrics_are_noticed(tmp_path):
         run(tmp_path)
 
 
-def test_a_failed_start_leaves_nothing(tmp_path):
+def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch):
     for changes in ({"device": "cuda:99"}, {"data": dataclasses.replace(SMALL.data, row_length=10)}):
         with pytest.raises(ValueError, match=r"cuda:99|row_length = 10"):
             run(tmp_path / "new", **changes)
         assert not (tmp_path / "new").exists()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb needs the package wandb"):
+        run(tmp_path / "new", wandb=True)
+    assert not (tmp_path / "new").exists()
+    with checkpoint.lock(tmp_path / "taken"), pytest.raises(ValueError, match="another process is writing to"):
+        run(tmp_path / "taken")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be made a folder"):
         run(tmp_path / "file")

@@ -7,9 +7,10 @@ rotation, a digit stands among them, and the background is a noisy gradient.
 Splits differ by seed. Each `compositional` scene contains a colour-shape pair of HELD_OUT and asks about
 it; `train` and `test` scenes never show or mention such a pair, but every colour and every shape of it.
 
-The questions of a scene are independent: none may be read off another. Their answers are balanced for
-each question text, so that a model that does not look can hardly do better than chance (in `compositional`, where
-each color has one held-out shape, a guess by the words is never right, as training never gives that answer).
+The questions of a scene are independent: each is asked by itself, as some would answer others. Their answers
+are balanced for each question text, so that a model that does not look can hardly do better than chance (in
+`compositional`, where each color has one held-out shape, a guess by the words is never right, as training never
+gives that answer).
 
 The training scenes are a curriculum (Bengio et al. 2009): the first ask only for the digit, the next only what is
 where, the rest everything. A model that is asked everything from the start learns to see much more slowly
@@ -40,8 +41,8 @@ LESSONS = (
     (6_500, ("digits",)),
     (21_000, ("position", "digits", "caption")),
 )
-# So many questions of a kind has a later training scene on average, and one of every other kind: what is learned
-# late is asked often, what is known by then seldom.
+# So many questions of a kind has a later training scene that allows them, on average at most, and one of every other
+# kind: what is learned late is asked often, what is known by then seldom.
 PRACTICE = {"relation": 3, "count": 0.6, "digits": 0.3, "caption": 0.3}
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
