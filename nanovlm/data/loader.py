@@ -56,7 +56,7 @@ class Loader:
             indices = list(self.buffer)
             documents = list(self.buffer.values())
             lengths = [len(d) for d in documents]
-            packed = pack(lengths, self.config.row_length)
+            packed = pack(lengths, [len(d.tiles) for d in documents], self.config.row_length)
             if len(packed) >= self.config.batch_rows:
                 break
             size *= 2

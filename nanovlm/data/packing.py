@@ -4,35 +4,212 @@
 row 0  [0 0 0 0 0 0 1 1 1 1 1 2 2 . ]      digits: doc_ids, dots: padding
 row 1  [0 0 0 0 0 0 0 0 1 1 1 1 . . ]
 ```
+
+`pack` is the packer of the loader. The strategies that one meets first stand below it, for comparison
+(benchmarks/packing.py prints and draws them all).
 """
 
+import heapq
 from bisect import bisect_left, insort
+from collections import defaultdict
 
 import torch
 
 from nanovlm.data.types import IGNORE, Document, Row
 
+# Share of the tokens that is left for best fit after the longer documents have been spread, the most even rows first;
+# 1: best fit alone.
+FITTED_SHARES = (0.1, 0.2, 0.3, 1.0)
+# Rows are few enough when there are at most this many times as many as the tokens or tiles fill; below the second
+# figure, no other share is tried once one was worse.
+FEW_ENOUGH, NEARLY = 1.0005, 1.01
+# Rows that best fit looks at before it gives a document up to an additional row: keeps packing O(n log n).
+MOST_TRIES = 16
 
-def pack(lengths: list[int], row_length: int) -> list[list[int]]:
-    """Assign documents to rows by best-fit decreasing: each, longest first, to the fullest row it fits.
 
-    Returns one list of document indices a row; every index exactly once. Raises ValueError for a document
-    longer than a row.
+def document_cost(length: int, num_tiles: int) -> float:
+    """Predict what a document costs to compute, in units of a token without attention.
+
+    A decoder block of hidden size D multiplies a token by about 12 D^2 weights and, causally, by D L / 2 keys and as
+    many values in a document of length L: length + length^2 / (12 D), here with D = 768. A tile counts as 256 tokens:
+    the 576 patches of a 384-pixel tile in a SigLIP-B/16 of 86 M parameters are as much work as 370 tokens of a
+    decoder of 135 M, and 140 of one of 360 M.
     """
-    rows = []
-    free = []  # (free tokens, row), ascending
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > row_length:
-            raise ValueError(f"document {i} has {lengths[i]} tokens, more than row_length = {row_length}")
-        at = bisect_left(free, (lengths[i], -1))
-        if at < len(free):
-            room, row = free.pop(at)
-        else:
-            room, row = row_length, len(rows)
-            rows.append([])
+    return length + length * length / (12 * 768) + 256 * num_tiles
+
+
+def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: int | None = None) -> list[list[int]]:
+    """Assign documents to as few rows as we can, and among those so that all rows cost about the same.
+
+    The longer documents are spread: each, longest first, into the emptiest row. So every row gets long and short ones,
+    and a fair share of the tiles. The rest is fitted: each into the fullest row that has room, which leaves hardly a
+    token free. The more is fitted, the fewer the rows and the less even, so several shares are tried. At last
+    documents of equal length change places until many tiles lie where a row is cheap. O(n log n).
+
+    Returns one list of document indices a row; every index exactly once; the same for the same input. Raises
+    ValueError for a document with more tokens or tiles than a row may have.
+    """
+    limit = sum(num_tiles) if max_tiles is None else max_tiles
+    for i, (length, tiles) in enumerate(zip(lengths, num_tiles, strict=True)):
+        if length > row_length:
+            raise ValueError(f"document {i} has {length} tokens, more than row_length = {row_length}")
+        if tiles > limit:
+            raise ValueError(f"document {i} has {tiles} tiles, more than max_tiles = {max_tiles}")
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -num_tiles[i], i))
+    least = max(-(-sum(lengths) // row_length), -(-sum(num_tiles) // max(1, limit)))
+    best = None
+    for share in FITTED_SHARES:
+        rows, left = [], longest_first
+        while left:
+            more, left = _spread_and_fit(left, lengths, num_tiles, row_length, limit, share)
+            rows += more
+        if best is None or len(rows) < len(best):
+            best = rows
+        got_worse = len(rows) > len(best)
+        if len(best) <= (NEARLY if got_worse else FEW_ENOUGH) * least:
+            break
+    return _exchange_tiles(best, lengths, num_tiles, limit)
+
+
+def _spread_and_fit(documents, lengths, num_tiles, row_length, limit, fitted_share):
+    """Fill the fewest rows that these documents may need; return the rows and the documents that found no place."""
+    num_tokens = sum(lengths[i] for i in documents)
+    num_rows = max(-(-num_tokens // row_length), -(-sum(num_tiles[i] for i in documents) // max(1, limit)), 1)
+    rows = [[] for _ in range(num_rows)]
+    tokens_free, tiles_free = [row_length] * num_rows, [limit] * num_rows
+    emptiest = [(0.0, row) for row in range(num_rows)]  # (share of tokens or tiles that is used, row)
+    num_spread, to_spread = 0, (1 - fitted_share) * num_tokens
+    while num_spread < len(documents) and to_spread > 0:
+        i, row = documents[num_spread], emptiest[0][1]
+        if lengths[i] > tokens_free[row] or num_tiles[i] > tiles_free[row]:
+            break
         rows[row].append(i)
-        insort(free, (room - lengths[i], row))
+        tokens_free[row] -= lengths[i]
+        tiles_free[row] -= num_tiles[i]
+        to_spread -= lengths[i]
+        num_spread += 1
+        used = max(1 - tokens_free[row] / row_length, 1 - tiles_free[row] / max(1, limit))
+        heapq.heapreplace(emptiest, (used, row))
+    free = sorted((tokens_free[row], row) for row in range(num_rows) if tokens_free[row])
+    left = []
+    for i in documents[num_spread:]:
+        at = bisect_left(free, (lengths[i], -1))
+        end = min(len(free), at + MOST_TRIES)
+        while at < end and num_tiles[i] > tiles_free[free[at][1]]:
+            at += 1
+        if at == end:
+            left.append(i)
+            continue
+        tokens, row = free.pop(at)
+        rows[row].append(i)
+        tiles_free[row] -= num_tiles[i]
+        if tokens > lengths[i]:
+            insort(free, (tokens - lengths[i], row))
+    return [row for row in rows if row], left
+
+
+def _exchange_tiles(rows, lengths, num_tiles, limit):
+    """Among documents of equal length, put the one with the most tiles into the cheapest row, and so on."""
+    costs = [document_cost(*document) for document in zip(lengths, num_tiles, strict=True)]
+    row_costs = [sum(costs[i] for i in row) for row in rows]
+    row_tiles = [sum(num_tiles[i] for i in row) for row in rows]
+    slots = defaultdict(list)  # length -> (row, place in the row)
+    for row, documents in enumerate(rows):
+        for place, i in enumerate(documents):
+            slots[lengths[i]].append((row, place))
+    for _length, places in sorted(slots.items(), reverse=True):
+        documents = [rows[row][place] for row, place in places]
+        most_tiles_first = sorted(documents, key=lambda i: (-num_tiles[i], i))
+        if num_tiles[most_tiles_first[0]] == num_tiles[most_tiles_first[-1]]:
+            continue
+        # Without these documents; a place that is still free counts as one of average cost.
+        mean = sum(costs[i] for i in documents) / len(documents)
+        for (row, _place), i in zip(places, documents, strict=True):
+            row_costs[row] += mean - costs[i]
+            row_tiles[row] -= num_tiles[i]
+        cheapest = [(row_costs[row], row, place) for row, place in places]
+        heapq.heapify(cheapest)
+        chosen = []
+        for i in most_tiles_first:
+            while cheapest[0][0] != row_costs[cheapest[0][1]]:  # the row got another document since
+                _cost, row, place = cheapest[0]
+                heapq.heapreplace(cheapest, (row_costs[row], row, place))
+            _cost, row, place = heapq.heappop(cheapest)
+            chosen.append((row, place, i))
+            row_costs[row] += costs[i] - mean
+            row_tiles[row] += num_tiles[i]
+        if any(row_tiles[row] > limit for row, _place in places):
+            for row, _place, i in chosen:
+                row_costs[row] -= costs[i]
+                row_tiles[row] -= num_tiles[i]
+            chosen = [(row, place, i) for (row, place), i in zip(places, documents, strict=True)]
+            for row, _place, i in chosen:
+                row_costs[row] += costs[i]
+                row_tiles[row] += num_tiles[i]
+        for row, place, i in chosen:
+            rows[row][place] = i
     return rows
+
+
+# --- what one meets first: each returns rows, and `pad` says how long they become -----------------------------
+
+
+def pad_to_longest(lengths, num_tiles, row_length, max_tiles=None):
+    """One document a row; every row as long as the longest document of all."""
+    return [[i] for i in range(len(lengths))]
+
+
+def pad_in_batches(lengths, num_tiles, row_length, max_tiles=None):
+    """One document a row; every row as long as the longest of its batch (constrained padding)."""
+    return [[i] for i in range(len(lengths))]
+
+
+def pack_in_order(lengths, num_tiles, row_length, max_tiles=None):
+    """Naive packing: documents as they come; the first that does not fit begins the next row."""
+    rows, tokens, tiles = [], row_length, 0
+    for i, (length, more) in enumerate(zip(lengths, num_tiles, strict=True)):
+        if tokens + length > row_length or (max_tiles is not None and tiles + more > max_tiles):
+            rows.append([])
+            tokens = tiles = 0
+        rows[-1].append(i)
+        tokens, tiles = tokens + length, tiles + more
+    return rows
+
+
+def first_fit_decreasing(lengths, num_tiles, row_length, max_tiles=None):
+    """The knapsack of textbooks: longest first, each into the first row that has room. O(n^2)."""
+    rows, tokens, tiles = [], [], []
+    limit = sum(num_tiles) if max_tiles is None else max_tiles
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = (r for r in range(len(rows)) if tokens[r] >= lengths[i] and tiles[r] >= num_tiles[i])
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows, tokens, tiles = [*rows, []], [*tokens, row_length], [*tiles, limit]
+        rows[row].append(i)
+        tokens[row], tiles[row] = tokens[row] - lengths[i], tiles[row] - num_tiles[i]
+    return rows
+
+
+STRATEGIES = {
+    "pad to longest": pad_to_longest,
+    "constrained padding": pad_in_batches,
+    "naive packing": pack_in_order,
+    "first-fit decreasing": first_fit_decreasing,
+    "ours": pack,
+}
+
+
+def pad(strategy: str, rows: list[list[int]], lengths: list[int], row_length: int, batch_rows: int = 16) -> list[int]:
+    """Return the length to which each row of a strategy is padded."""
+    if strategy == "pad to longest":
+        return [max(lengths)] * len(rows)
+    if strategy == "constrained padding":
+        batches = [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
+        return [max(lengths[i] for (i,) in batch) for batch in batches for _ in batch]
+    return [row_length] * len(rows)
+
+
+# --- rows --------------------------------------------------------------------------------------------------
 
 
 def make_row(documents: list[Document], row_length: int, pad_token_id: int) -> Row:

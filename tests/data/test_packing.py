@@ -1,35 +1,112 @@
 """Packing keeps documents whole, once each, and apart."""
 
+import statistics
+import sys
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovlm.data.packing import make_row, pack
+from nanovlm.data.packing import (
+    document_cost,
+    first_fit_decreasing,
+    make_row,
+    pack,
+    pack_in_order,
+    pad,
+    pad_to_longest,
+)
 from nanovlm.data.types import IGNORE, Document
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_document_once_and_no_row_too_full(data):
-    row_length = data.draw(st.integers(1, 60))
+    row_length, most = data.draw(st.integers(1, 60)), data.draw(st.integers(0, 7))
     lengths = data.draw(st.lists(st.integers(1, row_length), max_size=60))
-    rows = pack(lengths, row_length)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    for row in rows:
-        assert sum(lengths[i] for i in row) <= row_length
-    assert rows == pack(lengths, row_length)
+    tiles = [data.draw(st.integers(0, most)) for _ in lengths]
+    for max_tiles in (None, most):
+        least = max(-(-sum(lengths) // row_length), -(-sum(tiles) // most) if max_tiles else 0)
+        for strategy in (pack, pack_in_order, first_fit_decreasing):
+            rows = strategy(lengths, tiles, row_length, max_tiles)
+            assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+            assert len(rows) >= least and all(rows)
+            for row in rows:
+                assert sum(lengths[i] for i in row) <= row_length
+                assert max_tiles is None or sum(tiles[i] for i in row) <= max_tiles
+            assert rows == strategy(lengths, tiles, row_length, max_tiles)
 
 
-def test_rows_are_full():
-    lengths = torch.randint(10, 100, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = pack(lengths, 256)
-    assert sum(lengths) / (len(rows) * 256) > 0.98
+@pytest.fixture(scope="module")
+def ten_thousand():
+    """Log-normal lengths (median 400, sigma 0.9, 16 to 2048 tokens) with 1 to 4 tiles."""
+    rng = np.random.default_rng(0)
+    return rng.lognormal(np.log(400), 0.9, 10_000).clip(16, 2048).astype(int).tolist(), rng.integers(
+        1, 5, 10_000
+    ).tolist()
 
 
-def test_too_long_is_named():
+def spread(rows, lengths, tiles):
+    return statistics.pstdev(sum(document_cost(lengths[i], tiles[i]) for i in row) for row in rows)
+
+
+@pytest.mark.parametrize(("max_tiles", "most_padding"), [(None, 0.001), (18, 0.01)])
+def test_rows_are_full_and_alike(ten_thousand, max_tiles, most_padding):
+    lengths, tiles = ten_thousand
+    rows = pack(lengths, tiles, 2048, max_tiles)
+    assert 1 - sum(lengths) / (2048 * len(rows)) <= most_padding
+    assert spread(rows, lengths, tiles) <= 0.5 * spread(first_fit_decreasing(lengths, tiles, 2048), lengths, tiles)
+    assert len(rows) <= len(first_fit_decreasing(lengths, tiles, 2048, max_tiles))
+
+
+def test_twice_as_many_documents_take_hardly_more_than_twice_as_long(ten_thousand):
+    """Count steps, not seconds: what Python executes for n and for 4 n documents."""
+    lengths, tiles = ten_thousand
+
+    def steps(n):
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            pack(lengths[:n], tiles[:n], 2048, 18)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert steps(2000) < 6 * steps(500)
+
+
+def test_documents_of_one_length_change_places_until_rows_are_alike():
+    """Two rows of two documents: the one with the text that costs more gets fewer tiles."""
+    lengths, tiles = [50, 50, 50, 50], [8, 8, 0, 0]
+    rows = pack(lengths, tiles, 100)
+    assert sorted(sum(tiles[i] for i in row) for row in rows) == [8, 8]
+
+
+def test_a_document_that_fits_no_row_is_named():
     with pytest.raises(ValueError, match="document 1 has 9 tokens, more than row_length = 8"):
-        pack([8, 9], 8)
+        pack([8, 9], [0, 0], 8)
+    with pytest.raises(ValueError, match="document 0 has 3 tiles, more than max_tiles = 2"):
+        pack([8, 7], [3, 0], 8, 2)
+    assert pack([], [], 8) == [] == pack([], [], 8, 2)
+
+
+def test_padding_is_that_of_the_strategy():
+    lengths = [3, 9, 4, 5]
+    rows = pad_to_longest(lengths, [0] * 4, 10)
+    assert pad("pad to longest", rows, lengths, 10) == [9, 9, 9, 9]
+    assert pad("constrained padding", rows, lengths, 10, batch_rows=2) == [9, 9, 5, 5]
+    assert pad("ours", pack(lengths, [0] * 4, 10), lengths, 10) == [10, 10, 10]
+    assert pack_in_order(lengths, [0] * 4, 10) == [[0], [1], [2, 3]]
+    assert first_fit_decreasing(lengths, [0] * 4, 10) == [[1], [3, 2], [0]]
 
 
 def document(length, branch_ids=None):
