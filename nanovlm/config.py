@@ -122,10 +122,22 @@ class VLMConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Where the samples come from, a key of nanovlm.data.sources.SOURCES.
-    source: str = "scenes"
-    # Tokens in a packed row; a longer document is an error.
+    # Where the samples come from: scenes, a .jsonl file, .parquet or .tar files, a folder, or hub:owner/name.
+    sources: tuple[str, ...] = ("scenes",)
+    # How often each source is read, relative to the others; without weights each sample once an epoch.
+    weights: tuple[float, ...] = ()
+    # Tokens in a packed row; a longer document is skipped and counted.
     row_length: int = 256
+    # Most image tiles in a packed row; 0 for any number.
+    max_tiles: int = 0
+    # Processes that read samples beside the training; 0 reads in the training process.
+    num_workers: int = 0
+    # Share of the samples that a hash of their contents keeps out of training.
+    val_fraction: float = 0.0
+    # Least ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
+    min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)
+    # Stop when more than this share of the samples is corrupt or too long.
+    max_bad_fraction: float = 0.05
     # Rows in a batch (a micro-batch, when gradients are accumulated).
     batch_rows: int = 16
     # Documents to choose from when rows are packed; more waste less and need more memory.
@@ -209,7 +221,7 @@ class TrainConfig:
         self.model.validate()
         d, o = self.data, self.optim
         for name, value, least in (
-            *((n, x, 1) for n, x in _integers("data", d)),
+            *((n, x, 0 if n in ("data.max_tiles", "data.num_workers") else 1) for n, x in _integers("data", d)),
             ("optim.steps", o.steps, 1),
             ("optim.warmup_steps", o.warmup_steps, 0),
             ("optim.accumulation_steps", o.accumulation_steps, 1),
@@ -221,6 +233,12 @@ class TrainConfig:
             ("eval_scenes", self.eval_scenes, 0),
         ):
             _check(value >= least, f"{name} = {value} must be at least {least}")
+        for name, value in (("val_fraction", d.val_fraction), ("max_bad_fraction", d.max_bad_fraction)):
+            _check(0 <= value <= 1, f"data.{name} = {value} must be between 0 and 1")
+        _check(
+            len(d.weights) in (0, len(d.sources)),
+            f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",
+        )
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
         _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
         for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):

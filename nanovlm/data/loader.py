@@ -1,15 +1,35 @@
-"""Row -> Batch. Read documents, pack them, stack rows into batches, and know where it is."""
+"""Row -> Batch. Read samples, turn them into documents, pack them, stack rows into batches, and know where it is.
+
+```
+source --- places ---> workers: raw -> Document ---> buffer --- pack ---> rows ---> Batch
+           this rank's          (in order, by chunks)           best rows first
+```
+
+Every sample has a place in an epoch; rank r of R reads the places r, r + R, r + 2 R, ... of each. Workers only turn
+samples into documents, and these come back in order, so that batches do not depend on the number of workers.
+"""
 
 import functools
-from collections.abc import Callable
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.packing import make_row, pack
-from nanovlm.data.types import Batch, Document, Row, Sample
+from nanovlm.data.sources import Filtered
+from nanovlm.data.types import Batch, Document, Row
+
+CHUNK = 16  # samples that a worker turns into documents at a time
+NAMED = 20  # samples that are named when they are skipped; the rest is only counted
+JUDGED_AFTER = 100  # samples before the share of bad ones is judged
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -28,72 +48,263 @@ def collate(rows: list[Row]) -> Batch:
     )
 
 
-class Loader:
-    """An endless iterator of batches over a source.
+class Skipped(NamedTuple):
+    """Why a sample is no document: filtered, other split, too long or corrupt (the last two are losses)."""
 
-    `source[i]` is a Sample, `process(sample)` its Document. The source is read over and over, each time in
-    another order that the seed decides, or in its own order with `shuffle=False`.
+    kind: str
+    reason: str = ""
+
+
+LOSSES = ("too long", "corrupt")
+
+
+class Loader:
+    """An iterator of batches over a source, endless or of `num_epochs`.
+
+    `process(raw)` turns a raw record into a Document; a ValueError of it means a corrupt sample, `Filtered` one that
+    is not wanted, any other error stops the run. With `shuffle` the seed decides another order for each epoch. With
+    `val_fraction` the split `train` leaves out, and the split `val` is, what a hash of the contents picks.
 
     Before each batch the buffer is filled up to `pack_buffer` documents and packed; the fullest rows make the
     batch, and so does the row with the oldest document, so that none waits for ever. What is not used stays in
-    the buffer. The state is the next index and the indices in the buffer: a loader that is given it goes on with
-    exactly the documents that have not been seen.
+    the buffer. The state is the next place and the places in the buffer: a loader that is given it, with any
+    number of workers, goes on with exactly the documents that have not been seen.
     """
 
-    def __init__(self, source, process: Callable[[Sample], Document], config: DataConfig, pad_token_id: int, seed: int):
-        self.source, self.process, self.config = source, process, config
-        self.pad_token_id, self.seed = pad_token_id, seed
-        self.next_index = 0  # counts on from one pass over the source to the next
-        self.buffer = {}  # index -> Document, oldest first
-        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+    def __init__(
+        self,
+        source,
+        process: Callable[[dict], Document],
+        config: DataConfig,
+        pad_token_id: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        split: str = "train",
+        num_epochs: int | None = None,
+    ):
+        self.source, self.config, self.pad_token_id, self.seed = source, config, pad_token_id, seed
+        self.rank, self.num_ranks, self.num_epochs = rank, num_ranks, num_epochs
+        self.reader = Reader(source, process, config, split)
+        self.next_place = (0, 0)  # epoch, and the number of this rank's places in it that were read
+        self.buffer = {}  # (epoch, number) -> Document, oldest first
+        self.counts = Counter()  # samples read, packed, and skipped for each reason
+        self.reasons = []
+        self._results = None
+        self._order = functools.lru_cache(maxsize=16)(self._make_order)
+        for sentence in getattr(source, "damaged", ()):
+            self._note(Skipped("corrupt", sentence), sentence)
+
+    def __iter__(self):
+        return self
 
     def __next__(self) -> Batch:
-        size = self.config.pack_buffer
+        size, is_over = self.config.pack_buffer, False
         while True:
-            while len(self.buffer) < size:
-                self._read(self.next_index)
-                self.next_index += 1
-            indices = list(self.buffer)
-            documents = list(self.buffer.values())
-            lengths = [len(d) for d in documents]
-            packed = pack(lengths, [len(d.tiles) for d in documents], self.config.row_length)
-            if len(packed) >= self.config.batch_rows:
+            while len(self.buffer) < size and not is_over:
+                is_over = not self._read_one()
+            places, documents = list(self.buffer), list(self.buffer.values())
+            lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
+            packed = pack(lengths, num_tiles, self.config.row_length, self.config.max_tiles or None)
+            if is_over or len(packed) >= self.config.batch_rows:
                 break
             size *= 2
+        if not packed:
+            raise StopIteration
         oldest = next(row for row in packed if 0 in row)
         fullest = sorted(packed, key=lambda row: (row is not oldest, -sum(lengths[i] for i in row)))
         rows = []
         for row in fullest[: self.config.batch_rows]:
-            chosen = [self.buffer.pop(indices[i]) for i in row]
+            chosen = [self.buffer.pop(places[i]) for i in row]
             rows.append(make_row(chosen, self.config.row_length, self.pad_token_id))
-        return collate(rows)
-
-    def _read(self, index):
-        epoch, place = divmod(index, len(self.source))
-        place = int(self._order(epoch)[place])
-        document = self.process(self.source[place])
-        if len(document) > self.config.row_length:
-            raise ValueError(
-                f"sample {place} has {len(document)} tokens, more than data.row_length = {self.config.row_length}"
-            )
-        self.buffer[index] = document
-
-    def _make_order(self, epoch):
-        if not self.config.shuffle:
-            return range(len(self.source))
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-
-    def places_read(self) -> list[int]:
-        """List the indices of the source that were read at least once."""
-        return list(map(int, self._order(0)[: self.next_index]))
+            self.counts["packed"] += len(row)
+        batch = collate(rows)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def state_dict(self) -> dict:
-        """Return the position as plain numbers."""
-        return {"next_index": self.next_index, "buffer": list(self.buffer)}
+        """Return the position and the counts as plain numbers."""
+        return {
+            "next_place": list(self.next_place),
+            "buffer": [list(place) for place in self.buffer],
+            "counts": dict(self.counts),
+        }
 
     def load_state_dict(self, state: dict):
         """Go to a position that `state_dict` returned."""
-        self.next_index = state["next_index"]
+        self.close()
+        self.next_place, self.counts = tuple(state["next_place"]), Counter(state["counts"])
+        waiting = {tuple(place) for place in state["buffer"]}
         self.buffer = {}
-        for index in state["buffer"]:
-            self._read(index)
+        if waiting:
+            for place, task in self._tasks(*min(waiting)):
+                if place in waiting:
+                    self.buffer[place] = self.reader.read(task)
+                if len(self.buffer) == len(waiting):
+                    break
+
+    def close(self):
+        """End the worker processes; the loader starts new ones when it goes on."""
+        if self._results is not None:
+            self._results.close()
+            self._results = None
+
+    def places_read(self) -> list[int]:
+        """List the indices that this rank has read in its first pass over the source; none of a stream."""
+        if hasattr(self.source, "stream"):
+            return []
+        end = min(self.next_place, (1, 0))
+        return [task for _place, task in itertools.takewhile(lambda item: item[0] < end, self._tasks(0, 0))]
+
+    def _read_one(self) -> bool:
+        """Read the next sample into the buffer, or count why not; return False when there is none."""
+        if self._results is None:
+            self._results = self._read_all(self._tasks(*self.next_place))
+        item = next(self._results, None)
+        if item is None:
+            return False
+        place, result = item
+        if place[0] > self.next_place[0] and not self.counts["documents"]:
+            raise ValueError(f"no sample of {self.source.name} could be used: {self._summary()}")
+        self.next_place = (place[0], place[1] + 1)
+        self.counts["read"] += 1
+        if isinstance(result, Document):
+            self.counts["documents"] += 1
+            self.buffer[place] = result
+            if getattr(self.source, "weights", None):
+                part = self.source.locate(place[1] * self.num_ranks + self.rank)[0]
+                self.counts[f"documents of {self.source.sources[part].name}"] += 1
+        else:
+            index = place[1] * self.num_ranks + self.rank
+            self._note(result, f"{self.source.name}, sample {index} of epoch {place[0]}: {result.reason}")
+        return True
+
+    def _note(self, skipped: Skipped, sentence: str):
+        """Count a skipped sample, name it, and stop when too many are bad."""
+        self.counts[skipped.kind] += 1
+        if skipped.kind not in LOSSES:
+            return
+        if len(self.reasons) < NAMED:
+            self.reasons.append(sentence)
+            print(f"skipped as {skipped.kind}: {sentence}", flush=True)
+        bad, read = sum(self.counts[kind] for kind in LOSSES), self.counts["read"]
+        if read >= JUDGED_AFTER and bad > self.config.max_bad_fraction * read:
+            raise ValueError(
+                f"{bad} of {read} samples are unusable, more than data.max_bad_fraction = "
+                f"{self.config.max_bad_fraction} allows ({self._summary()}): " + "; ".join(self.reasons[:NAMED])
+            )
+
+    def _summary(self):
+        return ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()))
+
+    def _tasks(self, epoch: int, number: int) -> Iterator[tuple[tuple[int, int], object]]:
+        """Yield places of this rank from here on, each with what the reader needs: an index, or a streamed record."""
+        while self.num_epochs is None or epoch < self.num_epochs:
+            start = number * self.num_ranks
+            if hasattr(self.source, "stream"):
+                records = enumerate(self.source.stream(start, epoch), start)
+                mine = ((at, raw) for at, raw in records if at % self.num_ranks == self.rank)
+            elif getattr(self.source, "weights", None):  # one endless epoch, in which each source has its own
+                mine = ((at, self._locate(at)) for at in itertools.count(start + self.rank, self.num_ranks))
+            else:
+                order = self._order(epoch)
+                mine = ((at, int(order[at])) for at in range(start + self.rank, len(order), self.num_ranks))
+            at = None
+            for at, task in mine:
+                yield (epoch, at // self.num_ranks), task
+            if at is None and not number:
+                raise ValueError(f"{self.source.name} has too few samples: none for rank {self.rank}")
+            epoch, number = epoch + 1, 0
+
+    def _locate(self, at: int) -> int:
+        """Return the index in the whole mixture of the sample at a place."""
+        part, count = self.source.locate(at)
+        epoch, place = divmod(count, len(self.source.sources[part]))
+        return self.source.starts[part] + int(self._order(epoch, part)[place])
+
+    def _read_all(self, tasks):
+        """Yield (place, result) in order, read here or by worker processes."""
+        if not self.config.num_workers:
+            yield from ((place, self.reader.read(task)) for place, task in tasks)
+            return
+        chunks, sent = itertools.tee(iter(lambda: list(itertools.islice(tasks, CHUNK)), []))
+        results = DataLoader(
+            self.reader,
+            sampler=([task for _place, task in chunk] for chunk in chunks),
+            batch_size=None,
+            collate_fn=lambda flat: flat,
+            num_workers=self.config.num_workers,
+            multiprocessing_context="fork",  # the processor need not be pickled
+        )
+        for chunk, flat in zip(sent, results, strict=True):
+            yield from zip([place for place, _task in chunk], unflatten(flat), strict=True)
+
+    def _make_order(self, epoch, part=None):
+        length = len(self.source if part is None else self.source.sources[part])
+        if not self.config.shuffle:
+            return range(length)
+        seed = (self.seed, epoch) if part is None else (self.seed, epoch, part)
+        return np.random.default_rng(seed).permutation(length)
+
+
+class Reader(Dataset):
+    """What a worker does: raw record -> Document, or why not."""
+
+    def __init__(self, source, process, config: DataConfig, split: str):
+        if split not in ("train", "val"):
+            raise ValueError(f"unknown split {split!r}; there are train and val")
+        self.source, self.process, self.config, self.split = source, process, config, split
+
+    def __getitem__(self, tasks: list) -> tuple:
+        """Read a chunk."""
+        return flatten([self.read(task) for task in tasks])
+
+    def read(self, task) -> Document | Skipped:
+        """Read the sample at an index, or a record that was streamed."""
+        row_length, max_tiles = self.config.row_length, self.config.max_tiles
+        try:
+            raw = task if isinstance(task, dict) else self.source.raw(task)
+            if self.config.val_fraction and is_validation(raw, self.config.val_fraction) != (self.split == "val"):
+                return Skipped("other split")
+            document = self.process(raw)
+        except Filtered as error:
+            return Skipped("filtered", str(error))
+        except (ValueError, OSError) as error:
+            return Skipped("corrupt", str(error))
+        if len(document) > row_length:
+            return Skipped("too long", f"{len(document)} tokens, more than data.row_length = {row_length}")
+        if max_tiles and len(document.tiles) > max_tiles:
+            return Skipped("too long", f"{len(document.tiles)} tiles, more than data.max_tiles = {max_tiles}")
+        return document
+
+
+def is_validation(raw: dict, fraction: float) -> bool:
+    """Decide by a hash of a record's texts and pixels (encoded bytes where they are encoded) alone."""
+    images = raw.get("images") or []
+    digest = hashlib.blake2b(digest_size=8)
+    texts = {name: value for name, value in raw.items() if name != "images"}
+    digest.update(json.dumps(texts, sort_keys=True, default=str).encode(errors="replace"))
+    for image in images if isinstance(images, list) else [images]:
+        digest.update(image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")())
+    return int.from_bytes(digest.digest()) < fraction * 2**64
+
+
+def flatten(results: list[Document | Skipped]) -> tuple:
+    """Join documents into few tensors, as each tensor that goes from one process to another costs a file handle."""
+    documents = [result for result in results if isinstance(result, Document)]
+    skipped = [None if isinstance(result, Document) else result for result in results]
+    if not documents:
+        return skipped, [], [], None
+    lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
+    fields = ("input_ids", "labels", "branch_ids", "tiles")
+    return skipped, lengths, num_tiles, [torch.cat([getattr(d, name) for d in documents]) for name in fields]
+
+
+def unflatten(flat: tuple) -> list[Document | Skipped]:
+    """Undo `flatten`."""
+    skipped, lengths, num_tiles, joined = flat
+    if joined is None:
+        return skipped
+    *texts, tiles = joined
+    pieces = [tensor.split(lengths) for tensor in texts]
+    documents = map(Document, *pieces, tiles.split(num_tiles))
+    return [next(documents) if reason is None else reason for reason in skipped]

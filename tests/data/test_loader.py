@@ -1,97 +1,344 @@
-"""The loader shows every document once, and goes on exactly where it was."""
+"""The loader trains every sample once an epoch, loses none in silence, and goes on exactly where it was."""
+
+import itertools
+import os
+import signal
 
 import pytest
 import torch
 
 from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
-from nanovlm.data.loader import Loader, collate
+from nanovlm.data.loader import CHUNK, Loader, Skipped, collate, flatten, is_validation, unflatten
 from nanovlm.data.packing import make_row
+from nanovlm.data.sources import Filtered
 from nanovlm.data.types import Document
+
+CONFIG = DataConfig(row_length=64, batch_rows=3, pack_buffer=20)
+WORKERS = [0, 1, 2, 3]
 
 
 def numbered(i):
     """Document i: its length is pseudo-random, all its tokens are i."""
     length = 5 + (i * 7919) % 23
     ids = torch.full((length,), i)
-    return Document(
-        ids, ids, torch.zeros(length, dtype=torch.int32), torch.full((1, 1, 1, 1), i % 251, dtype=torch.uint8)
+    tile = torch.full((1, 1, 1, 1), i % 251, dtype=torch.uint8)
+    return Document(ids, ids, torch.zeros(length, dtype=torch.int32), tile)
+
+
+class Records:
+    """A source of records that say nothing but their number."""
+
+    name, damaged = "records", ()
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def raw(self, index):
+        return {"number": index}
+
+
+class Stream:
+    name, damaged = "stream", ()
+
+    def __init__(self, length):
+        self.length = length
+
+    def stream(self, start, epoch):
+        yield from ({"number": 1000 * epoch + i} for i in range(start, self.length))
+
+
+@pytest.fixture(autouse=True)
+def close_loaders():
+    """Worker processes end with their test."""
+    yield
+    while LOADERS:
+        LOADERS.pop().close()
+
+
+LOADERS = []
+
+
+def make_loader(source=None, process=None, seed=0, rank=0, num_ranks=1, split="train", num_epochs=None, **config):
+    loader = Loader(
+        source or Records(10**6),
+        process or (lambda raw: numbered(raw["number"])),
+        DataConfig(**{**vars(CONFIG), **config}),
+        pad_token_id=-5,
+        seed=seed,
+        rank=rank,
+        num_ranks=num_ranks,
+        split=split,
+        num_epochs=num_epochs,
     )
+    LOADERS.append(loader)
+    return loader
 
 
-def make_loader(length=10**6, buffer_size=20, batch_rows=3, row_length=64, shuffle=True, seed=0):
-    config = DataConfig(row_length=row_length, batch_rows=batch_rows, pack_buffer=buffer_size, shuffle=shuffle)
-    return Loader(range(length), numbered, config, pad_token_id=-5, seed=seed)
-
-
-def test_every_document_once():
-    loader = make_loader()
+def documents(batches):
+    """The numbers of the documents in batches, which must be whole and have their own pixels."""
     seen = []
-    for _ in range(50):
-        batch = next(loader)
-        assert batch.input_ids.shape == (3, 64)
+    for batch in batches:
         for doc in range(int(batch.doc_ids.max()) + 1):
             tokens = batch.input_ids[batch.doc_ids == doc]
             assert len(tokens.unique()) == 1 and len(tokens) == len(numbered(int(tokens[0])))
             assert batch.pixel_values[doc] == normalize(tokens[0] % 251)
             seen.append(int(tokens[0]))
+    return seen
+
+
+def same(first, second):
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(x, y) for a, b in pairs for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def test_every_document_once_and_none_waits_for_ever():
+    loader = make_loader()
+    seen = documents(next(loader) for _ in range(50))
     assert len(set(seen)) == len(seen)
     waiting = [int(document.input_ids[0]) for document in loader.buffer.values()]
-    assert len(seen) + len(waiting) == loader.next_index == len({*seen, *waiting})
-    assert min(loader.buffer) > loader.next_index - 80  # nothing waits for ever
+    assert len(seen) + len(waiting) == loader.counts["read"] == len({*seen, *waiting})
+    assert min(loader.buffer) > (0, loader.next_place[1] - 80)
+    assert loader.counts["packed"] == len(seen)
 
 
-def test_goes_on_where_it_was():
-    loader = make_loader()
-    for _ in range(7):
-        next(loader)
-    state = loader.state_dict()
-    expected = [next(loader) for _ in range(5)]
-    resumed = make_loader()
-    resumed.load_state_dict(state)
-    for batch in expected:
-        again = next(resumed)
-        assert all(torch.equal(x, y) for x, y in zip(vars(batch).values(), vars(again).values(), strict=True))
+@pytest.mark.parametrize("make_source", [Records, Stream])
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_epoch_is_the_training_split_once_each(make_source, num_workers, num_ranks):
+    """Whatever the number of workers and ranks; what is held out is the rest, and is never trained."""
+    options = {"num_workers": num_workers, "num_ranks": num_ranks, "num_epochs": 1, "val_fraction": 0.2}
+    trained, held_out = (
+        [
+            i
+            for rank in range(num_ranks)
+            for i in documents(make_loader(make_source(301), rank=rank, split=split, **options))
+        ]
+        for split in ("train", "val")
+    )
+    assert sorted(trained + held_out) == list(range(301))
+    assert 30 < len(held_out) < 90
+    assert set(held_out) == {i for i in range(301) if is_validation({"number": i}, 0.2)}
 
 
-def contents(loader, num_documents):
-    """The first documents that a loader reads, in its order."""
-    while loader.next_index < num_documents:
-        next(loader)
-    return [int(loader._order(i // len(loader.source))[i % len(loader.source)]) for i in range(num_documents)]
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_batches_do_not_depend_on_the_workers(num_workers):
+    expected = [next(loader) for loader in [make_loader(Records(100))] for _ in range(25)]
+    loader = make_loader(Records(100), num_workers=num_workers)
+    assert same(expected, [next(loader) for _ in range(25)])
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("make_source", [Records, Stream])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_goes_on_where_it_was(num_workers, make_source, rank):
+    """With any number of workers, at any batch, across the end of an epoch."""
+
+    def process(raw):
+        if raw["number"] % 7 == 3:
+            raise Filtered
+        return numbered(raw["number"])
+
+    options = {"rank": rank, "num_ranks": 2, "num_workers": num_workers, "process": process}
+    for num_batches in (0, 1, 6, 7):
+        loader = make_loader(make_source(120), **options)
+        for _ in range(num_batches):
+            next(loader)
+        state = loader.state_dict()
+        expected = [next(loader) for _ in range(8)]
+        assert loader.next_place[0] >= 1
+        resumed = make_loader(make_source(120), **{**options, "num_workers": (num_workers + 2) % 4})
+        resumed.load_state_dict(state)
+        assert same(expected, [next(resumed) for _ in range(8)])
+        assert resumed.state_dict() == loader.state_dict()
+
+
+def epochs(shuffle, seed=0):
+    """The documents of three epochs, in the order in which they are read."""
+    loader = make_loader(Records(40), shuffle=shuffle, seed=seed)
+    return [[task for _place, task in itertools.islice(loader._tasks(epoch, 0), 40)] for epoch in range(3)]
 
 
 def test_every_pass_shows_everything_in_another_order():
-    order = contents(make_loader(length=40), 120)
-    passes = [order[i : i + 40] for i in (0, 40, 80)]
-    assert all(sorted(one) == list(range(40)) for one in passes)
-    assert passes[0] != passes[1] != passes[2]
-    assert contents(make_loader(length=40, seed=1), 40) != passes[0]
+    first, second, third = epochs(shuffle=True)
+    assert sorted(first) == sorted(second) == sorted(third) == list(range(40))
+    assert first != second != third != first
+    assert epochs(shuffle=True, seed=1)[0] != first
 
 
 def test_a_curriculum_keeps_its_order():
-    assert contents(make_loader(length=40, shuffle=False), 120) == 3 * [*range(40)]
+    assert epochs(shuffle=False) == 3 * [[*range(40)]]
 
 
 def test_it_knows_what_it_has_read():
     for shuffle in (False, True):
-        loader = make_loader(length=40, shuffle=shuffle)
+        loader = make_loader(Records(40), shuffle=shuffle)
         batch = next(loader)
-        seen = set(batch.input_ids.unique().tolist()) - {-5}
         waiting = {int(document.input_ids[0]) for document in loader.buffer.values()}
-        assert set(loader.places_read()) == seen | waiting and loader.next_index < 40
-        contents(loader, 100)
+        assert set(loader.places_read()) == set(documents([batch])) | waiting
+        while loader.next_place[0] < 2:
+            next(loader)
         assert sorted(loader.places_read()) == [*range(40)]
 
 
+class Weighted:
+    """Two sources, of which the second is read three times as often."""
+
+    name, damaged, weights = "a + b", (), (0.25, 0.75)
+    starts = (0, 10, 17)
+
+    def __init__(self):
+        self.sources = [Records(10), Records(7)]
+        self.sources[0].name, self.sources[1].name = "a", "b"
+
+    def __len__(self):
+        return 17
+
+    def locate(self, position):
+        cycle, slot = divmod(position, 4)
+        return (0, cycle) if slot == 0 else (1, 3 * cycle + slot - 1)
+
+    def raw(self, index):
+        return {"number": index}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_mixture_keeps_its_proportions_and_each_source_its_epochs(num_ranks):
+    seen = []
+    for rank in range(num_ranks):
+        loader = make_loader(Weighted(), rank=rank, num_ranks=num_ranks)
+        seen += [item for item in itertools.islice(loader._tasks(0, 0), 280 // num_ranks)]
+    tasks = [task for (_epoch, _number), task in seen]
+    counts = [tasks.count(i) for i in range(17)]
+    assert counts[:10] == [7] * 10 and counts[10:] == [30] * 7
+    loader = make_loader(Weighted())
+    for _ in range(20):
+        next(loader)
+    share = loader.counts["documents of b"] / loader.counts["documents"]
+    assert abs(share - 0.75) < 0.01
+
+
+def poisoned(error):
+    def process(raw):
+        if raw["number"] == 33:
+            raise error
+        return numbered(raw["number"])
+
+    return process
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_a_bad_sample_is_counted_and_named_once_and_training_goes_on(num_workers, capsys):
+    loader = make_loader(
+        Records(101), poisoned(ValueError("no such image")), num_workers=num_workers, shuffle=False, num_epochs=2
+    )
+    seen = documents(loader)
+    assert sorted(seen) == sorted(2 * [i for i in range(101) if i != 33])
+    assert loader.counts["corrupt"] == 2 and loader.counts["read"] == 202 and loader.counts["documents"] == 200
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "skipped as corrupt: records, sample 33 of epoch 0: no such image" and len(lines) == 2
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_a_bug_in_a_worker_reaches_the_training(num_workers):
+    loader = make_loader(process=poisoned(KeyError("the original error")), num_workers=num_workers, shuffle=False)
+    with pytest.raises(KeyError, match="the original error"):
+        documents(loader)
+
+
+def test_a_killed_worker_stops_the_run():
+    def process(raw):
+        if raw["number"] == 33:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return numbered(raw["number"])
+
+    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+        documents(make_loader(process=process, num_workers=2, shuffle=False))
+
+
+def test_too_many_bad_samples_stop_the_run_with_a_list():
+    def process(raw):
+        if raw["number"] % 5 == 0:
+            raise ValueError("broken")
+        return numbered(raw["number"])
+
+    with pytest.raises(
+        ValueError, match=r"2\d of 1\d\d samples are unusable.*0\.1 allows.*sample 0 .*: broken; .*sample 5 "
+    ):
+        documents(make_loader(process=process, max_bad_fraction=0.1, shuffle=False))
+    loader = make_loader(Records(300), process, max_bad_fraction=0.3, num_epochs=1)
+    assert len(documents(loader)) == 240 and loader.counts["corrupt"] == 60
+
+
+def test_too_long_and_too_many_tiles_are_counted(capsys):
+    loader = make_loader(Records(90), row_length=20, max_bad_fraction=1.0, num_epochs=1)
+    assert sorted(documents(loader)) == [i for i in range(90) if len(numbered(i)) <= 20]
+    assert loader.counts["too long"] == sum(len(numbered(i)) > 20 for i in range(90)) > 10
+    assert "tokens, more than data.row_length = 20" in capsys.readouterr().out
+
+    def process(raw):
+        document = numbered(raw["number"])
+        document.tiles = document.tiles.expand(1 + raw["number"] % 3, 1, 1, 1)
+        return document
+
+    loader = make_loader(Records(30), process, max_tiles=2, max_bad_fraction=1.0, num_epochs=1)
+    for batch in loader:
+        for row in batch.doc_ids:
+            assert (
+                sum(
+                    1 + int(i) % 3
+                    for i in batch.input_ids[batch.doc_ids >= 0].unique()
+                    if i in batch.input_ids[(batch.doc_ids == row.max())]
+                )
+                <= 2
+            )
+    assert loader.counts["too long"] == 10 and loader.counts["packed"] == 20
+
+
+def test_a_source_without_a_usable_sample_says_so():
+    def process(raw):
+        raise Filtered
+
+    with pytest.raises(ValueError, match="no sample of records could be used: 50 filtered, 50 read"):
+        next(make_loader(Records(50), process))
+    with pytest.raises(ValueError, match="records has too few samples: none for rank 1"):
+        next(make_loader(Records(1), rank=1, num_ranks=2))
+    with pytest.raises(ValueError, match="stream has too few samples"):
+        next(make_loader(Stream(0)))
+
+
+def test_damage_of_the_source_is_counted(capsys):
+    source = Records(50)
+    source.damaged = ["a.tar is cut off behind sample 49"]
+    assert make_loader(source).counts["corrupt"] == 1
+    assert "a.tar is cut off" in capsys.readouterr().out
+
+
+def test_the_split_depends_on_the_contents_alone():
+    one = {"texts": [{"user": "a", "assistant": "b"}], "images": [b"x"]}
+    records = [one, {**one, "images": [b"y"]}, {**one, "texts": []}]
+    sides = [[is_validation(record, fraction / 100) for fraction in range(101)] for record in records]
+    assert len({side.index(True) for side in sides}) == 3  # each has a threshold of its own
+    assert all(side == sorted(side) for side in sides)
+    assert is_validation(dict(reversed(one.items())), 0.5) == is_validation(one, 0.5)
+
+
+def test_documents_travel_whole():
+    results = [numbered(1), Skipped("corrupt", "why"), numbered(2), numbered(3)]
+    back = unflatten(flatten(results))
+    assert back[1] == results[1]
+    for i in (0, 2, 3):
+        assert all(torch.equal(x, y) for x, y in zip(vars(results[i]).values(), vars(back[i]).values(), strict=True))
+    assert unflatten(flatten([results[1]])) == [results[1]]
+    assert CHUNK > 1
+
+
 def test_a_large_batch_of_a_small_source():
-    batch = next(make_loader(length=4, buffer_size=2, batch_rows=6))
+    batch = next(make_loader(Records(4), pack_buffer=2, batch_rows=6))
     assert set(batch.input_ids.unique().tolist()) == {0, 1, 2, 3, -5}
-
-
-def test_too_long_a_sample_is_named():
-    with pytest.raises(ValueError, match=r"sample \d+ has \d+ tokens, more than data.row_length = 8"):
-        next(make_loader(row_length=8))
 
 
 def test_documents_are_numbered_through():
