@@ -1,29 +1,210 @@
-"""Where samples come from: raw records, as datasets publish them -> Sample."""
+"""Where samples come from: raw records, as datasets publish them -> Sample.
 
-from collections.abc import Iterator
+A source of known size has `name`, `__len__` and `raw(index)`; a stream has `name` and `stream(start, epoch)`, an
+iterator over raw records in a fixed order from the start-th on. Both have `damaged`: one sentence for each loss that
+was found when the source was opened. A raw record is a dict in one of two forms, its images still encoded files
+(bytes) or PIL images, none for a text-only sample:
+
+    {"images": [...], "texts": [{"user": str, "assistant": str}, ...], "independent": bool}
+    {"images": [...], "messages": [{"role": str, "content": str | [{"type": "text", "text": str}, {"type": "image"}]}]}
+
+`to_sample` checks a record and decodes it. Sources keep no open file, so that forked processes can share them.
+"""
+
+import bisect
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from nanovlm.data import scenes
 from nanovlm.data.images import to_rgb
 from nanovlm.data.types import Sample
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What FineVision says of each turn, from 1 (bad) to 5: columns parallel to `texts`.
+RATINGS = ("relevance_ratings", "visual_dependency_ratings", "image_correspondence_ratings", "formatting_ratings")
+# The question to a picture that has only a caption.
+CAPTION_QUESTION = "describe the image."
 
-def to_sample(raw: dict) -> Sample:
-    """Read a record `{"images": [PIL], "texts": [{"user", "assistant"}, ...], "independent": bool}`.
 
-    The images stand at the beginning of the first user turn, or of every one with `independent`.
+class Filtered(ValueError):
+    """A record is well-formed, but every turn of it is rated too low."""
+
+
+# --- a raw record -> Sample ----------------------------------------------------------------------------------
+
+
+def to_sample(raw: dict, min_ratings: dict[str, int] | None = None) -> Sample:
+    """Check a raw record and decode its images.
+
+    Images that no image part places stand at the beginning of the first user turn, or of every one with
+    `independent`. Turns of `texts` that are rated below `min_ratings` are dropped. Raises ValueError for anything
+    malformed, Filtered where no turn is left.
     """
-    images = [to_rgb(image) for image in raw["images"]]
-    messages = []
-    for turn in raw["texts"]:
-        shown = images if raw.get("independent") or not messages else []
-        content = [{"type": "image"} for _ in shown] + [{"type": "text", "text": turn["user"]}]
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": turn["assistant"]})
-    return Sample(images, messages, independent=bool(raw.get("independent")))
+    if not isinstance(raw, dict):
+        raise ValueError(f"a record must be a dict, not {_kind(raw)}")
+    texts, messages, independent = raw.get("texts"), raw.get("messages"), raw.get("independent")
+    if (texts is None) == (messages is None):
+        keys = ", ".join(map(str, itertools.islice(raw, 10)))
+        raise ValueError(f"a record needs either texts or messages; this one has the keys: {keys or 'none'}")
+    if not isinstance(independent, bool | None):
+        raise ValueError(f"independent must be true or false, not {_kind(independent)}")
+    pairs = _read_texts(raw, min_ratings or {}) if messages is None else messages
+    if not isinstance(pairs, list):
+        raise ValueError(f"messages must be a list, not {_kind(pairs)}")
+    messages, carried = [], []
+    for number, message in enumerate(pairs):
+        messages.append(_read_message(message, f"message {number}", carried))
+    _check_roles([message["role"] for message in messages], independent)
+
+    images = [] if raw.get("images") is None else raw["images"]
+    if not isinstance(images, list):
+        raise ValueError(f"images must be a list, not {_kind(images)}")
+    num_parts = sum(_num_images(message) for message in messages)
+    if carried:
+        if images or independent or len(carried) != num_parts:
+            raise ValueError("image parts that carry their image must all do so, without images or independent beside")
+        images = carried
+    if images and num_parts == 0:
+        for message in [message for message in messages if message["role"] == "user"][: None if independent else 1]:
+            message["content"] = [{"type": "image"} for _ in images] + _parts(message["content"])
+    elif independent:
+        for number, message in enumerate(messages):
+            if _num_images(message) != (len(images) if message["role"] == "user" else 0):
+                raise ValueError(f"message {number} shows {_num_images(message)} images, the record has {len(images)}")
+    elif num_parts != len(images):
+        raise ValueError(f"the messages show {num_parts} images, the record has {len(images)}")
+    if not any(_text(message).strip() for message in messages if message["role"] == "assistant"):
+        raise ValueError("every answer of the record is empty")
+    return Sample([_to_image(image, i) for i, image in enumerate(images)], messages, bool(independent))
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Read an encoded image file as RGB. Raises ValueError when it is damaged, too large or no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(data)} bytes are not an image of a known format") from None
+    except Exception as error:  # decoders of damaged files raise whatever they like
+        raise ValueError(f"{len(data)} bytes cannot be read as an image: {error}") from error
+
+
+def _to_image(image, number: int) -> Image.Image:
+    """Decode one item of `images`."""
+    try:
+        if isinstance(image, bytes):
+            return decode_image(image)
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+    except Exception as error:  # a PIL image may not have been read yet
+        raise ValueError(f"image {number}: {error}") from error
+    name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+    found = f"only the name {name!r}" if isinstance(name, str) else _kind(image)
+    raise ValueError(f"image {number} must be an encoded file (bytes) or a PIL image, not {found}")
+
+
+def _read_texts(raw: dict, min_ratings: dict[str, int]) -> list[dict]:
+    """The turns of `texts` that are rated well enough, as messages."""
+    texts = raw["texts"]
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"texts must be a list of at least one turn, not {_kind(texts)}")
+    for number, turn in enumerate(texts):
+        for key in ("user", "assistant"):
+            if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
+                raise ValueError(f"turn {number} of texts must be a dict with the strings user and assistant")
+    low = set()
+    for name, lowest in min_ratings.items():
+        if name not in RATINGS:
+            raise ValueError(f"unknown rating {name!r}; there are {', '.join(RATINGS)}")
+        ratings = [turn.get(name) for turn in texts] if raw.get(name) is None else raw[name]
+        is_list = isinstance(ratings, list) and len(ratings) == len(texts)
+        if not is_list or not all(isinstance(rating, int | float | None) for rating in ratings):
+            raise ValueError(f"{name} must be a list of one number for each of {len(texts)} turns")
+        low |= {number for number, rating in enumerate(ratings) if rating is not None and rating < lowest}
+    if len(low) == len(texts):
+        raise Filtered(f"all {len(texts)} turns are rated below the minimum")
+    pairs = [(turn["user"], turn["assistant"]) for number, turn in enumerate(texts) if number not in low]
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # noqa: B905
+
+
+def _read_message(message, where: str, carried: list) -> dict:
+    """Check one message and bring its parts to their plain form; add images that parts carry to `carried`."""
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} must be a dict with role and content, not {_kind(message)}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"{where} must have the role system, user or assistant, not {str(role)[:40]!r}")
+    if isinstance(content, str):
+        _check_text(content, where)
+        return {"role": role, "content": content}
+    if not isinstance(content, list):
+        raise ValueError(f"the content of {where} must be a string or a list of parts, not {_kind(content)}")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            _check_text(part["text"], where)
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind == "image":
+            carried += [part[key] for key in ("bytes", "image", "path") if part.get(key) is not None][:1]
+            parts.append({"type": "image"})
+        else:
+            raise ValueError(f"each part of {where} must be a text part with a string text or an image part")
+    return {"role": role, "content": parts}
+
+
+def _check_text(text: str, where: str):
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"the text of {where} has half a surrogate pair, which is not valid Unicode")
+
+
+def _check_roles(roles: list[str], independent: bool | None):
+    if "assistant" not in roles:
+        raise ValueError(f"a record needs an assistant turn; its messages are of: {', '.join(roles) or 'nobody'}")
+    if independent and roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"independent questions must be pairs of user and assistant, not {', '.join(roles)}")
+    first = roles[0] == "system"
+    for number, role in enumerate(roles[first:]):
+        if role != ("user", "assistant")[number % 2]:
+            raise ValueError(f"message {number + first} is of {role}; after an optional system message user and "
+                             "assistant must take turns")  # fmt: skip
+
+
+def _parts(content: str | list[dict]) -> list[dict]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _num_images(message: dict) -> int:
+    return sum(part["type"] == "image" for part in _parts(message["content"]))
+
+
+def _text(message: dict) -> str:
+    return "".join(part.get("text", "") for part in _parts(message["content"]))
+
+
+def _kind(value) -> str:
+    return "nothing" if value is None else f"an empty {type(value).__name__}" if value == [] else type(value).__name__
+
+
+# --- sources of known size -----------------------------------------------------------------------------------
 
 
 class Scenes:
     """The drawn scenes of one split. `source[i]` is a Sample, `source.raw(i)` has the question kinds too."""
+
+    name, damaged = "scenes", ()
 
     def __init__(self, split: str, length: int = 1_000_000):
         self.split, self.length = split, length
@@ -44,4 +225,445 @@ class Scenes:
                 yield from (turn["user"], turn["assistant"])
 
 
+class JsonLines:
+    """A text file with one JSON record a line; images are file names, relative to the file's folder.
+
+    Only the places of the lines are kept in memory.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.name, self.damaged = Path(path), str(path), []
+        self.starts, self.numbers = array("q"), array("q")  # of each line with content: byte offset, line number
+        offset = 0
+        try:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if not line.isspace():
+                        self.starts.append(offset)
+                        self.numbers.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not self.starts:
+            raise ValueError(f"{path} has no records")
+
+    def __len__(self):
+        return len(self.starts)
+
+    def raw(self, index: int) -> dict:
+        _check_index(self, index)
+        where = f"line {self.numbers[index]} of {self.path}"
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.starts[index])
+                record = _read_json(file.readline(), where)
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        return _fetch_images(record, lambda name: _read_file(self.path.parent / name, where))
+
+
+class Folder:
+    """A folder of image files, each with a caption (same name, .txt) or a record (.json) beside it.
+
+    Where there is a metadata.jsonl, its lines are the records. An image that a record does not name is its only one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.name, self.damaged = Path(path), str(path), []
+        self.lines = JsonLines(self.path / "metadata.jsonl") if (self.path / "metadata.jsonl").is_file() else None
+        self.images = []
+        if self.lines is None:
+            found = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            self.images = [file for file in found if any(file.with_suffix(s).is_file() for s in (".json", ".txt"))]
+            if not self.images:
+                raise ValueError(f"{path} has no image ({' '.join(IMAGE_SUFFIXES)}) with a .txt or .json of its name")
+            if alone := len(found) - len(self.images):
+                self.damaged.append(f"{path}: {alone} of {len(found)} images have no .txt or .json beside them")
+
+    def __len__(self):
+        return len(self.images) if self.lines is None else len(self.lines)
+
+    def raw(self, index: int) -> dict:
+        _check_index(self, index)
+        if self.lines is not None:
+            return self.lines.raw(index)
+        image = self.images[index]
+        beside = {s: _read_file(file, str(file)) for s in (".json", ".txt") if (file := image.with_suffix(s)).is_file()}
+        record = _read_record(beside.get(".json"), beside.get(".txt"), str(image))
+        if all(record.get(key) is None for key in ("images", "image")):
+            record["images"] = [image.name]
+        return _fetch_images(record, lambda name: _read_file(image.parent / name, str(image)))
+
+
+class Parquet:
+    """Records in the rows of parquet files: a file, a glob, a folder, or a list of these.
+
+    Images are bytes or structs of bytes and path, one or a list, as FineVision and The Cauldron have them. The row
+    group that was read last stays in memory, so rows are read fast in an order that keeps to a row group for a while.
+    """
+
+    columns = ("images", "image", "texts", "messages", "independent", *RATINGS)
+
+    def __init__(self, paths: str | Path | Iterable[str | Path]):
+        parquet = _import_parquet()
+        self.files, self.damaged = _find_files(paths, ".parquet"), []
+        self.name = _join_names(self.files)
+        self.groups = []  # of each row group: file, number in the file
+        self.starts = array("q", [0])  # the first row of each row group, and the end
+        for file in self.files:
+            try:
+                metadata = parquet.read_metadata(file)
+                names = metadata.schema.to_arrow_schema().names
+            except (OSError, ValueError, NotImplementedError) as error:
+                raise ValueError(f"{file} is damaged or no parquet file: {error}") from error
+            if not {"texts", "messages"} & set(names):
+                raise ValueError(f"{file} needs a column texts or messages; it has {', '.join(names)}")
+            for number in range(metadata.num_row_groups):
+                self.groups.append((file, number))
+                self.starts.append(self.starts[-1] + metadata.row_group(number).num_rows)
+        if not len(self):
+            raise ValueError(f"{self.name} has no rows")
+        self.last = None  # (row group, its table)
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def raw(self, index: int) -> dict:
+        _check_index(self, index)
+        group = bisect.bisect_right(self.starts, index) - 1
+        file, number = self.groups[group]
+        row = index - self.starts[group]
+        where = f"row {row} of row group {number} of {file}"
+        last = self.last
+        try:
+            if last is None or last[0] != group:
+                # One thread, as a forked process has no others.
+                with _import_parquet().ParquetFile(file) as opened:
+                    names = [name for name in opened.schema_arrow.names if name in self.columns]
+                    last = self.last = group, opened.read_row_group(number, columns=names, use_threads=False)
+            record = last[1].slice(row, 1).to_pylist()[0]
+        except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        return _fetch_images(record, lambda name: _read_file(file.parent / name, where))
+
+
+class Tar:
+    """WebDataset shards: tar files in which members that follow each other with the same key are one sample.
+
+    The key is the member's name up to the first dot of its last part. `.jpg .jpeg .png .webp` are images, several in
+    the order of their names (`a.0.jpg a.1.jpg`); `.json` is the record, or `.txt` a caption. The headers are read
+    once, then each member by its place. Of a shard that is cut off, the whole samples before the cut remain: the last
+    of them if a header after it was readable or if an earlier sample has the same suffixes.
+    """
+
+    def __init__(self, paths: str | Path | Iterable[str | Path]):
+        self.files, self.damaged = _find_files(paths, ".tar"), []
+        self.name = _join_names(self.files)
+        self.samples = []  # (file, key, [(suffix, offset, size), ...])
+        shapes = set()  # the suffixes of every whole sample
+        for file in self.files:
+            members, damage = _scan_tar(file)
+            groups = [
+                (key, [member[1:] for member in group]) for key, group in itertools.groupby(members, lambda m: m[0])
+            ]
+            for number, (key, group) in enumerate(groups, start=1):
+                suffixes = tuple(suffix for suffix, _offset, _size in group)
+                if damage and number == len(groups) and (None in suffixes or suffixes not in shapes):
+                    break
+                shapes.add(suffixes)
+                if any(suffix in ("json", "txt") or _is_image(suffix) for suffix in suffixes):
+                    self.samples.append((file, key, group))
+            if damage:
+                kept = sum(sample[0] is file for sample in self.samples)
+                self.damaged.append(f"{file} {damage}: {kept} whole samples are before that")
+        if not self.samples:
+            raise ValueError("; ".join(self.damaged) or f"{self.name} has no samples")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def raw(self, index: int) -> dict:
+        _check_index(self, index)
+        file, key, members = self.samples[index]
+        where = f"sample {key} of {file}"
+        contents = {}
+        try:
+            with open(file, "rb") as opened:
+                for suffix, offset, size in members:
+                    if suffix in ("json", "txt") or _is_image(suffix):
+                        if suffix in contents:
+                            raise ValueError(f"{where} has two members .{suffix}")
+                        opened.seek(offset)
+                        contents[suffix] = opened.read(size)
+                        if len(contents[suffix]) != size:
+                            raise ValueError(f"{where} is cut off: the file became shorter since it was opened")
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        record = _read_record(contents.get("json"), contents.get("txt"), where)
+        if images := [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]:
+            record["images"] = images
+        return record
+
+
+def _scan_tar(file: Path) -> tuple[list[tuple], str]:
+    """Read the headers of a tar file: (key, suffix, offset, size) of every member, and what is wrong with the file.
+
+    The suffix of a member that the file's end cuts is None.
+    """
+    members, damage = [], ""
+    try:
+        size = file.stat().st_size
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                folder, _, name = member.name.rpartition("/")
+                key, dot, suffix = name.partition(".")
+                if member.isreg() and key and dot:
+                    is_whole = member.offset_data + member.size <= size
+                    key = f"{folder}/{key}".lstrip("./")
+                    members.append((key, suffix.lower() if is_whole else None, member.offset_data, member.size))
+                tar.members.clear()  # it would grow with the file
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
+                damage = f"has no further header and no end mark at byte {tar.offset}"
+    except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError) as error:
+        damage = f"is cut off, damaged or compressed ({error})"
+    return members, damage
+
+
+def _is_image(suffix: str) -> bool:
+    """Tell whether a member is an image: jpg, 0.jpg, left.jpg, jpg.0."""
+    return bool(re.search(r"(^|\.)(jpe?g|png|webp)(\.\d+)?$", suffix))
+
+
+def _natural_order(name: str) -> list:
+    """Sort key by which a 10 comes after a 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+class Mixture:
+    """Several sources of known size as one: in turns by their weights, or without weights one after the other.
+
+    With weights a fixed schedule of 1000 places repeats, in which each source has its share, evenly spread.
+    """
+
+    num_slots = 1000
+
+    def __init__(self, sources: list, weights: list[float] | None = None):
+        if not sources or (weights is not None and len(weights) != len(sources)):
+            num_weights = "no" if weights is None else len(weights)
+            raise ValueError(
+                f"a mixture needs sources and a weight for each; there are {len(sources)}, {num_weights} weights"
+            )
+        self.sources = list(sources)
+        self.name = " + ".join(source.name for source in sources)
+        self.damaged = [sentence for source in sources for sentence in source.damaged]
+        self.starts = [0, *itertools.accumulate(map(len, sources))]
+        self.schedule = None  # of each place: source, how many places before it in the schedule are of this source
+        if weights is not None:
+            self.counts = self._count_slots(weights)
+            # The j-th place of a source with n places is wanted in the middle of the j-th of n equal parts.
+            wanted = [((j + 0.5) / n, k, j) for k, n in enumerate(self.counts) for j in range(n)]
+            self.schedule = [(k, j) for _middle, k, j in sorted(wanted)]
+
+    def _count_slots(self, weights):
+        """Round the shares to whole places that sum to num_slots, by the largest remainders."""
+        for source, weight in zip(self.sources, weights, strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"the weight of {source.name} is {weight}; it must be positive")
+        shares = [weight / sum(weights) * self.num_slots for weight in weights]
+        counts = [math.floor(share) for share in shares]
+        by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
+        for k in by_remainder[: self.num_slots - sum(counts)]:
+            counts[k] += 1
+        for source, weight, count in zip(self.sources, weights, counts, strict=True):
+            if count == 0:
+                raise ValueError(f"the weight of {source.name} is {weight}, too little of {sum(weights)}: "
+                                 f"it must be at least 1/{self.num_slots} of the sum")  # fmt: skip
+        return counts
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the number of the source and the position in it, which goes on counting in its later passes."""
+        if self.schedule is not None:
+            cycle, slot = divmod(position, self.num_slots)
+            number, before = self.schedule[slot]
+            return number, cycle * self.counts[number] + before
+        epoch, index = divmod(position, len(self))
+        number = bisect.bisect_right(self.starts, index) - 1
+        return number, epoch * len(self.sources[number]) + index - self.starts[number]
+
+    def raw(self, index: int) -> dict:
+        _check_index(self, index)
+        number, position = self.locate(index)
+        return self.sources[number].raw(position % len(self.sources[number]))
+
+
+# --- streams -------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A dataset of the hub, read as a stream: `hub:owner/name` or `hub:owner/name:config`.
+
+    Each epoch reads the files in another order. Read it in one process: inside a torch DataLoader, `datasets` would
+    deal the files out to the workers.
+    """
+
+    def __init__(self, spec: str, split: str = "train", seed: int = 0, **options):
+        """Open the dataset; `options` go to `datasets.load_dataset`."""
+        try:
+            import datasets
+        except ImportError:
+            raise ValueError(f"{spec} needs the package datasets: pip install datasets") from None
+        self.name, self.seed, self.damaged = spec, seed, []
+        dataset, _, config = spec.removeprefix("hub:").partition(":")
+        if not dataset:
+            raise ValueError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
+        try:
+            self.dataset = datasets.load_dataset(dataset, config or None, split=split, streaming=True, **options)
+        except Exception as error:  # the network, the hub and every builder have errors of their own
+            raise ValueError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
+        if self.dataset.features is not None:
+            self.dataset = self.dataset.decode(False)  # images as the bytes of their files
+
+    def stream(self, start: int, epoch: int) -> Iterator[dict]:
+        """Yield the records of a pass from the start-th on. An image that cannot be read is left for `to_sample`."""
+        order = np.random.default_rng([self.seed, epoch])
+        # A buffer of one leaves the records of a file in their order, which is cheap to come back to.
+        shuffled = self.dataset.shuffle(generator=order, buffer_size=1, max_buffer_input_shards=1)
+        for record in shuffled.skip(start):
+            yield _fetch_images(record, _read_remote)
+
+
+def _read_remote(name: str) -> bytes | str:
+    import fsspec  # comes with datasets
+
+    try:
+        with fsspec.open(name, "rb") as file:
+            return file.read()
+    except (OSError, ValueError, ImportError):
+        return name
+
+
+# --- records of files ----------------------------------------------------------------------------------------
+
+
+def _read_json(data: bytes, where: str) -> dict:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be a JSON object with texts or messages, not {_kind(record)}")
+    return record
+
+
+def _read_record(json_data: bytes | None, caption: bytes | None, where: str) -> dict:
+    """Make a record of a .json file that has one, else of a caption (then the .json has other things)."""
+    record = {} if json_data is None else _read_json(json_data, f"the .json of {where}")
+    if "texts" in record or "messages" in record:
+        return record
+    if caption is None:
+        raise ValueError(f"{where} needs a .json with texts or messages, or a .txt with a caption")
+    try:
+        return {"texts": [{"user": CAPTION_QUESTION, "assistant": caption.decode("utf-8-sig").strip()}]}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the .txt of {where} is not UTF-8 text: {error}") from error
+
+
+def _fetch_images(record: dict, read: Callable[[str], bytes]) -> dict:
+    """Put file contents, which `read` returns, in place of file names in `images`, `image` and image parts."""
+
+    def fetch(image):
+        if isinstance(image, dict):
+            image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        return read(image) if isinstance(image, str) else image
+
+    record = dict(record)
+    image = record.pop("image", None)
+    images = record.get("images") if record.get("images") is not None else image
+    if images is not None:
+        record["images"] = [fetch(image) for image in (images if isinstance(images, list) else [images])]
+    if isinstance(record.get("messages"), list):
+        record["messages"] = [_fetch_parts(message, fetch) for message in record["messages"]]
+    return record
+
+
+def _fetch_parts(message, fetch):
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    content = []
+    for part in message["content"]:
+        if isinstance(part, dict) and part.get("type") == "image":
+            carried = part if part.get("image") is None else part["image"]
+            part = {"type": "image", "image": fetch(carried)}
+        content.append(part)
+    return {**message, "content": content}
+
+
+def _read_file(path: Path, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} names a file that cannot be read: {error}") from error
+
+
+def _find_files(paths: str | Path | Iterable[str | Path], suffix: str) -> list[Path]:
+    """The files that paths, globs and folders stand for, in the order of their names."""
+    files = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        if os.path.isdir(path):
+            found = sorted(Path(path).rglob(f"*{suffix}"))
+        else:
+            found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise ValueError(f"there is no {suffix} file {path}")
+        files += found
+    if not files:
+        raise ValueError(f"no {suffix} files were given")
+    return files
+
+
+def _join_names(files: list[Path]) -> str:
+    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def _check_index(source, index: int):
+    if not 0 <= index < len(source):
+        raise IndexError(f"{source.name} has {len(source)} records, there is no record {index}")
+
+
+def _import_parquet():
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("parquet files need the package pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet
+
+
+# --- by name -------------------------------------------------------------------------------------------------
+
 SOURCES = {"scenes": Scenes}
+FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": Tar}
+
+
+def open_source(spec: str, split: str = "train"):
+    """Open the source that a name, a path or a glob stands for; `split` is of the drawn scenes and of the hub."""
+    if spec in SOURCES:
+        return SOURCES[spec](split)
+    if spec.startswith("hub:"):
+        return Hub(spec, split)
+    path, is_file = Path(spec), os.path.isfile(spec)
+    if path.is_dir():
+        for suffix in (".parquet", ".tar"):
+            if not (path / "metadata.jsonl").is_file() and next(path.rglob(f"*{suffix}"), None):
+                return FILES[suffix](path)
+        return Folder(path)
+    if path.suffix in FILES and (is_file or glob.glob(spec, recursive=True)):
+        return FILES[path.suffix](spec)
+    problem = "is of no kind that is understood" if is_file else "does not exist"
+    raise ValueError(
+        f"the source {spec!r} {problem}: give {', '.join(SOURCES)}, a file .jsonl, a file or glob .parquet or .tar, "
+        "a folder of these or of images with .txt or .json beside them, or hub:owner/name"
+    )
