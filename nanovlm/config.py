@@ -50,6 +50,17 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class TilingConfig:
+    # How images become tiles, a key of nanovlm.data.images.TILING: fit, aspect kept and as few tiles as carry the
+    # image's detail, or idefics3, the rules of Idefics3 and SmolVLM.
+    policy: str = "fit"
+    # fit: most tiles of one image, not counting the view of the whole image that follows several tiles.
+    max_tiles: int = 1
+    # idefics3: the longest side of every image, in pixels, before it is cut (`size.longest_edge`).
+    longest_edge: int = 256
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     # Rows of the embedding table; at least the size of the tokenizer.
     vocab_size: int = 640
@@ -81,6 +92,8 @@ class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     # Patch features to image tokens.
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    # Images to tiles.
+    tiling: TilingConfig = field(default_factory=TilingConfig)
     # Language model.
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     # Token id of padding; differs from the next two, so that padding never teaches a model to stop.
@@ -89,6 +102,8 @@ class VLMConfig:
     image_token_id: int = 1
     # Token id that ends an assistant turn.
     eos_token_id: int = 2
+    # Token id that the chat template writes as bos_token; null (None) where it writes none.
+    bos_token_id: int | None = None
 
     @property
     def num_image_tokens(self) -> int:
@@ -98,7 +113,8 @@ class VLMConfig:
     def validate(self) -> "VLMConfig":
         """Return self, or raise ValueError with both values of the first contradiction."""
         v, d, scale = self.vision, self.decoder, self.projector.scale_factor
-        for name, value in (*_integers("vision", v), *_integers("projector", self.projector), *_integers("decoder", d)):
+        parts = {"vision": v, "projector": self.projector, "tiling": self.tiling, "decoder": d}
+        for name, value in (pair for part, config in parts.items() for pair in _integers(part, config)):
             _check(value >= 1, f"{name} = {value} must be at least 1")
         _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
         _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
@@ -114,7 +130,8 @@ class VLMConfig:
             )
         ids = {"pad_token_id": self.pad_token_id, "image_token_id": self.image_token_id}
         ids["eos_token_id"] = self.eos_token_id
-        for name, value in ids.items():
+        bos = {} if self.bos_token_id is None else {"bos_token_id": self.bos_token_id}
+        for name, value in (ids | bos).items():
             _check(0 <= value < d.vocab_size, f"{name} = {value} is outside decoder.vocab_size = {d.vocab_size}")
         _check(len(set(ids.values())) == 3, f"pad, image and eos token ids must all differ, got {ids}")
         return self

@@ -1,34 +1,42 @@
 """Sample -> Document. Render the chat template, fill in image placeholders, mark what is trained.
 
-The template is rendered with a mark in place of each message, which gives its literal text; the messages
+The template is rendered with a mark in place of each part of a message, which gives its literal text; the parts
 are then put in by us. So every character is known to come from the template or from a message: special
 tokens are control tokens only where the template or an image wrote them, and are plain text wherever
-a person wrote them, and the trained span of an answer needs no second tokenisation. A trained span is
-the assistant's message up to the end-of-turn token after it, that token and anything the template puts between
-included: it is what the model has to write.
+a person wrote them, and the trained span of an answer needs no second tokenisation. A trained span is what the
+model has to write: all from where the generation prompt ends to the end-of-turn token after the message. The text
+between control tokens is tokenised as one, so that the tokens are those that the model's own tokenizer gives.
+
+An image becomes the text of its layout (images.py), in which each tile's image token stands for all of them.
 """
 
 import functools
+import itertools
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import jinja2.meta
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from tokenizers import Tokenizer
 
 from nanovlm.config import VLMConfig
-from nanovlm.data.images import make_tiles, to_rgb
+from nanovlm.data.images import layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document, Sample
 
+# Stands for one part of a message while the template is rendered.
+MARK = "(\u2003?)\ue000([0-9]+)\ue001(\u2003?)"
+
 
 class Span(NamedTuple):
-    """A piece of a rendered conversation: template text, message text or one image."""
+    """A piece of a rendered conversation: template text, message text or the layout of one image."""
 
     text: str
     from_template: bool = False
@@ -47,20 +55,38 @@ class Processor:
                 f"the tokenizer has {tokenizer.get_vocab_size()} tokens, "
                 f"more than decoder.vocab_size = {config.decoder.vocab_size}"
             )
-        special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        added, markers = tokenizer.get_added_tokens_decoder(), marker_tokens(config)
+        special = {token.content: i for i, token in added.items() if token.special or token.content in markers}
         for name in ("pad_token_id", "image_token_id", "eos_token_id"):
             if getattr(config, name) not in special.values():
                 raise ValueError(f"{name} = {getattr(config, name)} is not a special token of the tokenizer")
+        if missing := [token for token in markers if token not in special]:
+            raise ValueError(
+                f"tiling.policy = {config.tiling.policy!r} writes special tokens that the tokenizer does not have: "
+                f"{', '.join(missing)}"
+            )
         self.special = special
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(longest_first)})")
-        tokenizer.encode_special_tokens = True  # a special token's string in running text is plain text
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # For running text, where a special token's string is plain text; post-processors add tokens and move offsets.
+        plain = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
+        self._text_tokenizer = Tokenizer.from_str(json.dumps(plain))
+        self._text_tokenizer.encode_special_tokens = True
+        self._image_token, self._end_token, self._bos_token = (
+            None if i is None else tokenizer.id_to_token(i)
+            for i in (config.image_token_id, config.eos_token_id, config.bos_token_id)
+        )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_exception
         try:
             self.template = environment.from_string(chat_template)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(chat_template))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+        if "bos_token" in variables and config.bos_token_id is None:
+            raise ValueError("the chat template writes bos_token, but bos_token_id = None")
         self._literals = functools.lru_cache(maxsize=256)(self._render_literals)
         # Drawn questions repeat, and encoding one takes longer than looking it up.
         self._encode = functools.lru_cache(maxsize=65536)(self._encode_spans)
@@ -86,13 +112,13 @@ class Processor:
     def document(self, sample: Sample) -> Document:
         """Turn a sample into a document; with `independent`, each question is a branch after the images."""
         if not sample.independent:
-            ids, labels = self._encode(self._spans(sample.messages))
+            ids, labels = self._tokens(self._spans(sample.messages, sample.images))
             return self._make_document(ids, labels, [0] * len(ids), sample.images)
         roles = [message["role"] for message in sample.messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise ValueError("independent questions must be pairs of a user and an assistant message, at least one")
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
-        branches = [self._encode(self._spans(pair)) for pair in pairs]
+        branches = [self._tokens(self._spans(pair, sample.images)) for pair in pairs]
         # All branches begin with the same tokens up to the last image: the prefix.
         first = branches[0][0]
         image = self.config.image_token_id
@@ -119,8 +145,13 @@ class Processor:
         if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next(message for message in messages if message["role"] == "user")
             first["content"] = [{"type": "image"} for _ in images] + first["content"]
-        ids, _labels = self._encode(self._spans(messages, add_generation_prompt=True))
-        return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), [to_rgb(image) for image in images])
+        images = [to_rgb(image) for image in images]
+        ids, _labels = self._tokens(self._spans(messages, images, add_generation_prompt=True))
+        return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), images)
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """Count the tokens of an image of this size, markers included; its pixels are not needed."""
+        return len(self._tokens((self._show(width, height),))[0])
 
     def batch(self, prompts: list[Document]) -> Batch:
         """Stack prompts of different lengths, one a row, padded on the right."""
@@ -137,93 +168,150 @@ class Processor:
 
     def _make_document(self, ids, labels, branch_ids, images):
         size, per_tile = self.config.vision.image_size, self.config.num_image_tokens
-        tiles = [make_tiles(image, size) for image in images]
+        tiles = [make_tiles(image, self.config) for image in images]
+        tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if (placeholders := ids.count(self.config.image_token_id)) != per_tile * len(tiles):
-            raise ValueError(f"the messages show {placeholders // per_tile} images, but {len(images)} were given")
+            raise ValueError(f"{placeholders} image placeholders, but {len(tiles)} tiles of {per_tile} tokens")
         return Document(
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
             branch_ids=torch.tensor(branch_ids, dtype=torch.int32),
-            tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            tiles=tiles,
         )
 
-    def _spans(self, messages, add_generation_prompt=False) -> tuple[Span, ...]:
+    def _show(self, width, height) -> Span:
+        """Make the span of an image."""
+        text = layout(plan_tiles(width, height, self.config), self._image_token, self.config)
+        return Span(text, from_template=True, is_image=True)
+
+    def _spans(self, messages, images, add_generation_prompt=False) -> tuple[Span, ...]:
         """Render a conversation as spans whose concatenation is the text."""
+        parts = [(message["role"], part) for message in messages for part in _parts(message["content"])]
+        if (shown := sum(part["type"] == "image" for _, part in parts)) != len(images):
+            raise ValueError(f"the messages show {shown} images, but {len(images)} were given")
+        unseen = iter(images)
+        content = [
+            self._show(*next(unseen).size)
+            if part["type"] == "image"
+            else Span(part["text"], is_trained=role == "assistant")
+            for role, part in parts
+        ]
         spans = []
-        for piece in self._literals(tuple(message["role"] for message in messages), add_generation_prompt):
-            if isinstance(piece, str):
-                spans.append(Span(piece, from_template=True))
+        shape = tuple((m["role"], tuple(part["type"] for part in _parts(m["content"]))) for m in messages)
+        for piece in self._literals(shape, add_generation_prompt):
+            if isinstance(piece, Span):
+                spans.append(piece)
                 continue
             number, strip_left, strip_right = piece
-            message = messages[number]
-            parts = _parts(message["content"])
-            for i, part in enumerate(parts):
-                if part["type"] == "image":
-                    spans.append(Span("", is_image=True))
-                    continue
-                text = part["text"].lstrip() if strip_left and i == 0 else part["text"]
-                text = text.rstrip() if strip_right and i == len(parts) - 1 else text
-                spans.append(Span(text, is_trained=message["role"] == "assistant"))
+            span = content[number]
+            if not span.is_image:
+                text = span.text.lstrip() if strip_left else span.text
+                span = span._replace(text=text.rstrip() if strip_right else text)
+            spans.append(span)
         return tuple(spans)
 
-    def _render_literals(self, roles, add_generation_prompt):
-        """Render the template with marks for messages: a tuple of literal text and (message, strips, strips).
+    def _render_literals(self, shape, add_generation_prompt):
+        """Render the template: a tuple of literal Spans and, between them, (part number, strips left, strips right).
 
-        A mark is surrounded by white space that no template writes, which shows whether it strips what it is given.
+        `shape` holds the role and the types of the parts of each message. A mark is surrounded by white space that no
+        template writes, which shows whether the template strips what it is given. What stands before an answer but
+        not in the generation prompt, like the space of "Assistant: ", is for the model to write: it is trained.
         """
-        marked = [{"role": role, "content": f"\u2003\ue000{i}\ue001\u2003"} for i, role in enumerate(roles)]
-        try:
-            text = self.template.render(messages=marked, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses a conversation of {', '.join(roles)}: {error}") from error
-        pieces = re.split("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)", text)
-        literals = [pieces[0]]
+        pieces = re.split(MARK, self._render_marks(shape, add_generation_prompt))
+        owners = [message for message, (_, types) in enumerate(shape) for _ in types]
+        literals = [Span(pieces[0], from_template=True)]
         for left, number, right, literal in zip(*(pieces[i::4] for i in range(1, 5)), strict=True):
-            literals += [(int(number), not left, not right), literal]
-        if sorted(piece[0] for piece in literals[1::2]) != list(range(len(roles))):
-            raise ValueError("the chat template does not show every message exactly once")
+            message = owners[int(number)]
+            if message and shape[message][0] == "assistant" and owners.index(message) == int(number):
+                written, prompt = literals.pop().text, self._literals(shape[:message], True)[-1].text
+                if not written.startswith(prompt) or self.special_pattern.search(written.removeprefix(prompt)):
+                    prompt = written
+                literals.append(Span(prompt, from_template=True))
+                literals.append(Span(written.removeprefix(prompt), from_template=True, is_trained=True))
+            literals += [(int(number), not left, not right), Span(literal, from_template=True)]
         return tuple(literals)
 
-    def _encode_spans(self, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
+    def _render_marks(self, shape, add_generation_prompt) -> str:
+        """Render the template with a mark for each part, in the form of content in which it shows every part once.
+
+        That is a string, or the list of parts, which is tried first where there are images: a template may write
+        something beside them. In the list form it writes the image token, which becomes the image's mark.
+        """
+        number = itertools.count()
+        parts = [[(f"\u2003\ue000{next(number)}\ue001\u2003", kind) for kind in kinds] for _, kinds in shape]
+        image_marks = [mark for marks in parts for mark, kind in marks if kind == "image"]
+        strings = ["".join(mark for mark, _ in marks) for marks in parts]
+        lists = [
+            [{"type": kind, "text": mark} if kind == "text" else {"type": kind} for mark, kind in marks]
+            for marks in parts
+        ]
+        refusal = None
+        for contents in (lists, strings) if image_marks else (strings, lists):
+            messages = [{"role": role, "content": content} for (role, _), content in zip(shape, contents, strict=True)]
+            try:
+                text = self.template.render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self._bos_token,
+                    eos_token=self._end_token,
+                )
+            except (jinja2.TemplateError, TypeError) as error:
+                refusal = error if contents is strings else refusal or error
+                continue
+            if contents is lists and text.count(self._image_token) == len(image_marks):
+                unseen = iter(image_marks)
+                text = re.sub(re.escape(self._image_token), lambda _, unseen=unseen: next(unseen), text)
+            if sorted(int(shown) for _, shown, _ in re.findall(MARK, text)) == list(range(sum(map(len, parts)))):
+                return text
+        if refusal is None:
+            raise ValueError("the chat template does not show every message exactly once")
+        roles = ", ".join(role for role, _ in shape)
+        raise ValueError(f"the chat template refuses a conversation of {roles}: {refusal}") from refusal
+
+    def _tokens(self, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
         """Tokenise spans; return token ids and labels, each label where it is to be predicted."""
-        end = self.tokenizer.id_to_token(self.config.eos_token_id)
-        no_end = f"the chat template does not end an assistant message with the end-of-turn token {end}"
+        image, repeats = self.config.image_token_id, self.config.num_image_tokens
+        ids, labels = [], []
+        for token, is_trained in zip(*self._encode(spans), strict=True):
+            ids += [token] * (repeats if token == image else 1)
+            labels += [token] if is_trained else [IGNORE] * (repeats if token == image else 1)
+        return ids, [*labels[1:], IGNORE]
+
+    def _encode_spans(self, spans: tuple[Span, ...]) -> tuple[list[int], list[bool]]:
+        """Tokenise spans, each tile as one image token; return token ids and whether they are trained."""
+        no_end = f"the chat template does not end an assistant message with the end-of-turn token {self._end_token}"
         ids, is_trained = [], []
         running = []  # text since the last control token: (characters, is_trained)
         answer_is_open = False
 
         def flush():
-            encoding = self.tokenizer.encode("".join(text for text, _ in running), add_special_tokens=False)
+            encoding = self._text_tokenizer.encode("".join(text for text, _ in running), add_special_tokens=False)
             trained = [flag for text, flag in running for _ in text]  # one a character
             ids.extend(encoding.ids)
             is_trained.extend(any(trained[start:end]) for start, end in encoding.offsets)
             running.clear()
 
         for span in spans:
-            if span.is_image:
-                flush()
-                ids += [self.config.image_token_id] * self.config.num_image_tokens
-                is_trained += [False] * self.config.num_image_tokens
-            elif not span.from_template:
+            answer_is_open |= span.is_trained
+            if not span.from_template:
                 running.append((span.text, span.is_trained))
-                answer_is_open |= span.is_trained
-            else:
-                for i, piece in enumerate(self.special_pattern.split(span.text)):
-                    if i % 2 == 0:
-                        running.append((piece, answer_is_open))
-                        continue
-                    flush()
-                    token = self.special[piece]
-                    if answer_is_open and token != self.config.eos_token_id:
-                        raise ValueError(no_end)
-                    ids.append(token)
-                    is_trained.append(answer_is_open)
-                    answer_is_open = False
+                continue
+            is_answer = answer_is_open and not span.is_image
+            for i, piece in enumerate(self.special_pattern.split(span.text)):
+                if i % 2 == 0:
+                    running.append((piece, is_answer))
+                    continue
+                flush()
+                if is_answer and self.special[piece] != self.config.eos_token_id:
+                    raise ValueError(no_end)
+                ids.append(self.special[piece])
+                is_trained.append(is_answer)
+                if is_answer:
+                    is_answer = answer_is_open = False
         flush()
         if answer_is_open:
             raise ValueError(no_end)
-        labels = [token if trained else IGNORE for token, trained in zip(ids, is_trained, strict=True)]
-        return ids, [*labels[1:], IGNORE]
+        return ids, is_trained
 
 
 def _parts(content):

@@ -1,12 +1,49 @@
-"""Image -> tiles: read any image file, fit it into the encoder's square; normalise pixels."""
+"""Image -> tiles: read any image file, cut it into squares of the encoder's size; normalise pixels.
 
+How an image is cut is a policy of TILING, and follows from its size alone (`plan_tiles`):
+
+```
+fit, small image       fit, several tiles                    idefics3
++-------+              +-------+-------+   +-------+         no grey: the image is stretched
+|  grey |              | r1 c1 | r1 c2 |   | whole |         to fill the grid
+| image |              +-------+-------+ + | image |
+|  grey |              | r2 c1 | r2 c2 |   |       |
++-------+              +-------+-------+   +-------+
+```
+
+Tiles are in reading order, the view of the whole image last. The text around them is the policy's layout.
+"""
+
+import io
+import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from nanovlm.config import VLMConfig, pick
+
+IDEFICS3_LONGEST_EDGE = 4096  # no image is made longer than this, whatever tiling.longest_edge says
+GLOBAL, FAKE = "<global-img>", "<fake_token_around_image>"
+
+
+class TilePlan(NamedTuple):
+    """How an image is cut: its size on the canvas of rows x cols tiles, and whether the whole image follows."""
+
+    width: int
+    height: int
+    rows: int
+    cols: int
+    has_global: bool
+
+    @property
+    def num_tiles(self) -> int:
+        return self.rows * self.cols + self.has_global
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -14,18 +51,36 @@ def open_image(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
         raise ValueError(f"there is no image file {path}")
     try:
-        with Image.open(path) as image:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, name: str = "image") -> Image.Image:
+    """Read the bytes of an image file as RGB, the first frame of an animation.
+
+    Raises ValueError that begins with `name` for what is no image, cut off, or above PIL's limit of pixels.
+    """
+    try:
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            Image.open(io.BytesIO(data)) as image,
+        ):
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{name} cannot be read as an image: its {len(data)} bytes have no known format") from error
+    except Exception as error:  # on damaged files, decoders raise anything
+        raise ValueError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode upright and into RGB; transparent parts become white.
 
     Deeper greys are scaled down from the smallest of the usual ranges that holds them: 0 to 1 for floats, 8, 12 or
-    16 bits, else their own maximum.
+    16 bits, else their own maximum. Raises ValueError for an image without pixels.
     """
+    _check_size(*image.size)
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -39,17 +94,172 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def make_tiles(image: Image.Image, image_size: int) -> Tensor:
-    """Fit an RGB image into one square tile, aspect kept, centred on grey: uint8[1, 3, image_size, image_size]."""
-    if image.size != (image_size, image_size):
-        scale = image_size / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        fitted = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        image = Image.new("RGB", (image_size, image_size), (128, 128, 128))
-        image.paste(fitted, tuple((image_size - side) // 2 for side in size))
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1)[None])
+def plan_tiles(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Decide how an image of this size is cut. Raises ValueError for an image without pixels."""
+    _check_size(width, height)
+    return pick(TILING, config.tiling.policy, "tiling.policy").plan(width, height, config)
+
+
+def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
+    """Cut an RGB image into the tiles of its plan, in reading order, the whole image last: uint8[n, 3, S, S]."""
+    plan, side = plan_tiles(*image.size, config), config.vision.image_size
+    tiles = []
+    for drawn in pick(TILING, config.tiling.policy, "tiling.policy").draw(image, plan, config):
+        squares = np.asarray(drawn).reshape(drawn.height // side, side, drawn.width // side, side, 3)
+        tiles.append(squares.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side))
+    return torch.from_numpy(np.concatenate(tiles))
+
+
+def layout(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    """Write the text that shows an image: marker tokens, and `image` in the place of each tile."""
+    return pick(TILING, config.tiling.policy, "tiling.policy").layout(plan, image)
+
+
+def marker_tokens(config: VLMConfig) -> list[str]:
+    """List the special tokens besides the image token that layouts of this config can have, in a fixed order."""
+    return pick(TILING, config.tiling.policy, "tiling.policy").markers(config)
 
 
 def normalize(tiles: Tensor) -> Tensor:
     """Bring uint8 pixels to float32 in [-1, 1] (mean and standard deviation 0.5, as SigLIP)."""
     return tiles.float() / 127.5 - 1
+
+
+# ---- fit: aspect kept, as few tiles as carry the detail ----
+
+
+def plan_fit(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """One tile for what fits into one; else the smallest grid that needs no scaling down, or keeps the most pixels."""
+    side, most = config.vision.image_size, config.tiling.max_tiles
+    rows, cols = math.ceil(height / side), math.ceil(width / side)
+    if rows * cols > most:
+        grids = [(r, c) for r in range(1, most + 1) for c in range(1, most // r + 1)]
+        rows, cols = max(grids, key=lambda grid: (_scale(width, height, *grid, side), -grid[0] * grid[1]))
+    scale = _scale(width, height, rows, cols, side)
+    if rows * cols > 1:
+        scale = min(scale, 1)
+    return TilePlan(max(1, round(width * scale)), max(1, round(height * scale)), rows, cols, rows * cols > 1)
+
+
+def draw_fit(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    """Centre the image on the grid, then the whole image on one tile."""
+    side = config.vision.image_size
+    scale = _scale(*image.size, 1, 1, side)
+    canvas = _centre(image, (plan.width, plan.height), (plan.cols * side, plan.rows * side))
+    if not plan.has_global:
+        return [canvas]
+    return [canvas, _centre(image, tuple(max(1, round(edge * scale)) for edge in image.size), (side, side))]
+
+
+def layout_fit(plan: TilePlan, image: str) -> str:
+    if plan.num_tiles == 1:
+        return image
+    places = [(r, c) for r in range(1, plan.rows + 1) for c in range(1, plan.cols + 1)]
+    return "".join(f"{_place(r, c)}{image}" for r, c in places) + GLOBAL + image
+
+
+def markers_fit(config: VLMConfig) -> list[str]:
+    most = config.tiling.max_tiles
+    places = [_place(r, c) for r in range(1, most + 1) for c in range(1, most // r + 1)]
+    return [GLOBAL, *places] if most > 1 else []
+
+
+def _scale(width, height, rows, cols, side):
+    """The factor at which an image just fits into a grid of tiles."""
+    return min(cols * side / width, rows * side / height)
+
+
+def _centre(image, size, canvas_size):
+    """Resize an image and put it in the middle of a grey canvas."""
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if size == canvas_size:
+        return image
+    canvas = Image.new("RGB", canvas_size, (128, 128, 128))
+    canvas.paste(image, tuple((whole - part) // 2 for whole, part in zip(canvas_size, size, strict=True)))
+    return canvas
+
+
+# ---- idefics3: every image at one scale, stretched to whole tiles ----
+
+
+def plan_idefics3(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Follow Idefics3ImageProcessor: the size of `_idefics3_size`, both sides rounded up to whole tiles."""
+    side = config.vision.image_size
+    width, height = _idefics3_size(width, height, config.tiling.longest_edge)
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / side) * side
+        height = math.ceil(int(width / aspect) / side) * side
+    else:
+        height = math.ceil(height / side) * side
+        width = math.ceil(int(height * aspect) / side) * side
+    rows, cols = height // side, width // side
+    return TilePlan(width, height, rows, cols, rows * cols > 1)
+
+
+def draw_idefics3(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    """Resize as often as Idefics3ImageProcessor does, as each time rounds the pixels."""
+    for size in (_idefics3_size(*image.size, config.tiling.longest_edge), (plan.width, plan.height)):
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    if not plan.has_global:
+        return [image]
+    return [image, image.resize((config.vision.image_size,) * 2, Image.Resampling.LANCZOS)]
+
+
+def layout_idefics3(plan: TilePlan, image: str) -> str:
+    whole = f"{FAKE}{GLOBAL}{image}{FAKE}"
+    if plan.num_tiles == 1:
+        return whole
+    rows = ("".join(f"{FAKE}{_place(r, c)}{image}" for c in range(1, plan.cols + 1)) for r in range(1, plan.rows + 1))
+    return "".join(f"{row}\n" for row in rows) + "\n" + whole
+
+
+def markers_idefics3(config: VLMConfig) -> list[str]:
+    longest = config.tiling.longest_edge
+    most = math.ceil(min(longest + longest % 2, IDEFICS3_LONGEST_EDGE) / config.vision.image_size)
+    places = [_place(r, c) for r in range(1, most + 1) for c in range(1, most + 1)]
+    return [FAKE, GLOBAL, *(places if most > 1 else [])]
+
+
+def _idefics3_size(width, height, longest_edge):
+    """Bring the longest side to `longest_edge`, the other to an even number, and both below the cap."""
+    aspect = width / height
+    if width >= height:
+        width, height = longest_edge, int(longest_edge / aspect)
+        height += height % 2
+    else:
+        width, height = int(longest_edge * aspect), longest_edge
+        width += width % 2
+    width, height = max(1, width), max(1, height)
+    aspect = width / height
+    if max(width, height) > IDEFICS3_LONGEST_EDGE:
+        if width >= height:
+            width, height = IDEFICS3_LONGEST_EDGE, int(IDEFICS3_LONGEST_EDGE / aspect)
+        else:
+            width, height = int(IDEFICS3_LONGEST_EDGE * aspect), IDEFICS3_LONGEST_EDGE
+    return max(1, width), max(1, height)
+
+
+def _place(row, col):
+    return f"<row_{row}_col_{col}>"
+
+
+def _check_size(width, height):
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width} x {height} has no pixels")
+
+
+class Tiling(NamedTuple):
+    """A policy: size -> plan, image -> grid and whole view, plan -> text, config -> markers in such texts."""
+
+    plan: Callable[[int, int, VLMConfig], TilePlan]
+    draw: Callable[[Image.Image, TilePlan, VLMConfig], list[Image.Image]]
+    layout: Callable[[TilePlan, str], str]
+    markers: Callable[[VLMConfig], list[str]]
+
+
+TILING = {
+    "fit": Tiling(plan_fit, draw_fit, layout_fit, markers_fit),
+    "idefics3": Tiling(plan_idefics3, draw_idefics3, layout_idefics3, markers_idefics3),
+}

@@ -15,13 +15,15 @@ CHAT_TEMPLATE = """\
 {{ '<|assistant|>' if add_generation_prompt }}"""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterable[str] = ()) -> Tokenizer:
     """Train a BPE tokenizer on `texts`; numbers are split into digits.
 
-    Raises ValueError when `vocab_size` has no room for the special tokens and the 256 bytes.
+    `extra_tokens` are special tokens after ours, such as images.marker_tokens. Raises ValueError when `vocab_size`
+    has no room for the special tokens and the 256 bytes.
     """
-    if vocab_size < len(SPECIAL_TOKENS) + 256:
-        raise ValueError(f"data.tokenizer_size = {vocab_size} must be at least {len(SPECIAL_TOKENS) + 256}")
+    special_tokens = (*SPECIAL_TOKENS, *extra_tokens)
+    if vocab_size < len(special_tokens) + 256:
+        raise ValueError(f"data.tokenizer_size = {vocab_size} must be at least {len(special_tokens) + 256}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -29,7 +31,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

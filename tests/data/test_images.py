@@ -1,12 +1,33 @@
-"""Images of every mode and size become one tile; what is no image is named."""
+"""Images of every mode and size become tiles; what is no image is named."""
+
+import dataclasses
+import io
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.images import make_tiles, normalize, open_image, to_rgb
-from tests.conftest import noise
+from nanovlm.config import TilingConfig
+from nanovlm.data.images import (
+    TILING,
+    TilePlan,
+    decode_image,
+    make_tiles,
+    marker_tokens,
+    normalize,
+    open_image,
+    plan_tiles,
+    to_rgb,
+)
+from tests.conftest import TINY, noise
+
+
+def square(image_size, **tiling):
+    """The config of an encoder that reads tiles of this size."""
+    vision = dataclasses.replace(TINY.vision, image_size=image_size)
+    return dataclasses.replace(TINY, vision=vision, tiling=TilingConfig(**tiling))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"])
@@ -57,7 +78,7 @@ def test_exif_rotation(tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 1), (10000, 50), (50, 10000), (64, 64), (65, 63), (7, 300)])
 def test_every_size(size):
-    tile = make_tiles(Image.new("RGB", size, (255, 255, 255)), 64)
+    tile = make_tiles(Image.new("RGB", size, (255, 255, 255)), square(64))
     assert tile.shape == (1, 3, 64, 64) and tile.dtype == torch.uint8
     white = (tile[0, 0] == 255).sum(0)
     assert white.max() == max(1, round(64 * size[1] / max(size)))
@@ -66,7 +87,7 @@ def test_every_size(size):
 def test_pixels_are_normalised_like_siglip():
     image = noise(3, 8)
     expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255 - 0.5) / 0.5
-    assert (normalize(make_tiles(image, 8))[0] - expected).abs().max() < 1e-6
+    assert (normalize(make_tiles(image, square(8)))[0] - expected).abs().max() < 1e-6
 
 
 def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch):
@@ -91,3 +112,163 @@ def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut.png cannot be read as an image"):
         open_image(tmp_path / "cut.png")
+
+
+def save(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_cut_off_file_is_named_or_read_whole(format):
+    data = save(noise(0, 40), format)
+    whole = decode_image(data).tobytes()
+    for length in range(0, len(data), max(1, len(data) // 60)):
+        try:
+            assert decode_image(data[:length], "photo 7").tobytes() == whole
+        except ValueError as error:
+            assert str(error).startswith("photo 7 cannot be read as an image: ") and "\n" not in str(error)
+
+
+def test_a_bomb_is_refused(monkeypatch):
+    data = save(Image.new("1", (100, 100)), "PNG")
+    for limit in (9999, 4999):  # above the limit PIL warns, above twice the limit it raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=r"image cannot be read as an image: .*10000 pixels"):
+            decode_image(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)
+    assert decode_image(data).size == (100, 100)
+
+
+def test_files_of_many_kinds():
+    red, blue = Image.new("RGB", (6, 4), "red"), Image.new("RGB", (6, 4), "blue")
+    animation = save(red.convert("P"), "GIF", save_all=True, append_images=[blue.convert("P")])
+    assert decode_image(animation).getpixel((0, 0)) == (255, 0, 0)
+    assert np.abs(np.array(decode_image(save(red.convert("CMYK"), "JPEG")), int) - [254, 0, 0]).max() <= 3
+    assert decode_image(save(red.convert("P"), "PNG")).getpixel((5, 3)) == (255, 0, 0)
+    assert decode_image(save(Image.new("RGBA", (6, 4), (255, 0, 0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((4, 6), 65535, np.uint16))
+    assert decode_image(save(deep, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    exif = red.getexif()
+    exif[0x0112] = 6
+    assert decode_image(save(red, "JPEG", exif=exif)).size == (4, 6)
+    assert decode_image(save(Image.new("RGB", (10000, 50)), "PNG")).size == (10000, 50)
+    assert decode_image(save(Image.new("L", (1, 1)), "PNG")).size == (1, 1)
+
+
+def test_no_pixels_no_image():
+    for size in [(0, 0), (0, 5), (5, 0)]:
+        with pytest.raises(ValueError, match=f"an image of {size[0]} x {size[1]} has no pixels"):
+            to_rgb(Image.new("RGB", size))
+        with pytest.raises(ValueError, match="has no pixels"):
+            plan_tiles(*size, TINY)
+
+
+def random_sizes(seed, number, longest):
+    """Sizes of all magnitudes, and extreme ones."""
+    rng = random.Random(seed)
+    sizes = [(1, 1), (1, 900), (900, 1), (3000, 15), (15, 3000), (63, 64), (64, 65), (65, 64), (128, 129)]
+    return sizes + [tuple(round(longest ** rng.random()) for _ in "wh") for _ in range(number)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (32, 32), (64, 64), (64, 1), (65, 10), (300, 200), (7, 4000)])
+def test_one_tile_is_the_image_scaled_to_fit(size):
+    """The formula of the first release: a model trained with it goes on seeing the same pixels."""
+    image = noise(1, 64).resize(size)
+    tile = make_tiles(image, square(64))
+    fitted = image.resize([max(1, round(x * 64 / max(size))) for x in size], Image.Resampling.BICUBIC, reducing_gap=3.0)
+    expected = Image.new("RGB", (64, 64), (128, 128, 128))
+    expected.paste(fitted, ((64 - fitted.width) // 2, (64 - fitted.height) // 2))
+    assert torch.equal(tile[0], torch.from_numpy(np.array(expected).transpose(2, 0, 1)))
+    if max(size) <= 64:
+        assert torch.equal(make_tiles(image, square(64, max_tiles=9)), tile)
+
+
+@pytest.mark.parametrize(
+    ("size", "max_tiles", "plan"),
+    [
+        ((32, 32), 9, TilePlan(64, 64, 1, 1, False)),
+        ((64, 128), 2, TilePlan(64, 128, 2, 1, True)),
+        ((65, 64), 9, TilePlan(65, 64, 1, 2, True)),
+        ((129, 100), 9, TilePlan(129, 100, 2, 3, True)),
+        ((640, 640), 9, TilePlan(192, 192, 3, 3, True)),
+        ((640, 640), 8, TilePlan(128, 128, 2, 2, True)),
+        ((640, 640), 2, TilePlan(64, 64, 1, 1, False)),
+        ((10000, 50), 4, TilePlan(256, 1, 1, 4, True)),
+        ((50, 10000), 4, TilePlan(1, 256, 4, 1, True)),
+        ((6400, 64), 5, TilePlan(320, 3, 1, 5, True)),
+    ],
+)
+def test_fit_takes_the_smallest_grid_that_keeps_the_detail(size, max_tiles, plan):
+    assert plan_tiles(*size, square(64, max_tiles=max_tiles)) == plan
+
+
+def test_fit_against_a_search_over_all_grids():
+    for width, height in random_sizes(0, 300, 1000):
+        for max_tiles in (1, 2, 5, 12):
+            plan = plan_tiles(width, height, square(64, max_tiles=max_tiles))
+            scales = {
+                (r, c): min(r * 64 / height, c * 64 / width, 1)
+                for r in range(1, 13)
+                for c in range(1, max_tiles // r + 1)
+            }
+            best = max(scales.values())
+            assert scales[plan.rows, plan.cols] == best
+            assert plan.rows * plan.cols == min(r * c for (r, c), scale in scales.items() if scale == best)
+            assert plan.width <= plan.cols * 64 and plan.height <= plan.rows * 64
+            assert plan.has_global == (plan.rows * plan.cols > 1)
+
+
+def test_fit_tiles_put_together_are_the_image_on_grey_and_the_whole_is_last():
+    image = noise(4, 100).resize((150, 70))
+    tiles = make_tiles(image, square(64, max_tiles=6))
+    assert tiles.shape == (7, 3, 64, 64)
+    grid = torch.cat([torch.cat(list(tiles[r : r + 3]), dim=2) for r in (0, 3)], dim=1)
+    top, left = (128 - 70) // 2, (192 - 150) // 2
+    inside = grid[:, top : top + 70, left : left + 150]
+    assert torch.equal(inside, torch.from_numpy(np.array(image).transpose(2, 0, 1)))
+    assert int((grid == 128).all(0).sum()) >= 128 * 192 - 70 * 150
+    assert torch.equal(tiles[6:], make_tiles(image, square(64)))
+
+
+@pytest.mark.parametrize(("longest_edge", "tile"), [(256, 64), (240, 64), (64, 64), (40, 64), (151, 50), (6000, 2048)])
+def test_idefics3_tiles_are_those_of_transformers(longest_edge, tile):
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    theirs = Idefics3ImageProcessorPil(
+        size={"longest_edge": longest_edge}, max_image_size={"longest_edge": tile}, return_row_col_info=True, **half
+    )
+    config = square(tile, policy="idefics3", longest_edge=longest_edge)
+    sizes = random_sizes(longest_edge, 60, 900) if tile < 1000 else [(3000, 15), (63, 64)]
+    for i, size in enumerate(sizes):
+        image = noise(i, 64).resize(size)
+        expected = theirs(image, return_tensors="pt")
+        plan, tiles = plan_tiles(*size, config), make_tiles(image, config)
+        grid = (plan.rows, plan.cols) if plan.has_global else (0, 0)
+        assert (expected["rows"][0][0], expected["cols"][0][0]) == grid, size
+        assert len(tiles) == plan.num_tiles == expected["pixel_values"].shape[1], size
+        assert torch.equal(((expected["pixel_values"][0] + 1) * 127.5).round().to(torch.uint8), tiles), size
+        assert torch.allclose(expected["pixel_values"][0], normalize(tiles), atol=1e-6), size
+
+
+@pytest.mark.parametrize("policy", TILING)
+@pytest.mark.parametrize(("tile", "longest_edge"), [(16, 63), (15, 45), (40, 40)])
+def test_markers_are_all_that_layouts_write(policy, tile, longest_edge):
+    config = square(tile, policy=policy, longest_edge=longest_edge, max_tiles=7)
+    markers, written = marker_tokens(config), set()
+    for width, height in random_sizes(2, 400, 300):
+        plan = plan_tiles(width, height, config)
+        text = TILING[policy].layout(plan, "@")
+        assert text.count("@") == plan.num_tiles
+        written |= {f"<{piece.split('>')[0]}>" for piece in text.split("<")[1:]}
+    assert written == set(markers) and len(markers) == len(written)
+
+
+def test_mistakes_in_the_tiling_are_named():
+    with pytest.raises(ValueError, match=r"tiling.max_tiles = 0 must be at least 1"):
+        square(16, max_tiles=0).validate()
+    with pytest.raises(ValueError, match=r"tiling.policy = 'anyres' is unknown; there are fit, idefics3"):
+        plan_tiles(5, 5, square(16, policy="anyres"))

@@ -29,6 +29,14 @@ def test_same_texts_same_tokenizer(processor):
     assert again.to_str() == processor.tokenizer.to_str()
 
 
+def test_extra_special_tokens_come_after_ours():
+    tokenizer = train_tokenizer(["a b"], 400, ["<global-img>", "<row_1_col_1>"])
+    assert tokenizer.encode("<row_1_col_1><global-img>").ids == [len(SPECIAL_TOKENS) + 1, len(SPECIAL_TOKENS)]
+    assert tokenizer.get_added_tokens_decoder()[len(SPECIAL_TOKENS)].special
+    with pytest.raises(ValueError, match="tokenizer_size = 263 must be at least 264"):
+        train_tokenizer(["a"], 263, ["<global-img>", "<row_1_col_1>"])
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer_size = 100 must be at least 262"):
         train_tokenizer(["a"], 100)
