@@ -32,10 +32,11 @@ from eval.tasks import SceneTask, TrainingScan
 from nanovlm import checkpoint, cli
 from nanovlm.config import TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
+from nanovlm.data.images import marker_tokens
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import SOURCES
+from nanovlm.data.sources import RATINGS, open_sources, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, read_tokenizer, train_tokenizer
-from nanovlm.data.types import IGNORE, Batch
+from nanovlm.data.types import IGNORE, Batch, Document
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import OBJECTIVES
 from nanovlm.optim import learning_rate, make_optimizers, set_learning_rate
@@ -114,15 +115,16 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     wandb = import_wandb() if config.wandb else None
 
     # --- data --------------------------------------------------------------------------------------------
-    source = pick(SOURCES, config.data.source, "data.source")("train")
+    source = open_sources(config.data.sources, config.data.weights)
     checkpoints = checkpoint.list_checkpoints(run_dir)
     if checkpoints:
         tokenizer = read_tokenizer(run_dir / "tokenizer.json")
     else:
-        tokenizer = train_tokenizer(source.texts(1000), config.data.tokenizer_size)
+        tokenizer = train_tokenizer(sample_texts(source, 1000), config.data.tokenizer_size, marker_tokens(config.model))
     processor = Processor(tokenizer, CHAT_TEMPLATE, config.model)
-    loader = Loader(source, processor.document, config.data, config.model.pad_token_id, config.seed)
-    tasks = {split: SceneTask(split, config.eval_scenes) for split in ("test", "compositional")}
+    loader = Loader(source, make_process(processor, config), config.data, config.model.pad_token_id, config.seed)
+    num_scenes = config.eval_scenes if "scenes" in config.data.sources else 0
+    tasks = {split: SceneTask(split, num_scenes) for split in ("test", "compositional")}
 
     # --- model, optimizer, state -----------------------------------------------------------------------------
     model = VLM(config.model).to(device)
@@ -156,7 +158,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         state.elapsed_s = time.perf_counter() - begin
         metrics |= {
             "tokens": state.tokens,
-            "samples": loader.next_index,
+            "samples": loader.counts["read"],
+            **{name.replace(" ", "_"): loader.counts[name] for name in ("filtered", "too long", "corrupt")},
             "tokens_per_second": (state.tokens - tokens_before) / (time.perf_counter() - start),
             "padding": 1 - (state.tokens - tokens_before) / sum(batch.doc_ids.numel() for batch in batches),
             "data_wait_s": data_wait_s,
@@ -168,19 +171,21 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             log(metrics)
         bar.update()
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
-        if config.sample_every and config.eval_scenes and state.step % config.sample_every == 0:
+        if config.sample_every and num_scenes and state.step % config.sample_every == 0:
             bar.write(f"step {state.step}: " + "   ".join(sample_answers(model, processor, tasks["test"])))
         if state.step % config.checkpoint_every == 0 or state.step == config.optim.steps:
             checkpoint.flush(run_dir / "metrics.jsonl")
             state.save(run_dir, config.keep_checkpoints)
     bar.close()
+    loader.close()
     metrics_file.close()
+    print(f"samples: {', '.join(f'{number:,} {name}' for name, number in sorted(loader.counts.items()))}")
 
     # --- end ---------------------------------------------------------------------------------------------
     model.eval()
     checkpoint.save_model(run_dir / "model", model, processor)
     results = {"train_seconds": round(state.elapsed_s, 1), "environment": describe_environment(state)}
-    if config.eval_scenes:
+    if num_scenes:
         scores = evaluate(model, processor, tasks, TrainingScan(source, loader.places_read()))
         results |= scores
         print("\n" + format_table(scores))
@@ -192,6 +197,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     return results
 
 
+def make_process(processor: Processor, config: TrainConfig) -> Callable[[dict], Document]:
+    """Return what turns a raw record into a document."""
+    least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
+    return lambda raw: processor.document(to_sample(raw, least))
+
+
 def choose_fastest(state: TrainState, config: TrainConfig):
     """Time a batch forward and backward with each thread count and precision left open; say and keep the fastest.
 
@@ -199,7 +210,7 @@ def choose_fastest(state: TrainState, config: TrainConfig):
     """
     start = state.loader.state_dict()
     batch = next(state.loader)
-    state.loader.load_state_dict(start)
+    state.loader.load_state_dict(start)  # nothing was used up
     on_cpu = next(state.model.parameters()).device.type == "cpu"
     threads = [config.threads] if config.threads else sorted({1, torch.get_num_threads()} if on_cpu else {1})
     precisions = [config.precision] if config.precision != "auto" else ["bf16", "fp32"] if on_cpu else ["bf16"]

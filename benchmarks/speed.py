@@ -24,7 +24,7 @@ from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import SOURCES
+from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
@@ -52,8 +52,8 @@ class SpeedConfig:
 def main(config: SpeedConfig):
     preset = pick(PRESETS, config.preset, "preset")()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = SOURCES[preset.data.source]("train")
-    tokenizer = train_tokenizer(source.texts(1000), preset.data.tokenizer_size)
+    source = open_sources(preset.data.sources, preset.data.weights)
+    tokenizer = train_tokenizer(sample_texts(source, 1000), preset.data.tokenizer_size)
     processor = Processor(tokenizer, CHAT_TEMPLATE, preset.model)
     torch.manual_seed(0)
     model = VLM(preset.model).to(device)
@@ -71,8 +71,9 @@ def main(config: SpeedConfig):
 
 def time_training(state, processor, source, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
-    state.loader = loader = Loader(source, processor.document, preset.data, preset.model.pad_token_id, preset.seed)
-    loader.next_index = len(source) // 2  # past the first lessons of a curriculum
+    process = train.make_process(processor, preset)
+    state.loader = loader = Loader(source, process, preset.data, preset.model.pad_token_id, preset.seed)
+    loader.next_place = (0, len(source) // 2)  # past the first lessons of a curriculum
     train.choose_fastest(state, dataclasses.replace(preset, threads=config.threads))
     torch.set_num_threads(state.threads)
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []

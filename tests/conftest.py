@@ -11,7 +11,7 @@ from nanovlm.config import DecoderConfig, VisionConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
-from nanovlm.data.sources import Scenes, to_sample
+from nanovlm.data.sources import Scenes, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.vision import PATCH_EMBEDDING
@@ -35,7 +35,7 @@ TINY = VLMConfig(
 
 @pytest.fixture(scope="session")
 def processor():
-    return Processor(train_tokenizer(Scenes("train").texts(50), 512), CHAT_TEMPLATE, TINY)
+    return Processor(train_tokenizer(sample_texts(Scenes("train"), 50), 512), CHAT_TEMPLATE, TINY)
 
 
 @pytest.fixture(params=itertools.product(sorted(ATTENTION), sorted(PATCH_EMBEDDING)), ids=" ".join)

@@ -18,6 +18,7 @@ import train
 from nanovlm import checkpoint, cli
 from nanovlm.config import DataConfig, OptimConfig, ParamRule, TrainConfig
 from nanovlm.data.loader import Loader
+from nanovlm.data.sources import Scenes
 from nanovlm.model.attention import ATTENTION, attend_sdpa
 from nanovlm.model.vlm import VLM
 from nanovlm.optim import make_optimizers
@@ -152,8 +153,11 @@ def test_the_fastest_choice_is_measured_and_leaves_no_trace(processor, capsys, m
     model = VLM(TINY)
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = DataConfig(row_length=64, batch_rows=2, pack_buffer=4)
-    source = [((f"what is {i}?", "red"),) for i in range(20)]
-    loader = Loader(source, lambda turns: make_document(processor, 0, *turns), config, pad_token_id=0, seed=0)
+
+    def process(raw):
+        return make_document(processor, 0, ("what?", "red"))
+
+    loader = Loader(Scenes("train", 20), process, config, pad_token_id=0, seed=0)
     position = loader.state_dict()
     state = train.TrainState(model, {}, loader, threads=0, precision="auto")
     # Seconds of the three tries of each choice: one slow start must not count.
@@ -388,7 +392,7 @@ def test_a_bug_keeps_its_traceback(capsys):
 
 def test_what_is_registered_can_be_named_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setitem(ATTENTION, "mine", attend_sdpa)
-    config = train.parse_config(["scenes", "--model.decoder.attention", "mine", "--data.source", "mine"])
+    config = train.parse_config(["scenes", "--model.decoder.attention", "mine", "--data.sources", "mine"])
     assert VLM(config.model).decoder.layers[0].self_attn.attend is attend_sdpa
-    with pytest.raises(ValueError, match=r"data.source = 'mine' is unknown; there are scenes"):
+    with pytest.raises(ValueError, match="the source 'mine' does not exist: give scenes, a file"):
         train.main(dataclasses.replace(config, run_dir=str(tmp_path), threads=1))

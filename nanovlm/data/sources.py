@@ -21,7 +21,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -212,17 +212,8 @@ class Scenes:
     def __len__(self):
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
-        return to_sample(self.raw(index))
-
     def raw(self, index: int) -> dict:
         return scenes.draw(self.split, index)
-
-    def texts(self, num_scenes: int) -> Iterator[str]:
-        """Yield the questions and answers of scenes from the whole source, to make a tokenizer from."""
-        for index in range(0, len(self), -(-len(self) // num_scenes)):
-            for turn in self.raw(index)["texts"]:
-                yield from (turn["user"], turn["assistant"])
 
 
 class JsonLines:
@@ -458,11 +449,12 @@ class Mixture:
         self.name = " + ".join(source.name for source in sources)
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         self.starts = [0, *itertools.accumulate(map(len, sources))]
-        self.schedule = None  # of each place: source, how many places before it in the schedule are of this source
+        self.weights = weights
         if weights is not None:
             self.counts = self._count_slots(weights)
             # The j-th place of a source with n places is wanted in the middle of the j-th of n equal parts.
             wanted = [((j + 0.5) / n, k, j) for k, n in enumerate(self.counts) for j in range(n)]
+            # of each place: source, how many places before it in the schedule are of this source
             self.schedule = [(k, j) for _middle, k, j in sorted(wanted)]
 
     def _count_slots(self, weights):
@@ -485,19 +477,16 @@ class Mixture:
         return self.starts[-1]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the number of the source and the position in it, which goes on counting in its later passes."""
-        if self.schedule is not None:
-            cycle, slot = divmod(position, self.num_slots)
-            number, before = self.schedule[slot]
-            return number, cycle * self.counts[number] + before
-        epoch, index = divmod(position, len(self))
-        number = bisect.bisect_right(self.starts, index) - 1
-        return number, epoch * len(self.sources[number]) + index - self.starts[number]
+        """Return the number of the source at a place of the schedule, and how many places before it are of it."""
+        cycle, slot = divmod(position, self.num_slots)
+        number, before = self.schedule[slot]
+        return number, cycle * self.counts[number] + before
 
     def raw(self, index: int) -> dict:
+        """Return a record by its index when the sources stand one after the other."""
         _check_index(self, index)
-        number, position = self.locate(index)
-        return self.sources[number].raw(position % len(self.sources[number]))
+        number = bisect.bisect_right(self.starts, index) - 1
+        return self.sources[number].raw(index - self.starts[number])
 
 
 # --- streams -------------------------------------------------------------------------------------------------
@@ -667,3 +656,31 @@ def open_source(spec: str, split: str = "train"):
         f"the source {spec!r} {problem}: give {', '.join(SOURCES)}, a file .jsonl, a file or glob .parquet or .tar, "
         "a folder of these or of images with .txt or .json beside them, or hub:owner/name"
     )
+
+
+def open_sources(specs: Sequence[str], weights: Sequence[float] = (), split: str = "train"):
+    """Open one source, or several as a mixture."""
+    sources = [open_source(spec, split) for spec in specs]
+    if len(sources) == 1 and not weights:
+        return sources[0]
+    for source in sources:
+        if hasattr(source, "stream"):
+            raise ValueError(f"{source.name} is a stream of unknown size and cannot be mixed with other sources")
+    return Mixture(sources, list(weights) or None)
+
+
+def sample_texts(source, num_samples: int) -> Iterator[str]:
+    """Yield the texts of samples from the whole source (the first of a stream), to make a tokenizer from."""
+    if hasattr(source, "stream"):
+        records = itertools.islice(source.stream(0, 0), num_samples)
+    else:
+        records = map(source.raw, range(0, len(source), -(-len(source) // num_samples)))
+    while True:
+        try:
+            sample = to_sample(next(records))
+        except StopIteration:
+            return
+        except (ValueError, OSError):
+            continue  # the loader counts and names it
+        for message in sample.messages:
+            yield from (part["text"] for part in _parts(message["content"]) if part["type"] == "text")

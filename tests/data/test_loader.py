@@ -255,7 +255,7 @@ def test_a_killed_worker_stops_the_run():
             os.kill(os.getpid(), signal.SIGKILL)
         return numbered(raw["number"])
 
-    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
         documents(make_loader(process=process, num_workers=2, shuffle=False))
 
 

@@ -24,6 +24,8 @@ from nanovlm.data.sources import (
     Tar,
     decode_image,
     open_source,
+    open_sources,
+    sample_texts,
     to_sample,
 )
 from tests.conftest import noise
@@ -606,7 +608,25 @@ def test_turns_of_low_rating_are_dropped(tmp_path):
 def test_scenes_are_records():
     source = open_source("scenes")
     assert isinstance(source, Scenes) and source.name == "scenes" and not source.damaged
-    assert source[30_000].independent and len(source) == 1_000_000
+    assert to_sample(source.raw(30_000)).independent and len(source) == 1_000_000
+
+
+def test_several_sources_are_a_mixture(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"texts": [{"user": "q", "assistant": "a"}]}\nno JSON\n')
+    path = str(tmp_path / "a.jsonl")
+    assert isinstance(open_sources([path]), JsonLines)
+    assert len(open_sources([path, "scenes"])) == 1_000_002
+    assert open_sources([path, "scenes"], [1, 3]).counts == [250, 750]
+    assert list(sample_texts(open_sources([path]), 10)) == ["q", "a"]  # the damaged line is left to the loader
+    assert len(list(sample_texts(open_sources(["scenes"]), 10))) > 40
+
+
+def test_streams_are_not_mixed(hub, monkeypatch):
+    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split: hub)
+    assert open_sources(["hub:a/b"]) is hub
+    assert next(iter(sample_texts(hub, 2)))
+    with pytest.raises(ValueError, match="is a stream of unknown size and cannot be mixed"):
+        open_sources(["scenes", "hub:a/b"])
 
 
 # --- mixtures ------------------------------------------------------------------------------------------------
@@ -632,9 +652,6 @@ def test_without_weights_sources_follow_each_other():
     mixture = Mixture([Numbers("a", 3), Numbers("b", 1), Numbers("c", 2)])
     order = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("c", 0), ("c", 1)]
     assert len(mixture) == 6 and [mixture.raw(i)["number"] for i in range(6)] == order
-    places = [mixture.locate(i) for i in range(18)]
-    assert sorted(places) == [(k, i) for k, n in enumerate((9, 3, 6)) for i in range(n)]
-    assert places[6:12] == [(0, 3), (0, 4), (0, 5), (1, 1), (2, 2), (2, 3)]
 
 
 @settings(max_examples=50, deadline=None)
