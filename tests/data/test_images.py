@@ -255,8 +255,9 @@ def test_idefics3_tiles_are_those_of_transformers(longest_edge, tile):
 
 
 @pytest.mark.parametrize("policy", TILING)
-def test_markers_are_all_that_layouts_write(policy):
-    config = square(16, policy=policy, longest_edge=63, max_tiles=7)
+@pytest.mark.parametrize(("tile", "longest_edge"), [(16, 63), (15, 45), (40, 40)])
+def test_markers_are_all_that_layouts_write(policy, tile, longest_edge):
+    config = square(tile, policy=policy, longest_edge=longest_edge, max_tiles=7)
     markers, written = marker_tokens(config), set()
     for width, height in random_sizes(2, 400, 300):
         plan = plan_tiles(width, height, config)
