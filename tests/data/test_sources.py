@@ -426,7 +426,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @example({"texts": [{"user": "\ud800", "assistant": "b"}]})
 @example({"messages": [{"role": ["user"], "content": "a"}]})
 @example(
