@@ -516,7 +516,7 @@ class Hub:
         except Exception as error:  # the network, the hub and every builder have errors of their own
             raise ValueError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
         if self.dataset.features is not None:
-            pass  # images as the bytes of their files
+            self.dataset = self.dataset.decode(False)  # images as the bytes of their files
 
     def stream(self, start: int, epoch: int) -> Iterator[dict]:
         """Yield the records of a pass from the start-th on. An image that cannot be read is left for `to_sample`."""
