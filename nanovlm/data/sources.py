@@ -238,6 +238,8 @@ class JsonLines:
         try:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):
+                    if not self.starts and self.path.suffix == ".json" and line.lstrip().startswith(b"["):
+                        raise ValueError(f"{path} is one JSON list; it must have one record (an object) a line")
                     if not line.isspace():
                         self.starts.append(offset)
                         self.numbers.append(number)

@@ -6,7 +6,10 @@ import multiprocessing
 import random
 import tarfile
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -27,10 +30,6 @@ from nanovlm.data.sources import (
     to_sample,
 )
 from tests.conftest import noise
-
-datasets = pytest.importorskip("datasets", reason="needs the package datasets")
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 TURNS = [{"user": "what is it?", "assistant": "noise"}, {"user": "sure?", "assistant": "yes"}]
 
@@ -274,6 +273,7 @@ def test_folder(tmp_path):
 
 def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
+    (tmp_path / "list.json").write_text("[\n{}\n]")
     (tmp_path / "a.csv").write_text("")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 or not")
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 1000)
@@ -281,6 +281,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "images").mkdir()
     for spec, sentence in {
         "empty.jsonl": "empty.jsonl has no records",
+        "list.json": "list.json is one JSON list; it must have one record",
         "a.csv": r"a.csv' is of no kind that is understood: give scenes, .*\.jsonl.*hub:owner/name",
         "missing.jsonl": r"missing.jsonl' does not exist: give scenes",
         "*.tar.gz": r"does not exist: give scenes",
@@ -674,8 +675,13 @@ def test_mistakes_in_a_mixture_are_named():
 
 @pytest.fixture
 def hub(tmp_path):
-    folder = write_parquet_files(tmp_path)
-    return Hub("hub:parquet", data_files=str(folder / "*.parquet"), cache_dir=str(tmp_path / "cache"))
+    turn = {"user": datasets.Value("string"), "assistant": datasets.Value("string")}
+    features = datasets.Features({"images": [datasets.Image()], "texts": [turn]})
+    for part in range(3):
+        records = RECORDS[part * 9 : part * 9 + 9]
+        rows = [{**r, "images": [{"bytes": data, "path": None} for data in r["images"]]} for r in records]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / f"{part}.parquet"))
+    return Hub("hub:parquet", data_files=str(tmp_path / "*.parquet"), cache_dir=str(tmp_path / "cache"))
 
 
 def test_hub_streams_the_bytes_of_files(hub):
@@ -694,17 +700,10 @@ def test_hub_goes_on_where_it_was(hub):
 
 def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path):
     (tmp_path / "a.png").write_bytes(encode(0))
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "texts": [{"user": datasets.Value("string"), "assistant": datasets.Value("string")}],
-        }
-    )
-    rows = {"image": [str(tmp_path / "a.png"), str(tmp_path / "no.png")], "texts": [TURNS] * 2}
-    hub = Hub.__new__(Hub)
-    hub.seed = 0
-    hub.dataset = datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset().decode(False)
-    good, bad = sorted(hub.stream(0, 0), key=lambda raw: str(type(raw["images"][0])))
+    images = [{"bytes": None, "path": str(tmp_path / name)} for name in ("a.png", "no.png")]
+    pq.write_table(pa.table({"image": images, "texts": [TURNS] * 2}), tmp_path / "a.parquet")
+    hub = Hub("hub:parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+    good, bad = hub.stream(0, 0)
     assert to_sample(good).images[0].tobytes() == noise(0).tobytes()
     with pytest.raises(ValueError, match=r"image 0 must be .*, not only the name '.*no.png'"):
         to_sample(bad)
