@@ -239,11 +239,15 @@ class Loader:
             yield from zip([place for place, _task in chunk], unflatten(flat), strict=True)
 
     def _make_order(self, epoch, part=None):
-        length = len(self.source if part is None else self.source.sources[part])
+        """Shuffle the indices of the source, or of a part of a mixture; `blocks` that are read as a whole stay together."""
+        source = self.source if part is None else self.source.sources[part]
         if not self.config.shuffle:
-            return range(length)
-        seed = (self.seed, epoch) if part is None else (self.seed, epoch, part)
-        return np.random.default_rng(seed).permutation(length)
+            return range(len(source))
+        rng = np.random.default_rng((self.seed, epoch) if part is None else (self.seed, epoch, part))
+        if not hasattr(source, "blocks"):
+            return rng.permutation(len(source))
+        blocks = [rng.permutation(np.arange(start, end)) for start, end in itertools.pairwise(source.blocks)]
+        return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
 
 
 class Reader(Dataset):

@@ -13,7 +13,6 @@ was found when the source was opened. A raw record is a dict in one of two forms
 
 import bisect
 import glob
-import io
 import itertools
 import json
 import math
@@ -25,10 +24,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from nanovlm.data import scenes
-from nanovlm.data.images import to_rgb
+from nanovlm.data.images import decode_image, to_rgb
 from nanovlm.data.types import Sample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -90,26 +89,15 @@ def to_sample(raw: dict, min_ratings: dict[str, int] | None = None) -> Sample:
     return Sample([_to_image(image, i) for i, image in enumerate(images)], messages, bool(independent))
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Read an encoded image file as RGB. Raises ValueError when it is damaged, too large or no image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{len(data)} bytes are not an image of a known format") from None
-    except Exception as error:  # decoders of damaged files raise whatever they like
-        raise ValueError(f"{len(data)} bytes cannot be read as an image: {error}") from error
-
-
 def _to_image(image, number: int) -> Image.Image:
     """Decode one item of `images`."""
-    try:
-        if isinstance(image, bytes):
-            return decode_image(image)
-        if isinstance(image, Image.Image):
+    if isinstance(image, bytes):
+        return decode_image(image, f"image {number}")
+    if isinstance(image, Image.Image):
+        try:
             return to_rgb(image)
-    except Exception as error:  # a PIL image may not have been read yet
-        raise ValueError(f"image {number}: {error}") from error
+        except Exception as error:  # it may not have been read yet
+            raise ValueError(f"image {number} cannot be read: {error}") from error
     name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
     found = f"only the name {name!r}" if isinstance(name, str) else _kind(image)
     raise ValueError(f"image {number} must be an encoded file (bytes) or a PIL image, not {found}")
@@ -302,7 +290,7 @@ class Parquet:
         self.files, self.damaged = _find_files(paths, ".parquet"), []
         self.name = _join_names(self.files)
         self.groups = []  # of each row group: file, number in the file
-        self.starts = array("q", [0])  # the first row of each row group, and the end
+        self.starts = self.blocks = array("q", [0])  # the first row of each row group, and the end
         for file in self.files:
             try:
                 metadata = parquet.read_metadata(file)
@@ -452,6 +440,10 @@ class Mixture:
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         self.starts = [0, *itertools.accumulate(map(len, sources))]
         self.weights = weights
+        if any(hasattr(source, "blocks") for source in sources):
+            parts = zip(self.starts, sources, strict=False)
+            blocks = (start + i for start, s in parts for i in getattr(s, "blocks", range(len(s) + 1))[:-1])
+            self.blocks = array("q", [*blocks, len(self)])
         if weights is not None:
             self.counts = self._count_slots(weights)
             # The j-th place of a source with n places is wanted in the middle of the j-th of n equal parts.

@@ -1,5 +1,6 @@
 """The loader trains every sample once an epoch, loses none in silence, and goes on exactly where it was."""
 
+import bisect
 import itertools
 import os
 import signal
@@ -11,7 +12,7 @@ from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.loader import CHUNK, Loader, Skipped, collate, flatten, is_validation, unflatten
 from nanovlm.data.packing import make_row
-from nanovlm.data.sources import Filtered
+from nanovlm.data.sources import Filtered, Mixture
 from nanovlm.data.types import Document
 
 CONFIG = DataConfig(row_length=64, batch_rows=3, pack_buffer=20)
@@ -167,6 +168,22 @@ def test_every_pass_shows_everything_in_another_order():
     assert sorted(first) == sorted(second) == sorted(third) == list(range(40))
     assert first != second != third != first
     assert epochs(shuffle=True, seed=1)[0] != first
+
+
+def test_blocks_stay_together():
+    """Of a source that reads whole blocks (row groups), alone and in a mixture."""
+    source = Records(100)
+    source.blocks = [0, 7, 50, 51, 100]
+    order = [int(i) for i in make_loader(source)._order(0)]
+    assert sorted(order) == list(range(100)) and order != list(range(100))
+    block_of = [bisect.bisect_right(source.blocks, i) for i in order]
+    assert len(list(itertools.groupby(block_of))) == 4
+    mixture = Mixture([Records(30), source])
+    order = [int(i) for i in make_loader(mixture)._order(0)]
+    assert sorted(order) == list(range(130))
+    block_of = [bisect.bisect_right(source.blocks, i - 30) for i in order if i >= 30]
+    assert len(list(itertools.groupby(block_of))) == 4
+    assert [i for i in order if i < 30] != sorted(i for i in order if i < 30)
 
 
 def test_a_curriculum_keeps_its_order():
