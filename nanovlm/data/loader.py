@@ -239,7 +239,7 @@ class Loader:
             yield from zip([place for place, _task in chunk], unflatten(flat), strict=True)
 
     def _make_order(self, epoch, part=None):
-        """Shuffle the indices of the source, or of a part of a mixture; `blocks` that are read as a whole stay together."""
+        """Shuffle the indices of a source, or of a part of a mixture; `blocks`, which are read whole, stay together."""
         source = self.source if part is None else self.source.sources[part]
         if not self.config.shuffle:
             return range(len(source))

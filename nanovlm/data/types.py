@@ -97,3 +97,7 @@ class Batch:
     def to(self, device) -> "Batch":
         """Return the batch with every tensor on `device`."""
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from where a GPU copies while it computes."""
+        return Batch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})

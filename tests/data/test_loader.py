@@ -358,6 +358,15 @@ def test_a_large_batch_of_a_small_source():
     assert set(batch.input_ids.unique().tolist()) == {0, 1, 2, 3, -5}
 
 
+def test_with_a_gpu_batches_are_page_locked(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batch = next(make_loader())
+    assert len(pinned) == len(vars(batch)) == 6
+    assert all(a is b for a, b in zip(pinned, vars(batch).values(), strict=True))
+
+
 def test_documents_are_numbered_through():
     rows = [make_row([numbered(0), numbered(1)], 40, 0), make_row([numbered(2)], 40, 0)]
     doc_ids = collate(rows).doc_ids

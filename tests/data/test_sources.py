@@ -543,7 +543,7 @@ def say(*roles, content="x"):
         ({"texts": TURNS, "images": [None]}, "image 0 must be an encoded file .*, not nothing"),
         ({"texts": TURNS, "images": [encode(0), {"path": "a"}]}, "image 1 must be .*, not only the name 'a'"),
         ({"texts": TURNS, "images": [encode(0)[:-30]]}, "image 0 cannot be read as an image: "),
-        ({"texts": TURNS, "images": [b"hello"]}, "image 0 cannot be read as an image: its 5 bytes have no known format"),
+        ({"texts": TURNS, "images": [b"hello"]}, "image 0 cannot .*: its 5 bytes have no known format"),
         ({"texts": TURNS, "independent": "yes"}, "independent must be true or false, not str"),
         ({"texts": [{"user": "a", "assistant": " "}]}, "every answer of the record is empty"),
         ({"messages": "hello"}, "messages must be a list, not str"),
