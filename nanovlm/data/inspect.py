@@ -1,0 +1,174 @@
+"""Look at data as the model gets it: the text of one sample and what of it is trained, and how many samples pack.
+
+    python -m nanovlm.data.inspect scenes
+    python -m nanovlm.data.inspect photos.jsonl --index 7 --tokens --model runs/demo/model
+
+Trained tokens are on green, or ⟦in brackets⟧ where the output is no terminal; ↵ is a newline of the text. The picture
+has the tiles of the sample, the lengths of the samples and the rows that they make.
+"""
+
+import io
+import itertools
+import json
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from nanovlm import cli
+from nanovlm.config import DataConfig, VLMConfig, from_dict
+from nanovlm.data.chat import Processor
+from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
+from nanovlm.data.images import marker_tokens
+from nanovlm.data.loader import Reader, Skipped
+from nanovlm.data.packing import STRATEGIES, pack, pad
+from nanovlm.data.sources import open_source, sample_texts, to_sample
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.data.types import IGNORE, Document
+from nanovlm.presets import scenes
+
+NAMED = 3  # skipped samples that are named for each reason
+
+
+def report(name: str, documents: list[Document], skipped: list[tuple[int, Skipped]], damaged, config) -> str:
+    """Sum many samples up: lengths, trained tokens, what was skipped and how full the rows become."""
+    lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
+    trained = sum(int((d.labels != IGNORE).sum()) for d in documents)
+    number = len(documents) + len(skipped)
+    lines = [f"{number} samples of {name}: {len(documents)} documents, {len(skipped)} skipped"]
+    lines += [f"    lost: {sentence}" for sentence in damaged]
+    kinds = defaultdict(list)
+    for index, (kind, reason) in skipped:
+        kinds[kind].append(f"sample {index}: {reason}")
+    for kind, sentences in kinds.items():
+        lines += [f"  {len(sentences)} {kind}", *(f"    {show_text(sentence)}" for sentence in sentences[:NAMED])]
+        lines += [f"    and {len(sentences) - NAMED} more"] if len(sentences) > NAMED else []
+    if not documents:
+        return "\n".join(lines)
+    lines += ["", f"  {'tokens':>15}  documents   (median {statistics.median(lengths):.0f}, mean "
+              f"{statistics.mean(lengths):.0f}; {100 * trained / sum(lengths):.1f} % trained; "
+              f"{sum(num_tiles) / len(documents):.1f} tiles a document)"]  # fmt: skip
+    bins = histogram(lengths)
+    most = max(count for _first, _last, count in bins)
+    for first, last, count in bins:
+        label = str(first) if first == last else f"{first} to {last}"
+        lines.append(f"  {label:>15}  {'█' * (count and max(1, round(40 * count / most)))} {count or ''}".rstrip())
+    limit = f" and at most {config.max_tiles} tiles" if config.max_tiles else ""
+    lines += ["", f"  {f'rows of {config.row_length} tokens{limit}':<41} rows   fill %   most tiles"]
+    for strategy, function in STRATEGIES.items():
+        rows = function(lengths, num_tiles, config.row_length, config.max_tiles or None)
+        fill = 100 * sum(lengths) / sum(pad(strategy, rows, lengths, config.row_length))
+        tiles = max(sum(num_tiles[i] for i in row) for row in rows)
+        lines.append(f"    {strategy:<37} {len(rows):6} {fill:8.1f} {tiles:12}")
+    return "\n".join(lines)
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    # What to look at: scenes, a .jsonl file, .parquet or .tar files, a folder, or hub:owner/name.
+    source: Annotated[str, tyro.conf.Positional]
+    # Which sample to show.
+    index: int = 0
+    # How many samples to sum up: drawn from the whole source, or the first of a stream.
+    num: int = 200
+    # A model folder, whose tokenizer, template and tiling to use; without one they are made as train.py does.
+    model: Path | None = None
+    # Without a model: most tiles of one image.
+    image_tiles: int = 1
+    # PNG file to write.
+    out: Path = Path("inspect.png")
+    # Tokens in a packed row; a longer document is skipped.
+    row_length: int = 2048
+    # Most tiles in a packed row; 0 for any number.
+    max_tiles: int = 0
+    # Show where tokens end.
+    tokens: bool = False
+    # Which samples are summed up.
+    seed: int = 0
+
+
+def load_processor(folder: Path) -> Processor:
+    """Read the processor of a model folder. Raises ValueError that names what is missing or wrong."""
+    if (folder / "model" / "config.json").exists():
+        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+    path = folder / "config.json"
+    try:
+        config = from_dict(VLMConfig, json.loads(path.read_bytes())).validate()
+    except OSError as error:
+        raise ValueError(f"{folder} is no model folder: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Processor.load(folder, config)
+
+
+def make_processor(source, image_tiles: int) -> Processor:
+    """Make a tokenizer from the source, for the model of the preset scenes."""
+    preset = scenes()
+    config = replace(preset.model, tiling=replace(preset.model.tiling, max_tiles=image_tiles))
+    texts = sample_texts(source, 1000)
+    return Processor(train_tokenizer(texts, preset.data.tokenizer_size, marker_tokens(config)), CHAT_TEMPLATE, config)
+
+
+def main(config: InspectConfig):
+    """Print the sample and the summary, and write the picture."""
+    for name, least in (("index", 0), ("num", 1), ("image_tiles", 1), ("row_length", 1), ("max_tiles", 0), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}")
+    if config.model is not None and config.image_tiles != 1:
+        raise ValueError(f"--image-tiles {config.image_tiles} and --model {config.model} exclude each other")
+    source = open_source(config.source)
+    is_stream = hasattr(source, "stream")
+    if not is_stream and config.index >= len(source):
+        raise ValueError(f"--index {config.index}: {source.name} has only {len(source)} samples")
+    processor = make_processor(source, config.image_tiles) if config.model is None else load_processor(config.model)
+
+    def process(raw):
+        return processor.document(to_sample(raw))
+
+    try:
+        raw = next(source.stream(config.index, 0), None) if is_stream else source.raw(config.index)
+        document = None if raw is None else process(raw)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source.name}, sample {config.index}: {error}") from error
+    if document is None:
+        raise ValueError(f"{source.name} ends before sample {config.index}")
+    print(f"{source.name}, sample {config.index}: {describe(document)}\n")
+    print(render(document, processor, config.tokens, sys.stdout.isatty()) + "\n")
+
+    if is_stream:
+        tasks = enumerate(itertools.islice(source.stream(0, 0), config.num))
+    else:
+        chosen = np.random.default_rng(config.seed).choice(len(source), min(config.num, len(source)), replace=False)
+        tasks = ((i, i) for i in sorted(chosen.tolist()))
+    reader = Reader(source, process, DataConfig(row_length=config.row_length, max_tiles=config.max_tiles), "train")
+    results = [(index, reader.read(task)) for index, task in tasks]
+    documents = [result for _index, result in results if isinstance(result, Document)]
+    skipped = [(index, result) for index, result in results if isinstance(result, Skipped)]
+    print(report(source.name, documents, skipped, source.damaged, config))
+
+    lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
+    if not documents:
+        raise ValueError(f"no sample of {source.name} could be used, so there is nothing to draw")
+    rows = pack(lengths, num_tiles, config.row_length, config.max_tiles or None)
+    parts = [draw_tiles(document, processor)] if len(document.tiles) else []
+    parts += [draw_histogram(lengths), draw_rows(rows, lengths, config.row_length)]
+    png = io.BytesIO()
+    stack(parts).save(png, "PNG")
+    try:
+        config.out.write_bytes(png.getvalue())
+    except OSError as error:
+        raise ValueError(f"the picture cannot be written: {error}") from error
+    print(f"\nwrote {config.out}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    cli.run(lambda: main(tyro.cli(InspectConfig, description=__doc__)))
