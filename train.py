@@ -159,7 +159,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         metrics |= {
             "tokens": state.tokens,
             "samples": loader.counts["read"],
-            **{name.replace(" ", "_"): loader.counts[name] for name in ("filtered", "too long", "corrupt")},
+            **{name.replace(" ", "_"): loader.counts[name] for name in ("filtered", "too long", "corrupt", "damaged")},
             "tokens_per_second": (state.tokens - tokens_before) / (time.perf_counter() - start),
             "padding": 1 - (state.tokens - tokens_before) / sum(batch.doc_ids.numel() for batch in batches),
             "data_wait_s": data_wait_s,

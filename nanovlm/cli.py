@@ -1,5 +1,6 @@
 """Command lines: which device, and a user's mistakes as one sentence."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def run(main: Callable):
     """
     try:
         main()
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raised_in = Path(last.filename).resolve()

@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.packing import make_row, pack
-from nanovlm.data.sources import Filtered
-from nanovlm.data.types import Batch, Document, Row
+from nanovlm.data.types import Batch, Document, Filtered, Row
 
 CHUNK = 16  # samples that a worker turns into documents at a time
 NAMED = 20  # samples that are named when they are skipped; the rest is only counted
@@ -49,13 +48,13 @@ def collate(rows: list[Row]) -> Batch:
 
 
 class Skipped(NamedTuple):
-    """Why a sample is no document: filtered, other split, too long or corrupt (the last two are losses)."""
+    """Why a sample is no document: filtered, other split, too long or corrupt; or what a source is damaged by."""
 
     kind: str
     reason: str = ""
 
 
-LOSSES = ("too long", "corrupt")
+LOSSES = ("too long", "corrupt", "damaged")
 
 
 class Loader:
@@ -91,9 +90,9 @@ class Loader:
         self.counts = Counter()  # samples read, packed, and skipped for each reason
         self.reasons = []
         self._results = None
-        self._order = functools.lru_cache(maxsize=16)(self._make_order)
+        self._order = functools.lru_cache(maxsize=2 * len(getattr(source, "sources", [source])))(self._make_order)
         for sentence in getattr(source, "damaged", ()):
-            self._note(Skipped("corrupt", sentence), sentence)
+            self._note(Skipped("damaged", sentence), sentence)
 
     def __iter__(self):
         return self

@@ -28,17 +28,13 @@ from PIL import Image
 
 from nanovlm.data import scenes
 from nanovlm.data.images import decode_image, to_rgb
-from nanovlm.data.types import Sample
+from nanovlm.data.types import Filtered, Sample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What FineVision says of each turn, from 1 (bad) to 5: columns parallel to `texts`.
 RATINGS = ("relevance_ratings", "visual_dependency_ratings", "image_correspondence_ratings", "formatting_ratings")
 # The question to a picture that has only a caption.
 CAPTION_QUESTION = "describe the image."
-
-
-class Filtered(ValueError):
-    """A record is well-formed, but every turn of it is rated too low."""
 
 
 # --- a raw record -> Sample ----------------------------------------------------------------------------------

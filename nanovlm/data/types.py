@@ -50,6 +50,10 @@ class Sample:
     independent: bool = False
 
 
+class Filtered(ValueError):
+    """A record is well-formed, but every turn of it is rated too low."""
+
+
 @dataclass
 class Document:
     """One tokenised sample: the unit of attention, positions and packing."""

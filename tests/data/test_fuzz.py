@@ -74,8 +74,8 @@ def train_all(source, processor, num_workers):
     finally:
         loader.close()
     counts = loader.counts
-    lost = len(source.damaged)  # counted as corrupt when the source was opened, but never read
-    skipped = counts["filtered"] + counts["too long"] + counts["corrupt"] - lost
+    skipped = counts["filtered"] + counts["too long"] + counts["corrupt"]
+    assert counts["damaged"] == len(source.damaged)
     assert counts["read"] == len(source) == counts["documents"] + skipped
     assert counts["documents"] == counts["packed"] == seen.total() and not loader.buffer
     return counts, seen

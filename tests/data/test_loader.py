@@ -12,8 +12,8 @@ from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.loader import CHUNK, Loader, Skipped, collate, flatten, is_validation, unflatten
 from nanovlm.data.packing import make_row
-from nanovlm.data.sources import Filtered, Mixture
-from nanovlm.data.types import Document
+from nanovlm.data.sources import Mixture
+from nanovlm.data.types import Document, Filtered
 
 CONFIG = DataConfig(row_length=64, batch_rows=3, pack_buffer=20)
 WORKERS = [0, 1, 2, 3]
@@ -330,7 +330,7 @@ def test_a_source_without_a_usable_sample_says_so():
 def test_damage_of_the_source_is_counted(capsys):
     source = Records(50)
     source.damaged = ["a.tar is cut off behind sample 49"]
-    assert make_loader(source).counts["corrupt"] == 1
+    assert make_loader(source).counts["damaged"] == 1
     assert "a.tar is cut off" in capsys.readouterr().out
 
 
