@@ -34,7 +34,7 @@ from nanovlm.config import TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import RATINGS, open_sources, sample_texts, to_sample
+from nanovlm.data.sources import RATINGS, Scenes, open_sources, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, read_tokenizer, train_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document
 from nanovlm.model.vlm import VLM
@@ -159,7 +159,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         metrics |= {
             "tokens": state.tokens,
             "samples": loader.counts["read"],
-            **{name.replace(" ", "_"): loader.counts[name] for name in ("filtered", "too long", "corrupt", "damaged")},
+            **{name.replace(" ", "_"): number for name, number in loader.counts.items() if name != "read"},
             "tokens_per_second": (state.tokens - tokens_before) / (time.perf_counter() - start),
             "padding": 1 - (state.tokens - tokens_before) / sum(batch.doc_ids.numel() for batch in batches),
             "data_wait_s": data_wait_s,
@@ -186,7 +186,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     checkpoint.save_model(run_dir / "model", model, processor)
     results = {"train_seconds": round(state.elapsed_s, 1), "environment": describe_environment(state)}
     if num_scenes:
-        scores = evaluate(model, processor, tasks, TrainingScan(source, loader.places_read()))
+        scores = evaluate(model, processor, tasks, TrainingScan(*find_scenes(source, loader.places_read())))
         results |= scores
         print("\n" + format_table(scores))
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
@@ -201,6 +201,13 @@ def make_process(processor: Processor, config: TrainConfig) -> Callable[[dict], 
     """Return what turns a raw record into a document."""
     least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
     return lambda raw: processor.document(to_sample(raw, least))
+
+
+def find_scenes(source, places: list[int]) -> tuple[Scenes, list[int]]:
+    """Return the drawn scenes, alone or as part of a mixture, and which of them stand at these places."""
+    parts, starts = getattr(source, "sources", [source]), getattr(source, "starts", [0, len(source)])
+    part = next(i for i, part in enumerate(parts) if isinstance(part, Scenes))
+    return parts[part], [place - starts[part] for place in places if starts[part] <= place < starts[part + 1]]
 
 
 def choose_fastest(state: TrainState, config: TrainConfig):

@@ -47,10 +47,10 @@ class TrainingScan:
         self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
         for i in tqdm(places, desc="reading the training scenes", unit="scene", mininterval=1):
             raw = source.raw(i)
-            self.digests |= {digest(image) for image in raw["images"] if isinstance(image, Image.Image)}
-            for turn in raw.get("texts", ()):
+            self.digests.add(digest(raw["images"][0]))
+            for turn in raw["texts"]:
                 self.by_text[turn["user"]][turn["assistant"]] += 1
-                self.by_kind[turn.get("kind")][turn["assistant"]] += 1
+                self.by_kind[turn["kind"]][turn["assistant"]] += 1
 
     def guess(self, question: Question) -> str:
         """The commonest training answer to the question, or to its kind where training never asks it."""

@@ -328,6 +328,22 @@ def test_the_evaluation_and_its_files(tmp_path, capsys):
     assert "(truth 'yes')" in shown.out + shown.err or "(truth 'no')" in shown.out + shown.err
 
 
+def test_own_data_beside_the_scenes(tmp_path, capsys):
+    """Text-only records and a damaged line go through training and evaluation; everything is counted."""
+    record = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]}
+    (tmp_path / "own.jsonl").write_text("\n".join([*[json.dumps(record)] * 4, "{damaged"]))
+    sources = ("scenes", str(tmp_path / "own.jsonl"))
+    data = dataclasses.replace(SMALL.data, sources=sources, weights=(1, 1), max_bad_fraction=1.0, num_workers=1)
+    results = run(tmp_path / "run", data=data, eval_scenes=6, optim=dataclasses.replace(SMALL.optim, steps=4))
+    assert results["test"]["kinds"]
+    last = metrics(tmp_path / "run")[-1]
+    assert last["documents_of_scenes"] > 5 and last["corrupt"] >= 2 and last["packed"] > 10
+    assert last["samples"] == last["documents"] + last["corrupt"]
+    assert abs(last["documents_of_scenes"] - last["samples"] / 2) <= 1
+    output = capsys.readouterr().out
+    assert output.count("skipped as corrupt") == 1 and "own.jsonl, sample 4: " in output
+
+
 def test_the_command_line():
     assert train.parse_config([]) == PRESETS["scenes"]()
     changed = train.parse_config(["scenes", "--optim.lr", "0.5", "--model.vision.hidden-size", "64", "--wandb"])

@@ -88,8 +88,8 @@ class Processor:
         if "bos_token" in variables and config.bos_token_id is None:
             raise ValueError("the chat template writes bos_token, but bos_token_id = None")
         self._literals = functools.lru_cache(maxsize=256)(self._render_literals)
-        # Drawn questions repeat, and encoding one takes longer than looking it up.
-        self._encode = functools.lru_cache(maxsize=65536)(self._encode_spans)
+        # Short questions and answers repeat, and encoding one takes longer than looking it up.
+        self._encode_short = functools.lru_cache(maxsize=8192)(self._encode_spans)
 
     @classmethod
     def load(cls, folder: str | Path, config: VLMConfig) -> "Processor":
@@ -272,7 +272,9 @@ class Processor:
         """Tokenise spans; return token ids and labels, each label where it is to be predicted."""
         image, repeats = self.config.image_token_id, self.config.num_image_tokens
         ids, labels = [], []
-        for token, is_trained in zip(*self._encode(spans), strict=True):
+        is_short = sum(len(span.text) for span in spans) < 256
+        encoded = self._encode_short(spans) if is_short else self._encode_spans(spans)
+        for token, is_trained in zip(*encoded, strict=True):
             ids += [token] * (repeats if token == image else 1)
             labels += [token] if is_trained else [IGNORE] * (repeats if token == image else 1)
         return ids, [*labels[1:], IGNORE]

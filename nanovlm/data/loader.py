@@ -9,7 +9,7 @@ Every sample has a place in an epoch; rank r of R reads the places r, r + R, r +
 samples into documents, and these come back in order, so that batches do not depend on the number of workers.
 """
 
-import functools
+import bisect
 import hashlib
 import itertools
 import json
@@ -84,15 +84,18 @@ class Loader:
     ):
         self.source, self.config, self.pad_token_id, self.seed = source, config, pad_token_id, seed
         self.rank, self.num_ranks, self.num_epochs = rank, num_ranks, num_epochs
+        if num_epochs is not None and getattr(source, "weights", None):
+            raise ValueError(f"{source.name} is read by weights, so it has no epochs to count")
         self.reader = Reader(source, process, config, split)
         self.next_place = (0, 0)  # epoch, and the number of this rank's places in it that were read
         self.buffer = {}  # (epoch, number) -> Document, oldest first
         self.counts = Counter()  # samples read, packed, and skipped for each reason
         self.reasons = []
+        self._printed = set()
         self._results = None
-        self._order = functools.lru_cache(maxsize=2 * len(getattr(source, "sources", [source])))(self._make_order)
+        self._orders = {}  # part of a mixture (None: the whole source) -> its last epoch, and the order of that
         for sentence in getattr(source, "damaged", ()):
-            self._note(Skipped("damaged", sentence), sentence)
+            self._note("damaged", sentence)
 
     def __iter__(self):
         return self
@@ -109,6 +112,8 @@ class Loader:
                 break
             size *= 2
         if not packed:
+            if self.counts["read"] > self.counts["other split"] and not self.counts["documents"]:
+                raise self._unusable()
             raise StopIteration
         oldest = next(row for row in packed if 0 in row)
         fullest = sorted(packed, key=lambda row: (row is not oldest, -sum(lengths[i] for i in row)))
@@ -126,20 +131,33 @@ class Loader:
             "next_place": list(self.next_place),
             "buffer": [list(place) for place in self.buffer],
             "counts": dict(self.counts),
+            "reasons": self.reasons,
+            "data": self._describe(),
         }
 
+    def _describe(self) -> dict:
+        """What must be the same for the places to mean the same samples."""
+        length = None if hasattr(self.source, "stream") else len(self.source)
+        return {"source": self.source.name, "samples": length, "seed": self.seed, "num_ranks": self.num_ranks}
+
     def load_state_dict(self, state: dict):
-        """Go to a position that `state_dict` returned."""
+        """Go to a position that `state_dict` returned. Raises ValueError when the data is not what it was."""
+        for name, value in self._describe().items():
+            if state["data"][name] != value:
+                raise ValueError(f"the run was started with {name} = {state['data'][name]}, now it is {value}")
         self.close()
         self.next_place, self.counts = tuple(state["next_place"]), Counter(state["counts"])
+        self.reasons, self.buffer = list(state["reasons"]), {}
         waiting = {tuple(place) for place in state["buffer"]}
-        self.buffer = {}
-        if waiting:
-            for place, task in self._tasks(*min(waiting)):
-                if place in waiting:
-                    self.buffer[place] = self.reader.read(task)
-                if len(self.buffer) == len(waiting):
-                    break
+        for place, task in self._tasks(*min(waiting)) if waiting else ():
+            if place in waiting:
+                result = self.reader.read(task)
+                if isinstance(result, Document):
+                    self.buffer[place] = result
+                else:  # it could be read before
+                    self._note(result.kind, f"{self._name(place, task)}: {result.reason}")
+            if place >= max(waiting):
+                break
 
     def close(self):
         """End the worker processes; the loader starts new ones when it goes on."""
@@ -161,39 +179,56 @@ class Loader:
         item = next(self._results, None)
         if item is None:
             return False
-        place, result = item
-        if place[0] > self.next_place[0] and not self.counts["documents"]:
-            raise ValueError(f"no sample of {self.source.name} could be used: {self._summary()}")
+        place, task, result = item
+        is_whole_epoch = place[0] > self.next_place[0] or self.counts["read"] * self.num_ranks >= self._size()
+        if is_whole_epoch and not self.counts["documents"]:
+            raise self._unusable()
         self.next_place = (place[0], place[1] + 1)
         self.counts["read"] += 1
         if isinstance(result, Document):
             self.counts["documents"] += 1
             self.buffer[place] = result
             if getattr(self.source, "weights", None):
-                part = self.source.locate(place[1] * self.num_ranks + self.rank)[0]
-                self.counts[f"documents of {self.source.sources[part].name}"] += 1
+                self.counts[f"documents of {self.source.sources[self.source.locate(place[1])[0]].name}"] += 1
         else:
-            index = place[1] * self.num_ranks + self.rank
-            self._note(result, f"{self.source.name}, sample {index} of epoch {place[0]}: {result.reason}")
+            self._note(result.kind, f"{self._name(place, task)}: {result.reason}")
         return True
 
-    def _note(self, skipped: Skipped, sentence: str):
-        """Count a skipped sample, name it, and stop when too many are bad."""
-        self.counts[skipped.kind] += 1
-        if skipped.kind not in LOSSES:
+    def _size(self) -> float:
+        return float("inf") if hasattr(self.source, "stream") else len(self.source)
+
+    def _name(self, place, task) -> str:
+        """Name a sample as `raw` and `nanovlm.data.inspect` know it."""
+        if isinstance(task, dict):
+            return f"{self.source.name}, record {place[1] * self.num_ranks + self.rank} of epoch {place[0]}"
+        if hasattr(self.source, "sources"):
+            part = bisect.bisect_right(self.source.starts, task) - 1
+            return f"{self.source.sources[part].name}, sample {task - self.source.starts[part]}"
+        return f"{self.source.name}, sample {task}"
+
+    def _note(self, kind: str, sentence: str):
+        """Count what was skipped, name a loss once, and stop when there are too many."""
+        self.counts[kind] += 1
+        if kind not in LOSSES:
             return
-        if len(self.reasons) < NAMED:
+        if sentence not in self._printed and len(self._printed) < NAMED:
+            self._printed.add(sentence)
+            print(f"skipped as {kind}: {sentence}", flush=True)
+        if sentence not in self.reasons and len(self.reasons) < NAMED:
             self.reasons.append(sentence)
-            print(f"skipped as {skipped.kind}: {sentence}", flush=True)
-        bad, read = sum(self.counts[kind] for kind in LOSSES), self.counts["read"]
+        bad, read = sum(self.counts[kind] for kind in LOSSES), self.counts["read"] - self.counts["other split"]
         if read >= JUDGED_AFTER and bad > self.config.max_bad_fraction * read:
             raise ValueError(
                 f"{bad} of {read} samples are unusable, more than data.max_bad_fraction = "
-                f"{self.config.max_bad_fraction} allows ({self._summary()}): " + "; ".join(self.reasons[:NAMED])
+                f"{self.config.max_bad_fraction} allows ({self._summary()}): {'; '.join(self.reasons)}"
             )
 
+    def _unusable(self) -> ValueError:
+        named = "".join(f"; {sentence}" for sentence in self.reasons)
+        return ValueError(f"no sample of {self.source.name} could be used: {self._summary()}{named}")
+
     def _summary(self):
-        return ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()))
+        return ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()) if number)
 
     def _tasks(self, epoch: int, number: int) -> Iterator[tuple[tuple[int, int], object]]:
         """Yield places of this rank from here on, each with what the reader needs: an index, or a streamed record."""
@@ -203,7 +238,8 @@ class Loader:
                 records = enumerate(self.source.stream(start, epoch), start)
                 mine = ((at, raw) for at, raw in records if at % self.num_ranks == self.rank)
             elif getattr(self.source, "weights", None):  # one endless epoch, in which each source has its own
-                mine = ((at, self._locate(at)) for at in itertools.count(start + self.rank, self.num_ranks))
+                numbers = itertools.count(number)
+                mine = ((n * self.num_ranks + self.rank, self._locate(n)) for n in numbers)
             else:
                 order = self._order(epoch)
                 mine = ((at, int(order[at])) for at in range(start + self.rank, len(order), self.num_ranks))
@@ -214,16 +250,16 @@ class Loader:
                 raise ValueError(f"{self.source.name} has too few samples: none for rank {self.rank}")
             epoch, number = epoch + 1, 0
 
-    def _locate(self, at: int) -> int:
-        """Return the index in the whole mixture of the sample at a place."""
-        part, count = self.source.locate(at)
-        epoch, place = divmod(count, len(self.source.sources[part]))
+    def _locate(self, number: int) -> int:
+        """Return the index in the whole mixture of this rank's n-th sample; of each source it reads every R-th."""
+        part, count = self.source.locate(number)
+        epoch, place = divmod(count * self.num_ranks + self.rank, len(self.source.sources[part]))
         return self.source.starts[part] + int(self._order(epoch, part)[place])
 
     def _read_all(self, tasks):
-        """Yield (place, result) in order, read here or by worker processes."""
+        """Yield (place, task, result) in order, read here or by worker processes."""
         if not self.config.num_workers:
-            yield from ((place, self.reader.read(task)) for place, task in tasks)
+            yield from ((place, task, self.reader.read(task)) for place, task in tasks)
             return
         chunks, sent = itertools.tee(iter(lambda: list(itertools.islice(tasks, CHUNK)), []))
         results = DataLoader(
@@ -235,9 +271,16 @@ class Loader:
             multiprocessing_context="fork",  # the processor need not be pickled
         )
         for chunk, flat in zip(sent, results, strict=True):
-            yield from zip([place for place, _task in chunk], unflatten(flat), strict=True)
+            for (place, task), result in zip(chunk, unflatten(flat), strict=True):
+                yield place, task, result
 
-    def _make_order(self, epoch, part=None):
+    def _order(self, epoch, part=None):
+        """Return the order in which a source, or a part of a mixture, is read in an epoch."""
+        if self._orders.get(part, (None, None))[0] != epoch:
+            self._orders[part] = epoch, self._make_order(epoch, part)
+        return self._orders[part][1]
+
+    def _make_order(self, epoch, part):
         """Shuffle the indices of a source, or of a part of a mixture; `blocks`, which are read whole, stay together."""
         source = self.source if part is None else self.source.sources[part]
         if not self.config.shuffle:
@@ -281,11 +324,14 @@ class Reader(Dataset):
 
 
 def is_validation(raw: dict, fraction: float) -> bool:
-    """Decide by a hash of a record's texts and pixels (encoded bytes where they are encoded) alone."""
+    """Decide by a hash of a record's conversation and pixels (encoded bytes where they are encoded) alone."""
     images = raw.get("images") or []
     digest = hashlib.blake2b(digest_size=8)
-    texts = {name: value for name, value in raw.items() if name != "images"}
-    digest.update(json.dumps(texts, sort_keys=True, default=str).encode(errors="replace"))
+    turns = raw.get("texts") or raw.get("messages") or []
+    said = [
+        turn.get(key) for turn in turns if isinstance(turn, dict) for key in ("user", "assistant", "role", "content")
+    ]
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode(errors="replace"))
     for image in images if isinstance(images, list) else [images]:
         digest.update(image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")())
     return int.from_bytes(digest.digest()) < fraction * 2**64

@@ -61,8 +61,13 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
     for share in FITTED_SHARES:
         rows, left = [], longest_first
         while left:
-            more, left = _spread_and_fit(left, lengths, num_tiles, row_length, limit, share)
+            more, rest = _spread_and_fit(left, lengths, num_tiles, row_length, limit, share)
             rows += more
+            if best is not None and 2 * len(rest) > len(left):
+                break  # this share gets nowhere, and another one did
+            left = rest
+        if left:
+            continue
         if best is None or len(rows) < len(best):
             best = rows
         got_worse = len(rows) > len(best)

@@ -27,6 +27,10 @@ def numbered(i):
     return Document(ids, ids, torch.zeros(length, dtype=torch.int32), tile)
 
 
+def record(number):
+    return {"number": number, "images": [str(number).encode()]}
+
+
 class Records:
     """A source of records that say nothing but their number."""
 
@@ -39,7 +43,7 @@ class Records:
         return self.length
 
     def raw(self, index):
-        return {"number": index}
+        return record(index)
 
 
 class Stream:
@@ -49,7 +53,7 @@ class Stream:
         self.length = length
 
     def stream(self, start, epoch):
-        yield from ({"number": 1000 * epoch + i} for i in range(start, self.length))
+        yield from (record(i) for i in range(start, self.length))
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +126,7 @@ def test_an_epoch_is_the_training_split_once_each(make_source, num_workers, num_
     )
     assert sorted(trained + held_out) == list(range(301))
     assert 30 < len(held_out) < 90
-    assert set(held_out) == {i for i in range(301) if is_validation({"number": i}, 0.2)}
+    assert set(held_out) == {i for i in range(301) if is_validation({"images": [str(i).encode()]}, 0.2)}
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
@@ -222,20 +226,33 @@ class Weighted:
         return {"number": index}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_mixture_keeps_its_proportions_and_each_source_its_epochs(num_ranks):
-    seen = []
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_mixture_keeps_its_proportions_on_every_rank_and_each_source_its_epochs(num_ranks):
+    counts = [0] * 17
     for rank in range(num_ranks):
         loader = make_loader(Weighted(), rank=rank, num_ranks=num_ranks)
-        seen += [item for item in itertools.islice(loader._tasks(0, 0), 280 // num_ranks)]
-    tasks = [task for (_epoch, _number), task in seen]
-    counts = [tasks.count(i) for i in range(17)]
-    assert counts[:10] == [7] * 10 and counts[10:] == [30] * 7
+        tasks = [task for _place, task in itertools.islice(loader._tasks(0, 0), 560 // num_ranks)]
+        assert sum(task >= 10 for task in tasks) == 0.75 * len(tasks)
+        for task in tasks:
+            counts[task] += 1
+    assert counts[:10] == [14] * 10 and counts[10:] == [60] * 7
     loader = make_loader(Weighted())
     for _ in range(20):
         next(loader)
     share = loader.counts["documents of b"] / loader.counts["documents"]
     assert abs(share - 0.75) < 0.01
+    with pytest.raises(ValueError, match=r"a \+ b is read by weights, so it has no epochs"):
+        make_loader(Weighted(), num_epochs=1)
+
+
+def test_a_bad_sample_of_a_mixture_is_named_in_its_own_source(capsys):
+    def process(raw):
+        if raw["number"] == 13:
+            raise ValueError("broken")
+        return numbered(raw["number"])
+
+    next(make_loader(Weighted(), process))
+    assert "skipped as corrupt: b, sample 3: broken" in capsys.readouterr().out
 
 
 def poisoned(error):
@@ -249,14 +266,12 @@ def poisoned(error):
 
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_a_bad_sample_is_counted_and_named_once_and_training_goes_on(num_workers, capsys):
-    loader = make_loader(
-        Records(101), poisoned(ValueError("no such image")), num_workers=num_workers, shuffle=False, num_epochs=2
-    )
+    loader = make_loader(Records(101), poisoned(ValueError("no such image")), num_workers=num_workers, num_epochs=2)
     seen = documents(loader)
     assert sorted(seen) == sorted(2 * [i for i in range(101) if i != 33])
     assert loader.counts["corrupt"] == 2 and loader.counts["read"] == 202 and loader.counts["documents"] == 200
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "skipped as corrupt: records, sample 33 of epoch 0: no such image" and len(lines) == 2
+    assert lines == ["skipped as corrupt: records, sample 33: no such image"]
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
@@ -283,7 +298,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_list():
         return numbered(raw["number"])
 
     with pytest.raises(
-        ValueError, match=r"2\d of 1\d\d samples are unusable.*0\.1 allows.*sample 0 .*: broken; .*sample 5 "
+        ValueError, match=r"2\d of 1\d\d samples are unusable.*0\.1 allows.*sample 0: broken; .*sample 5: broken"
     ):
         documents(make_loader(process=process, max_bad_fraction=0.1, shuffle=False))
     loader = make_loader(Records(300), process, max_bad_fraction=0.3, num_epochs=1)
@@ -302,16 +317,13 @@ def test_too_long_and_too_many_tiles_are_counted(capsys):
         return document
 
     loader = make_loader(Records(30), process, max_tiles=2, max_bad_fraction=1.0, num_epochs=1)
+    most = 0
     for batch in loader:
-        for row in batch.doc_ids:
-            assert (
-                sum(
-                    1 + int(i) % 3
-                    for i in batch.input_ids[batch.doc_ids >= 0].unique()
-                    if i in batch.input_ids[(batch.doc_ids == row.max())]
-                )
-                <= 2
-            )
+        for ids in batch.input_ids:
+            tiles = sum(1 + i % 3 for i in ids.unique().tolist() if i >= 0)
+            most = max(most, tiles)
+            assert tiles <= 2
+    assert most == 2
     assert loader.counts["too long"] == 10 and loader.counts["packed"] == 20
 
 
@@ -327,6 +339,54 @@ def test_a_source_without_a_usable_sample_says_so():
         next(make_loader(Stream(0)))
 
 
+def test_nothing_usable_is_said_for_every_kind_of_source():
+    def process(raw):
+        raise Filtered
+
+    with pytest.raises(ValueError, match=r"no sample of a \+ b could be used: \d+ filtered"):
+        next(make_loader(Weighted(), process))
+    with pytest.raises(ValueError, match="no sample of stream could be used: 5 filtered, 5 read"):
+        next(make_loader(Stream(5), process))
+
+    def broken(raw):
+        raise ValueError("broken")
+
+    for split in ("train", "val"):
+        loader = make_loader(Records(60), broken, num_epochs=1, split=split, val_fraction=0.5)
+        with pytest.raises(ValueError, match=r"could be used: .*records, sample .*: broken"):
+            next(loader)
+
+
+def test_other_data_is_not_taken_for_the_same():
+    loader = make_loader(Records(120))
+    next(loader)
+    state = loader.state_dict()
+    for other, message in (
+        (make_loader(Records(30)), "the run was started with samples = 120, now it is 30"),
+        (make_loader(Records(120), seed=1), "seed = 0, now it is 1"),
+        (make_loader(Records(120), num_ranks=2), "num_ranks = 1, now it is 2"),
+        (make_loader(Stream(120)), "source = records, now it is stream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+
+
+def test_a_waiting_document_that_is_gone_is_counted():
+    loader = make_loader(Records(120))
+    next(loader)
+    gone = int(next(iter(loader.buffer.values())).input_ids[0])
+
+    def process(raw):
+        if raw["number"] == gone:
+            raise ValueError("the file is gone")
+        return numbered(raw["number"])
+
+    resumed = make_loader(Records(120), process)
+    resumed.load_state_dict(loader.state_dict())
+    assert resumed.counts["corrupt"] == 1 and len(resumed.buffer) == len(loader.buffer) - 1
+    next(resumed)
+
+
 def test_damage_of_the_source_is_counted(capsys):
     source = Records(50)
     source.damaged = ["a.tar is cut off behind sample 49"]
@@ -340,7 +400,8 @@ def test_the_split_depends_on_the_contents_alone():
     sides = [[is_validation(record, fraction / 100) for fraction in range(101)] for record in records]
     assert len({side.index(True) for side in sides}) == 3  # each has a threshold of its own
     assert all(side == sorted(side) for side in sides)
-    assert is_validation(dict(reversed(one.items())), 0.5) == is_validation(one, 0.5)
+    again = {"id": 7, **dict(reversed(one.items())), "texts": [{"assistant": "b", "user": "a", "kind": "x"}]}
+    assert all(is_validation(again, f / 100) == is_validation(one, f / 100) for f in range(101))
 
 
 def test_documents_travel_whole():
