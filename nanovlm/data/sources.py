@@ -8,6 +8,8 @@ was found when the source was opened. A raw record is a dict in one of two forms
     {"images": [...], "texts": [{"user": str, "assistant": str}, ...], "independent": bool}
     {"images": [...], "messages": [{"role": str, "content": str | [{"type": "text", "text": str}, {"type": "image"}]}]}
 
+Without `images`, an `image` (one or a list) stands for them.
+
 `to_sample` checks a record and decodes it. Sources keep no open file, so that forked processes can share them.
 """
 
@@ -30,7 +32,12 @@ from nanovlm.data import scenes
 from nanovlm.data.images import decode_image, to_rgb
 from nanovlm.data.types import Filtered, Sample
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Of every image file that PIL reads; of some kinds it knows no more than that they are one.
+IMAGE_SUFFIXES = frozenset(
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")
+)
 # What FineVision says of each turn, from 1 (bad) to 5: columns parallel to `texts`.
 RATINGS = ("relevance_ratings", "visual_dependency_ratings", "image_correspondence_ratings", "formatting_ratings")
 # The question to a picture that has only a caption.
@@ -64,6 +71,8 @@ def to_sample(raw: dict, min_ratings: dict[str, int] | None = None) -> Sample:
     _check_roles([message["role"] for message in messages], independent)
 
     images = [] if raw.get("images") is None else raw["images"]
+    if _is_empty(images) and not _is_empty(image := raw.get("image")):
+        images = image if isinstance(image, list) else [image]
     if not isinstance(images, list):
         raise ValueError(f"images must be a list, not {_kind(images)}")
     num_parts = sum(_num_images(message) for message in messages)
@@ -178,6 +187,11 @@ def _text(message: dict) -> str:
     return "".join(part.get("text", "") for part in _parts(message["content"]))
 
 
+def _is_empty(image) -> bool:
+    """Tell whether a value of `image` or `images` says that there is none."""
+    return image is None or (isinstance(image, str | list | dict) and not image)
+
+
 def _kind(value) -> str:
     return "nothing" if value is None else f"an empty {type(value).__name__}" if value == [] else type(value).__name__
 
@@ -253,7 +267,7 @@ class Folder:
             found = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             self.images = [file for file in found if any(file.with_suffix(s).is_file() for s in (".json", ".txt"))]
             if not self.images:
-                raise ValueError(f"{path} has no image ({' '.join(IMAGE_SUFFIXES)}) with a .txt or .json of its name")
+                raise ValueError(f"{path} has no image file with a .txt or .json of its name")
             if alone := len(found) - len(self.images):
                 self.damaged.append(f"{path}: {alone} of {len(found)} images have no .txt or .json beside them")
 
@@ -266,7 +280,7 @@ class Folder:
             return self.lines.raw(index)
         image = self.images[index]
         beside = {s: _read_file(file, str(file)) for s in (".json", ".txt") if (file := image.with_suffix(s)).is_file()}
-        record = _read_record(beside.get(".json"), beside.get(".txt"), str(image))
+        record = _read_record(beside.get(".json"), beside.get(".txt"), str(image), has_image=True)
         if all(record.get(key) is None for key in ("images", "image")):
             record["images"] = [image.name]
         return _fetch_images(record, lambda name: _read_file(image.parent / name, str(image)))
@@ -325,34 +339,46 @@ class Parquet:
 
 
 class Tar:
-    """WebDataset shards: tar files in which members that follow each other with the same key are one sample.
+    """WebDataset shards: tar files in which the members with the same key are one sample, in whatever order.
 
-    The key is the member's name up to the first dot of its last part. `.jpg .jpeg .png .webp` are images, several in
+    The key is the member's name up to the first dot of its last part. Files that PIL reads are images, several in
     the order of their names (`a.0.jpg a.1.jpg`); `.json` is the record, or `.txt` a caption. The headers are read
     once, then each member by its place. Of a shard that is cut off, the whole samples before the cut remain: the last
-    of them if a header after it was readable or if an earlier sample has the same suffixes.
+    of them if a header after it was readable or if an earlier sample has the same suffixes. Where the members of a
+    sample do not stand together, those remain that lack none of the suffixes of another.
     """
 
     def __init__(self, paths: str | Path | Iterable[str | Path]):
         self.files, self.damaged = _find_files(paths, ".tar"), []
         self.name = _join_names(self.files)
         self.samples = []  # (file, key, [(suffix, offset, size), ...])
-        shapes = set()  # the suffixes of every whole sample
+        shapes, scattered = set(), False  # the suffixes of every whole sample; whether some do not stand together
         for file in self.files:
             members, damage = _scan_tar(file)
-            groups = [
-                (key, [member[1:] for member in group]) for key, group in itertools.groupby(members, lambda m: m[0])
-            ]
+            groups, comes_back = _group_members(members)
+            scattered |= comes_back
+            if scattered:
+                shapes |= {_shape(group) for _key, group in groups}
+            num_samples, alone = len(self.samples), []
             for number, (key, group) in enumerate(groups, start=1):
-                suffixes = tuple(suffix for suffix, _offset, _size in group)
-                if damage and number == len(groups) and (None in suffixes or suffixes not in shapes):
-                    break
-                shapes.add(suffixes)
-                if any(suffix in ("json", "txt") or _is_image(suffix) for suffix in suffixes):
+                shape = _shape(group)
+                if damage:
+                    is_last = number == len(groups) and shape not in shapes
+                    lacks = scattered and any(shape < other for other in shapes)
+                    if is_last or lacks or any(size is None for _suffix, _offset, size in group):
+                        continue
+                shapes.add(shape)
+                if shape & {"json", "txt"}:
                     self.samples.append((file, key, group))
+                elif any(map(_is_image, shape)):
+                    alone.append(key)
             if damage:
-                kept = sum(sample[0] is file for sample in self.samples)
+                kept = len(self.samples) - num_samples
                 self.damaged.append(f"{file} {damage}: {kept} whole samples are before that")
+            if alone:
+                self.damaged.append(
+                    f"{file}: {len(alone)} samples have images and no .txt or .json, the first is {alone[0]}"
+                )
         if not self.samples:
             raise ValueError("; ".join(self.damaged) or f"{self.name} has no samples")
 
@@ -376,8 +402,14 @@ class Tar:
                             raise ValueError(f"{where} is cut off: the file became shorter since it was opened")
         except OSError as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
-        record = _read_record(contents.get("json"), contents.get("txt"), where)
-        if images := [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]:
+        images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
+        record = _read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
+        for name in ("images", "image"):
+            named = record.pop(name, None)
+            num_named = 0 if _is_empty(named) else len(named) if isinstance(named, list) else 1
+            if num_named > len(images):
+                raise ValueError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
+        if images:
             record["images"] = images
         return record
 
@@ -385,7 +417,7 @@ class Tar:
 def _scan_tar(file: Path) -> tuple[list[tuple], str]:
     """Read the headers of a tar file: (key, suffix, offset, size) of every member, and what is wrong with the file.
 
-    The suffix of a member that the file's end cuts is None.
+    The size of a member that the file's end cuts is None.
     """
     members, damage = [], ""
     try:
@@ -397,7 +429,7 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
                 if member.isreg() and key and dot:
                     is_whole = member.offset_data + member.size <= size
                     key = f"{folder}/{key}".lstrip("./")
-                    members.append((key, suffix.lower() if is_whole else None, member.offset_data, member.size))
+                    members.append((key, suffix.lower(), member.offset_data, member.size if is_whole else None))
                 tar.members.clear()  # it would grow with the file
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
@@ -407,9 +439,31 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
     return members, damage
 
 
+def _group_members(members: list[tuple]) -> tuple[list[tuple], bool]:
+    """Group members by key, in the order of the first of each; tell whether a key comes back after others.
+
+    A key that comes back with a suffix that it has is another sample, as in shards that were joined.
+    """
+    groups, latest, comes_back, last = [], {}, False, None
+    for key, *member in members:
+        group = latest.get(key)
+        if group is None or (key != last and member[0] in _shape(group)):
+            group = latest[key] = []
+            groups.append((key, group))
+        elif key != last:
+            comes_back = True
+        group.append(tuple(member))
+        last = key
+    return groups, comes_back
+
+
+def _shape(group: list[tuple]) -> frozenset[str]:
+    return frozenset(suffix for suffix, _offset, _size in group)
+
+
 def _is_image(suffix: str) -> bool:
     """Tell whether a member is an image: jpg, 0.jpg, left.jpg, jpg.0."""
-    return bool(re.search(r"(^|\.)(jpe?g|png|webp)(\.\d+)?$", suffix))
+    return "." + re.sub(r"\.\d+$", "", suffix).rpartition(".")[2] in IMAGE_SUFFIXES
 
 
 def _natural_order(name: str) -> list:
@@ -485,17 +539,17 @@ class Mixture:
 class Hub:
     """A dataset of the hub, read as a stream: `hub:owner/name` or `hub:owner/name:config`.
 
-    Each epoch reads the files in another order. Read it in one process: inside a torch DataLoader, `datasets` would
-    deal the files out to the workers.
+    Each epoch reads the files in another order, or with `shuffle` False in their own. Read it in one process: inside
+    a torch DataLoader, `datasets` would deal the files out to the workers.
     """
 
-    def __init__(self, spec: str, split: str = "train", seed: int = 0, **options):
+    def __init__(self, spec: str, split: str = "train", seed: int = 0, shuffle: bool = True, **options):
         """Open the dataset; `options` go to `datasets.load_dataset`."""
         try:
             import datasets
         except ImportError:
             raise ValueError(f"{spec} needs the package datasets: pip install datasets") from None
-        self.name, self.seed, self.damaged = spec, seed, []
+        self.name, self.seed, self.shuffle, self.damaged = spec, seed, shuffle, []
         dataset, _, config = spec.removeprefix("hub:").partition(":")
         if not dataset:
             raise ValueError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
@@ -508,10 +562,12 @@ class Hub:
 
     def stream(self, start: int, epoch: int) -> Iterator[dict]:
         """Yield the records of a pass from the start-th on. An image that cannot be read is left for `to_sample`."""
-        order = np.random.default_rng([self.seed, epoch])
-        # A buffer of one leaves the records of a file in their order, which is cheap to come back to.
-        shuffled = self.dataset.shuffle(generator=order, buffer_size=1, max_buffer_input_shards=1)
-        for record in shuffled.skip(start):
+        dataset = self.dataset
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch])
+            # A buffer of one leaves the records of a file in their order, which is cheap to come back to.
+            dataset = dataset.shuffle(generator=order, buffer_size=1, max_buffer_input_shards=1)
+        for record in dataset.skip(start):
             yield _fetch_images(record, _read_remote)
 
 
@@ -538,13 +594,15 @@ def _read_json(data: bytes, where: str) -> dict:
     return record
 
 
-def _read_record(json_data: bytes | None, caption: bytes | None, where: str) -> dict:
+def _read_record(json_data: bytes | None, caption: bytes | None, where: str, has_image: bool) -> dict:
     """Make a record of a .json file that has one, else of a caption (then the .json has other things)."""
     record = {} if json_data is None else _read_json(json_data, f"the .json of {where}")
     if "texts" in record or "messages" in record:
         return record
     if caption is None:
         raise ValueError(f"{where} needs a .json with texts or messages, or a .txt with a caption")
+    if not has_image:
+        raise ValueError(f"{where} has a caption and no image")
     try:
         return {"texts": [{"user": CAPTION_QUESTION, "assistant": caption.decode("utf-8-sig").strip()}]}
     except UnicodeDecodeError as error:
@@ -561,7 +619,9 @@ def _fetch_images(record: dict, read: Callable[[str], bytes]) -> dict:
 
     record = dict(record)
     image = record.pop("image", None)
-    images = record.get("images") if record.get("images") is not None else image
+    images = record.get("images")
+    if images is None or (_is_empty(images) and not _is_empty(image)):
+        images = image
     if images is not None:
         record["images"] = [fetch(image) for image in (images if isinstance(images, list) else [images])]
     if isinstance(record.get("messages"), list):
@@ -627,12 +687,15 @@ SOURCES = {"scenes": Scenes}
 FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": Tar}
 
 
-def open_source(spec: str, split: str = "train"):
-    """Open the source that a name, a path or a glob stands for; `split` is of the drawn scenes and of the hub."""
+def open_source(spec: str, split: str = "train", seed: int = 0, shuffle: bool = True):
+    """Open the source that a name, a path or a glob stands for.
+
+    `split` is of the drawn scenes and of the hub, `seed` and `shuffle` are of the hub.
+    """
     if spec in SOURCES:
         return SOURCES[spec](split)
     if spec.startswith("hub:"):
-        return Hub(spec, split)
+        return Hub(spec, split, seed, shuffle)
     path, is_file = Path(spec), os.path.isfile(spec)
     if path.is_dir():
         for suffix in (".parquet", ".tar"):
@@ -648,9 +711,11 @@ def open_source(spec: str, split: str = "train"):
     )
 
 
-def open_sources(specs: Sequence[str], weights: Sequence[float] = (), split: str = "train"):
+def open_sources(
+    specs: Sequence[str], weights: Sequence[float] = (), split: str = "train", seed: int = 0, shuffle: bool = True
+):
     """Open one source, or several as a mixture."""
-    sources = [open_source(spec, split) for spec in specs]
+    sources = [open_source(spec, split, seed, shuffle) for spec in specs]
     if len(sources) == 1 and not weights:
         return sources[0]
     for source in sources:

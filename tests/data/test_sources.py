@@ -237,6 +237,7 @@ def test_tar_members(tmp_path):
         add_member(tar, "b.npy", b"...")
         add_member(tar, "c.cls", b"1")
         add_member(tar, "d.png", small[0])
+        add_member(tar, "d.json", b"{}")
         add_member(tar, "e.json", b'{"texts": [{"user": "1 + 1?", "assistant": "2"}]}')
         add_member(tar, "f.txt", b"1")
         add_member(tar, "f.txt", b"2")
@@ -249,6 +250,120 @@ def test_tar_members(tmp_path):
     assert to_sample(source.raw(3)).images == []
     with pytest.raises(ValueError, match=r"sample f of .*a.tar has two members .txt"):
         source.raw(4)
+
+
+def write_members(path, **members):
+    """Write a tar of members whose dots are given as underscores."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            add_member(tar, name.replace("_", "."), data)
+    return path
+
+
+def test_tar_images_of_every_format(tmp_path):
+    for i, suffix in enumerate(("gif", "BMP", "tif", "tiff", "jp2", "ppm", "jfif", "0.gif", "gif.0", "left.tga")):
+        format = {"jp2": "JPEG2000", "ppm": "PPM", "jfif": "JPEG", "tif": "TIFF", "left.tga": "TGA"}.get(suffix)
+        data = encode(i, format or suffix.strip(".0"))
+        write_members(tmp_path / "a.tar", **{f"a.{suffix}": data, "a.txt": b"noise", "a.mpg": b"", "b.json": b"{}"})
+        record = Tar(tmp_path / "a.tar").raw(0)
+        assert record["images"] == [data] and to_sample(record).images[0].size == noise(i).size
+
+
+def test_tar_samples_that_lack_their_image(tmp_path):
+    def record(**images):
+        return json.dumps({"texts": TURNS, **images}).encode()
+
+    image = encode(0)
+    write_members(
+        tmp_path / "a.tar",
+        a_txt=b"a caption",
+        b_txt=b"a caption",
+        b_json=b'{"width": 16}',
+        c_json=record(image="b.bmp"),
+        d_json=record(images=["b.bmp"]),
+        e_json=record(image={"path": "b.bmp"}),
+        f_json=record(images=["0.png", "1.png"]),
+        f_0_png=image,
+        g_json=record(image="g.gif"),
+        g_gif=image,
+        h_json=record(image="", images=[]),
+        i_json=record(image=None),
+    )
+    source = Tar(tmp_path / "a.tar")
+    assert len(source) == 9 and source.damaged == []
+    for index, sentence in enumerate(
+        [
+            "sample a of .* has a caption and no image",
+            "sample b of .* has a caption and no image",
+            "sample c of .* names 1 images in 'image' and has 0",
+            "sample d of .* names 1 images in 'images' and has 0",
+            "sample e of .* names 1 images in 'image' and has 0",
+            "sample f of .* names 2 images in 'images' and has 1",
+        ]
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            source.raw(index)
+    assert source.raw(6) == {"images": [image], "texts": TURNS}
+    assert source.raw(7) == source.raw(8) == {"texts": TURNS}
+
+
+def test_tar_images_without_text_are_counted(tmp_path):
+    image = encode(0)
+    first = write_members(
+        tmp_path / "0.tar", a_gif=image, b_txt=b"b", b_gif=image, c_0_gif=image, c_1_gif=image, d_x=b""
+    )
+    second = write_members(tmp_path / "1.tar", e_jpg=image)
+    third = write_members(tmp_path / "2.tar", f_jpg=image, f_txt=b"f")
+    source = Tar([first, second, third])
+    assert [sample[1] for sample in source.samples] == ["b", "f"]
+    assert source.damaged == [
+        f"{first}: 2 samples have images and no .txt or .json, the first is a",
+        f"{second}: 1 samples have images and no .txt or .json, the first is e",
+    ]
+    with pytest.raises(ValueError, match=r"1 samples have images and no .txt or .json, the first is e"):
+        Tar(second)
+
+
+@pytest.mark.parametrize("order", ["texts first", "images first", "any"])
+def test_tar_members_in_any_order(order, tmp_path):
+    members = [(f"{i}.txt", f"caption {i}".encode()) for i in range(9)] + [(f"{i}.png", encode(i)) for i in range(9)]
+    members = members if order == "texts first" else members[9:] + members[:9]
+    if order == "any":
+        random.Random(0).shuffle(members)
+    write_members(tmp_path / "a.tar", **dict(members))
+    source = Tar(tmp_path / "a.tar")
+    expected = [([encode(i)], [{"user": "describe the image.", "assistant": f"caption {i}"}]) for i in range(9)]
+    assert source.damaged == [] and sorted(read_all(source), key=repr) == sorted(expected, key=repr)
+    assert [sample[1] for sample in source.samples] == list(dict.fromkeys(name[0] for name, _data in members))
+    # Of a shard that is cut, only samples remain that have both members.
+    whole, places = (tmp_path / "a.tar").read_bytes(), {sample[1]: sample[2] for sample in source.samples}
+    for length in range(512 * 25, len(whole), 700):
+        (tmp_path / "a.tar").write_bytes(whole[:length])
+        kept = [key for key, group in places.items() if all(start + size <= length for _, start, size in group)]
+        if kept and len(kept) < 9:
+            cut = Tar(tmp_path / "a.tar")
+            assert read_all(cut) == [expected[int(key)] for key in kept]
+            assert len(cut.damaged) == 1 and f": {len(kept)} whole samples" in cut.damaged[0]
+
+
+def test_tar_keys_that_come_again_are_other_samples(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for part in range(2):
+            for key in "ab":
+                add_member(tar, f"{key}.png", encode(part))
+                add_member(tar, f"{key}.txt", f"{key}{part}".encode())
+    answers = [record["texts"][0]["assistant"] for record in map(Tar(tmp_path / "a.tar").raw, range(4))]
+    assert answers == ["a0", "b0", "a1", "b1"]
+
+
+def test_folder_images_of_every_format(tmp_path):
+    for i, (suffix, format) in enumerate({"BMP": "BMP", "gif": "GIF", "tif": "TIFF"}.items()):
+        (tmp_path / f"{i}.{suffix}").write_bytes(encode(i, format))
+        (tmp_path / f"{i}.txt").write_text("noise")
+        (tmp_path / f"alone-{i}.{suffix}").write_bytes(encode(i, format))
+    source = Folder(tmp_path)
+    assert [len(to_sample(source.raw(i)).images) for i in range(len(source))] == [1, 1, 1]
+    assert source.damaged == [f"{tmp_path}: 3 of 6 images have no .txt or .json beside them"]
 
 
 def test_folder(tmp_path):
@@ -509,6 +624,26 @@ def test_where_images_stand():
     assert contents(to_sample({"images": images, "messages": messages})) == ["s", "##a", "b"]
 
 
+def test_one_image_stands_for_images(tmp_path):
+    for none in ({}, {"images": None}, {"images": []}):
+        for image in (encode(0), noise(0), [encode(0)], [noise(0), encode(1)]):
+            sample = to_sample({"image": image, "texts": TURNS, **none})
+            assert len(sample.images) == (len(image) if isinstance(image, list) else 1)
+            assert sample.images[0].tobytes() == noise(0).tobytes()
+            assert contents(sample)[0] == "#" * len(sample.images) + "what is it?"
+        for image in (None, "", []):
+            assert to_sample({"image": image, "texts": TURNS, **none}).images == []
+        for image in ("a.png", ["a.png"], {"path": "a.png"}, 0, b"", [None]):
+            with pytest.raises(ValueError, match=r"image 0 (must be an encoded file|cannot be read)"):
+                to_sample({"image": image, "texts": TURNS, **none})
+    assert (
+        to_sample({"image": "a.png", "images": [encode(1)], "texts": TURNS}).images[0].tobytes() == noise(1).tobytes()
+    )
+    (tmp_path / "a.png").write_bytes(encode(0))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"images": [], "image": "a.png", "texts": TURNS}))
+    assert JsonLines(tmp_path / "a.jsonl").raw(0)["images"] == [encode(0)]
+
+
 def test_parts_carry_their_images(tmp_path):
     (tmp_path / "a.png").write_bytes(encode(0))
     parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "or"}, {"type": "image", "image": "a.png"}]
@@ -623,7 +758,7 @@ def test_several_sources_are_a_mixture(tmp_path):
 
 
 def test_streams_are_not_mixed(hub, monkeypatch):
-    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split: hub)
+    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split, seed, shuffle: hub)
     assert open_sources(["hub:a/b"]) is hub
     assert next(iter(sample_texts(hub, 2)))
     with pytest.raises(ValueError, match="is a stream of unknown size and cannot be mixed"):
@@ -713,6 +848,25 @@ def test_hub_goes_on_where_it_was(hub):
     assert any(one != passes[0] for one in passes)
     for start in (0, 1, 8, 9, 22, 23):
         assert [plain(record) for record in hub.stream(start, 1)] == passes[1][start:]
+
+
+def test_hub_order_is_of_the_seed_or_of_the_files(hub, tmp_path, monkeypatch):
+    options = {"data_files": str(tmp_path / "*.parquet"), "cache_dir": str(tmp_path / "cache")}
+
+    class LocalHub(Hub):
+        def __init__(self, *args):
+            super().__init__(*args, **options)
+
+    def read(source, epoch=0):
+        return [plain(record) for record in source.stream(0, epoch)]
+
+    monkeypatch.setattr("nanovlm.data.sources.Hub", LocalHub)
+    assert read(open_source("hub:parquet")) == read(hub) == read(open_sources(["hub:parquet"], seed=0))
+    assert any(read(open_sources(["hub:parquet"], seed=seed)) != read(hub) for seed in range(1, 5))
+    source = open_sources(["hub:parquet"], shuffle=False)
+    for epoch in range(4):
+        assert read(source, epoch) == [plain(record) for record in RECORDS]
+    assert [plain(record) for record in source.stream(11, 2)] == [plain(record) for record in RECORDS[11:]]
 
 
 def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path):
