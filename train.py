@@ -115,7 +115,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     wandb = import_wandb() if config.wandb else None
 
     # --- data --------------------------------------------------------------------------------------------
-    source = open_sources(config.data.sources, config.data.weights)
+    source = open_sources(config.data.sources, config.data.weights, seed=config.seed, shuffle=config.data.shuffle)
     checkpoints = checkpoint.list_checkpoints(run_dir)
     if checkpoints:
         tokenizer = read_tokenizer(run_dir / "tokenizer.json")
