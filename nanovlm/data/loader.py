@@ -131,7 +131,7 @@ class Loader:
             "next_place": list(self.next_place),
             "buffer": [list(place) for place in self.buffer],
             "counts": dict(self.counts),
-            "reasons": self.reasons,
+            "reasons": list(self.reasons),
             "data": self._describe(),
         }
 
