@@ -179,7 +179,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     bar.close()
     loader.close()
     metrics_file.close()
-    print(f"samples: {', '.join(f'{number:,} {name}' for name, number in sorted(loader.counts.items()))}")
+    print(f"samples: {', '.join(f'{number:,} {name}' for name, number in loader.counts.items() if number)}")
 
     # --- end ---------------------------------------------------------------------------------------------
     model.eval()

@@ -344,6 +344,16 @@ def test_own_data_beside_the_scenes(tmp_path, capsys):
     assert output.count("skipped as corrupt") == 1 and "own.jsonl, sample 4: " in output
 
 
+def test_text_alone(tmp_path):
+    """No image in a whole batch."""
+    lines = (json.dumps({"texts": [{"user": f"what is {i}?", "assistant": str(i)}]}) for i in range(50))
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), shuffle=True)
+    run(tmp_path / "run", data=data)
+    first, *_, last = metrics(tmp_path / "run")
+    assert last["loss"] < 0.97 * first["loss"] and last["packed"] > 100 and last["corrupt"] == 0
+
+
 def test_the_command_line():
     assert train.parse_config([]) == PRESETS["scenes"]()
     changed = train.parse_config(["scenes", "--optim.lr", "0.5", "--model.vision.hidden-size", "64", "--wandb"])

@@ -89,7 +89,7 @@ class Processor:
             raise ValueError("the chat template writes bos_token, but bos_token_id = None")
         self._literals = functools.lru_cache(maxsize=256)(self._render_literals)
         # Short questions and answers repeat, and encoding one takes longer than looking it up.
-        self._encode_short = functools.lru_cache(maxsize=8192)(self._encode_spans)
+        self._encode_short = functools.lru_cache(maxsize=16384)(self._encode_spans)
 
     @classmethod
     def load(cls, folder: str | Path, config: VLMConfig) -> "Processor":
@@ -272,7 +272,7 @@ class Processor:
         """Tokenise spans; return token ids and labels, each label where it is to be predicted."""
         image, repeats = self.config.image_token_id, self.config.num_image_tokens
         ids, labels = [], []
-        is_short = sum(len(span.text) for span in spans) < 256
+        is_short = sum(len(span.text) for span in spans) < 100
         encoded = self._encode_short(spans) if is_short else self._encode_spans(spans)
         for token, is_trained in zip(*encoded, strict=True):
             ids += [token] * (repeats if token == image else 1)

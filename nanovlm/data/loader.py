@@ -55,6 +55,8 @@ class Skipped(NamedTuple):
 
 
 LOSSES = ("too long", "corrupt", "damaged")
+# Samples that were read, became documents, lie in rows, or were skipped.
+COUNTED = ("read", "documents", "packed", "filtered", "other split", *LOSSES)
 
 
 class Loader:
@@ -89,7 +91,7 @@ class Loader:
         self.reader = Reader(source, process, config, split)
         self.next_place = (0, 0)  # epoch, and the number of this rank's places in it that were read
         self.buffer = {}  # (epoch, number) -> Document, oldest first
-        self.counts = Counter()  # samples read, packed, and skipped for each reason
+        self.counts = Counter(dict.fromkeys(COUNTED, 0))
         self.reasons = []
         self._printed = set()
         self._results = None
