@@ -184,7 +184,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # --- end ---------------------------------------------------------------------------------------------
     model.eval()
     checkpoint.save_model(run_dir / "model", model, processor)
-    results = {"train_seconds": round(state.elapsed_s, 1), "environment": describe_environment(state)}
+    results = {
+        "train_seconds": round(state.elapsed_s, 1),
+        "environment": describe_environment(device, state.threads, state.precision),
+    }
     if num_scenes:
         scores = evaluate(model, processor, tasks, TrainingScan(*find_scenes(source, loader.places_read())))
         results |= scores
@@ -305,13 +308,13 @@ def git_commit() -> str | None:
         return None
 
 
-def describe_environment(state: TrainState) -> dict:
-    """Say what a result was measured on."""
+def describe_environment(device: torch.device, threads: int, precision: str | None = None) -> dict:
+    """Say what a result was measured on; without a precision where no model computes."""
     return {
         "commit": git_commit(),
-        "device": device_name(next(state.model.parameters()).device),
-        "threads": state.threads,
-        "precision": state.precision,
+        "device": device_name(device),
+        "threads": threads,
+        **({"precision": precision} if precision else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -8,7 +8,6 @@ line has the median of `repeats` runs.
 """
 
 import io
-import json
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from benchmarks.packing import documents
+from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import DataConfig, TilingConfig, VisionConfig, VLMConfig
 from nanovlm.data.chat import Processor
@@ -129,14 +129,7 @@ def main(config: LoadingConfig):
     torch.set_num_threads(1)
     lines = [time_rows(config.repeats), time_text(config.repeats)]
     lines += [time_images(config.repeats, *size) for size in ((640, 480), (1920, 1080))]
-    state = train.TrainState(torch.nn.Linear(1, 1), {}, None, 1, "none")
-    environment = {k: v for k, v in train.describe_environment(state).items() if k != "precision"}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a") as file:
-        for line in lines:
-            text = json.dumps(environment | line)
-            print(text)
-            file.write(text + "\n")
+    append_lines(RESULTS, lines, train.describe_environment(torch.device("cpu"), threads=1))
 
 
 if __name__ == "__main__":

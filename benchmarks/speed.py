@@ -60,9 +60,13 @@ def main(config: SpeedConfig):
     state = train.TrainState(model, make_optimizers(model, preset.optim), None, config.threads, preset.precision)
     lines = [time_training(state, processor, source, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
-    environment = {"preset": config.preset} | train.describe_environment(state)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a") as file:
+    environment = train.describe_environment(device, state.threads, state.precision)
+    append_lines(RESULTS, lines, {"preset": config.preset} | environment)
+
+
+def append_lines(path: Path, lines: list[dict], environment: dict):
+    """Print results and append them to a file of JSON lines, each with what it was measured on."""
+    with open(path, "a") as file:
         for line in lines:
             text = json.dumps(environment | line)
             print(text)

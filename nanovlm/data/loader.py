@@ -9,7 +9,6 @@ Every sample has a place in an epoch; rank r of R reads the places r, r + R, r +
 samples into documents, and these come back in order, so that batches do not depend on the number of workers.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -203,10 +202,8 @@ class Loader:
         """Name a sample as `raw` and `nanovlm.data.inspect` know it."""
         if isinstance(task, dict):
             return f"{self.source.name}, record {place[1] * self.num_ranks + self.rank} of epoch {place[0]}"
-        if hasattr(self.source, "sources"):
-            part = bisect.bisect_right(self.source.starts, task) - 1
-            return f"{self.source.sources[part].name}, sample {task - self.source.starts[part]}"
-        return f"{self.source.name}, sample {task}"
+        source, index = self.source.find(task) if hasattr(self.source, "sources") else (self.source, task)
+        return f"{source.name}, sample {index}"
 
     def _note(self, kind: str, sentence: str):
         """Count what was skipped, name a loss once, and stop when there are too many."""

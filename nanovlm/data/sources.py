@@ -529,8 +529,13 @@ class Mixture:
     def raw(self, index: int) -> dict:
         """Return a record by its index when the sources stand one after the other."""
         _check_index(self, index)
+        source, place = self.find(index)
+        return source.raw(place)
+
+    def find(self, index: int) -> tuple:
+        """Return the source in which an index of the whole falls, and the index there."""
         number = bisect.bisect_right(self.starts, index) - 1
-        return self.sources[number].raw(index - self.starts[number])
+        return self.sources[number], index - self.starts[number]
 
 
 # --- streams -------------------------------------------------------------------------------------------------

@@ -218,6 +218,9 @@ class Weighted:
     def __len__(self):
         return 17
 
+    def find(self, index):
+        return (self.sources[0], index) if index < 10 else (self.sources[1], index - 10)
+
     def locate(self, position):
         cycle, slot = divmod(position, 4)
         return (0, cycle) if slot == 0 else (1, 3 * cycle + slot - 1)
