@@ -28,8 +28,8 @@ from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    # Model folder, as train.py writes it.
-    model: Path
+    # Model folder, as train.py writes it, or in a layout of the hub, or a repository there, owner/name[@revision].
+    model: str
     # Image files, in the order in which the model sees them.
     image: tuple[Path, ...] = ()
     # Questions about the images; with several, they are answered as one batch. Without any: a chat.

@@ -338,7 +338,14 @@ def parse_config(args: list[str]) -> TrainConfig:
     recipe = pick(PRESETS, preset, "preset")()
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
-    return tyro.cli(TrainConfig, args=args, prog="train.py [preset]", default=recipe, description=description)
+    return tyro.cli(
+        TrainConfig,
+        args=args,
+        prog="train.py [preset]",
+        default=recipe,
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """nanovlm: build and study vision-language models in plain PyTorch.
 
-`model, processor = nanovlm.load("runs/scenes/model")` reads a trained model.
+`model, processor = nanovlm.load("runs/scenes/model")` reads a trained model,
+`nanovlm.load("owner/name")` one of the hub.
 """
 
-from nanovlm.checkpoint import load
+from nanovlm.hf import load
 
 __all__ = ["load"]

@@ -12,18 +12,22 @@ run_dir/checkpoints/step_00000200/   model.safetensors  optimizer.safetensors  r
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @contextlib.contextmanager
@@ -117,8 +121,10 @@ def save_model(folder: Path, model: VLM, processor: Processor):
         processor.save(temporary)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VLM, Processor]:
-    """Read a model folder; the model is in evaluation mode.
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[VLM, Processor]:
+    """Read a model folder; the model is in evaluation mode, in the dtype of its file unless another is given.
 
     Raises ValueError that names what is missing, unknown, cut off or of another shape.
     """
@@ -134,26 +140,107 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VLM, P
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     processor = Processor.load(folder, config)
-    model = VLM(config)
-    load_weights(model, folder / "model.safetensors")
-    return model.to(device).eval(), processor
+    file = folder / "model.safetensors"
+    model = empty_model(config, device, dtype or file_dtype([file]))
+    load_weights(model, file)
+    return model.eval(), processor
+
+
+def empty_model(config: VLMConfig, device: str | torch.device, dtype: torch.dtype) -> VLM:
+    """Make a model whose weights are memory that nothing was written to yet."""
+    with torch.device("meta"):
+        model = VLM(config)
+    return model.to(dtype).to_empty(device=device)
 
 
 def load_weights(model: VLM, path: Path):
     """Copy a safetensors file into the model; every tensor must be there with its shape, and no other."""
-    tensors = read_tensors(path)
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    problems += [f"{name} is unknown" for name in tensors.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, the config says {list(expected[name].shape)}"
-        for name in expected.keys() & tensors.keys()
-        if tensors[name].shape != expected[name].shape
-    ]
+    copy_tensors({name: [tensor] for name, tensor in model.state_dict().items()}, [path])
+
+
+def file_dtype(files: list[Path]) -> torch.dtype:
+    """Return the smallest dtype that holds the tensors of all files exactly.
+
+    Raises ValueError that names a tensor of another dtype than those of DTYPES.
+    """
+    found = {}
+    for path in files:
+        with open_tensors(path) as file:
+            found |= {file.get_slice(name).get_dtype(): f"{name} in {path}" for name in file.keys()}
+    for dtype, where in found.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{where} has dtype {dtype}; only {', '.join(DTYPES)} are read")
+    return functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in found), torch.bfloat16)
+
+
+@torch.no_grad()
+def copy_tensors(destinations: dict[str, list[torch.Tensor]], files: list[Path], is_ignored=lambda name: False):
+    """Copy safetensors files tensor by tensor into memory that is there already.
+
+    `destinations` says, for each name in the files, which tensors its rows fill, one after the other. Names for which
+    `is_ignored` holds are left out. Raises ValueError that lists what is missing, unknown, or of another shape
+    or dtype, before anything is copied.
+    """
+    where = {}
+    problems = []
+    for path in files:
+        with open_tensors(path) as file:
+            where |= {name: path for name in file.keys() if not is_ignored(name)}
+            for name in file.keys():
+                tensor = file.get_slice(name)
+                if name in destinations:
+                    parts = destinations[name]
+                    shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
+                    if tensor.get_shape() != shape:
+                        problems.append(f"{name} has shape {tensor.get_shape()}, the config says {shape}")
+                    if tensor.get_dtype() not in DTYPES:
+                        problems.append(f"{name} has dtype {tensor.get_dtype()}; only {', '.join(DTYPES)} are read")
+    problems += [f"{name} is missing" for name in merge_numbers(destinations.keys() - where.keys())]
+    problems += [f"{name} is unknown" for name in merge_numbers(where.keys() - destinations.keys())]
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{path} does not fit the config: {'; '.join(sorted(problems)[:20])}{more}")
-    model.load_state_dict(tensors)
+        file = files[0] if len(files) == 1 else files[0].parent
+        raise ValueError(f"{file} does not fit the config: {'; '.join(sorted(problems))}")
+    for path in files:
+        with open_tensors(path) as file:
+            for name in file.keys():
+                if name in destinations:
+                    parts = destinations[name]
+                    rows = file.get_tensor(name).split([len(part) for part in parts]) if parts[0].ndim else parts
+                    for part, tensor in zip(parts, rows, strict=True):
+                        part.copy_(tensor)
+
+
+def merge_numbers(names) -> list[str]:
+    """Write names that differ only in numbers as one: layers.{0-29}.norm.weight."""
+    groups = {}
+    for name in names:
+        pieces = re.split(r"(?<=\.)(\d+)(?=\.)", name)
+        groups.setdefault(tuple(pieces[::2]), []).append([int(number) for number in pieces[1::2]])
+    merged = []
+    for texts, numbers in groups.items():
+        columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+        shown = [
+            f"{{{c[0]}-{c[-1]}}}"
+            if c == list(range(c[0], c[-1] + 1)) and len(c) > 1
+            else str(c[0])
+            if len(c) == 1
+            else f"{{{','.join(map(str, c))}}}"
+            for c in columns
+        ]
+        merged.append("".join(t + n for t, n in zip(texts, [*shown, ""], strict=True)))
+    return sorted(merged)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path):
+    """Open a safetensors file, of which tensors are then read one by one. Raises ValueError that names it."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

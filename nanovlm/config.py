@@ -61,6 +61,27 @@ class TilingConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    # How rotary frequencies are slowed down for longer contexts, a key of nanovlm.model.decoder.ROPE_SCALING: none,
+    # linear, llama3 or yarn.
+    type: str = "none"
+    # How many times longer the context becomes.
+    factor: float = 1.0
+    # llama3, yarn: the context that the frequencies were first trained for, in tokens.
+    original_max_position_embeddings: int = 8192
+    # llama3: frequencies that turn less often than this in the original context are slowed down by the whole factor.
+    low_freq_factor: float = 1.0
+    # llama3: those that turn more often than this are left alone.
+    high_freq_factor: float = 4.0
+    # yarn: frequencies that turn more often than this in the original context are left alone.
+    beta_fast: float = 32.0
+    # yarn: those that turn less often than this are slowed down by the whole factor.
+    beta_slow: float = 1.0
+    # yarn: factor on queries and keys; null (None) for 0.1 ln(factor) + 1.
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     # Rows of the embedding table; at least the size of the tokenizer.
     vocab_size: int = 640
@@ -76,8 +97,20 @@ class DecoderConfig:
     num_key_value_heads: int = 2
     # Width of one head.
     head_dim: int = 32
+    # Biases in the query, key and value projections.
+    qkv_bias: bool = False
+    # Bias in the output projection of attention.
+    o_bias: bool = False
+    # RMS norm of every head's queries and keys.
+    qk_norm: bool = False
     # Base of the rotary position frequencies.
     rope_theta: float = 10000.0
+    # Longer contexts by slower frequencies.
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    # Indices of the blocks whose attention has no positions.
+    layers_without_rope: tuple[int, ...] = ()
+    # Longest document that the positions were made for, in tokens.
+    max_position_embeddings: int = 8192
     # Epsilon of the RMS norms.
     rms_norm_eps: float = 1e-5
     # Use the embedding table as output head.
@@ -88,18 +121,18 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    # Image encoder.
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    # Image encoder; null (None) for a language model that sees no images.
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
     # Patch features to image tokens.
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     # Images to tiles.
     tiling: TilingConfig = field(default_factory=TilingConfig)
     # Language model.
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    # Token id of padding; differs from the next two, so that padding never teaches a model to stop.
+    # Token id of padding.
     pad_token_id: int = 0
-    # Token id over whose embeddings the image features are written.
-    image_token_id: int = 1
+    # Token id over whose embeddings the image features are written; null (None) without an image encoder.
+    image_token_id: int | None = 1
     # Token id that ends an assistant turn.
     eos_token_id: int = 2
     # Token id that the chat template writes as bos_token; null (None) where it writes none.
@@ -108,32 +141,56 @@ class VLMConfig:
     @property
     def num_image_tokens(self) -> int:
         """Placeholder tokens that one tile fills."""
+        if self.vision is None:
+            return 0
         return self.vision.num_patches // self.projector.scale_factor**2
 
     def validate(self) -> "VLMConfig":
         """Return self, or raise ValueError with both values of the first contradiction."""
         v, d, scale = self.vision, self.decoder, self.projector.scale_factor
-        parts = {"vision": v, "projector": self.projector, "tiling": self.tiling, "decoder": d}
+        parts = {
+            "projector": self.projector,
+            "tiling": self.tiling,
+            "decoder": d,
+            "decoder.rope_scaling": d.rope_scaling,
+        }
+        parts |= {"vision": v} if v else {}
         for name, value in (pair for part, config in parts.items() for pair in _integers(part, config)):
             _check(value >= 1, f"{name} = {value} must be at least 1")
-        _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
-        _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
-        _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
         _divides(
             "decoder.num_key_value_heads", d.num_key_value_heads, "decoder.num_attention_heads", d.num_attention_heads
         )
         _divides("2 (rotary halves)", 2, "decoder.head_dim", d.head_dim)
-        if v.patch_embedding == "conv":
+        for index in d.layers_without_rope:
             _check(
-                v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1,
+                0 <= index < d.num_hidden_layers,
+                f"decoder.layers_without_rope names block {index}, but decoder.num_hidden_layers = "
+                f"{d.num_hidden_layers}",
+            )
+        _check(d.rope_scaling.factor >= 1, f"decoder.rope_scaling.factor = {d.rope_scaling.factor} must be at least 1")
+        _check(
+            (v is None) == (self.image_token_id is None),
+            f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
+        )
+        if v is not None:
+            _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
+            _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
+            _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
+            _check(
+                v.patch_embedding != "conv" or (v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1),
                 f"vision.patch_size = {v.patch_size} must be a power of two above 1 for patch_embedding = conv",
             )
-        ids = {"pad_token_id": self.pad_token_id, "image_token_id": self.image_token_id}
-        ids["eos_token_id"] = self.eos_token_id
-        bos = {} if self.bos_token_id is None else {"bos_token_id": self.bos_token_id}
-        for name, value in (ids | bos).items():
-            _check(0 <= value < d.vocab_size, f"{name} = {value} is outside decoder.vocab_size = {d.vocab_size}")
-        _check(len(set(ids.values())) == 3, f"pad, image and eos token ids must all differ, got {ids}")
+        ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}
+        for name, value in ids.items():
+            _check(
+                value is None or 0 <= value < d.vocab_size,
+                f"{name} = {value} is outside decoder.vocab_size = {d.vocab_size}",
+            )
+        for name in ("pad_token_id", "eos_token_id"):
+            _check(
+                ids[name] != self.image_token_id,
+                f"{name} = {ids[name]} must differ from image_token_id = {self.image_token_id}",
+            )
         return self
 
 

@@ -6,13 +6,16 @@ T prompt tokens, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanovlm.data.types import Batch
 from nanovlm.model.kv_cache import KVCache
-from nanovlm.model.vlm import VLM
+
+if TYPE_CHECKING:  # its method `generate` is the one below
+    from nanovlm.model.vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,25 @@ class SamplingConfig:
 
 
 @torch.inference_mode()
-def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]:
+def stream(model: "VLM", batch: Batch, config: SamplingConfig) -> Iterator[Tensor]:
     """Yield the next token of every row, int64[B], until all rows have ended.
 
-    A row ends with eos_token_id, which is yielded, and yields pad_token_id from then on.
+    A row ends with eos_token_id, which is yielded, and yields pad_token_id from then on. Padding and image tokens are
+    never part of an answer. Raises ValueError for prompts that leave no room for an answer.
     """
     config.validate()
     eos, pad, image = model.config.eos_token_id, model.config.pad_token_id, model.config.image_token_id
+    never = [token for token in {pad, image} if token not in (eos, None)]
     lengths = (batch.doc_ids >= 0).sum(1)
+    if (longest := int(lengths.max()) + config.max_new_tokens) > model.config.decoder.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {int(lengths.max())} tokens and {config.max_new_tokens} new ones are more than the model's "
+            f"{model.config.decoder.max_position_embeddings} positions: shorten the prompt or lower max_new_tokens"
+        )
     cache = KVCache(
         model.config.decoder,
         len(lengths),
-        int(lengths.max()) + config.max_new_tokens,
+        longest,
         device=lengths.device,
         dtype=model.decoder.embed_tokens.weight.dtype,
     )
@@ -70,7 +80,7 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
     logits = prefill(model, batch, cache)
     for i in range(config.max_new_tokens):
         logits = logits.float()
-        logits[:, [pad, image]] = -torch.inf  # never part of an answer
+        logits[:, never] = -torch.inf
         tokens = choose(logits, seen, config, generator).masked_fill(ended, pad)
         yield tokens
         ended = ended | (tokens == eos)
@@ -80,7 +90,7 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
         logits = decode_one_token(model, tokens, cache)
 
 
-def generate(model: VLM, batch: Batch, config: SamplingConfig) -> list[list[int]]:
+def generate(model: "VLM", batch: Batch, config: SamplingConfig) -> list[list[int]]:
     """Return the tokens of every row's answer, without the end of turn."""
     rows = torch.stack(list(stream(model, batch, config)), dim=1).tolist()
     return [cut_at_end(row, model.config.eos_token_id) for row in rows]
@@ -91,7 +101,7 @@ def cut_at_end(tokens: list[int], eos_token_id: int) -> list[int]:
     return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
 
 
-def prefill(model: VLM, batch: Batch, cache: KVCache) -> Tensor:
+def prefill(model: "VLM", batch: Batch, cache: KVCache) -> Tensor:
     """Run the prompts through the model and into the cache; return logits [B, V] after each row's last token."""
     if bool((batch.doc_ids > batch.doc_ids[:, :1]).any() | (batch.branch_ids != 0).any()):
         raise ValueError("a row of prompts must hold one document without branches")
@@ -103,7 +113,7 @@ def prefill(model: VLM, batch: Batch, cache: KVCache) -> Tensor:
     return model.head(hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1])
 
 
-def decode_one_token(model: VLM, tokens: Tensor, cache: KVCache) -> Tensor:
+def decode_one_token(model: "VLM", tokens: Tensor, cache: KVCache) -> Tensor:
     """Append tokens int64[B] to the rows of the cache; return logits [B, V] after them."""
     position_ids = cache.lengths[:, None]
     x_BTD = model.decoder.embed_tokens(tokens[:, None])

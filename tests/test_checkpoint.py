@@ -71,7 +71,7 @@ def edit(folder, change):
         (lambda c: c["vision"].update(patch_size=5), "vision.patch_size = 5 must divide vision.image_size = 16"),
         (lambda c: c["decoder"].update(hidden_size="32"), "decoder.hidden_size must be int, got '32'"),
         (lambda c: c["decoder"].update(attention="fast"), r"decoder.attention = 'fast' is unknown; there are sdpa"),
-        (lambda c: c.update(eos_token_id=0), "must all differ"),
+        (lambda c: c.update(image_token_id=2), "eos_token_id = 2 must differ from image_token_id = 2"),
         (
             lambda c: c["decoder"].update(hidden_size=64),
             r"decoder.norm.weight has shape \[32\], the config says \[64\]",

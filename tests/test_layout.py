@@ -17,12 +17,19 @@ FILES = [p for folder in ("nanovlm", "eval") for p in (ROOT / folder).rglob("*.p
 # Who may not import what, as prefixes of module names.
 FORBIDDEN = {
     "nanovlm": ("train", "generate", "eval", "tests", "benchmarks", "transformers"),
-    "nanovlm.data": ("nanovlm.model", "nanovlm.losses", "nanovlm.objectives", "nanovlm.checkpoint", "nanovlm.sampling"),
+    "nanovlm.data": (
+        "nanovlm.model",
+        "nanovlm.losses",
+        "nanovlm.objectives",
+        "nanovlm.checkpoint",
+        "nanovlm.hf",
+        "nanovlm.sampling",
+    ),
     "nanovlm.model": (
         "nanovlm.losses",
         "nanovlm.objectives",
         "nanovlm.checkpoint",
-        "nanovlm.sampling",
+        "nanovlm.hf",
         "nanovlm.data.chat",
         "nanovlm.data.images",
         "nanovlm.data.loader",

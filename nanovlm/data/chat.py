@@ -25,7 +25,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from nanovlm.config import VLMConfig
-from nanovlm.data.images import layout, make_tiles, marker_tokens, plan_tiles, to_rgb
+from nanovlm.data.images import FAKE, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.tokenizer import read_tokenizer
@@ -58,9 +58,10 @@ class Processor:
         added, markers = tokenizer.get_added_tokens_decoder(), marker_tokens(config)
         special = {token.content: i for i, token in added.items() if token.special or token.content in markers}
         for name in ("pad_token_id", "image_token_id", "eos_token_id"):
-            if getattr(config, name) not in special.values():
+            if getattr(config, name) not in (None, *special.values()):
                 raise ValueError(f"{name} = {getattr(config, name)} is not a special token of the tokenizer")
-        if missing := [token for token in markers if token not in special]:
+        # Some published models of Idefics3's layout, which begins with FAKE, write places as plain text.
+        if missing := [token for token in ([FAKE] if FAKE in markers else markers) if token not in special]:
             raise ValueError(
                 f"tiling.policy = {config.tiling.policy!r} writes special tokens that the tokenizer does not have: "
                 f"{', '.join(missing)}"
@@ -167,7 +168,8 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _make_document(self, ids, labels, branch_ids, images):
-        size, per_tile = self.config.vision.image_size, self.config.num_image_tokens
+        size = self.config.vision.image_size if self.config.vision else 0
+        per_tile = self.config.num_image_tokens
         tiles = [make_tiles(image, self.config) for image in images]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if (placeholders := ids.count(self.config.image_token_id)) != per_tile * len(tiles):

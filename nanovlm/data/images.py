@@ -95,7 +95,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def plan_tiles(width: int, height: int, config: VLMConfig) -> TilePlan:
-    """Decide how an image of this size is cut. Raises ValueError for an image without pixels."""
+    """Decide how an image of this size is cut. Raises ValueError for one without pixels, and without an encoder."""
+    if config.vision is None:
+        raise ValueError("this model is a language model: it has no encoder for images")
     _check_size(width, height)
     return pick(TILING, config.tiling.policy, "tiling.policy").plan(width, height, config)
 
@@ -117,6 +119,8 @@ def layout(plan: TilePlan, image: str, config: VLMConfig) -> str:
 
 def marker_tokens(config: VLMConfig) -> list[str]:
     """List the special tokens besides the image token that layouts of this config can have, in a fixed order."""
+    if config.vision is None:
+        return []
     return pick(TILING, config.tiling.policy, "tiling.policy").markers(config)
 
 

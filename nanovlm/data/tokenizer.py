@@ -14,6 +14,12 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{ '<|assistant|>' if add_generation_prompt }}"""
 
+# For models that were never taught a conversation: text goes on where it stops.
+COMPLETION_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message.content }}{{ eos_token if message.role == 'assistant' }}
+{%- endfor -%}"""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterable[str] = ()) -> Tokenizer:
     """Train a BPE tokenizer on `texts`; numbers are split into digits.

@@ -4,6 +4,8 @@ RMSNorm and rotary positions in fp32, grouped-query attention within documents, 
 T tokens, D hidden, N query heads, K key/value heads, H head size, F feed-forward width, V vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_BTD: Tensor, position_ids: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings [B, T, D] -> normed hidden states [B, T, D]; `mask` bool[B, 1, T, S] as attention.py says."""
-        rope = rope_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(position_ids, self.config)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rope, position_ids, mask, cache)
         return self.norm(x_BTD)
@@ -52,24 +54,24 @@ class DecoderBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
-        D, N, K, H = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.index, self.head_dim = index, H
+        D, H = config.hidden_size, config.head_dim
+        N, K = config.num_attention_heads, config.num_key_value_heads
+        self.index, self.head_dim, self.has_rope = index, H, index not in config.layers_without_rope
         self.attend = pick(ATTENTION, config.attention, "decoder.attention")
-        self.q_proj = nn.Linear(D, N * H, bias=False)
-        self.k_proj = nn.Linear(D, K * H, bias=False)
-        self.v_proj = nn.Linear(D, K * H, bias=False)
-        self.o_proj = nn.Linear(N * H, D, bias=False)
+        self.q_proj = nn.Linear(D, N * H, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * H, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * H, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(N * H, D, bias=config.o_bias)
+        self.q_norm, self.k_norm = (RMSNorm(H, config.rms_norm_eps) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x_BTD, rope, position_ids, mask, cache):
         q_BTNH = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKH = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKH = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if self.has_rope:
+            q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
         if cache is not None:
             k_BTKH, v_BTKH = cache.update(self.index, k_BTKH, v_BTKH, position_ids)
         return self.o_proj(self.attend(q_BTNH, k_BTKH, v_BTKH, mask).flatten(-2))
@@ -101,14 +103,16 @@ class RMSNorm(nn.Module):
         return self.weight * (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine fp32[B, T, 1, H] of position * theta**(-2i / H) (Su et al. 2021, arXiv 2104.09864).
 
     Both halves of H hold the same angles; the sine is negative in the first half, as `rotate` needs it.
     """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[:, :, None, None].float() * theta**-exponents
-    cos, sin = angles.cos(), angles.sin()
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
+    stretch = pick(ROPE_SCALING, config.rope_scaling.type, "decoder.rope_scaling.type")
+    frequencies, amplitude = stretch(1 / config.rope_theta**exponents, config)
+    angles = position_ids[:, :, None, None].float() * frequencies
+    cos, sin = amplitude * angles.cos(), amplitude * angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -117,3 +121,41 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, signed_sin = rope
     x = x.float()
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
+
+
+# A scaling takes the frequencies fp32[H / 2] and returns others, and a factor for cosine and sine.
+
+
+def scale_none(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
+    return frequencies, 1.0
+
+
+def scale_linear(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
+    """All positions closer together (Chen et al. 2023, arXiv 2306.15595)."""
+    return frequencies / config.rope_scaling.factor, 1.0
+
+
+def scale_llama3(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
+    """Slow frequencies slower, fast ones as they were, those between in between (Llama 3.1, arXiv 2407.21783)."""
+    c = config.rope_scaling
+    turns = c.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
+    return frequencies * kept + frequencies / c.factor * (1 - kept), 1.0
+
+
+def scale_yarn(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
+    """As llama3, with a ramp along the index of the frequency, and sharper attention (arXiv 2309.00071)."""
+    c, H, theta = config.rope_scaling, config.head_dim, config.rope_theta
+
+    def index(turns):
+        """Where the frequency lies that turns this often in the original context."""
+        return H * math.log(c.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(index(c.beta_fast)), 0), min(math.ceil(index(c.beta_slow)), H - 1)
+    ramp = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32)
+    slowed = ((ramp - low) / max(high - low, 0.001)).clamp(0, 1)
+    amplitude = 0.1 * math.log(c.factor) + 1 if c.attention_factor is None else c.attention_factor
+    return frequencies / c.factor * slowed + frequencies * (1 - slowed), amplitude
+
+
+ROPE_SCALING = {"none": scale_none, "linear": scale_linear, "llama3": scale_llama3, "yarn": scale_yarn}

@@ -20,6 +20,7 @@ from nanovlm.model.decoder import Decoder
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.projector import Projector
 from nanovlm.model.vision import VisionEncoder
+from nanovlm.sampling import SamplingConfig, generate
 
 
 class VLM(nn.Module):
@@ -27,8 +28,9 @@ class VLM(nn.Module):
         """Build the model of a validated config; the weights are random (see init_weights)."""
         super().__init__()
         self.config = config.validate()
-        self.vision = VisionEncoder(config.vision)
-        self.projector = Projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
+        if config.vision is not None:
+            self.vision = VisionEncoder(config.vision)
+            self.projector = Projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
         init_weights(self)
 
@@ -49,6 +51,8 @@ class VLM(nn.Module):
         Raises ValueError when there are more or fewer placeholders than image features.
         """
         x_BTD = self.decoder.embed_tokens(batch.input_ids)
+        if self.config.vision is None:
+            return x_BTD
         is_image = batch.input_ids == self.config.image_token_id
         num_features = len(batch.pixel_values) * self.config.num_image_tokens
         if (num_placeholders := int(is_image.sum())) != num_features:
@@ -58,7 +62,8 @@ class VLM(nn.Module):
             )
         if num_features == 0:
             return x_BTD
-        features = self.projector(self.vision(batch.pixel_values)).flatten(0, 1)
+        pixel_values = batch.pixel_values.to(self.vision.position_embedding.weight.dtype)
+        features = self.projector(self.vision(pixel_values)).flatten(0, 1)
         return x_BTD.masked_scatter(is_image[..., None], features.to(x_BTD.dtype))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -68,6 +73,10 @@ class VLM(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Return logits [B, T, V] at every position."""
         return self.head(self(batch))
+
+    def generate(self, batch: Batch, **options) -> list[list[int]]:
+        """Return the tokens of every row's answer, without the end of turn; options as in SamplingConfig."""
+        return generate(self, batch, SamplingConfig(**options))
 
 
 @torch.no_grad()
@@ -82,7 +91,7 @@ def init_weights(model: VLM):
     - vision positions: 0.5, half the scale of the patches
     Biases are 0, norm weights 1.
     """
-    depth = {"vision": len(model.vision.layers), "decoder": len(model.decoder.layers)}
+    depth = {name: len(part.layers) for name, part in model.named_children() if name in ("vision", "decoder")}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             std = 1 / math.sqrt(module.weight[0].numel())
@@ -98,4 +107,5 @@ def init_weights(model: VLM):
     decoder = model.config.decoder
     std = decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0
     nn.init.normal_(model.decoder.embed_tokens.weight, std=std)
-    nn.init.normal_(model.vision.position_embedding.weight, std=0.5)
+    if model.config.vision is not None:
+        nn.init.normal_(model.vision.position_embedding.weight, std=0.5)
