@@ -195,6 +195,16 @@ class VLMConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    # A whole model: a folder, such as the model/ of an earlier run, or a repository of the hub, owner/name[@revision].
+    model: str = ""
+    # A SigLIP encoder for the image encoder, folder or repository.
+    vision: str = ""
+    # A language model for the decoder, folder or repository; its tokenizer is taken too, and made larger.
+    decoder: str = ""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     # Where the samples come from: scenes, a .jsonl file, .parquet or .tar files, a folder, or hub:owner/name.
     sources: tuple[str, ...] = ("scenes",)
@@ -218,8 +228,10 @@ class DataConfig:
     pack_buffer: int = 128
     # Read each pass over the source in another order; off where the source's own order is a curriculum.
     shuffle: bool = True
-    # Size of the byte-level BPE vocabulary made from the embedded data.
+    # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
     tokenizer_size: int = 640
+    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES; empty for the tokenizer's own way.
+    chat_template: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,6 +277,8 @@ class TrainConfig:
     run_dir: str = "runs/scenes"
     # The model.
     model: VLMConfig = field(default_factory=VLMConfig)
+    # Which weights the run starts from; random ones where nothing is named.
+    init: InitConfig = field(default_factory=InitConfig)
     # The data.
     data: DataConfig = field(default_factory=DataConfig)
     # The optimizer and its schedule.
@@ -313,6 +327,15 @@ class TrainConfig:
             len(d.weights) in (0, len(d.sources)),
             f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",
         )
+        _check(
+            not self.init.model or not (self.init.vision or self.init.decoder),
+            f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r} and "
+            f"init.decoder = {self.init.decoder!r} must be empty",
+        )
+        _check(
+            not self.init.vision or self.model.vision is not None,
+            f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
+        )
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
         _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
         for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
@@ -325,7 +348,7 @@ class TrainConfig:
                 raise ValueError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}") from error
         _check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
         _check(
-            d.tokenizer_size <= self.model.decoder.vocab_size,
+            self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,
             f"data.tokenizer_size = {d.tokenizer_size} is above "
             f"model.decoder.vocab_size = {self.model.decoder.vocab_size}",
         )

@@ -200,6 +200,16 @@ def load_model(
     return model.eval()
 
 
+def read_siglip(folder: Path) -> VisionConfig:
+    """Read the config of a SigLIP encoder, alone or with its text tower."""
+    path = folder / "config.json"
+    data = read_json(path)
+    if data.get("model_type") not in SIGLIP_TYPES:
+        kind = data.get("model_type")
+        raise ValueError(f"{path}: model_type = {kind!r} is no image encoder that we have; there is siglip")
+    return read_vision(data.get("vision_config", data), SIGLIP_DEFAULTS, path)
+
+
 def load_vision(model: VLM, folder: Path):
     """Read a SigLIP encoder, alone or with its text tower, into the encoder of a model."""
     files = find_weights(folder)

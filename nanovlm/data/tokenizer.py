@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+IMAGE_TOKEN = "<image>"
 # Their places in this list are their ids: VLMConfig.pad_token_id, image_token_id, eos_token_id, and roles.
 SPECIAL_TOKENS = ("<|pad|>", "<|image|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
@@ -19,6 +20,19 @@ COMPLETION_TEMPLATE = """\
 {%- for message in messages -%}
 {{ message.content }}{{ eos_token if message.role == 'assistant' }}
 {%- endfor -%}"""
+
+# The form of SmolLM2, Qwen and others, with images among the text.
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
+
+CHAT_TEMPLATES = {"roles": CHAT_TEMPLATE, "chatml": CHATML_TEMPLATE, "completion": COMPLETION_TEMPLATE}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterable[str] = ()) -> Tokenizer:
@@ -51,3 +65,17 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
+
+
+def extend_tokenizer(tokenizer: Tokenizer, markers: Iterable[str], image_token_id: int | None) -> Tokenizer:
+    """Add the special tokens of images, those that are not there yet, behind all others; return the tokenizer.
+
+    The image token comes first, then the markers of layouts. Raises ValueError where `image_token_id` is not its id.
+    """
+    if image_token_id is None:
+        return tokenizer
+    missing = [token for token in (IMAGE_TOKEN, *markers) if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    if (found := tokenizer.token_to_id(IMAGE_TOKEN)) != image_token_id:
+        raise ValueError(f"image_token_id = {image_token_id}, but {IMAGE_TOKEN} is token {found} of the tokenizer")
+    return tokenizer
