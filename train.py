@@ -35,6 +35,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import RATINGS, Scenes, open_sources, sample_texts, to_sample
 from nanovlm.data.types import IGNORE, Batch, Document
+from nanovlm.metrics import RoutingStats
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import OBJECTIVES
 from nanovlm.optim import learning_rate, make_optimizers, set_learning_rate
@@ -77,19 +78,25 @@ def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> 
     num_trained = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     lr = learning_rate(state.step, config.optim)
     set_learning_rate(state.optimizers, lr)
-    loss = 0.0
+    loss, extras, stats = 0.0, {}, RoutingStats()
     for batch in batches:
+        batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
-            loss_sum = OBJECTIVES[config.objective](state.model, batch.to(device))
+            loss_sum = OBJECTIVES[config.objective](state.model, batch, extras)
+        if extras["routing"]:
+            stats.update(extras["routing"], batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
         (loss_sum / max(1, num_trained)).backward()
         loss += loss_sum.item() / max(1, num_trained)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
     for optimizer in state.optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
+    if extras["routing"]:
+        state.model.decoder.update_expert_bias(stats.load)
     state.step += 1
     state.tokens += sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
-    return {"step": state.step, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "trained_tokens": num_trained}
+    numbers = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "trained_tokens": num_trained}
+    return numbers | (stats.summary() if extras["routing"] else {})
 
 
 def main(config: TrainConfig) -> dict:
@@ -228,7 +235,7 @@ def choose_fastest(state: TrainState, config: TrainConfig):
         for _ in range(3):
             begin = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=choice[1] == "bf16"):
-                loss = objective(state.model, batch)
+                loss = objective(state.model, batch, {})
             loss.backward()
             seconds[choice] = min(time.perf_counter() - begin, seconds.get(choice, float("inf")))
     state.model.zero_grad()

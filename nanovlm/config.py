@@ -82,6 +82,39 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    # Number of experts.
+    num_experts: int = 8
+    # Experts that each token goes to.
+    num_experts_per_tok: int = 2
+    # Width of one expert.
+    intermediate_size: int = 144
+    # Experts that see every token beside the routed ones; together they are one layer of so many times the width.
+    num_shared_experts: int = 0
+    # Router scores: softmax (Mixtral, Qwen3-MoE, OLMoE) or sigmoid (DeepSeek-V3).
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    # Let the weights of a token's experts add up to 1 (Mixtral, DeepSeek-V3; not OLMoE).
+    norm_topk_prob: bool = True
+    # Factor on the weights.
+    routed_scaling_factor: float = 1.0
+    # In training, what the router sees is multiplied with random numbers within this of 1.
+    jitter: float = 0.0
+    # Most tokens of an expert, as a multiple of its fair share; 0 drops nothing.
+    capacity_factor: float = 0.0
+    # Backend, a key of nanovlm.model.moe.EXPERTS.
+    experts: str = "grouped"
+    # What keeps the load even: loss (Switch, over a micro-batch), global_loss (over the whole step so far), bias
+    # (DeepSeek-V3, no loss), or none.
+    balance: Literal["loss", "global_loss", "bias", "none"] = "loss"
+    # Weight of the balance loss.
+    balance_weight: float = 0.01
+    # Weight of the z-loss on the router's logits.
+    z_weight: float = 0.001
+    # bias: how far an expert's bias moves after a step.
+    bias_rate: float = 0.001
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     # Rows of the embedding table; at least the size of the tokenizer.
     vocab_size: int = 640
@@ -89,6 +122,8 @@ class DecoderConfig:
     hidden_size: int = 128
     # Width of the SwiGLU feed-forward layer.
     intermediate_size: int = 384
+    # Mixture of experts in place of that layer; null (None) for none.
+    moe: MoEConfig | None = None
     # Number of transformer blocks.
     num_hidden_layers: int = 4
     # Number of query heads.
@@ -155,6 +190,25 @@ class VLMConfig:
             "decoder.rope_scaling": d.rope_scaling,
         }
         parts |= {"vision": v} if v else {}
+        if d.moe is not None:
+            experts = d.moe.num_experts
+            _check(
+                1 <= d.moe.num_experts_per_tok <= experts,
+                f"decoder.moe.num_experts_per_tok = {d.moe.num_experts_per_tok} must be between 1 and "
+                f"decoder.moe.num_experts = {experts}",
+            )
+            for name, least in (
+                ("num_experts", 1),
+                ("intermediate_size", 1),
+                ("num_shared_experts", 0),
+                ("jitter", 0),
+                ("capacity_factor", 0),
+                ("balance_weight", 0),
+                ("z_weight", 0),
+                ("bias_rate", 0),
+            ):
+                value = getattr(d.moe, name)
+                _check(value >= least, f"decoder.moe.{name} = {value} must be at least {least}")
         for name, value in (pair for part, config in parts.items() for pair in _integers(part, config)):
             _check(value >= 1, f"{name} = {value} must be at least 1")
         _divides(

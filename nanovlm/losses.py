@@ -1,8 +1,10 @@
 """Hidden states and labels -> loss."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovlm.config import MoEConfig
 from nanovlm.data.types import IGNORE
 
 
@@ -15,3 +17,47 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head_weight: Tensor) -> Tens
     is_trained = labels != IGNORE
     logits = F.linear(hidden[is_trained], head_weight)
     return F.cross_entropy(logits.float(), labels[is_trained], reduction="sum")
+
+
+def expert_load(choice: Tensor, is_token: Tensor, num_experts: int) -> Tensor:
+    """Count the tokens of each expert, fp32[E], padding left out; choice int64[R, k], is_token bool[R]."""
+    chosen = choice[..., None] == torch.arange(num_experts, device=choice.device)
+    return (chosen & is_token[:, None, None]).sum((0, 1), dtype=torch.float32)
+
+
+def load_balancing_loss(shares: Tensor, is_token: Tensor, load: Tensor, num_tokens: Tensor) -> Tensor:
+    """E * sum over experts of f P: least, k, when all are equal (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
+
+    f is the load [E] over num_tokens, a constant; P the mean over tokens of the router's shares fp32[R, E]. With the
+    load of a whole step in place of one micro-batch, experts may specialise in a batch (arXiv 2501.11873).
+    """
+    mean_shares = (shares * is_token[:, None]).sum(0) / is_token.sum().clamp(min=1)
+    return len(load) * (load / num_tokens.clamp(min=1) * mean_shares).sum()
+
+
+def router_z_loss(logits: Tensor, is_token: Tensor) -> Tensor:
+    """Mean over tokens of the squared log-sum-exp of router logits fp32[R, E] (Zoph et al. 2022, arXiv 2202.08906)."""
+    return (logits.logsumexp(-1).square() * is_token).sum() / is_token.sum().clamp(min=1)
+
+
+def router_loss(extras: dict, is_token: Tensor, config: MoEConfig) -> Tensor:
+    """Mean over layers of the balance loss and z-loss with their weights; `is_token` bool[B, T] is False on padding.
+
+    `extras` holds "routing" of this micro-batch. "load" [L, E] and "num_tokens" grow in it over the micro-batches of a
+    step.
+    """
+    is_token = is_token.flatten()
+    loads = torch.stack([expert_load(r.choice, is_token, config.num_experts) for r in extras["routing"]])
+    extras["load"] = extras.get("load", 0) + loads
+    extras["num_tokens"] = extras.get("num_tokens", 0) + is_token.sum()
+    if config.balance == "global_loss":
+        loads, num_tokens = extras["load"], extras["num_tokens"]
+    else:
+        num_tokens = is_token.sum()
+    total = torch.zeros((), device=is_token.device)
+    for routing, load in zip(extras["routing"], loads, strict=True):
+        if config.balance in ("loss", "global_loss"):
+            total = total + config.balance_weight * load_balancing_loss(routing.shares, is_token, load, num_tokens)
+        if config.z_weight:
+            total = total + config.z_weight * router_z_loss(routing.logits, is_token)
+    return total / len(loads)

@@ -48,8 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     Nesterov momentum, decoupled weight decay, and the update scaled to the root mean square that AdamW's has,
     0.2, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon does the same
-    one matrix at a time; matrices of one shape go together here, which is faster where they are small. A
-    convolution counts as a matrix of output channels by everything else.
+    one matrix at a time; matrices of one shape go together here, which is faster where they are small.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -61,25 +60,31 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    matrix = self._momentum(parameter, group["momentum"])
-                    by_shape.setdefault(matrix.shape, []).append((parameter, matrix))
+                    matrices = self._momentum(parameter, group["momentum"])
+                    by_shape.setdefault(matrices.shape[1:], []).append((parameter, matrices))
             for shape, pairs in by_shape.items():
                 parameters, matrices = zip(*pairs, strict=True)
                 scale = 0.2 * max(shape) ** 0.5
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(matrices)), strict=True):
-                    if parameter.flatten(1).shape != shape:
+                updates = orthogonalize(torch.cat(matrices)).split([len(m) for m in matrices])
+                for parameter, update in zip(parameters, updates, strict=True):
+                    if as_matrices(parameter).shape[1:] != shape:
                         update = update.mT
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     def _momentum(self, parameter, momentum):
-        """Advance the momentum; return the update, not yet orthogonal, wide: rows <= columns."""
+        """Advance the momentum; return the update, not yet orthogonal, as wide matrices: rows <= columns."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        matrix = parameter.grad.lerp(buffer, momentum).flatten(1)
-        return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+        matrices = as_matrices(parameter.grad.lerp(buffer, momentum))
+        return matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+
+
+def as_matrices(x: torch.Tensor) -> torch.Tensor:
+    """View a parameter as [n, rows, columns]: stacked experts one by one, a convolution by its output channels."""
+    return x if x.ndim == 3 else x.flatten(1)[None]
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from nanovlm.config import (
     DataConfig,
     DecoderConfig,
     InitConfig,
+    MoEConfig,
     OptimConfig,
     ParamRule,
     ProjectorConfig,
@@ -49,6 +50,16 @@ def scenes() -> TrainConfig:
                 ParamRule(r"", lr_scale=2.0, weight_decay=1.0, optimizer="muon"),
             ),
         ),
+    )
+
+
+def scenes_moe() -> TrainConfig:
+    """Scenes with a mixture of 8 experts, of which each token takes 2: as many active parameters as scenes."""
+    dense = scenes()
+    moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=dense.model.decoder.intermediate_size // 2)
+    decoder = dataclasses.replace(dense.model.decoder, moe=moe)
+    return dataclasses.replace(
+        dense, run_dir="runs/scenes_moe", model=dataclasses.replace(dense.model, decoder=decoder)
     )
 
 
@@ -133,5 +144,6 @@ NORMS = ParamRule(r"norm|bias|embed_tokens")
 REST = ParamRule(r"", weight_decay=0.01)
 
 PRESETS = {
-    function.__name__: function for function in (scenes, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+    function.__name__: function
+    for function in (scenes, scenes_moe, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
 }

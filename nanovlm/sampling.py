@@ -117,7 +117,7 @@ def decode_one_token(model: "VLM", tokens: Tensor, cache: KVCache) -> Tensor:
     """Append tokens int64[B] to the rows of the cache; return logits [B, V] after them."""
     position_ids = cache.lengths[:, None]
     x_BTD = model.decoder.embed_tokens(tokens[:, None])
-    hidden = model.decoder(x_BTD, position_ids, cache.make_mask(position_ids), cache)
+    hidden, _routing = model.decoder(x_BTD, position_ids, cache.make_mask(position_ids), cache)
     cache.lengths = cache.lengths + 1
     return model.head(hidden[:, 0])
 

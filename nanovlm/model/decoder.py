@@ -7,12 +7,12 @@ T tokens, D hidden, N query heads, K key/value heads, H head size, F feed-forwar
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.config import DecoderConfig, pick
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.moe import MLP, MoE, Routing
 
 
 class Decoder(nn.Module):
@@ -30,12 +30,30 @@ class Decoder(nn.Module):
         """[V, D]: the output head, or the embedding table where the two are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, x_BTD: Tensor, position_ids: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings [B, T, D] -> normed hidden states [B, T, D]; `mask` bool[B, 1, T, S] as attention.py says."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: KVCache | None = None,
+        is_token: Tensor | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Embeddings [B, T, D] -> normed hidden states [B, T, D], and the routing of every mixture.
+
+        `mask` bool[B, 1, T, S] as attention.py says; `is_token` bool[B, T] is False on padding.
+        """
         rope = rope_table(position_ids, self.config)
+        routings = []
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope, position_ids, mask, cache)
-        return self.norm(x_BTD)
+            x_BTD, routing = layer(x_BTD, rope, position_ids, mask, cache, is_token)
+            routings += [] if routing is None else [routing]
+        return self.norm(x_BTD), routings
+
+    def update_expert_bias(self, load: Tensor):
+        """After a step, given the tokens of each expert fp32[L, E]: balance by bias where the config says so."""
+        if self.config.moe.balance == "bias":
+            for layer, counts in zip(self.layers, load, strict=True):
+                layer.mlp.update_bias(counts)
 
 
 class DecoderBlock(nn.Module):
@@ -44,11 +62,16 @@ class DecoderBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        if config.moe is None:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoE(config.moe, config.hidden_size)
 
-    def forward(self, x_BTD, rope, position_ids, mask, cache):
+    def forward(self, x_BTD, rope, position_ids, mask, cache, is_token) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, position_ids, mask, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        y_BTD = self.post_attention_layernorm(x_BTD)
+        y_BTD, routing = self.mlp(y_BTD, is_token) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), None)
+        return x_BTD + y_BTD, routing
 
 
 class Attention(nn.Module):
@@ -75,19 +98,6 @@ class Attention(nn.Module):
         if cache is not None:
             k_BTKH, v_BTKH = cache.update(self.index, k_BTKH, v_BTKH, position_ids)
         return self.o_proj(self.attend(q_BTNH, k_BTKH, v_BTKH, mask).flatten(-2))
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class RMSNorm(nn.Module):

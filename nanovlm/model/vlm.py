@@ -18,6 +18,7 @@ from nanovlm.data.types import Batch
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.moe import MoE
 from nanovlm.model.projector import Projector
 from nanovlm.model.vision import VisionEncoder
 from nanovlm.sampling import SamplingConfig, generate
@@ -34,16 +35,20 @@ class VLM(nn.Module):
         self.decoder = Decoder(config.decoder)
         init_weights(self)
 
-    def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache | None = None, extras: dict | None = None) -> Tensor:
         """Return normed hidden states [B, T, D].
 
-        With a cache the rows hold one document each, whose keys and values are written into it.
+        With a cache the rows hold one document each, whose keys and values are written into it. `extras` receives
+        "routing", the Routing of every mixture of experts, first block first.
         """
         if cache is None:
             mask = make_mask(batch.doc_ids, batch.branch_ids)
         else:
             mask = cache.make_mask(batch.position_ids)
-        return self.decoder(self.embed(batch), batch.position_ids, mask, cache)
+        hidden, routing = self.decoder(self.embed(batch), batch.position_ids, mask, cache, batch.doc_ids >= 0)
+        if extras is not None:
+            extras["routing"] = routing
+        return hidden
 
     def embed(self, batch: Batch) -> Tensor:
         """Return token embeddings [B, T, D] with the image features in the placeholders' places, in order.
@@ -86,6 +91,7 @@ def init_weights(model: VLM):
     - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
       residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
     - convolutions: sqrt(2 / inputs), as ReLUs follow most of them
+    - experts: as the matrices of a dense layer
     - token embeddings: 1, the scale of the image tokens among them; as a tied head 1 / sqrt(hidden size)
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
     - vision positions: 0.5, half the scale of the patches
@@ -104,6 +110,11 @@ def init_weights(model: VLM):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, MoE):
+            D, W = module.gate_proj.shape[2], module.gate_proj.shape[1]
+            nn.init.normal_(module.gate_proj, std=D**-0.5)
+            nn.init.normal_(module.up_proj, std=D**-0.5)
+            nn.init.normal_(module.down_proj, std=(W * 2 * depth["decoder"]) ** -0.5)
     decoder = model.config.decoder
     std = decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0
     nn.init.normal_(model.decoder.embed_tokens.weight, std=std)

@@ -1,0 +1,159 @@
+"""Hidden states -> hidden states: the feed-forward layer, dense or as a mixture of experts.
+
+```
+x [R, D] --router--> choice [R, k], weights [R, k]
+   |                          |
+   +------dispatch: a copy of each token for each expert that it chose [R k, D]
+                              |
+                experts: SwiGLU, each over its own rows
+                              |
+   +------combine: the weighted sum of a token's k rows [R, D]
+   + the shared expert, which sees every token
+```
+
+Nothing is dropped unless a capacity factor says so. What balancing and statistics need is returned as a Routing.
+Legend:
+R tokens (all rows of the batch, end to end), D hidden, W width of an expert, E experts, k experts a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.config import MoEConfig, pick
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Routing(NamedTuple):
+    """What a router decided about R tokens."""
+
+    # fp32[R, E], before softmax or sigmoid.
+    logits: Tensor
+    # fp32[R, E], shares that add up to 1 for each token.
+    shares: Tensor
+    # int64[R, k], the chosen experts, best first.
+    choice: Tensor
+    # fp32[R, k], what their outputs are multiplied with; 0 where the capacity dropped a token.
+    weights: Tensor
+
+
+class MoE(nn.Module):
+    """Router, dispatch, experts, combine (Shazeer et al. 2017, arXiv 1701.06538)."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.run_experts = pick(EXPERTS, config.experts, "decoder.moe.experts")
+        E, W, D = config.num_experts, config.intermediate_size, hidden_size
+        self.router = nn.Linear(D, E, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(E, W, D))
+        self.up_proj = nn.Parameter(torch.empty(E, W, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, W))
+        self.shared = MLP(D, config.num_shared_experts * W) if config.num_shared_experts else None
+        if config.balance == "bias":
+            self.register_buffer("selection_bias", torch.zeros(E))
+
+    def forward(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """[B, T, D] -> [B, T, D] and the routing; padding, where `is_token` bool[B, T] is False, takes no capacity."""
+        x_RD = x.flatten(0, 1)
+        routing = self.route(x_RD, None if is_token is None else is_token.flatten())
+        weights = routing.weights.to(x.dtype)
+        y_RD = self.run_experts(x_RD, routing.choice, weights, self.gate_proj, self.up_proj, self.down_proj)
+        if self.shared is not None:
+            y_RD = y_RD + self.shared(x_RD)
+        return y_RD.view_as(x), routing
+
+    def route(self, x: Tensor, is_token: Tensor | None = None) -> Routing:
+        """Choose k experts for each of x [R, D], in fp32; of equal scores the first expert's counts as higher."""
+        c = self.config
+        if self.training and c.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - c.jitter, 1 + c.jitter)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router.weight.float())
+        scores = logits.softmax(-1) if c.scores == "softmax" else logits.sigmoid()
+        ranked = scores + self.selection_bias if c.balance == "bias" else scores
+        choice = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : c.num_experts_per_tok]
+        weights = scores.gather(-1, choice)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * c.routed_scaling_factor
+        if c.capacity_factor:
+            weights = weights * fits_capacity(choice, is_token, c)
+        return Routing(logits, scores / scores.sum(-1, keepdim=True), choice, weights)
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor):
+        """Make experts with less than the mean load [E] likelier to be chosen (Wang et al. 2024, arXiv 2408.15664)."""
+        self.selection_bias += self.config.bias_rate * (load.mean() - load).sign()
+
+
+def fits_capacity(choice: Tensor, is_token: Tensor | None, config: MoEConfig) -> Tensor:
+    """bool[R, k]: whether a token finds room at an expert, first choices before second, earlier tokens before later.
+
+    An expert has room for capacity_factor times its fair share of the tokens (GShard, arXiv 2006.16668).
+    """
+    R, k = choice.shape
+    chosen = F.one_hot(choice.T.flatten(), config.num_experts)  # [k R, E], in order of precedence
+    if is_token is not None:
+        chosen = chosen * is_token.repeat(k)[:, None]
+    num_tokens = R if is_token is None else is_token.sum()
+    place = (chosen.cumsum(0) * chosen).sum(-1)  # 1, 2, ... among the rows of the same expert
+    return (place <= config.capacity_factor * num_tokens * k / config.num_experts).view(k, R).T
+
+
+# A backend computes sum over j of weights[:, j] * expert(choice[:, j])(x):
+# (x [R, D], choice int64[R, k], weights [R, k], gate [E, W, D], up [E, W, D], down [E, D, W]) -> [R, D].
+
+
+def experts_loop(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """One expert after the other: the reference."""
+    y = torch.zeros_like(x)
+    for e in range(len(gate)):
+        row, place = (choice == e).nonzero(as_tuple=True)
+        h = F.silu(x[row] @ gate[e].T) * (x[row] @ up[e].T)
+        y = y.index_add(0, row, (weights[row, place, None] * (h @ down[e].T)).to(y.dtype))
+    return y
+
+
+def experts_grouped(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Rows sorted by expert, and torch's grouped matrix product; the numbers of rows stay on the device."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    k = choice.shape[1]
+    order = choice.flatten().argsort(stable=True)
+    place = order.argsort()
+    ends = (choice.flatten()[:, None] == torch.arange(len(gate), device=x.device)).sum(0).cumsum(0, dtype=torch.int32)
+    gate, up, down = (w.to(dtype).mT for w in (gate, up, down))
+    rows = Permute.apply(x.to(dtype).repeat_interleave(k, dim=0), order, place)
+    h = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
+    out = Permute.apply(F.grouped_mm(h, down, offs=ends), place, order)
+    return (weights[..., None] * out.unflatten(0, (-1, k))).sum(1).to(x.dtype)
+
+
+class Permute(torch.autograd.Function):
+    """x[order], whose gradient is taken in the other order too, and not by an indexed sum."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+EXPERTS = {"loop": experts_loop, "grouped": experts_grouped}
