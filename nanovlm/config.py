@@ -252,6 +252,8 @@ class VLMConfig:
 class InitConfig:
     # A whole model: a folder, such as the model/ of an earlier run, or a repository of the hub, owner/name[@revision].
     model: str = ""
+    # Noise on experts that are copies of a dense layer, relative to its weights.
+    upcycle_noise: float = 0.0
     # A SigLIP encoder for the image encoder, folder or repository.
     vision: str = ""
     # A language model for the decoder, folder or repository; its tokenizer is taken too, and made larger.

@@ -4,7 +4,8 @@
 nothing            random weights, a tokenizer made from the data
 init.vision        the image encoder's weights                                   the projector is always random
 init.decoder       the decoder's weights and tokenizer, both made larger by the tokens of images
-init.model         everything of another model, such as the one of an earlier stage
+init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
+                   mixture of experts where the config has one
 ```
 """
 
@@ -15,7 +16,7 @@ import torch
 
 from nanovlm import hf
 from nanovlm.checkpoint import read_json
-from nanovlm.config import TrainConfig, differences, pick
+from nanovlm.config import MoEConfig, TrainConfig, differences, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, extend_tokenizer, read_tokenizer, train_tokenizer
@@ -30,6 +31,8 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
     init, wanted = config.init, config.model
     if init.model:
         model, processor = hf.load(init.model, dtype=torch.float32)
+        if wanted.decoder.moe is not None and model.config.decoder.moe is None:
+            model = upcycle(model, wanted.decoder.moe, init.upcycle_noise)
         decoder = dataclasses.replace(model.config.decoder, attention=wanted.decoder.attention)
         _check_same(init.model, dataclasses.replace(model.config, decoder=decoder), wanted)
         if config.data.chat_template:
@@ -56,6 +59,39 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         read_tokenizer(folder / "tokenizer.json"), marker_tokens(wanted), wanted.image_token_id
     )
     return model, Processor(tokenizer, _template(config, hf.read_template(folder)), wanted)
+
+
+@torch.no_grad()
+def upcycle(dense: VLM, moe: MoEConfig, noise: float = 0.0) -> VLM:
+    """Make every feed-forward layer of a trained model a mixture of copies of itself (arXiv 2212.05055).
+
+    The router is random and the weights of a token's experts add up to 1, so that without noise the new model computes
+    what the old one does; as each expert sees other tokens, they grow apart in training. `noise` is the standard
+    deviation of what is added to the experts, relative to that of each matrix. Raises ValueError for a mixture that
+    could not compute the same: experts of another width, shared experts, weights that do not add up to 1.
+    """
+    width = dense.config.decoder.intermediate_size
+    for field, wanted in (
+        ("intermediate_size", width),
+        ("num_shared_experts", 0),
+        ("norm_topk_prob", True),
+        ("routed_scaling_factor", 1.0),
+        ("capacity_factor", 0.0),
+    ):
+        if getattr(moe, field) != wanted:
+            raise ValueError(
+                f"a dense layer can become a mixture where decoder.moe.{field} = {wanted}, not {getattr(moe, field)}"
+            )
+    config = dataclasses.replace(dense.config, decoder=dataclasses.replace(dense.config.decoder, moe=moe))
+    model = VLM(config).to(dense.decoder.embed_tokens.weight)
+    old = dense.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")):
+            matrix = old[f"{name}.weight"]
+            tensor.copy_(matrix + noise * matrix.std() * torch.randn_like(tensor))
+        elif name in old:
+            tensor.copy_(old[name])
+    return model.train(dense.training)
 
 
 def _template(config, otherwise=""):

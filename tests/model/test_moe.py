@@ -12,10 +12,12 @@ from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from nanovlm.config import MoEConfig, VLMConfig
+from nanovlm.init import upcycle
 from nanovlm.losses import expert_load, load_balancing_loss, router_loss, router_z_loss
 from nanovlm.metrics import RoutingStats
 from nanovlm.model.moe import EXPERTS, MoE, Routing, fits_capacity
 from nanovlm.model.vlm import VLM
+from nanovlm.objectives import next_token
 from nanovlm.optim import as_matrices
 from tests.conftest import TINY, make_batch, make_document
 
@@ -295,6 +297,34 @@ def test_changing_one_document_leaves_the_others_equal(processor, backend):
     a, b = (model.logits(make_batch([document, second])) for document in (first, other))
     assert not torch.equal(a[:, : len(first)], b[:, : len(first)])
     torch.testing.assert_close(a[:, len(first) :], b[:, len(first) :], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_upcycled_model_computes_what_the_dense_one_does(processor):
+    torch.manual_seed(0)
+    dense = VLM(TINY).eval()
+    batch = make_batch([make_document(processor, seed, ("what?", "red")) for seed in (1, 2)])
+    moe = dataclasses.replace(CONFIG, intermediate_size=TINY.decoder.intermediate_size)
+    expected = dense.logits(batch)
+    assert (upcycle(dense, moe).logits(batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    noisy = upcycle(dense, moe, noise=0.1)
+    experts = noisy.decoder.layers[0].mlp.gate_proj
+    spread = (experts - dense.decoder.layers[0].mlp.gate_proj.weight).std() / experts[0].std()
+    assert 0.05 < spread < 0.15 and not torch.equal(experts[0], experts[1])
+    with pytest.raises(ValueError, match=r"where decoder.moe.intermediate_size = 64, not 24"):
+        upcycle(dense, CONFIG)
+
+
+def test_upcycled_experts_grow_apart(processor):
+    torch.manual_seed(0)
+    model = upcycle(VLM(TINY), dataclasses.replace(CONFIG, intermediate_size=TINY.decoder.intermediate_size))
+    experts = model.decoder.layers[0].mlp.gate_proj
+    assert torch.equal(experts[0], experts[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = make_batch([make_document(processor, seed, ("what?", "red")) for seed in (1, 2)])
+    next_token(model, batch, {}).backward()
+    optimizer.step()
+    assert not torch.equal(experts[0], experts[1])
 
 
 def test_stacked_experts_are_matrices_of_their_own_for_muon():
