@@ -12,7 +12,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ import nanovlm
 from nanovlm import cli
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
+from nanovlm.data.types import IGNORE, Document
+from nanovlm.losses import expert_load
 from nanovlm.model.vlm import VLM
 from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
@@ -36,6 +38,8 @@ class GenerateConfig:
     prompt: tuple[str, ...] = ()
     # Print one JSON object for each prompt: text, token counts, speed, memory.
     json: bool = False
+    # Print which experts the tokens of each answer went to (of a mixture of experts).
+    show_routing: bool = False
     # How to choose tokens.
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     # cpu, cuda, or auto (cuda when there is one).
@@ -52,8 +56,13 @@ def main(config: GenerateConfig):
     if not config.prompt:
         return chat(model, processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
+    if config.show_routing and model.config.decoder.moe is None:
+        raise ValueError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     echo = len(prompts) == 1 and not config.json
     texts, numbers = answer(model, processor, prompts, config.sampling, echo)
+    if config.show_routing:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(format_routing(model, processor, prompt, text))
     if config.json:
         for prompt, text, (prompt_tokens, new_tokens) in zip(config.prompt, texts, numbers["tokens"], strict=True):
             shared = {key: value for key, value in numbers.items() if key != "tokens"}
@@ -102,6 +111,28 @@ def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConf
         "peak_memory_bytes": peak,
         "tokens_per_second_per_gb": speed / (peak / 1e9),
     }
+
+
+@torch.inference_mode()
+def format_routing(model: VLM, processor: Processor, prompt: Document, text: str) -> str:
+    """Lay out, in percent, which experts the image tokens, the question and the answer went to in each layer."""
+    answer_ids = torch.tensor(processor.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    ids = torch.cat((prompt.input_ids, answer_ids))
+    fields = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "branch_ids": torch.zeros_like(ids).int()}
+    document = replace(prompt, **fields)
+    batch, extras = processor.batch([document]).to(next(model.parameters()).device), {}
+    model(batch, extras=extras)
+    is_image, index = (ids == model.config.image_token_id).to(batch.input_ids.device), torch.arange(len(ids))
+    is_answer = (index >= len(prompt)).to(is_image)
+    num_experts = model.config.decoder.moe.num_experts
+    lines = ["expert".rjust(18) + "".join(f"{e:>5}" for e in range(num_experts))]
+    for layer, routing in enumerate(extras["routing"]):
+        for name, where in (("image", is_image), ("question", ~is_image & ~is_answer), ("answer", is_answer)):
+            load = expert_load(routing.choice, where, num_experts)
+            if load.sum() > 0:
+                share = (100 * load / load.sum()).tolist()
+                lines.append(f"layer {layer:<3}{name:>9}" + "".join(f"{x:5.0f}" for x in share))
+    return "\n".join(lines)
 
 
 def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):

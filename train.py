@@ -27,6 +27,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from eval.routing import draw_routing, measure_routing
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
 from nanovlm import checkpoint, cli, init
@@ -199,6 +200,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
         checkpoint.write_file(run_dir / "samples.png", png)
         print(f"Held-out scenes, drawn in {run_dir / 'samples.png'}:", *lines, sep="\n  ")
+        if config.model.decoder.moe is not None:
+            png = draw_routing(measure_routing(model, processor, tasks["test"]))
+            checkpoint.write_file(run_dir / "routing.png", png)
+            print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     checkpoint.write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
     return results
