@@ -173,9 +173,7 @@ class VLMConfig:
             f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
         )
         if v is not None:
-            _check(
-                v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}"
-            )
+            _check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
             if v.patch_embedding != "linear":
                 _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
             _divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)

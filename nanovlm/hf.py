@@ -116,8 +116,13 @@ SIGLIP_DEFAULTS = {
     "layer_norm_eps": 1e-6,
 }
 IDEFICS3_VISION_DEFAULTS = SIGLIP_DEFAULTS | {"patch_size": 32, "hidden_size": 1152, "num_attention_heads": 16}
-# Grids of patches at which Idefics3 gives some neighbours the same position, as it rounds fractions of the side.
-IDEFICS3_BAD_GRIDS = (19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62)
+# Grids of up to 128 patches a side at which Idefics3 gives some neighbours the same position, as it rounds fractions.
+# fmt: off
+IDEFICS3_BAD_GRIDS = (
+    19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62, 67, 68, 71, 72, 73, 74, 76, 77, 80, 82, 83, 84,
+    86, 87, 93, 94, 97, 98, 99, 100, 101, 103, 107, 108, 109, 110, 111, 113, 115, 116, 118, 121, 122, 123, 124, 127,
+)
+# fmt: on
 
 
 class Family(NamedTuple):
@@ -330,7 +335,7 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     data = read_json(path)
     kind = data.get("model_type")
     if kind in IDEFICS3_TYPES:
-        text, vision = (data.get(name) or {} for name in ("text_config", "vision_config"))
+        text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise ValueError(f"{path}: text_config and vision_config must be JSON objects")
         text = text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
@@ -372,14 +377,15 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     _check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
-    data = family.defaults | {key: value for key, value in data.items() if value is not None}
-    fields = {field: data[field] for field in DECODER_FIELDS if field in data}
+    derived = ("head_dim", "num_key_value_heads")  # null stands for the value that follows from others
+    data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
+    fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
     config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
     theta, scaling = read_rope(data, path)
     return dataclasses.replace(
         config,
-        head_dim=data.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
-        num_key_value_heads=data.get("num_key_value_heads", config.num_attention_heads),
+        head_dim=fields.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
+        num_key_value_heads=fields.get("num_key_value_heads", config.num_attention_heads),
         qkv_bias=family.qkv_bias or config.o_bias,
         qk_norm=family.qk_norm,
         rope_theta=theta,
