@@ -263,8 +263,9 @@ def find(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = str(name).partition("@")
+    nowhere = f"there is no model folder {name}, and no repository on the hub can have that name"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"there is no model folder {name}, and no repository on the hub can have that name")
+        raise ValueError(nowhere)
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -280,7 +281,9 @@ def find(name: str | Path) -> Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repository} has no revision {revision}") from error
-    except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
+    except errors.HFValidationError as error:
+        raise ValueError(nowhere) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"there is no folder {name}, and the hub cannot be reached for a repository of that name: check the "
