@@ -35,7 +35,7 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile."""
+        """Patches along one side of a tile; pixels beyond the last are not seen, as in SigLIP (384 = 27 * 14 + 6)."""
         return self.image_size // self.patch_size
 
     @property
@@ -173,8 +173,10 @@ class VLMConfig:
             f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
         )
         if v is not None:
-            _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
-            _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
+            _check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
+            if v.patch_embedding != "linear":
+                _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
+            _divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
             _check(
                 v.patch_embedding != "conv" or (v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1),

@@ -61,6 +61,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterabl
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json. Raises ValueError that names the file when it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; tokenizers in other files are not read")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
