@@ -567,13 +567,11 @@ def load_nanovlm(
     positions = "vision_encoder.patch_embedding.position_embedding"
     wanted[positions] = [wanted[positions][0][None]]
     embedding, head = "decoder.token_embedding.weight", "decoder.head.weight"
-    is_tied = config.decoder.tie_word_embeddings
-    if is_tied and embedding not in names:  # of two names for one tensor, a file has one
+    if config.decoder.tie_word_embeddings and embedding not in names:  # of two names for one tensor, a file has one
         wanted[head] = wanted.pop(embedding)
-    copy_tensors(
-        wanted, files, lambda name: (name == head and name not in wanted) or name == "decoder.rotary_embd.inv_freq"
-    )
-    if is_tied:
+    ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
+    copy_tensors(wanted, files, ignored.__contains__)
+    if head in ignored:
         _check_tied_head(model, files, head)
     patches = model.vision.patch_embedding
     with torch.no_grad():
@@ -583,9 +581,9 @@ def load_nanovlm(
 
 
 def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
-    """Read config, tokenizer and chat template of nanoVLM; the tokenizer is a repository, or a folder of its name.
+    """Read config, tokenizer and chat template; the tokenizer is that of a repository, or of a folder of its name.
 
-    There were three kinds: with one square image before the text, with one square image in it, and with tiles.
+    There are three kinds of checkpoints: one square image before the text, one square image in it, and tiles.
     """
     path = folder / "config.json"
     data = read_json(path)
@@ -597,22 +595,24 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
         raise ValueError(f"{path}: {', '.join(unknown)} of another nanoVLM are not supported")
     extra = data.get("vlm_extra_tokens") or {}
     for key, token in extra.items():
-        place = re.sub(r"r(\d+)c(\d+)", r"<row_\1_col_\2>", key)
-        if {"image_token": token, "global_image_token": NANOVLM_GLOBAL}.get(key, place) != token or key == token:
+        is_place = re.fullmatch(r"r\d+c\d+", key) and token == re.sub(r"r(\d+)c(\d+)", r"<row_\1_col_\2>", key)
+        if not is_place and key != "image_token" and (key, token) != ("global_image_token", NANOVLM_GLOBAL):
             raise ValueError(f"{path}: vlm_extra_tokens has {key} = {token!r}, which is not supported")
-    side = data["vit_img_size"]
-    longest = data.get("max_img_size", side)
+    if extra and "image_token" not in extra:
+        raise ValueError(f"{path}: vlm_extra_tokens has no image_token")
+    tiling = {"policy": "square"}
     if "r1c1" in extra:
-        tiling = TilingConfig(
-            policy="nanovlm",
-            longest_edge=longest,
-            enlarge=data.get("resize_to_max_side_len", False),
-            has_global="global_image_token" in extra,
+        tiling = {
+            "policy": "nanovlm",
+            "longest_edge": data.get("max_img_size"),
+            "enlarge": data.get("resize_to_max_side_len", False),
+            "has_global": "global_image_token" in extra,
+        }
+    elif data.get("max_img_size", data["vit_img_size"]) != data["vit_img_size"]:
+        raise ValueError(
+            f"{path}: max_img_size = {data['max_img_size']} is not vit_img_size = {data['vit_img_size']}, but "
+            "vlm_extra_tokens has no r1c1 for tiles"
         )
-    elif longest == side:
-        tiling = TilingConfig(policy="square")
-    else:
-        raise ValueError(f"{path}: max_img_size = {longest} is above vit_img_size = {side}, but no token says r1c1")
     try:
         source = find(data["lm_tokenizer"], TOKENIZER_FILES)
     except ValueError as error:
@@ -629,19 +629,17 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
         added = tokenizer.get_added_tokens_decoder()
         image = max((i for i, token in added.items() if token.special), default=tokens["eos_token_id"])
         template = NANOVLM_TEMPLATE.replace("IMAGE", tokenizer.id_to_token(image))
+    parts = {
+        "vision": {ours: data[theirs] for theirs, ours in NANOVLM_VISION.items()},
+        "projector": {"scale_factor": data["mp_pixel_shuffle_factor"]},
+        "tiling": tiling,
+        "decoder": {ours: data[theirs] for theirs, ours in NANOVLM_DECODER.items()},
+        "image_token_id": image,
+    }
     try:
-        config = from_dict(
-            VLMConfig,
-            {
-                "vision": {ours: data[theirs] for theirs, ours in NANOVLM_VISION.items()},
-                "projector": {"scale_factor": data["mp_pixel_shuffle_factor"]},
-                "decoder": {ours: data[theirs] for theirs, ours in NANOVLM_DECODER.items()}
-                | {"head_dim": data["lm_hidden_dim"] // data["lm_n_heads"]},
-                "image_token_id": image,
-                **tokens,
-            },
-        )
-        config = replace(config, tiling=tiling).validate()
+        config = from_dict(VLMConfig, parts | tokens)
+        head_dim = config.decoder.hidden_size // max(1, config.decoder.num_attention_heads)
+        config = replace(config, decoder=replace(config.decoder, head_dim=head_dim)).validate()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if (length := data.get("mp_image_token_length", config.num_image_tokens)) != config.num_image_tokens:
