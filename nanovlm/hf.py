@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import AddedToken, Tokenizer
 
-from nanovlm import checkpoint
+from nanovlm import checkpoint, gguf
 from nanovlm.checkpoint import copy_tensors, empty_model, file_dtype, merge_numbers, open_tensors, read_json
 from nanovlm.config import (
     DecoderConfig,
@@ -204,9 +204,12 @@ def load(
     """Read a model and its processor; the model is in evaluation mode.
 
     `name` is a model folder of ours, a folder in a layout of the hub, or a repository there, `owner/name` or
-    `owner/name@revision`. The weights have the dtype of their file unless another is given. Raises ValueError that
-    names the file, field or tensor that is missing, unknown, or beyond our modules.
+    `owner/name@revision`; also a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
+    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
+    beyond our modules.
     """
+    if name == "smollm2" or str(name).endswith(".gguf"):
+        return gguf.load(name, device, dtype)
     folder = find(name)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "vit_hidden_dim" in data:
