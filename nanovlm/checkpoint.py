@@ -170,7 +170,7 @@ def file_dtype(files: list[Path]) -> torch.dtype:
     for dtype, where in found.items():
         if dtype not in DTYPES:
             raise ValueError(f"{where} has dtype {dtype}; only {', '.join(DTYPES)} are read")
-    return functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in found), torch.bfloat16)
+    return functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in found or ("F32",)))
 
 
 @torch.no_grad()
