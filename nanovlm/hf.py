@@ -10,7 +10,7 @@ A name table maps prefixes of their tensor names to ours, or to several of ours 
 follows a prefix is the same on both sides, and nothing is permuted. The tables and the fields of configs are used in
 both directions: `export.py` writes with them.
 
-    python -m nanovlm.hf export runs/demo/model OUT_DIR --check
+    python -m nanovlm.hf export runs/demo OUT_DIR --check
 """
 
 import dataclasses
@@ -710,3 +710,9 @@ def _check_fixed(data, fixed, path):
     for field, value in fixed.items():
         if data.get(field) not in (None, value):
             raise ValueError(f"{path}: {field} = {data[field]!r} is not supported; it must be {value!r}")
+
+
+if __name__ == "__main__":
+    from nanovlm import cli, export
+
+    cli.run(export.main)
