@@ -35,7 +35,7 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile."""
+        """Patches along one side of a tile; pixels beyond the last are not seen, as in SigLIP (384 = 27 * 14 + 6)."""
         return self.image_size // self.patch_size
 
     @property
@@ -52,12 +52,17 @@ class ProjectorConfig:
 @dataclass(frozen=True)
 class TilingConfig:
     # How images become tiles, a key of nanovlm.data.images.TILING: fit, aspect kept and as few tiles as carry the
-    # image's detail, or idefics3, the rules of Idefics3 and SmolVLM.
+    # image's detail; idefics3, the rules of Idefics3 and SmolVLM; nanovlm, those of nanoVLM; or square, every image
+    # stretched to one tile.
     policy: str = "fit"
     # fit: most tiles of one image, not counting the view of the whole image that follows several tiles.
     max_tiles: int = 1
-    # idefics3: the longest side of every image, in pixels, before it is cut (`size.longest_edge`).
+    # idefics3, nanovlm: the longest side of every image, in pixels, before it is cut (`size.longest_edge`).
     longest_edge: int = 256
+    # nanovlm: bring images that are smaller to that side, too.
+    enlarge: bool = False
+    # nanovlm: show the whole image before its tiles.
+    has_global: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,13 +232,17 @@ class VLMConfig:
             f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
         )
         if v is not None:
-            _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
-            _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
+            _check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
+            if v.patch_embedding != "linear":
+                _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
+            _divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
             _check(
                 v.patch_embedding != "conv" or (v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1),
                 f"vision.patch_size = {v.patch_size} must be a power of two above 1 for patch_embedding = conv",
             )
+            if self.tiling.policy == "nanovlm":
+                _divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
         ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}
         for name, value in ids.items():
             _check(

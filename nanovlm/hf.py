@@ -6,21 +6,24 @@ owner/name --download--> folder --config.json--> VLMConfig --> model without wei
                            |--tokenizer, template, image settings ---> Processor
 ```
 
-A name table maps prefixes of their tensor names to ours; what follows a prefix is the same on both sides, and nothing
-is permuted. The tables and the fields of configs are used in both directions: `export.py` writes with them.
+A name table maps prefixes of their tensor names to ours, or to several of ours whose rows follow one another; what
+follows a prefix is the same on both sides, and nothing is permuted. The tables and the fields of configs are used in
+both directions: `export.py` writes with them.
 
-    python -m nanovlm.hf export runs/demo/model OUT_DIR --check
+    python -m nanovlm.hf export runs/demo OUT_DIR --check
 """
 
+import dataclasses
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from nanovlm import checkpoint
+from nanovlm import checkpoint, gguf
 from nanovlm.checkpoint import copy_tensors, empty_model, file_dtype, merge_numbers, open_tensors, read_json
 from nanovlm.config import (
     DecoderConfig,
@@ -29,9 +32,11 @@ from nanovlm.config import (
     TilingConfig,
     VisionConfig,
     VLMConfig,
+    from_dict,
     pick,
 )
 from nanovlm.data.chat import Processor
+from nanovlm.data.images import NANOVLM_GLOBAL
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE, read_tokenizer
 from nanovlm.model.vlm import VLM
 
@@ -49,6 +54,7 @@ FILES = (
     "model.safetensors.index.json",
     "model-*.safetensors",
 )
+TOKENIZER_FILES = tuple(name for name in FILES if "safetensors" not in name)
 
 # ---- names: their prefix -> ours, {} for a number ----
 
@@ -63,6 +69,25 @@ IDEFICS3_NAMES = {
     "model.connector.modality_projection.": "projector.",
     "model.text_model.": "decoder.",
     "lm_head.": "decoder.lm_head.",
+}
+NANOVLM_NAMES = {
+    "vision_encoder.patch_embedding.conv.": "vision.patch_embedding.",
+    "vision_encoder.patch_embedding.position_embedding": "vision.position_embedding.weight",
+    "vision_encoder.blocks.{}.ln1.": "vision.layers.{}.layer_norm1.",
+    "vision_encoder.blocks.{}.ln2.": "vision.layers.{}.layer_norm2.",
+    "vision_encoder.blocks.{}.attn.qkv_proj.": tuple(f"vision.layers.{{}}.self_attn.{x}_proj." for x in "qkv"),
+    "vision_encoder.blocks.{}.attn.out_proj.": "vision.layers.{}.self_attn.out_proj.",
+    "vision_encoder.blocks.{}.mlp.": "vision.layers.{}.mlp.",
+    "vision_encoder.layer_norm.": "vision.post_layernorm.",
+    "MP.": "projector.",
+    "decoder.token_embedding.": "decoder.embed_tokens.",
+    "decoder.blocks.{}.norm1.": "decoder.layers.{}.input_layernorm.",
+    "decoder.blocks.{}.norm2.": "decoder.layers.{}.post_attention_layernorm.",
+    "decoder.blocks.{}.attn.": "decoder.layers.{}.self_attn.",
+    "decoder.blocks.{}.attn.out_proj.": "decoder.layers.{}.self_attn.o_proj.",
+    "decoder.blocks.{}.mlp.": "decoder.layers.{}.mlp.",
+    "decoder.norm.": "decoder.norm.",
+    "decoder.head.": "decoder.lm_head.",
 }
 
 # ---- configs: fields by the same name on both sides, and what a config.json leaves out ----
@@ -114,8 +139,13 @@ SIGLIP_DEFAULTS = {
     "layer_norm_eps": 1e-6,
 }
 IDEFICS3_VISION_DEFAULTS = SIGLIP_DEFAULTS | {"patch_size": 32, "hidden_size": 1152, "num_attention_heads": 16}
-# Grids of patches at which Idefics3 gives some neighbours the same position, as it rounds fractions of the side.
-IDEFICS3_BAD_GRIDS = (19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62)
+# Grids of up to 128 patches a side at which Idefics3 gives some neighbours the same position, as it rounds fractions.
+# fmt: off
+IDEFICS3_BAD_GRIDS = (
+    19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62, 67, 68, 71, 72, 73, 74, 76, 77, 80, 82, 83, 84,
+    86, 87, 93, 94, 97, 98, 99, 100, 101, 103, 107, 108, 109, 110, 111, 113, 115, 116, 118, 121, 122, 123, 124, 127,
+)
+# fmt: on
 
 
 class Family(NamedTuple):
@@ -174,15 +204,21 @@ def load(
     """Read a model and its processor; the model is in evaluation mode.
 
     `name` is a model folder of ours, a folder in a layout of the hub, or a repository there, `owner/name` or
-    `owner/name@revision`. The weights have the dtype of their file unless another is given. Raises ValueError that
-    names the file, field or tensor that is missing, unknown, or beyond our modules.
+    `owner/name@revision`; also a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
+    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
+    beyond our modules.
     """
+    if name == "smollm2" or str(name).endswith(".gguf"):
+        return gguf.load(name, device, dtype)
     folder = find(name)
-    if not (folder / "config.json").is_file() or "model_type" not in read_json(folder / "config.json"):
+    data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "vit_hidden_dim" in data:
+        return load_nanovlm(folder, device, dtype)
+    if "model_type" not in data:
         return checkpoint.load(folder, device, dtype)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)
-    processor = Processor(tokenizer, read_template(folder), config)
+    processor = Processor(tokenizer, read_template(folder, tokenizer), config)
     return load_model(folder, config, device, dtype), processor
 
 
@@ -191,10 +227,14 @@ def load_model(
 ) -> VLM:
     """Read the weights of a folder in a layout of the hub into a new model of `config`."""
     files = find_weights(folder)
-    model = empty_model(config, device, dtype or file_dtype(files))
     names = LLAMA_NAMES if config.vision is None else IDEFICS3_NAMES
     head = "lm_head.weight" if config.decoder.tie_word_embeddings else None
-    copy_tensors(destinations(model, names), files, lambda name: name == head or name.endswith("rotary_emb.inv_freq"))
+
+    def is_ignored(name):
+        return name == head or name.endswith("rotary_emb.inv_freq")
+
+    model = empty_model(config, device, dtype or file_dtype(files, is_ignored))
+    copy_tensors(destinations(model, names), files, is_ignored)
     if head:
         _check_tied_head(model, files, head)
     return model.eval()
@@ -242,33 +282,39 @@ def load_decoder(model: VLM, folder: Path):
         new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn_like(new))
 
 
-def destinations(model: VLM, names: dict[str, str]) -> dict[str, list[torch.Tensor]]:
+def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[str, list[torch.Tensor]]:
     """Say for each of their tensor names which tensors of the model its rows are: import fills them, export reads.
 
     Parts of the model that the table does not know are left out.
     """
-    found = {}  # the longest of our prefixes that fits decides
+    prefixes = [
+        (re.compile(re.escape(prefix).replace(r"\{\}", r"(\d+)")), theirs, part)
+        for theirs, ours in names.items()
+        for part, prefix in enumerate([ours] if isinstance(ours, str) else ours)
+    ]
+    found = {}
     for name, tensor in model.state_dict().items():
-        fitting = [(theirs, ours) for theirs, ours in names.items() if name.startswith(ours)]
+        fitting = [(match, theirs, part) for prefix, theirs, part in prefixes if (match := prefix.match(name))]
         if fitting:
-            theirs, ours = max(fitting, key=lambda pair: len(pair[1]))
-            found.setdefault(theirs + name.removeprefix(ours), []).append(tensor)
-    return found
+            match, theirs, part = max(fitting, key=lambda fit: fit[0].end())  # the longest of our prefixes decides
+            found.setdefault(theirs.format(*match.groups()) + name[match.end() :], {})[part] = tensor
+    return {name: [parts[part] for part in sorted(parts)] for name, parts in found.items()}
 
 
-def find(name: str | Path) -> Path:
+def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
     """Return a folder: the one of this name, or the downloaded files of a repository `owner/name[@revision]`."""
     checkpoint.restore(Path(name).resolve())
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = str(name).partition("@")
+    nowhere = f"there is no model folder {name}, and no repository on the hub can have that name"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"there is no model folder {name}, and no repository on the hub can have that name")
+        raise ValueError(nowhere)
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{repository} is gated: accept its terms on the hub, then log in with hf auth login"
@@ -279,10 +325,13 @@ def find(name: str | Path) -> Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repository} has no revision {revision}") from error
+    except errors.HFValidationError as error:
+        raise ValueError(nowhere) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"there is no folder {name}, and the hub cannot be reached for a repository of that name: check the "
-            f"network, or give a folder that holds its files ({error})"
+            f"network, or give a folder that holds its files ({reason})"
         ) from error
 
 
@@ -333,37 +382,40 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     data = read_json(path)
     kind = data.get("model_type")
     if kind in IDEFICS3_TYPES:
-        text = {"tie_word_embeddings": False} | data.get("text_config", {})
-        text |= {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
-        parts = {
-            "vision": read_vision(data.get("vision_config", {}), IDEFICS3_VISION_DEFAULTS, path),
-            "projector": ProjectorConfig(scale_factor=data.get("scale_factor", 2)),
-            "tiling": TilingConfig(policy="idefics3"),
-            "image_token_id": data.get("image_token_id", 128257),
-        }
-        if parts["vision"].grid_size in IDEFICS3_BAD_GRIDS:
+        text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise ValueError(f"{path}: text_config and vision_config must be JSON objects")
+        text = text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
+        vision = read_vision(vision, IDEFICS3_VISION_DEFAULTS, path)
+        if vision.grid_size in IDEFICS3_BAD_GRIDS:
             raise ValueError(
-                f"{path}: {parts['vision'].grid_size} patches a side are refused, as Idefics3 gives some of "
-                "their neighbours one position"
+                f"{path}: {vision.grid_size} patches a side are refused, as Idefics3 gives some of their neighbours "
+                "one position"
             )
-        parts["tiling"] = read_tiling(folder, parts["vision"])
+        parts = {
+            "vision": vision,
+            "projector": _build(ProjectorConfig, {"scale_factor": data.get("scale_factor", 2)}, path),
+            "tiling": read_tiling(folder, vision),
+        }
+        image = data.get("image_token_id", 128257)
     elif kind in DECODERS:
-        text, parts = data, {"vision": None, "image_token_id": None}
+        text, parts, image = data, {"vision": None}, None
     else:
         known = ", ".join((*IDEFICS3_TYPES, *DECODERS))
         raise ValueError(f"{path}: model_type = {kind!r} is not a model that we have; there are {known}")
-    tokens = read_special_tokens(folder, text, tokenizer)
+    decoder = read_decoder(text, path)
+    tokens = _build(VLMConfig, {"image_token_id": image} | read_special_tokens(folder, text, tokenizer), path)
     try:
-        return VLMConfig(decoder=read_decoder(text, path), **parts, **tokens).validate()
+        return dataclasses.replace(tokens, decoder=decoder, **parts).validate()
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
     """Read the config of a SigLIP encoder, as Idefics3 has it too."""
     _check_fixed(data, FIXED_VISION, path)
     data = defaults | data
-    return VisionConfig(**{field: data[field] for field in VISION_FIELDS})
+    return _build(VisionConfig, {field: data[field] for field in VISION_FIELDS}, path)
 
 
 def read_decoder(data: dict, path: Path) -> DecoderConfig:
@@ -372,29 +424,40 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     _check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
-    data = family.defaults | {key: value for key, value in data.items() if value is not None}
-    data.setdefault("head_dim", data["hidden_size"] // data["num_attention_heads"])
-    data.setdefault("num_key_value_heads", data["num_attention_heads"])
-    layers = range(data["num_hidden_layers"])
-    interval = data.get("no_rope_layer_interval")
-    has_rope = data.get("no_rope_layers", [not interval or (i + 1) % interval for i in layers])
+    derived = ("head_dim", "num_key_value_heads")  # null stands for the value that follows from others
+    data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
+    fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
+    config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
     theta, scaling = read_rope(data, path)
-    return DecoderConfig(
-        **{field: data[field] for field in DECODER_FIELDS},
-        qkv_bias=family.qkv_bias or data.get("attention_bias", False),
-        o_bias=data.get("attention_bias", False),
+    return dataclasses.replace(
+        config,
+        head_dim=fields.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
+        num_key_value_heads=fields.get("num_key_value_heads", config.num_attention_heads),
+        qkv_bias=family.qkv_bias or config.o_bias,
         qk_norm=family.qk_norm,
-        rope_theta=float(theta),
+        rope_theta=theta,
         rope_scaling=scaling,
-        layers_without_rope=tuple(i for i in layers if not has_rope[i]),
+        layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),
     )
+
+
+def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
+    """Read which layers of SmolLM3 have no rotary positions: those whose entry in no_rope_layers is 0."""
+    if not (interval := data.get("no_rope_layer_interval")):
+        return ()
+    has_rope = data.get("no_rope_layers", [(i + 1) % interval for i in range(num_layers)])
+    if not isinstance(has_rope, list) or len(has_rope) < num_layers:
+        raise ValueError(f"{path}: no_rope_layers = {has_rope!r} must have an entry for each of {num_layers} layers")
+    return tuple(i for i in range(num_layers) if not has_rope[i])
 
 
 def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
     """Read the base and the scaling of rotary positions, as older and newer configs write them."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", data["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default")).replace("default", "none")
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
+    theta = {"rope_theta": rope.get("rope_theta", data["rope_theta"])}
+    kind = str(rope.get("rope_type", rope.get("type", "default"))).replace("default", "none")
     if kind not in ROPE_FIELDS:
         reason = ": it would change a document with the length of its neighbours" if kind == "dynamic" else ""
         known = ", ".join(key for key in ROPE_FIELDS if key != "none")
@@ -409,27 +472,26 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
         values.setdefault("original_max_position_embeddings", data["max_position_embeddings"])
     if kind != "none" and "factor" not in values:
         raise ValueError(f"{path}: rope_type {kind!r} has no factor")
-    return theta, RopeScalingConfig(
-        type=kind, **{field: value if field.startswith("original") else float(value) for field, value in values.items()}
-    )
+    scaling = _build(RopeScalingConfig, {"type": kind} | values, path)
+    return _build(DecoderConfig, theta, path).rope_theta, scaling
 
 
 def read_tiling(folder: Path, vision: VisionConfig) -> TilingConfig:
     """Read the image settings of Idefics3; without the file, those of a model that cuts nothing."""
     settings = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            data = read_json(folder / name)
-            settings = data.get("image_processor", data if name.startswith("pre") else settings)
-            path = folder / name
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer, and goes first
+        data = read_json(folder / name) if (folder / name).is_file() else {}
+        if found := data if name.startswith("pre") else data.get("image_processor"):
+            settings, path = found, folder / name
     if not settings:
         return TilingConfig(policy="idefics3", longest_edge=vision.image_size)
-    side = vision.image_size
+    settings = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}} | settings
     expected = {
-        "max_image_size": {"longest_edge": side},
+        "max_image_size": {"longest_edge": vision.image_size},
         "do_image_splitting": True,
         "do_resize": True,
         "do_rescale": True,
+        "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
@@ -438,7 +500,10 @@ def read_tiling(folder: Path, vision: VisionConfig) -> TilingConfig:
     for field, value in expected.items():
         if settings.get(field, value) != value:
             raise ValueError(f"{path}: {field} = {settings[field]} is not supported; it must be {value}")
-    return TilingConfig(policy="idefics3", longest_edge=settings.get("size", {}).get("longest_edge", 4 * side))
+    size = settings["size"]
+    if not isinstance(size, dict) or size.keys() != {"longest_edge"}:
+        raise ValueError(f"{path}: size = {size} is not supported; it must have longest_edge and nothing else")
+    return _build(TilingConfig, {"policy": "idefics3"} | size, path)
 
 
 def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -457,7 +522,10 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
 
     def from_config(name):
         ids = [source.get(f"{name}_token_id") for source in (generation, data)]
-        return [i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+        ids = [i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+        if wrong := [i for i in ids if type(i) is not int]:
+            raise ValueError(f"{folder}: {name}_token_id = {wrong[0]!r} must be a number")
+        return [i for i in ids if i >= 0]  # some configs say -1 for none
 
     ends = [i for i in (from_tokenizer("eos"), *from_config("eos")) if i is not None]
     if tokenizer is not None:
@@ -471,9 +539,12 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
     return {"pad_token_id": (pads or ends)[0], "eos_token_id": ends[0], "bos_token_id": (begins or [None])[0]}
 
 
-def read_template(folder: Path) -> str:
-    """Return the chat template, wherever it is; a base model gets one that goes on with the text."""
-    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
+    """Return the chat template, wherever it is.
+
+    A base model gets one that goes on with the text, after what its tokenizer puts before every text.
+    """
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         path = folder / name
         if not path.is_file():
             continue
@@ -484,10 +555,164 @@ def read_template(folder: Path) -> str:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template:
             return template
-    return COMPLETION_TEMPLATE
+    encoding = tokenizer and tokenizer.encode("a")
+    begin = encoding.tokens[: encoding.special_tokens_mask.index(0)] if encoding else []
+    return "".join(begin) + COMPLETION_TEMPLATE
+
+
+def _build(cls, data, path):
+    """Make a config of ours. Raises ValueError that names the file, and a field whose value is of another type."""
+    try:
+        return from_dict(cls, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+# ---- nanoVLM ----
+
+# Their fields -> ours. A config.json has all that its code knew, so what is missing here is an error.
+NANOVLM_VISION = {
+    "vit_img_size": "image_size",
+    "vit_patch_size": "patch_size",
+    "vit_hidden_dim": "hidden_size",
+    "vit_inter_dim": "intermediate_size",
+    "vit_n_blocks": "num_hidden_layers",
+    "vit_n_heads": "num_attention_heads",
+    "vit_ln_eps": "layer_norm_eps",
+}
+NANOVLM_DECODER = {
+    "lm_vocab_size": "vocab_size",
+    "lm_hidden_dim": "hidden_size",
+    "lm_inter_dim": "intermediate_size",
+    "lm_n_blocks": "num_hidden_layers",
+    "lm_n_heads": "num_attention_heads",
+    "lm_n_kv_heads": "num_key_value_heads",
+    "lm_re_base": "rope_theta",
+    "lm_rms_eps": "rms_norm_eps",
+    "lm_max_position_embeddings": "max_position_embeddings",
+    "lm_tie_weights": "tie_word_embeddings",
+}
+FIXED_NANOVLM = {"vit_cls_flag": False, "lm_attn_scaling": 1.0, "lm_use_tokens": False, "lm_attention_bias": False}
+# Fields that are read below, and fields of training that change no answer.
+NANOVLM_OTHER = set(
+    "mp_image_token_length max_img_size resize_to_max_side_len vlm_extra_tokens lm_chat_template lm_base_vocab_size "
+    "extra_token_amount vit_model_type lm_model_type vit_dropout lm_dropout lm_max_length lm_eos_token_id "
+    "vlm_load_backbone_weights vlm_checkpoint_path hf_repo_name".split()
+)
+# The first nanoVLM knew no chat: the image, then one question. IMAGE becomes the token that stands for the image.
+NANOVLM_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
+{%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+{{ 'IMAGE' * (parts | selectattr('type', 'equalto', 'image') | list | length) }}
+{{- 'Question: ' + text + ' Answer:' if message.role == 'user' else text + eos_token }}
+{%- endfor -%}"""
+
+
+def load_nanovlm(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[VLM, Processor]:
+    """Read a checkpoint of github.com/huggingface/nanoVLM, so that the answers are those of its generate.py.
+
+    Its encoder reads pixels x from 0 to 1, ours 2x - 1: as W x + b = W/2 (2x - 1) + b + sum(W)/2, the difference goes
+    into the patch embedding, in fp32. Its positions are stretched beyond lm_max_position_embeddings, where ours end.
+    """
+    config, tokenizer, template = read_nanovlm(folder)
+    files = find_weights(folder)
+    names = {name for path in files for name in _names(path)}
+    processor = Processor(tokenizer, template, config)
+    model = empty_model(config, device, dtype or file_dtype(files))
+    wanted = destinations(model, NANOVLM_NAMES)
+    positions = "vision_encoder.patch_embedding.position_embedding"
+    wanted[positions] = [wanted[positions][0][None]]
+    embedding, head = "decoder.token_embedding.weight", "decoder.head.weight"
+    if config.decoder.tie_word_embeddings and embedding not in names:  # of two names for one tensor, a file has one
+        wanted[head] = wanted.pop(embedding)
+    ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
+    copy_tensors(wanted, files, ignored.__contains__)
+    if head in ignored:
+        _check_tied_head(model, files, head)
+    patches = model.vision.patch_embedding
+    with torch.no_grad():
+        patches.bias.copy_(patches.bias.float() + patches.weight.float().sum((1, 2, 3)) / 2)
+        patches.weight.div_(2)
+    return model.eval(), processor
+
+
+def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
+    """Read config, tokenizer and chat template; the tokenizer is that of a repository, or of a folder of its name.
+
+    There are three kinds of checkpoints: one square image before the text, one square image in it, and tiles.
+    """
+    path = folder / "config.json"
+    data = read_json(path)
+    _check_fixed(data, FIXED_NANOVLM, path)
+    required = {*NANOVLM_VISION, *NANOVLM_DECODER, "mp_pixel_shuffle_factor", "lm_tokenizer"}
+    if missing := sorted(required - data.keys()):
+        raise ValueError(f"{path} has no {', '.join(missing)}")
+    if unknown := sorted(data.keys() - required - FIXED_NANOVLM.keys() - NANOVLM_OTHER):
+        raise ValueError(f"{path}: {', '.join(unknown)} of another nanoVLM are not supported")
+    extra = data.get("vlm_extra_tokens") or {}
+    for key, token in extra.items():
+        is_place = re.fullmatch(r"r\d+c\d+", key) and token == re.sub(r"r(\d+)c(\d+)", r"<row_\1_col_\2>", key)
+        if not is_place and key != "image_token" and (key, token) != ("global_image_token", NANOVLM_GLOBAL):
+            raise ValueError(f"{path}: vlm_extra_tokens has {key} = {token!r}, which is not supported")
+    if extra and "image_token" not in extra:
+        raise ValueError(f"{path}: vlm_extra_tokens has no image_token")
+    tiling = {"policy": "square"}
+    if "r1c1" in extra:
+        tiling = {
+            "policy": "nanovlm",
+            "longest_edge": data.get("max_img_size"),
+            "enlarge": data.get("resize_to_max_side_len", False),
+            "has_global": "global_image_token" in extra,
+        }
+    elif data.get("max_img_size", data["vit_img_size"]) != data["vit_img_size"]:
+        raise ValueError(
+            f"{path}: max_img_size = {data['max_img_size']} is not vit_img_size = {data['vit_img_size']}, but "
+            "vlm_extra_tokens has no r1c1 for tiles"
+        )
+    try:
+        source = find(data["lm_tokenizer"], TOKENIZER_FILES)
+    except ValueError as error:
+        raise ValueError(f"{path}: the tokenizer, lm_tokenizer, is not in the checkpoint: {error}") from error
+    tokenizer = read_tokenizer(source / "tokenizer.json")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in extra.values()])
+    tokens = read_special_tokens(source, {}, tokenizer)
+    tokens["pad_token_id"] = tokens["eos_token_id"]
+    template = data.get("lm_chat_template") or read_template(source)
+    if extra:
+        image = tokenizer.token_to_id(extra["image_token"])
+    else:
+        # No prompt holds the last special token, and where an image is, its embedding is not used.
+        added = tokenizer.get_added_tokens_decoder()
+        image = max((i for i, token in added.items() if token.special), default=tokens["eos_token_id"])
+        template = NANOVLM_TEMPLATE.replace("IMAGE", tokenizer.id_to_token(image))
+    parts = {
+        "vision": {ours: data[theirs] for theirs, ours in NANOVLM_VISION.items()},
+        "projector": {"scale_factor": data["mp_pixel_shuffle_factor"]},
+        "tiling": tiling,
+        "decoder": {ours: data[theirs] for theirs, ours in NANOVLM_DECODER.items()},
+        "image_token_id": image,
+    }
+    try:
+        config = from_dict(VLMConfig, parts | tokens)
+        head_dim = config.decoder.hidden_size // max(1, config.decoder.num_attention_heads)
+        config = replace(config, decoder=replace(config.decoder, head_dim=head_dim)).validate()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if (length := data.get("mp_image_token_length", config.num_image_tokens)) != config.num_image_tokens:
+        raise ValueError(f"{path}: mp_image_token_length = {length}, but a tile has {config.num_image_tokens} tokens")
+    return config, tokenizer, template
 
 
 def _check_fixed(data, fixed, path):
     for field, value in fixed.items():
         if data.get(field) not in (None, value):
             raise ValueError(f"{path}: {field} = {data[field]!r} is not supported; it must be {value!r}")
+
+
+if __name__ == "__main__":
+    from nanovlm import cli, export
+
+    cli.run(export.main)

@@ -151,7 +151,7 @@ class Processor:
         return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), images)
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """Count the tokens of an image of this size, markers included; its pixels are not needed."""
+        """Count the tokens of a single image of this size, markers included; its pixels are not needed."""
         return len(self._tokens((self._show(width, height),))[0])
 
     def batch(self, prompts: list[Document]) -> Batch:
@@ -181,9 +181,9 @@ class Processor:
             tiles=tiles,
         )
 
-    def _show(self, width, height) -> Span:
-        """Make the span of an image."""
-        text = layout(plan_tiles(width, height, self.config), self._image_token, self.config)
+    def _show(self, width, height, number=None) -> Span:
+        """Make the span of an image; `number` where it is one of several."""
+        text = layout(plan_tiles(width, height, self.config), self._image_token, self.config, number)
         return Span(text, from_template=True, is_image=True)
 
     def _spans(self, messages, images, add_generation_prompt=False) -> tuple[Span, ...]:
@@ -191,11 +191,9 @@ class Processor:
         parts = [(message["role"], part) for message in messages for part in _parts(message["content"])]
         if (shown := sum(part["type"] == "image" for _, part in parts)) != len(images):
             raise ValueError(f"the messages show {shown} images, but {len(images)} were given")
-        unseen = iter(images)
+        unseen = iter([self._show(*image.size, i if shown > 1 else None) for i, image in enumerate(images)])
         content = [
-            self._show(*next(unseen).size)
-            if part["type"] == "image"
-            else Span(part["text"], is_trained=role == "assistant")
+            next(unseen) if part["type"] == "image" else Span(part["text"], is_trained=role == "assistant")
             for role, part in parts
         ]
         spans = []

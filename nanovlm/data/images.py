@@ -6,12 +6,13 @@ How an image is cut is a policy of TILING, and follows from its size alone (`pla
 fit, small image       fit, several tiles                    idefics3
 +-------+              +-------+-------+   +-------+         no grey: the image is stretched
 |  grey |              | r1 c1 | r1 c2 |   | whole |         to fill the grid
-| image |              +-------+-------+ + | image |
-|  grey |              | r2 c1 | r2 c2 |   |       |
+| image |              +-------+-------+ + | image |         nanovlm
+|  grey |              | r2 c1 | r2 c2 |   |       |         likewise, the whole image first
 +-------+              +-------+-------+   +-------+
 ```
 
-Tiles are in reading order, the view of the whole image last. The text around them is the policy's layout.
+Tiles are in reading order, the view of the whole image last (nanovlm: first). The text around them is the policy's
+layout.
 """
 
 import io
@@ -30,6 +31,7 @@ from nanovlm.config import VLMConfig, pick
 
 IDEFICS3_LONGEST_EDGE = 4096  # no image is made longer than this, whatever tiling.longest_edge says
 GLOBAL, FAKE = "<global-img>", "<fake_token_around_image>"
+NANOVLM_GLOBAL = "<|global_image|>"
 
 
 class TilePlan(NamedTuple):
@@ -103,7 +105,7 @@ def plan_tiles(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 
 def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
-    """Cut an RGB image into the tiles of its plan, in reading order, the whole image last: uint8[n, 3, S, S]."""
+    """Cut an RGB image into the tiles of its plan, in the order of its layout: uint8[n, 3, S, S]."""
     plan, side = plan_tiles(*image.size, config), config.vision.image_size
     tiles = []
     for drawn in pick(TILING, config.tiling.policy, "tiling.policy").draw(image, plan, config):
@@ -112,9 +114,13 @@ def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
     return torch.from_numpy(np.concatenate(tiles))
 
 
-def layout(plan: TilePlan, image: str, config: VLMConfig) -> str:
-    """Write the text that shows an image: marker tokens, and `image` in the place of each tile."""
-    return pick(TILING, config.tiling.policy, "tiling.policy").layout(plan, image)
+def layout(plan: TilePlan, image: str, config: VLMConfig, number: int | None = None) -> str:
+    """Write the text that shows an image: marker tokens, and `image` in the place of each tile.
+
+    `number` is its place among several images, from 0.
+    """
+    tiling = pick(TILING, config.tiling.policy, "tiling.policy")
+    return ("" if number is None else tiling.number.format(number)) + tiling.layout(plan, image, config)
 
 
 def marker_tokens(config: VLMConfig) -> list[str]:
@@ -155,11 +161,8 @@ def draw_fit(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Imag
     return [canvas, _centre(image, tuple(max(1, round(edge * scale)) for edge in image.size), (side, side))]
 
 
-def layout_fit(plan: TilePlan, image: str) -> str:
-    if plan.num_tiles == 1:
-        return image
-    places = [(r, c) for r in range(1, plan.rows + 1) for c in range(1, plan.cols + 1)]
-    return "".join(f"{_place(r, c)}{image}" for r, c in places) + GLOBAL + image
+def layout_fit(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    return image if plan.num_tiles == 1 else f"{_grid(plan, image)}{GLOBAL}{image}"
 
 
 def markers_fit(config: VLMConfig) -> list[str]:
@@ -211,7 +214,7 @@ def draw_idefics3(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list
     return [image, image.resize((config.vision.image_size,) * 2, Image.Resampling.LANCZOS)]
 
 
-def layout_idefics3(plan: TilePlan, image: str) -> str:
+def layout_idefics3(plan: TilePlan, image: str, config: VLMConfig) -> str:
     whole = f"{FAKE}{GLOBAL}{image}{FAKE}"
     if plan.num_tiles == 1:
         return whole
@@ -245,8 +248,66 @@ def _idefics3_size(width, height, longest_edge):
     return max(1, width), max(1, height)
 
 
+# ---- nanovlm: stretched to whole tiles, small images left small ----
+
+
+def plan_nanovlm(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Round the long side up to whole tiles, at most `longest_edge`, and the other, scaled like it, up too."""
+    side, tiling = config.vision.image_size, config.tiling
+    long, short = max(width, height), min(width, height)
+    new_long = tiling.longest_edge if tiling.enlarge else min(tiling.longest_edge, math.ceil(long / side) * side)
+    # Computed in nanoVLM's order: rounding makes some squares one tile longer than wide there.
+    new_short = math.ceil(short * (new_long / long) / side) * side
+    width, height = (new_long, new_short) if width >= height else (new_short, new_long)
+    rows, cols = height // side, width // side
+    return TilePlan(width, height, rows, cols, tiling.has_global and rows * cols > 1)
+
+
+def draw_nanovlm(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    """Stretch the image to the grid; the view of the whole image is made from that, as nanoVLM does."""
+    grid = image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)
+    return [*(draw_square(grid, plan, config) if plan.has_global else ()), grid]
+
+
+def layout_nanovlm(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    if not config.tiling.has_global:
+        return _grid(plan, image)
+    return f"{NANOVLM_GLOBAL}{image}" + (_grid(plan, image) if plan.num_tiles > 1 else "")
+
+
+def markers_nanovlm(config: VLMConfig) -> list[str]:
+    most = config.tiling.longest_edge // config.vision.image_size
+    places = [_place(r, c) for r in range(1, most + 1) for c in range(1, most + 1)]
+    return [NANOVLM_GLOBAL, *(places if most > 1 else [])] if config.tiling.has_global else places
+
+
+# ---- square: one tile, as in nanoVLM before it cut images ----
+
+
+def plan_square(width: int, height: int, config: VLMConfig) -> TilePlan:
+    return TilePlan(config.vision.image_size, config.vision.image_size, 1, 1, False)
+
+
+def draw_square(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    return [image.resize((config.vision.image_size,) * 2, Image.Resampling.BILINEAR)]
+
+
+def layout_square(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    return image
+
+
+def markers_square(config: VLMConfig) -> list[str]:
+    return []
+
+
 def _place(row, col):
     return f"<row_{row}_col_{col}>"
+
+
+def _grid(plan, image):
+    """The tiles of a grid, each after its place."""
+    places = [(r, c) for r in range(1, plan.rows + 1) for c in range(1, plan.cols + 1)]
+    return "".join(f"{_place(r, c)}{image}" for r, c in places)
 
 
 def _check_size(width, height):
@@ -255,15 +316,21 @@ def _check_size(width, height):
 
 
 class Tiling(NamedTuple):
-    """A policy: size -> plan, image -> grid and whole view, plan -> text, config -> markers in such texts."""
+    """A policy: size -> plan, image -> grid and whole view, plan -> text, config -> markers in such texts.
+
+    `number` is what stands before each of several images.
+    """
 
     plan: Callable[[int, int, VLMConfig], TilePlan]
     draw: Callable[[Image.Image, TilePlan, VLMConfig], list[Image.Image]]
-    layout: Callable[[TilePlan, str], str]
+    layout: Callable[[TilePlan, str, VLMConfig], str]
     markers: Callable[[VLMConfig], list[str]]
+    number: str = ""
 
 
 TILING = {
     "fit": Tiling(plan_fit, draw_fit, layout_fit, markers_fit),
     "idefics3": Tiling(plan_idefics3, draw_idefics3, layout_idefics3, markers_idefics3),
+    "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
+    "square": Tiling(plan_square, draw_square, layout_square, markers_square),
 }
