@@ -141,8 +141,8 @@ class DecoderConfig:
     qkv_bias: bool = False
     # Bias in the output projection of attention.
     o_bias: bool = False
-    # RMS norm of every head's queries and keys.
-    qk_norm: bool = False
+    # RMS norm of queries and keys: none, head (each by itself, as in Qwen3) or all (together, as in OLMoE).
+    qk_norm: Literal["none", "head", "all"] = "none"
     # Base of the rotary position frequencies.
     rope_theta: float = 10000.0
     # Longer contexts by slower frequencies.

@@ -124,17 +124,36 @@ def find_family(decoder: DecoderConfig) -> str:
     d = decoder
     if d.layers_without_rope:
         family = "smollm3"
-    elif d.qk_norm:
+    elif d.moe is not None:
+        family = {"none": "mixtral", "head": "qwen3_moe", "all": "olmoe"}[d.qk_norm]
+    elif d.qk_norm != "none":
         family = "qwen3"
     else:
         family = "qwen2" if d.qkv_bias and not d.o_bias else "llama"
-    has_both = bool(d.layers_without_rope) and d.qk_norm
-    if has_both or (d.qkv_bias != d.o_bias and family != "qwen2"):
+    has_both = bool(d.layers_without_rope) and (d.qk_norm != "none" or d.moe is not None)
+    wrong_bias = (d.qkv_bias != d.o_bias and family != "qwen2") or (d.qkv_bias and family == "mixtral")
+    if has_both or wrong_bias or (d.qk_norm == "all" and family != "olmoe"):
         raise ValueError(
             f"no family of language models has decoder.qkv_bias = {d.qkv_bias}, o_bias = {d.o_bias}, qk_norm = "
-            f"{d.qk_norm} and layers_without_rope = {d.layers_without_rope}: llama, qwen3 (with qk_norm) and smollm3 "
-            "(with layers_without_rope) have both biases or none, qwen2 has qkv_bias alone"
+            f"{d.qk_norm} and layers_without_rope = {d.layers_without_rope}{' in a mixture' if d.moe else ''}: llama, "
+            "qwen3 (qk_norm = head) and smollm3 (layers_without_rope) have both biases or none, qwen2 the first alone; "
+            "of the mixtures mixtral has no bias, qwen3_moe (qk_norm = head) and olmoe (all) both or none"
         )
+    if d.moe is not None:
+        expected = {"scores": "softmax", "num_shared_experts": 0, "routed_scaling_factor": 1.0, "capacity_factor": 0.0}
+        expected |= {"norm_topk_prob": True} if family == "mixtral" else {"jitter": 0.0}
+        for field, value in expected.items():
+            if getattr(d.moe, field) != value:
+                raise ValueError(
+                    f"decoder.moe.{field} = {getattr(d.moe, field)} cannot be exported: {family} has {value}"
+                )
+        if d.moe.balance == "bias":
+            raise ValueError(f"decoder.moe.balance = bias cannot be exported: {family} has no bias of experts")
+        if family == "olmoe" and d.moe.intermediate_size != d.intermediate_size:
+            raise ValueError(
+                f"decoder.moe.intermediate_size = {d.moe.intermediate_size} cannot be exported: olmoe has one width, "
+                f"decoder.intermediate_size = {d.intermediate_size}"
+            )
     if family == "llama" and d.hidden_size % d.num_attention_heads:
         raise ValueError(
             f"decoder.num_attention_heads = {d.num_attention_heads} must divide decoder.hidden_size = {d.hidden_size}: "
@@ -228,8 +247,10 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
     fields = {field: getattr(d, field) for field in hf.DECODER_FIELDS}
     if family in ("qwen2", "smollm3") and d.head_dim * d.num_attention_heads == d.hidden_size:
         del fields["head_dim"]  # which those families know as this quotient only
-    if family != "qwen2":
+    if family not in ("qwen2", "mixtral"):
         fields["attention_bias"] = d.qkv_bias
+    if d.moe is not None:
+        fields |= {theirs: getattr(d.moe, ours) for theirs, ours in hf.DECODERS[family].moe.items()}
     if family == "smollm3":
         fields["no_rope_layers"] = [int(i not in d.layers_without_rope) for i in range(d.num_hidden_layers)]
     default = RopeScalingConfig()
@@ -260,7 +281,7 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
 
 def write_weights(folder: Path, model: VLM, shard_bytes: int):
     """Write model.safetensors, or several files of at most `shard_bytes` (but one tensor at least) and their index."""
-    names = hf.LLAMA_NAMES if model.config.vision is None else hf.IDEFICS3_NAMES
+    names = hf.find_names(find_family(model.config.decoder), model.config.vision is not None)
     tensors = hf.destinations(model, names)
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
     shards, free = [], 0

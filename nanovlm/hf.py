@@ -27,6 +27,7 @@ from nanovlm import checkpoint, gguf
 from nanovlm.checkpoint import copy_tensors, empty_model, file_dtype, merge_numbers, open_tensors, read_json
 from nanovlm.config import (
     DecoderConfig,
+    MoEConfig,
     ProjectorConfig,
     RopeScalingConfig,
     TilingConfig,
@@ -64,11 +65,23 @@ SIGLIP_NAMES = {
     "post_layernorm.": "vision.post_layernorm.",
 }
 LLAMA_NAMES = {"model.": "decoder.", "lm_head.": "decoder.lm_head."}
+# The mixtures, in addition: an expert's matrix is a slice of ours, so that their names have a number more.
+MIXTRAL_NAMES = {
+    "model.layers.{}.block_sparse_moe.gate.": "decoder.layers.{}.mlp.router.",
+    "model.layers.{}.block_sparse_moe.experts.{}.w1.weight": "decoder.layers.{}.mlp.gate_proj",
+    "model.layers.{}.block_sparse_moe.experts.{}.w3.weight": "decoder.layers.{}.mlp.up_proj",
+    "model.layers.{}.block_sparse_moe.experts.{}.w2.weight": "decoder.layers.{}.mlp.down_proj",
+}
+QWEN_MOE_NAMES = {
+    "model.layers.{}.mlp.gate.": "decoder.layers.{}.mlp.router.",
+    **{
+        f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight": f"decoder.layers.{{}}.mlp.{x}_proj"
+        for x in ("gate", "up", "down")
+    },
+}
 IDEFICS3_NAMES = {
     **{f"model.vision_model.{theirs}": ours for theirs, ours in SIGLIP_NAMES.items()},
     "model.connector.modality_projection.": "projector.",
-    "model.text_model.": "decoder.",
-    "lm_head.": "decoder.lm_head.",
 }
 NANOVLM_NAMES = {
     "vision_encoder.patch_embedding.conv.": "vision.patch_embedding.",
@@ -127,6 +140,9 @@ FIXED = {
     "attention_multiplier": 1.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "clip_qkv": None,
 }
 FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
 SIGLIP_DEFAULTS = {
@@ -154,7 +170,10 @@ class Family(NamedTuple):
     architecture: str
     defaults: dict
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = "none"
+    # Of a mixture: names of its tensors, and its fields for fields of MoEConfig.
+    names: dict | None = None
+    moe: dict | None = None
 
 
 LLAMA_DEFAULTS = {
@@ -185,11 +204,67 @@ SMOLLM3_DEFAULTS = LLAMA_DEFAULTS | {
     "tie_word_embeddings": True,
     "no_rope_layer_interval": 4,
 }
+MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+}
+QWEN3_MOE_DEFAULTS = QWEN_DEFAULTS | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+}
+OLMOE_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.01,
+}
+# Their fields of a mixture -> those of MoEConfig.
+MIXTRAL_FIELDS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "intermediate_size": "intermediate_size",
+    "router_aux_loss_coef": "balance_weight",
+    "router_jitter_noise": "jitter",
+}
+QWEN3_MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "intermediate_size",
+    "router_aux_loss_coef": "balance_weight",
+    "norm_topk_prob": "norm_topk_prob",
+}
+OLMOE_FIELDS = {theirs.removeprefix("moe_"): ours for theirs, ours in QWEN3_MOE_FIELDS.items()}
 DECODERS = {
     "llama": Family("LlamaForCausalLM", LLAMA_DEFAULTS),
     "smollm3": Family("SmolLM3ForCausalLM", SMOLLM3_DEFAULTS),
     "qwen2": Family("Qwen2ForCausalLM", QWEN_DEFAULTS, qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", QWEN_DEFAULTS | {"head_dim": 128}, qk_norm=True),
+    "qwen3": Family("Qwen3ForCausalLM", QWEN_DEFAULTS | {"head_dim": 128}, qk_norm="head"),
+    "mixtral": Family("MixtralForCausalLM", MIXTRAL_DEFAULTS, False, "none", MIXTRAL_NAMES, MIXTRAL_FIELDS),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", QWEN3_MOE_DEFAULTS, qk_norm="head", names=QWEN_MOE_NAMES, moe=QWEN3_MOE_FIELDS
+    ),
+    "olmoe": Family("OlmoeForCausalLM", OLMOE_DEFAULTS, False, "all", QWEN_MOE_NAMES, OLMOE_FIELDS),
 }
 IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
@@ -222,12 +297,22 @@ def load(
     return load_model(folder, config, device, dtype), processor
 
 
+def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
+    """Return the name table of a language model of DECODERS, or of an Idefics3 around one."""
+    names = LLAMA_NAMES | (DECODERS[family].names or {})
+    if not has_vision:
+        return names
+    return IDEFICS3_NAMES | {re.sub(r"^model\.", "model.text_model.", theirs): ours for theirs, ours in names.items()}
+
+
 def load_model(
     folder: Path, config: VLMConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> VLM:
     """Read the weights of a folder in a layout of the hub into a new model of `config`."""
     files = find_weights(folder)
-    names = LLAMA_NAMES if config.vision is None else IDEFICS3_NAMES
+    data = read_json(folder / "config.json")
+    family = (data if config.vision is None else data.get("text_config") or {}).get("model_type", "llama")
+    names = find_names(family, config.vision is not None)
     head = "lm_head.weight" if config.decoder.tie_word_embeddings else None
 
     def is_ignored(name):
@@ -270,7 +355,7 @@ def load_decoder(model: VLM, folder: Path):
     """
     files = find_weights(folder)
     config = read_decoder(read_json(folder / "config.json"), folder / "config.json")
-    wanted = destinations(model, LLAMA_NAMES)
+    wanted = destinations(model, find_names(read_json(folder / "config.json").get("model_type"), has_vision=False))
     extended = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in wanted]
     tables = {name: wanted[name][0] for name in extended}
     for name, table in tables.items():
@@ -297,7 +382,10 @@ def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[st
         fitting = [(match, theirs, part) for prefix, theirs, part in prefixes if (match := prefix.match(name))]
         if fitting:
             match, theirs, part = max(fitting, key=lambda fit: fit[0].end())  # the longest of our prefixes decides
-            found.setdefault(theirs.format(*match.groups()) + name[match.end() :], {})[part] = tensor
+            is_stacked = theirs.count("{}") > len(match.groups())  # one more number: the expert's
+            for *number, slice in [(e, x) for e, x in enumerate(tensor)] if is_stacked else [(tensor,)]:
+                full = theirs.format(*match.groups(), *number) + name[match.end() :]
+                found.setdefault(full, {})[part] = slice
     return {name: [parts[part] for part in sorted(parts)] for name, parts in found.items()}
 
 
@@ -424,6 +512,10 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     _check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
+    if data.get("model_type") == "mixtral" and data.get("sliding_window") is not None:
+        raise ValueError(f"{path}: sliding_window = {data['sliding_window']} is not supported; it must be null")
+    if "num_experts" in family.defaults and "num_local_experts" in data:  # two names of one field
+        data = {"num_experts": data["num_local_experts"]} | data
     derived = ("head_dim", "num_key_value_heads")  # null stands for the value that follows from others
     data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
     fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
@@ -435,6 +527,9 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
         num_key_value_heads=fields.get("num_key_value_heads", config.num_attention_heads),
         qkv_bias=family.qkv_bias or config.o_bias,
         qk_norm=family.qk_norm,
+        moe=_build(MoEConfig, {ours: data[theirs] for theirs, ours in family.moe.items()}, path)
+        if family.moe
+        else None,
         rope_theta=theta,
         rope_scaling=scaling,
         layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),

@@ -296,11 +296,11 @@ REFUSED = {
     "tiling.policy = 'fit'": dataclasses.replace(OWN, tiling=TilingConfig("fit")),
     "vision.patch_embedding = 'conv'": vision(patch_embedding="conv"),
     "vision.image_size / vision.patch_size = 38": vision(image_size=38, patch_size=1),
-    "no family of language models has decoder.qkv_bias = True, o_bias = False, qk_norm = True": other(
-        qkv_bias=True, qk_norm=True
+    "no family of language models has decoder.qkv_bias = True, o_bias = False, qk_norm = head": other(
+        qkv_bias=True, qk_norm="head"
     ),
     "qkv_bias = False, o_bias = True": other(o_bias=True),
-    r"qk_norm = True and layers_without_rope = \(1,\)": other(qk_norm=True, layers_without_rope=(1,)),
+    r"qk_norm = head and layers_without_rope = \(1,\)": other(qk_norm="head", layers_without_rope=(1,)),
     "num_attention_heads = 6 must divide decoder.hidden_size = 32": other(num_attention_heads=6),
 }
 

@@ -85,13 +85,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * H, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, K * H, bias=config.qkv_bias)
         self.o_proj = nn.Linear(N * H, D, bias=config.o_bias)
-        self.q_norm, self.k_norm = (RMSNorm(H, config.rms_norm_eps) if config.qk_norm else None for _ in range(2))
+        self.qk_norm = config.qk_norm
+        if config.qk_norm != "none":
+            heads = (1, 1) if config.qk_norm == "head" else (N, K)
+            self.q_norm, self.k_norm = (RMSNorm(n * H, config.rms_norm_eps) for n in heads)
 
     def forward(self, x_BTD, rope, position_ids, mask, cache):
-        q_BTNH = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTKH = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTKH = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None:
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BTNH, k_BTKH, v_BTKH = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.qk_norm == "head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.has_rope:
             q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
