@@ -245,8 +245,8 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
     d = config.decoder
     family = find_family(d)
     fields = {field: getattr(d, field) for field in hf.DECODER_FIELDS}
-    if family in ("qwen2", "smollm3") and d.head_dim * d.num_attention_heads == d.hidden_size:
-        del fields["head_dim"]  # which those families know as this quotient only
+    if family not in ("llama", "qwen3") and d.head_dim * d.num_attention_heads == d.hidden_size:
+        del fields["head_dim"]  # which those families leave out
     if family not in ("qwen2", "mixtral"):
         fields["attention_bias"] = d.qkv_bias
     if d.moe is not None:

@@ -95,6 +95,13 @@ FAMILIES = {
         "SmolLM3Config",
         dict(attention_bias=True, rope_parameters=YARN | dict(beta_fast=16.0, beta_slow=2.0, attention_factor=1.5)),
     ),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=3, router_jitter_noise=0.1)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+    "qwen3_moe tied, normalised": (
+        "Qwen3MoeConfig",
+        dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, head_dim=16),
+    ),
+    "olmoe": ("OlmoeConfig", dict(num_experts=4, num_experts_per_tok=3, router_aux_loss_coef=0.02)),
 }
 
 
