@@ -4,6 +4,7 @@
     python generate.py --model runs/scenes/model --image a.png b.png --prompt "..." --temperature 0.7 --seed 1
     python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     one batch
     python generate.py --model runs/scenes/model --image a.png                                 a chat
+    python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
 
 An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
 """
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -28,7 +30,8 @@ from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    # Model folder, as train.py writes it, or in a layout of the hub, or a repository there, owner/name[@revision].
+    # Model folder, as train.py writes it, or in a layout of the hub, or a repository there, owner/name[@revision];
+    # or a .gguf file, or smollm2, a language model in a package.
     model: str
     # Image files, in the order in which the model sees them.
     image: tuple[Path, ...] = ()
@@ -40,6 +43,8 @@ class GenerateConfig:
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
+    # Precision of the weights; auto for that of the file.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
 def main(config: GenerateConfig):
@@ -48,7 +53,8 @@ def main(config: GenerateConfig):
     if config.json and not config.prompt:
         raise ValueError("--json needs a --prompt; a chat has no JSON form")
     images = [open_image(path) for path in config.image]
-    model, processor = nanovlm.load(config.model, cli.find_device(config.device))
+    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    model, processor = nanovlm.load(config.model, cli.find_device(config.device), dtype)
     if not config.prompt:
         return chat(model, processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
@@ -106,7 +112,8 @@ def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConf
 
 def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):
     """Talk until the input ends. The conversation so far is part of every prompt."""
-    print("Ask about the image. /image FILE shows another one, /new forgets the conversation, /exit leaves.")
+    about = "Ask" if processor.config.vision is None else "Ask about the image. /image FILE shows another one"
+    print(f"{about}. /new forgets the conversation, /exit leaves.")
     messages, pending = [], list(images)
     shown = []
     while True:

@@ -29,13 +29,11 @@ from tqdm import tqdm
 
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
-from nanovlm import checkpoint, cli
+from nanovlm import checkpoint, cli, init
 from nanovlm.config import TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import marker_tokens
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import RATINGS, Scenes, open_sources, sample_texts, to_sample
-from nanovlm.data.tokenizer import CHAT_TEMPLATE, read_tokenizer, train_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import OBJECTIVES
@@ -118,16 +116,15 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     source = open_sources(config.data.sources, config.data.weights, seed=config.seed, shuffle=config.data.shuffle)
     checkpoints = checkpoint.list_checkpoints(run_dir)
     if checkpoints:
-        tokenizer = read_tokenizer(run_dir / "tokenizer.json")
+        model, processor = VLM(config.model), Processor.load(run_dir, config.model)
     else:
-        tokenizer = train_tokenizer(sample_texts(source, 1000), config.data.tokenizer_size, marker_tokens(config.model))
-    processor = Processor(tokenizer, CHAT_TEMPLATE, config.model)
+        model, processor = init.start(config, sample_texts(source, 1000))
     loader = Loader(source, make_process(processor, config), config.data, config.model.pad_token_id, config.seed)
     num_scenes = config.eval_scenes if "scenes" in config.data.sources else 0
     tasks = {split: SceneTask(split, num_scenes) for split in ("test", "compositional")}
 
     # --- model, optimizer, state -----------------------------------------------------------------------------
-    model = VLM(config.model).to(device)
+    model.to(device)
     state = TrainState(model, make_optimizers(model, config.optim), loader, config.threads, config.precision)
     if checkpoints:
         state.load(checkpoints[-1])
@@ -136,7 +133,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     else:
         choose_fastest(state, config)
         checkpoint.write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
-        checkpoint.write_file(run_dir / "tokenizer.json", tokenizer.to_str())
+        processor.save(run_dir)
     log = start_wandb(wandb, config, run_dir) if wandb else None
     torch.set_num_threads(state.threads)
     metrics_file = open_metrics(run_dir / "metrics.jsonl", state.step)

@@ -103,11 +103,14 @@ def write_file(path: Path, data: str | bytes):
 def read_json(path: Path) -> dict:
     """Read a JSON file. Raises ValueError that names the file."""
     try:
-        return json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
 
 
 # --- models ----------------------------------------------------------------------------------------------
@@ -158,19 +161,20 @@ def load_weights(model: VLM, path: Path):
     copy_tensors({name: [tensor] for name, tensor in model.state_dict().items()}, [path])
 
 
-def file_dtype(files: list[Path]) -> torch.dtype:
-    """Return the smallest dtype that holds the tensors of all files exactly.
+def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
+    """Return the smallest dtype that holds the tensors of all files exactly, but for names that are ignored.
 
     Raises ValueError that names a tensor of another dtype than those of DTYPES.
     """
     found = {}
     for path in files:
         with open_tensors(path) as file:
-            found |= {file.get_slice(name).get_dtype(): f"{name} in {path}" for name in file.keys()}
+            names = [name for name in file.keys() if not is_ignored(name)]
+            found |= {file.get_slice(name).get_dtype(): f"{name} in {path}" for name in names}
     for dtype, where in found.items():
         if dtype not in DTYPES:
             raise ValueError(f"{where} has dtype {dtype}; only {', '.join(DTYPES)} are read")
-    return functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in found), torch.bfloat16)
+    return functools.reduce(torch.promote_types, [DTYPES[dtype] for dtype in found] or [torch.float32])
 
 
 @torch.no_grad()

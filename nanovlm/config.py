@@ -35,7 +35,7 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile."""
+        """Patches along one side of a tile; pixels beyond the last are not seen, as in SigLIP (384 = 27 * 14 + 6)."""
         return self.image_size // self.patch_size
 
     @property
@@ -178,8 +178,10 @@ class VLMConfig:
             f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
         )
         if v is not None:
-            _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
-            _divides("projector.scale_factor", scale, "vision.image_size / vision.patch_size", v.grid_size)
+            _check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
+            if v.patch_embedding != "linear":
+                _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
+            _divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
             _check(
                 v.patch_embedding != "conv" or (v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1),
@@ -199,6 +201,16 @@ class VLMConfig:
                 f"{name} = {ids[name]} must differ from image_token_id = {self.image_token_id}",
             )
         return self
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    # A whole model: a folder, such as the model/ of an earlier run, or a repository of the hub, owner/name[@revision].
+    model: str = ""
+    # A SigLIP encoder for the image encoder, folder or repository.
+    vision: str = ""
+    # A language model for the decoder, folder or repository; its tokenizer is taken too, and made larger.
+    decoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,8 +237,10 @@ class DataConfig:
     pack_buffer: int = 128
     # Read each pass over the source in another order; off where the source's own order is a curriculum.
     shuffle: bool = True
-    # Size of the byte-level BPE vocabulary made from the embedded data.
+    # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
     tokenizer_size: int = 640
+    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES; empty for the tokenizer's own way.
+    chat_template: str = ""
 
 
 @dataclass(frozen=True)
@@ -272,6 +286,8 @@ class TrainConfig:
     run_dir: str = "runs/scenes"
     # The model.
     model: VLMConfig = field(default_factory=VLMConfig)
+    # Which weights the run starts from; random ones where nothing is named.
+    init: InitConfig = field(default_factory=InitConfig)
     # The data.
     data: DataConfig = field(default_factory=DataConfig)
     # The optimizer and its schedule.
@@ -320,6 +336,15 @@ class TrainConfig:
             len(d.weights) in (0, len(d.sources)),
             f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",
         )
+        _check(
+            not self.init.model or not (self.init.vision or self.init.decoder),
+            f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r} and "
+            f"init.decoder = {self.init.decoder!r} must be empty",
+        )
+        _check(
+            not self.init.vision or self.model.vision is not None,
+            f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
+        )
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
         _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
         for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
@@ -332,7 +357,7 @@ class TrainConfig:
                 raise ValueError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}") from error
         _check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
         _check(
-            d.tokenizer_size <= self.model.decoder.vocab_size,
+            self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,
             f"data.tokenizer_size = {d.tokenizer_size} is above "
             f"model.decoder.vocab_size = {self.model.decoder.vocab_size}",
         )

@@ -10,9 +10,10 @@ A name table maps prefixes of their tensor names to ours, or to several of ours 
 follows a prefix is the same on both sides, and nothing is permuted. The tables and the fields of configs are used in
 both directions: `export.py` writes with them.
 
-    python -m nanovlm.hf export runs/demo/model OUT_DIR --check
+    python -m nanovlm.hf export runs/demo OUT_DIR --check
 """
 
+import dataclasses
 import re
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import AddedToken, Tokenizer
 
-from nanovlm import checkpoint
+from nanovlm import checkpoint, gguf
 from nanovlm.checkpoint import copy_tensors, empty_model, file_dtype, merge_numbers, open_tensors, read_json
 from nanovlm.config import (
     DecoderConfig,
@@ -138,8 +139,13 @@ SIGLIP_DEFAULTS = {
     "layer_norm_eps": 1e-6,
 }
 IDEFICS3_VISION_DEFAULTS = SIGLIP_DEFAULTS | {"patch_size": 32, "hidden_size": 1152, "num_attention_heads": 16}
-# Grids of patches at which Idefics3 gives some neighbours the same position, as it rounds fractions of the side.
-IDEFICS3_BAD_GRIDS = (19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62)
+# Grids of up to 128 patches a side at which Idefics3 gives some neighbours the same position, as it rounds fractions.
+# fmt: off
+IDEFICS3_BAD_GRIDS = (
+    19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62, 67, 68, 71, 72, 73, 74, 76, 77, 80, 82, 83, 84,
+    86, 87, 93, 94, 97, 98, 99, 100, 101, 103, 107, 108, 109, 110, 111, 113, 115, 116, 118, 121, 122, 123, 124, 127,
+)
+# fmt: on
 
 
 class Family(NamedTuple):
@@ -198,9 +204,12 @@ def load(
     """Read a model and its processor; the model is in evaluation mode.
 
     `name` is a model folder of ours, a folder in a layout of the hub, or a repository there, `owner/name` or
-    `owner/name@revision`. The weights have the dtype of their file unless another is given. Raises ValueError that
-    names the file, field or tensor that is missing, unknown, or beyond our modules.
+    `owner/name@revision`; also a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
+    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
+    beyond our modules.
     """
+    if name == "smollm2" or str(name).endswith(".gguf"):
+        return gguf.load(name, device, dtype)
     folder = find(name)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "vit_hidden_dim" in data:
@@ -209,7 +218,7 @@ def load(
         return checkpoint.load(folder, device, dtype)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)
-    processor = Processor(tokenizer, read_template(folder), config)
+    processor = Processor(tokenizer, read_template(folder, tokenizer), config)
     return load_model(folder, config, device, dtype), processor
 
 
@@ -218,13 +227,27 @@ def load_model(
 ) -> VLM:
     """Read the weights of a folder in a layout of the hub into a new model of `config`."""
     files = find_weights(folder)
-    model = empty_model(config, device, dtype or file_dtype(files))
     names = LLAMA_NAMES if config.vision is None else IDEFICS3_NAMES
     head = "lm_head.weight" if config.decoder.tie_word_embeddings else None
-    copy_tensors(destinations(model, names), files, lambda name: name == head or name.endswith("rotary_emb.inv_freq"))
+
+    def is_ignored(name):
+        return name == head or name.endswith("rotary_emb.inv_freq")
+
+    model = empty_model(config, device, dtype or file_dtype(files, is_ignored))
+    copy_tensors(destinations(model, names), files, is_ignored)
     if head:
         _check_tied_head(model, files, head)
     return model.eval()
+
+
+def read_siglip(folder: Path) -> VisionConfig:
+    """Read the config of a SigLIP encoder, alone or with its text tower."""
+    path = folder / "config.json"
+    data = read_json(path)
+    if data.get("model_type") not in SIGLIP_TYPES:
+        kind = data.get("model_type")
+        raise ValueError(f"{path}: model_type = {kind!r} is no image encoder that we have; there is siglip")
+    return read_vision(data.get("vision_config", data), SIGLIP_DEFAULTS, path)
 
 
 def load_vision(model: VLM, folder: Path):
@@ -284,8 +307,9 @@ def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = str(name).partition("@")
+    nowhere = f"there is no model folder {name}, and no repository on the hub can have that name"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"there is no model folder {name}, and no repository on the hub can have that name")
+        raise ValueError(nowhere)
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -301,10 +325,13 @@ def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repository} has no revision {revision}") from error
+    except errors.HFValidationError as error:
+        raise ValueError(nowhere) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"there is no folder {name}, and the hub cannot be reached for a repository of that name: check the "
-            f"network, or give a folder that holds its files ({error})"
+            f"network, or give a folder that holds its files ({reason})"
         ) from error
 
 
@@ -355,37 +382,40 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     data = read_json(path)
     kind = data.get("model_type")
     if kind in IDEFICS3_TYPES:
-        text = {"tie_word_embeddings": False} | data.get("text_config", {})
-        text |= {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
-        parts = {
-            "vision": read_vision(data.get("vision_config", {}), IDEFICS3_VISION_DEFAULTS, path),
-            "projector": ProjectorConfig(scale_factor=data.get("scale_factor", 2)),
-            "tiling": TilingConfig(policy="idefics3"),
-            "image_token_id": data.get("image_token_id", 128257),
-        }
-        if parts["vision"].grid_size in IDEFICS3_BAD_GRIDS:
+        text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise ValueError(f"{path}: text_config and vision_config must be JSON objects")
+        text = text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
+        vision = read_vision(vision, IDEFICS3_VISION_DEFAULTS, path)
+        if vision.grid_size in IDEFICS3_BAD_GRIDS:
             raise ValueError(
-                f"{path}: {parts['vision'].grid_size} patches a side are refused, as Idefics3 gives some of "
-                "their neighbours one position"
+                f"{path}: {vision.grid_size} patches a side are refused, as Idefics3 gives some of their neighbours "
+                "one position"
             )
-        parts["tiling"] = read_tiling(folder, parts["vision"])
+        parts = {
+            "vision": vision,
+            "projector": _build(ProjectorConfig, {"scale_factor": data.get("scale_factor", 2)}, path),
+            "tiling": read_tiling(folder, vision),
+        }
+        image = data.get("image_token_id", 128257)
     elif kind in DECODERS:
-        text, parts = data, {"vision": None, "image_token_id": None}
+        text, parts, image = data, {"vision": None}, None
     else:
         known = ", ".join((*IDEFICS3_TYPES, *DECODERS))
         raise ValueError(f"{path}: model_type = {kind!r} is not a model that we have; there are {known}")
-    tokens = read_special_tokens(folder, text, tokenizer)
+    decoder = read_decoder(text, path)
+    tokens = _build(VLMConfig, {"image_token_id": image} | read_special_tokens(folder, text, tokenizer), path)
     try:
-        return VLMConfig(decoder=read_decoder(text, path), **parts, **tokens).validate()
+        return dataclasses.replace(tokens, decoder=decoder, **parts).validate()
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
     """Read the config of a SigLIP encoder, as Idefics3 has it too."""
     _check_fixed(data, FIXED_VISION, path)
     data = defaults | data
-    return VisionConfig(**{field: data[field] for field in VISION_FIELDS})
+    return _build(VisionConfig, {field: data[field] for field in VISION_FIELDS}, path)
 
 
 def read_decoder(data: dict, path: Path) -> DecoderConfig:
@@ -394,29 +424,40 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     _check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
-    data = family.defaults | {key: value for key, value in data.items() if value is not None}
-    data.setdefault("head_dim", data["hidden_size"] // data["num_attention_heads"])
-    data.setdefault("num_key_value_heads", data["num_attention_heads"])
-    layers = range(data["num_hidden_layers"])
-    interval = data.get("no_rope_layer_interval")
-    has_rope = data.get("no_rope_layers", [not interval or (i + 1) % interval for i in layers])
+    derived = ("head_dim", "num_key_value_heads")  # null stands for the value that follows from others
+    data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
+    fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
+    config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
     theta, scaling = read_rope(data, path)
-    return DecoderConfig(
-        **{field: data[field] for field in DECODER_FIELDS},
-        qkv_bias=family.qkv_bias or data.get("attention_bias", False),
-        o_bias=data.get("attention_bias", False),
+    return dataclasses.replace(
+        config,
+        head_dim=fields.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
+        num_key_value_heads=fields.get("num_key_value_heads", config.num_attention_heads),
+        qkv_bias=family.qkv_bias or config.o_bias,
         qk_norm=family.qk_norm,
-        rope_theta=float(theta),
+        rope_theta=theta,
         rope_scaling=scaling,
-        layers_without_rope=tuple(i for i in layers if not has_rope[i]),
+        layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),
     )
+
+
+def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
+    """Read which layers of SmolLM3 have no rotary positions: those whose entry in no_rope_layers is 0."""
+    if not (interval := data.get("no_rope_layer_interval")):
+        return ()
+    has_rope = data.get("no_rope_layers", [(i + 1) % interval for i in range(num_layers)])
+    if not isinstance(has_rope, list) or len(has_rope) < num_layers:
+        raise ValueError(f"{path}: no_rope_layers = {has_rope!r} must have an entry for each of {num_layers} layers")
+    return tuple(i for i in range(num_layers) if not has_rope[i])
 
 
 def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
     """Read the base and the scaling of rotary positions, as older and newer configs write them."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", data["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default")).replace("default", "none")
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
+    theta = {"rope_theta": rope.get("rope_theta", data["rope_theta"])}
+    kind = str(rope.get("rope_type", rope.get("type", "default"))).replace("default", "none")
     if kind not in ROPE_FIELDS:
         reason = ": it would change a document with the length of its neighbours" if kind == "dynamic" else ""
         known = ", ".join(key for key in ROPE_FIELDS if key != "none")
@@ -431,27 +472,26 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
         values.setdefault("original_max_position_embeddings", data["max_position_embeddings"])
     if kind != "none" and "factor" not in values:
         raise ValueError(f"{path}: rope_type {kind!r} has no factor")
-    return theta, RopeScalingConfig(
-        type=kind, **{field: value if field.startswith("original") else float(value) for field, value in values.items()}
-    )
+    scaling = _build(RopeScalingConfig, {"type": kind} | values, path)
+    return _build(DecoderConfig, theta, path).rope_theta, scaling
 
 
 def read_tiling(folder: Path, vision: VisionConfig) -> TilingConfig:
     """Read the image settings of Idefics3; without the file, those of a model that cuts nothing."""
     settings = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            data = read_json(folder / name)
-            settings = data.get("image_processor", data if name.startswith("pre") else settings)
-            path = folder / name
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer, and goes first
+        data = read_json(folder / name) if (folder / name).is_file() else {}
+        if found := data if name.startswith("pre") else data.get("image_processor"):
+            settings, path = found, folder / name
     if not settings:
         return TilingConfig(policy="idefics3", longest_edge=vision.image_size)
-    side = vision.image_size
+    settings = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}} | settings
     expected = {
-        "max_image_size": {"longest_edge": side},
+        "max_image_size": {"longest_edge": vision.image_size},
         "do_image_splitting": True,
         "do_resize": True,
         "do_rescale": True,
+        "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
@@ -460,7 +500,10 @@ def read_tiling(folder: Path, vision: VisionConfig) -> TilingConfig:
     for field, value in expected.items():
         if settings.get(field, value) != value:
             raise ValueError(f"{path}: {field} = {settings[field]} is not supported; it must be {value}")
-    return TilingConfig(policy="idefics3", longest_edge=settings.get("size", {}).get("longest_edge", 4 * side))
+    size = settings["size"]
+    if not isinstance(size, dict) or size.keys() != {"longest_edge"}:
+        raise ValueError(f"{path}: size = {size} is not supported; it must have longest_edge and nothing else")
+    return _build(TilingConfig, {"policy": "idefics3"} | size, path)
 
 
 def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -479,7 +522,10 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
 
     def from_config(name):
         ids = [source.get(f"{name}_token_id") for source in (generation, data)]
-        return [i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+        ids = [i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+        if wrong := [i for i in ids if type(i) is not int]:
+            raise ValueError(f"{folder}: {name}_token_id = {wrong[0]!r} must be a number")
+        return [i for i in ids if i >= 0]  # some configs say -1 for none
 
     ends = [i for i in (from_tokenizer("eos"), *from_config("eos")) if i is not None]
     if tokenizer is not None:
@@ -493,9 +539,12 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
     return {"pad_token_id": (pads or ends)[0], "eos_token_id": ends[0], "bos_token_id": (begins or [None])[0]}
 
 
-def read_template(folder: Path) -> str:
-    """Return the chat template, wherever it is; a base model gets one that goes on with the text."""
-    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
+    """Return the chat template, wherever it is.
+
+    A base model gets one that goes on with the text, after what its tokenizer puts before every text.
+    """
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         path = folder / name
         if not path.is_file():
             continue
@@ -506,7 +555,17 @@ def read_template(folder: Path) -> str:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template:
             return template
-    return COMPLETION_TEMPLATE
+    encoding = tokenizer and tokenizer.encode("a")
+    begin = encoding.tokens[: encoding.special_tokens_mask.index(0)] if encoding else []
+    return "".join(begin) + COMPLETION_TEMPLATE
+
+
+def _build(cls, data, path):
+    """Make a config of ours. Raises ValueError that names the file, and a field whose value is of another type."""
+    try:
+        return from_dict(cls, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 # ---- nanoVLM ----
@@ -652,3 +711,9 @@ def _check_fixed(data, fixed, path):
     for field, value in fixed.items():
         if data.get(field) not in (None, value):
             raise ValueError(f"{path}: {field} = {data[field]!r} is not supported; it must be {value!r}")
+
+
+if __name__ == "__main__":
+    from nanovlm import cli, export
+
+    cli.run(export.main)

@@ -1,6 +1,19 @@
 """Recipes: one function a preset, returning a TrainConfig. The command line picks one and overrides fields."""
 
-from nanovlm.config import DataConfig, DecoderConfig, OptimConfig, ParamRule, TrainConfig, VisionConfig, VLMConfig
+import dataclasses
+
+from nanovlm.config import (
+    DataConfig,
+    DecoderConfig,
+    InitConfig,
+    OptimConfig,
+    ParamRule,
+    ProjectorConfig,
+    TilingConfig,
+    TrainConfig,
+    VisionConfig,
+    VLMConfig,
+)
 
 
 def scenes() -> TrainConfig:
@@ -39,4 +52,86 @@ def scenes() -> TrainConfig:
     )
 
 
-PRESETS = {"scenes": scenes}
+# The recipe of the field, in three commands: the projector learns between two frozen backbones, then with the decoder,
+# then all learn. The shapes of SmolVLM-256M: SigLIP-B/16-512 and SmolLM2-135M, whose head stays tied here (228 M).
+
+SMOLVLM_256M = VLMConfig(
+    vision=VisionConfig(
+        image_size=512,
+        patch_size=16,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+    ),
+    projector=ProjectorConfig(scale_factor=4),
+    tiling=TilingConfig(policy="idefics3", longest_edge=2048),
+    decoder=DecoderConfig(
+        vocab_size=49280,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+    ),
+    pad_token_id=2,
+    bos_token_id=1,
+    eos_token_id=2,
+    image_token_id=49152,
+)
+
+
+def smolvlm_256m_stage1() -> TrainConfig:
+    """Train the projector between SigLIP and SmolLM2 of the hub, both frozen."""
+    return TrainConfig(
+        run_dir="runs/smolvlm_256m_stage1",
+        model=SMOLVLM_256M,
+        init=InitConfig(vision="google/siglip-base-patch16-512", decoder="HuggingFaceTB/SmolLM2-135M-Instruct"),
+        data=DataConfig(
+            sources=("hub:HuggingFaceM4/the_cauldron:localized_narratives",),
+            row_length=4096,
+            batch_rows=4,
+            max_tiles=32,
+            chat_template="chatml",
+        ),
+        optim=OptimConfig(lr=1e-3, steps=2000, accumulation_steps=4, rules=(FROZEN_BACKBONES, PROJECTOR)),
+        eval_scenes=0,
+    )
+
+
+def smolvlm_256m_stage2() -> TrainConfig:
+    """Go on from stage 1: train the projector and the decoder, the encoder still frozen."""
+    first = smolvlm_256m_stage1()
+    return dataclasses.replace(
+        first,
+        run_dir="runs/smolvlm_256m_stage2",
+        init=InitConfig(model="runs/smolvlm_256m_stage1/model"),
+        data=dataclasses.replace(first.data, sources=("hub:HuggingFaceM4/the_cauldron:vqav2",)),
+        optim=dataclasses.replace(first.optim, lr=1e-4, steps=10000, rules=(FROZEN_ENCODER, PROJECTOR, NORMS, REST)),
+    )
+
+
+def smolvlm_256m_stage3() -> TrainConfig:
+    """Go on from stage 2: train everything, the encoder at a tenth of the rate."""
+    second = smolvlm_256m_stage2()
+    return dataclasses.replace(
+        second,
+        run_dir="runs/smolvlm_256m_stage3",
+        init=InitConfig(model="runs/smolvlm_256m_stage2/model"),
+        optim=dataclasses.replace(
+            second.optim, lr=5e-5, rules=(ParamRule(r"^vision\.", lr_scale=0.1), PROJECTOR, NORMS, REST)
+        ),
+    )
+
+
+FROZEN_BACKBONES = ParamRule(r"^(vision|decoder)\.", lr_scale=None)
+FROZEN_ENCODER = ParamRule(r"^vision\.", lr_scale=None)
+PROJECTOR = ParamRule(r"^projector\.")
+NORMS = ParamRule(r"norm|bias|embed_tokens")
+REST = ParamRule(r"", weight_decay=0.01)
+
+PRESETS = {
+    function.__name__: function for function in (scenes, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+}

@@ -68,7 +68,8 @@ def edit(folder, change):
     ("change", "message"),
     [
         (lambda c: c["vision"].update(hiden_size=3), "unknown field 'vision.hiden_size'; .* 'vision.hidden_size'"),
-        (lambda c: c["vision"].update(patch_size=5), "vision.patch_size = 5 must divide vision.image_size = 16"),
+        (lambda c: c["vision"].update(patch_size=5), "scale_factor = 2 must divide .*image_size // .*patch_size = 3"),
+        (lambda c: c["vision"].update(patch_size=17), "vision.patch_size = 17 is above vision.image_size = 16"),
         (lambda c: c["decoder"].update(hidden_size="32"), "decoder.hidden_size must be int, got '32'"),
         (lambda c: c["decoder"].update(attention="fast"), r"decoder.attention = 'fast' is unknown; there are sdpa"),
         (lambda c: c.update(image_token_id=2), "eos_token_id = 2 must differ from image_token_id = 2"),

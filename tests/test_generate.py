@@ -87,7 +87,7 @@ def test_a_chat_remembers(folder, monkeypatch, processor):
 
     def answer(model, processor, prompts, config, echo):
         text = processor.tokenizer.decode(prompts[0].input_ids.tolist(), skip_special_tokens=False)
-        seen.append((text.replace("<|image|>" * 4, "<I>"), len(prompts[0].tiles)))
+        seen.append((text.replace("<image>" * 4, "<I>"), len(prompts[0].tiles)))
         return ["fine"], {}
 
     lines = iter(["one?", f"/image {folder / 'b.png'}", "two?", "/new", "three?"])
@@ -96,7 +96,7 @@ def test_a_chat_remembers(folder, monkeypatch, processor):
     generate.chat(None, processor, [noise(0)], generate.SamplingConfig())
     assert seen == [
         ("<|user|><I>one?<|assistant|>", 1),
-        ("<|user|><I>one?<|assistant|>fine<|end|><|user|><I>two?<|assistant|>", 2),
+        ("<|user|><I>one?<|assistant|>fine<end_of_utterance><|user|><I>two?<|assistant|>", 2),
         ("<|user|><I>three?<|assistant|>", 1),
     ]
 

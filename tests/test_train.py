@@ -144,7 +144,7 @@ def test_a_killed_run_of_two_threads_goes_on_bit_for_bit(tmp_path):
 def test_a_run_goes_on_with_its_tokenizer(tmp_path, unbroken, monkeypatch):
     """Even when the code that makes tokenizers changed in between."""
     run_and_kill(tmp_path, KILL_AT_STEP.format(5))
-    monkeypatch.setattr(train, "train_tokenizer", lambda *args: 1 / 0)
+    monkeypatch.setattr(train.init, "train_tokenizer", lambda *args: 1 / 0)
     run(tmp_path)
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 

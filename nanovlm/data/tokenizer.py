@@ -1,16 +1,29 @@
 """Make and read tokenizers: byte-level BPE, so that any text has tokens, with our special tokens first."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nanovlm.data.images import FAKE
+
+IMAGE_TOKEN = "<image>"
 # Their places in this list are their ids: VLMConfig.pad_token_id, image_token_id, eos_token_id, and roles.
-SPECIAL_TOKENS = ("<|pad|>", "<|image|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+# Image and end have the names that Idefics3 gives them, so that an exported model needs no others.
+SPECIAL_TOKENS = ("<|pad|>", "<image>", "<end_of_utterance>", "<|system|>", "<|user|>", "<|assistant|>")
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{{ '<|' + message.role + '|>' + message.content }}{{ '<|end|>' if message.role == 'assistant' }}
+{{ '<|' + message.role + '|>' }}
+{%- if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{{ '<image>' if part.type == 'image' else part.text }}
+{%- endfor -%}
+{%- endif -%}
+{{ '<end_of_utterance>' if message.role == 'assistant' }}
 {%- endfor -%}
 {{ '<|assistant|>' if add_generation_prompt }}"""
 
@@ -19,6 +32,19 @@ COMPLETION_TEMPLATE = """\
 {%- for message in messages -%}
 {{ message.content }}{{ eos_token if message.role == 'assistant' }}
 {%- endfor -%}"""
+
+# The form of SmolLM2, Qwen and others, with images among the text.
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
+
+CHAT_TEMPLATES = {"roles": CHAT_TEMPLATE, "chatml": CHATML_TEMPLATE, "completion": COMPLETION_TEMPLATE}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterable[str] = ()) -> Tokenizer:
@@ -42,12 +68,49 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterabl
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return with_blank_line(tokenizer, vocab_size) if FAKE in special_tokens else tokenizer
+
+
+def with_blank_line(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """Make two line breaks one token, in the place of the last one learned where the vocabulary is full.
+
+    Idefics3 writes them between an image's tiles and the whole image, and llama.cpp looks them up as one token.
+    """
+    data = json.loads(tokenizer.to_str())
+    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
+    if "ĊĊ" in vocab:
+        return tokenizer
+    if len(vocab) >= vocab_size:
+        last = max(vocab, key=vocab.get)
+        kept = [merge for merge in merges if last not in (*merge, "".join(merge))]
+        if len(kept) == len(merges):  # nothing was learned, every token is a byte or special
+            return tokenizer
+        vocab.pop(last)
+        merges[:] = kept
+    vocab["ĊĊ"] = len(vocab)
+    merges.append(["Ċ", "Ċ"])
+    return Tokenizer.from_str(json.dumps(data))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json. Raises ValueError that names the file when it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; tokenizers in other files are not read")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
+
+
+def extend_tokenizer(tokenizer: Tokenizer, markers: Iterable[str], image_token_id: int | None) -> Tokenizer:
+    """Add the special tokens of images, those that are not there yet, behind all others; return the tokenizer.
+
+    The image token comes first, then the markers of layouts. Raises ValueError where `image_token_id` is not its id.
+    """
+    if image_token_id is None:
+        return tokenizer
+    missing = [token for token in (IMAGE_TOKEN, *markers) if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    if (found := tokenizer.token_to_id(IMAGE_TOKEN)) != image_token_id:
+        raise ValueError(f"image_token_id = {image_token_id}, but {IMAGE_TOKEN} is token {found} of the tokenizer")
+    return tokenizer

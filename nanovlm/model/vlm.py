@@ -19,7 +19,7 @@ from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.projector import Projector
-from nanovlm.model.vision import VisionEncoder
+from nanovlm.model.vision import VisionEncoder, whitening_filters
 from nanovlm.sampling import SamplingConfig, generate
 
 
@@ -85,6 +85,7 @@ def init_weights(model: VLM):
 
     - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
       residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
+    - a linear patch embedding: whitening filters (vision.py)
     - convolutions: sqrt(2 / inputs), as ReLUs follow most of them
     - token embeddings: 1, the scale of the image tokens among them; as a tied head 1 / sqrt(hidden size)
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
@@ -102,6 +103,8 @@ def init_weights(model: VLM):
             elif name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
                 std /= math.sqrt(2 * depth[name.split(".")[0]])
             nn.init.normal_(module.weight, std=std)
+            if name == "vision.patch_embedding" and not module.weight.is_meta:
+                module.weight.copy_(whitening_filters(*module.weight.shape[::3]))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     decoder = model.config.decoder

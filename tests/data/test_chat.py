@@ -17,17 +17,17 @@ TEMPLATES = {
     "ours": CHAT_TEMPLATE,
     "default system prompt": (
         "{% if messages[0].role != 'system' %}<|system|>You help.{% endif %}"
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
     "stripped, with a first token": (
-        "<|pad|>{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+        "<|pad|>{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content | trim }}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
     ),
     "system inside the user turn": (
         "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set messages = messages[1:] %}"
         "{% endif %}{% for m in messages %}<|{{ m.role }}|>{% if loop.first and first %}[{{ first }}] {% endif %}"
-        "{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}<end_of_utterance>{% endif %}{% endfor %}"
     ),
 }
 
@@ -57,7 +57,7 @@ def test_trained_tokens_are_the_answers_and_their_ends(processor, name, system):
     if system:
         messages = [{"role": "system", "content": "Answer briefly."}, *messages]
     document = processor.document(Sample([], messages))
-    assert trained_texts(processor, document) == [f"{answer}<|end|>" for _, answer in turns]
+    assert trained_texts(processor, document) == [f"{answer}<end_of_utterance>" for _, answer in turns]
     # The untrained tokens together hold everything else, in order.
     shown = processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
     plain = processor.template.render(messages=messages, add_generation_prompt=False)
@@ -67,29 +67,29 @@ def test_trained_tokens_are_the_answers_and_their_ends(processor, name, system):
 def test_a_stripping_template_trains_the_stripped_answer(processor):
     processor = Processor(processor.tokenizer, TEMPLATES["stripped, with a first token"], TINY)
     document = make_document(processor, 0, ("  what?  ", "  yes\n"))
-    assert trained_texts(processor, document) == ["yes<|end|>"]
+    assert trained_texts(processor, document) == ["yes<end_of_utterance>"]
 
 
 def test_spaces_that_a_template_writes_stay(processor):
     """Llama 2 strips messages and sets them off by spaces; the one before the end is the model's to write."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ '<|pad|>[INST] ' + m.content | trim + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m.content | trim + ' <|end|>' }}{% endif %}{% endfor %}"
+        "{% else %}{{ ' ' + m.content | trim + ' <end_of_utterance>' }}{% endif %}{% endfor %}"
     )
     processor = Processor(processor.tokenizer, template, TINY)
     document = make_document(processor, 0, ("what? ", " yes\n"), images=0)
     shown = processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
-    assert shown == "<|pad|>[INST] what? [/INST] yes <|end|>"
-    assert [text.lstrip() for text in trained_texts(processor, document)] == ["yes <|end|>"]
+    assert shown == "<|pad|>[INST] what? [/INST] yes <end_of_utterance>"
+    assert [text.lstrip() for text in trained_texts(processor, document)] == ["yes <end_of_utterance>"]
 
 
 def test_single_turn_with_image(processor):
     document = make_document(processor, 0, ("what color is the circle?", "red"))
     ids = document.input_ids.tolist()
     assert ids.count(TINY.image_token_id) == TINY.num_image_tokens == 4
-    assert trained_texts(processor, document) == ["red<|end|>"]
+    assert trained_texts(processor, document) == ["red<end_of_utterance>"]
     assert processor.tokenizer.decode(ids, skip_special_tokens=False) == (
-        "<|user|>" + "<|image|>" * 4 + "what color is the circle?<|assistant|>red<|end|>"
+        "<|user|>" + "<image>" * 4 + "what color is the circle?<|assistant|>red<end_of_utterance>"
     )
 
 
@@ -102,7 +102,7 @@ def test_every_label_is_the_next_token_of_its_branch(processor):
         assert all(label in (IGNORE, after) for label, after in zip(labels, ids[1:], strict=False))
         assert labels[-1] == IGNORE
         answers.append(processor.tokenizer.decode([x for x in labels if x != IGNORE], skip_special_tokens=False))
-    assert answers == ["red<|end|>", "the blue one<|end|>", "<|end|>"]
+    assert answers == ["red<end_of_utterance>", "the blue one<end_of_utterance>", "<end_of_utterance>"]
     assert (document.labels[document.branch_ids == 0] == IGNORE).all()
 
 
@@ -126,7 +126,8 @@ def test_independent_questions_without_images_share_nothing(processor):
 
 
 @pytest.mark.parametrize(
-    "text", ["<|end|>", "a <|image|> b", "<|assistant|>yes<|end|>", "<|pad|><|user|>", "\ue0000\ue001"]
+    "text",
+    ["<end_of_utterance>", "a <image> b", "<|assistant|>yes<end_of_utterance>", "<|pad|><|user|>", "\ue0000\ue001"],
 )
 def test_special_strings_in_text_are_plain_text(processor, text):
     special = set(processor.special.values())
@@ -158,7 +159,7 @@ def test_images_stand_where_the_messages_put_them(processor):
     ]
     prompt = processor.prompt([{"role": "user", "content": content}], [noise(0), noise(1)])
     text = processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
-    assert text == "<|user|>first" + "<|image|>" * 4 + "second" + "<|image|>" * 4 + "<|assistant|>"
+    assert text == "<|user|>first" + "<image>" * 4 + "second" + "<image>" * 4 + "<|assistant|>"
     assert len(prompt.tiles) == 2
 
 
@@ -173,8 +174,10 @@ def test_mistakes_are_named(processor):
         Processor(processor.tokenizer, "{% for %}", TINY)
     with pytest.raises(ValueError, match="every message exactly once"):
         Processor(processor.tokenizer, "{{ messages[0].content }}", TINY).document(to_sample(make_raw(0, ("a", "b"))))
-    with pytest.raises(ValueError, match=r"does not end an assistant message with the end-of-turn token <\|end\|>"):
-        template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
+    with pytest.raises(
+        ValueError, match=r"does not end an assistant message with the end-of-turn token <end_of_utterance>"
+    ):
+        template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<end_of_utterance>"
         make_document(Processor(processor.tokenizer, template, TINY), 0, ("a", "b"), ("c", "d"))
     with pytest.raises(ValueError, match="must be pairs of a user and an assistant message"):
         messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]

@@ -196,7 +196,7 @@ def test_the_tokens_of_an_image_are_known_from_its_size(policy):
         plan = plan_tiles(width, height, config)
         assert len(document.tiles) == plan.num_tiles
         assert document.input_ids.tolist().count(config.image_token_id) == 4 * plan.num_tiles
-        assert trained_texts(processor, document) == ["yes<|end|>"]
+        assert trained_texts(processor, document) == ["yes<end_of_utterance>"]
 
 
 @pytest.mark.parametrize("policy", TILING)
@@ -223,7 +223,7 @@ def test_fit_layout():
     config = dataclasses.replace(TINY, tiling=TilingConfig(max_tiles=2))
     processor = Processor(train_tokenizer(["a b"], 400, marker_tokens(config)), CHAT_TEMPLATE, config)
     prompt = processor.prompt([{"role": "user", "content": "what?"}], [noise(0), noise(0).resize((32, 16))])
-    image = "<|image|>" * 4
+    image = "<image>" * 4
     assert processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False) == (
         f"<|user|>{image}<row_1_col_1>{image}<row_1_col_2>{image}<global-img>{image}what?<|assistant|>"
     )

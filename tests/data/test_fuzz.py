@@ -86,10 +86,12 @@ def check(source, processor, good, may_be_good=()):
     results = [train_all(source, processor, num_workers) for num_workers in (0, 2)]
     assert results[0] == results[1]
     _counts, seen = results[0]
-    expected = Counter(f"{answer}<|end|>" for answer in good)
+    expected = Counter(f"{answer}<end_of_utterance>" for answer in good)
     assert max(expected.values()) == 1
     assert not expected - seen, "a good sample was not trained"
-    assert not (seen - expected) - Counter(f"{answer}<|end|>" for answer in may_be_good), "a bad sample was trained"
+    assert not (seen - expected) - Counter(f"{answer}<end_of_utterance>" for answer in may_be_good), (
+        "a bad sample was trained"
+    )
 
 
 def damage_line(record, folder, rng, number):
@@ -132,7 +134,7 @@ def jsonl(tmp_path, rng):
     lines, good, may_be_good = [], [], []
     for number in range(200):
         answer = word(rng, number)
-        strange = rng.choice(["<|end|>", "<|image|>", "<|assistant|>", "<|pad|>", ""])
+        strange = rng.choice(["<end_of_utterance>", "<image>", "<|assistant|>", "<|pad|>", ""])
         record = {"texts": [{"user": f"{strange}{word(rng, number)}", "assistant": answer + strange}]}
         if rng.random() < 0.7:
             record["images"] = [f"{rng.randrange(len(sizes))}.png" for _ in range(rng.randint(1, 3))]

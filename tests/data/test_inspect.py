@@ -24,7 +24,7 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE
 from tests.conftest import TINY, make_document, noise
 
-TURNS = (("what color is it?\nsay", "red ünï 日本"), ("<|image|> and?", "two\n\nlines"))
+TURNS = (("what color is it?\nsay", "red ünï 日本"), ("<image> and?", "two\n\nlines"))
 DOCUMENTS = [dict(), dict(independent=True), dict(images=0), dict(images=3)]
 
 
@@ -70,7 +70,7 @@ def test_the_marked_text_is_what_is_trained(tiling_processor, options, with_toke
     shown = "".join(part + newline if part.endswith("↵") else part for part, newline in marked).replace("↵\n", "\n")
     labels = document.labels[document.labels != IGNORE].tolist()
     truth = tiling_processor.tokenizer.decode(labels, skip_special_tokens=False)
-    assert truth == "red ünï 日本<|end|>two\n\nlines<|end|>"
+    assert truth == "red ünï 日本<end_of_utterance>two\n\nlines<end_of_utterance>"
     assert shown == truth
 
 
@@ -78,8 +78,8 @@ def test_the_whole_text_is_shown_and_images_are_short(tiling_processor):
     document = make_document(tiling_processor, 0, *TURNS, images=2)
     text = render(document, tiling_processor)
     per_tile = TINY.num_image_tokens
-    assert f"<|image|>x{2 * per_tile}what color is it?↵\nsay<|assistant|>⟦red" in text
-    bare = re.sub(r"<\|image\|>x(\d+)", lambda found: "<|image|>" * int(found[1]), text)
+    assert f"<image>x{2 * per_tile}what color is it?↵\nsay<|assistant|>⟦red" in text
+    bare = re.sub(r"<image>x(\d+)", lambda found: "<image>" * int(found[1]), text)
     bare = re.sub("[⟦⟧\n]", "", bare).replace("↵", "\n")
     assert bare == tiling_processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
     assert (
@@ -105,7 +105,7 @@ def test_every_token_has_its_boundary(processor):
     pieces = re.sub("[⟦⟧\n]", "", render(document, processor, with_tokens=True)).split("│")
     assert pieces == [processor.tokenizer.decode([i], skip_special_tokens=False) for i in document.input_ids.tolist()]
     halves = render(make_document(processor, 0, ("日本?", "\ufffd\ufffd"), images=0), processor, with_tokens=True)
-    assert "日│本│?" in halves and "⟦\ufffd│\ufffd│<|end|>⟧" in halves
+    assert "日│本│?" in halves and "⟦\ufffd│\ufffd│<end_of_utterance>⟧" in halves
 
 
 def test_text_cannot_steer_the_terminal(processor):
@@ -181,7 +181,7 @@ def test_a_model_folder_is_read_without_its_weights(show, folder, tiling_process
     tiling_processor.save(folder / "model")
     text, _picture = show(index=4, model=folder / "model")
     assert "5 tiles\n" in text  # of at most 6 there are 2 x 2 and the whole
-    assert "<row_1_col_1><|image|>x4<row_1_col_2>" in text
+    assert "<row_1_col_1><image>x4<row_1_col_2>" in text
     with pytest.raises(ValueError, match="is the folder of a run; its model is"):
         show(model=folder)
     with pytest.raises(ValueError, match="--image-tiles 2 and --model"):

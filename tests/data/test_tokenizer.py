@@ -9,7 +9,7 @@ from tests.conftest import TINY
 def test_special_tokens_have_the_ids_of_the_config(processor):
     assert [processor.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
     ids = (TINY.pad_token_id, TINY.image_token_id, TINY.eos_token_id)
-    assert [SPECIAL_TOKENS[i] for i in ids] == ["<|pad|>", "<|image|>", "<|end|>"]
+    assert [SPECIAL_TOKENS[i] for i in ids] == ["<|pad|>", "<image>", "<end_of_utterance>"]
 
 
 @pytest.mark.parametrize("text", ["what color is the circle?", "  two  spaces\n", "naïve 日本 🙂", "\x00\x07", "42"])

@@ -8,6 +8,7 @@ import torch
 from nanovlm.data.types import IGNORE
 from nanovlm.losses import next_token_loss
 from nanovlm.model.attention import make_mask
+from nanovlm.model.vision import whitening_filters
 from nanovlm.objectives import next_token
 from tests.conftest import make_batch, make_document
 
@@ -138,3 +139,20 @@ def test_a_wrong_number_of_images_is_an_error(model, processor):
 def test_text_alone_works(model, processor):
     batch = make_batch([make_document(processor, 0, ("what?", "red"), images=0)])
     assert model.logits(batch).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_filters", "patch_size"), [(48, 8), (192, 8), (300, 8), (20, 4)])
+def test_a_new_linear_patch_embedding_whitens_patches(num_filters, patch_size):
+    """Patches with the stated correlations come out with even variance in every direction but that of the noise."""
+    torch.manual_seed(0)
+    n = 3 * patch_size**2
+    i = torch.arange(n)
+    color, y, x = i // patch_size**2, i // patch_size % patch_size, i % patch_size
+    correlation = 0.95 ** ((y[:, None] - y).abs() + (x[:, None] - x).abs())
+    covariance = 0.2 * correlation * torch.where(color[:, None] == color, 1.0, 0.8)
+    filters = whitening_filters(num_filters, patch_size).flatten(1)
+    assert filters.shape == (num_filters, n)
+    variances = torch.linalg.eigvalsh(filters @ covariance @ filters.T).flip(0)[: min(num_filters, n)]
+    even = max(1, num_filters / n)
+    assert variances.max() <= even * 1.001 and variances[:12].min() > 0.8 * even
