@@ -709,6 +709,7 @@ def load_nanovlm(
 ) -> tuple[VLM, Processor]:
     """Read a checkpoint of github.com/huggingface/nanoVLM, so that the answers are those of its generate.py.
 
+    Tokens are equal, and pixels but for the rounding of the view of a whole image (images.draw_nanovlm).
     Its encoder reads pixels x from 0 to 1, ours 2x - 1: as W x + b = W/2 (2x - 1) + b + sum(W)/2, the difference goes
     into the patch embedding, in fp32. Its positions are stretched beyond lm_max_position_embeddings, where ours end.
     """

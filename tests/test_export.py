@@ -24,7 +24,9 @@ from tests.conftest import TINY, noise
 from tests.data.chat_templates import SMOLVLM
 
 OWN = dataclasses.replace(
-    TINY, tiling=TilingConfig("idefics3", longest_edge=64), decoder=dataclasses.replace(TINY.decoder, head_dim=16)
+    TINY,
+    tiling=TilingConfig("idefics3", longest_edge=64),
+    decoder=dataclasses.replace(TINY.decoder, head_dim=16, rope_theta=5e3),
 )
 TEXT_ONLY = VLMConfig(vision=None, image_token_id=None, decoder=OWN.decoder)
 TOKENIZER = train_tokenizer(sample_texts(Scenes("train"), 50), 512, marker_tokens(OWN))
@@ -162,7 +164,12 @@ def test_round_trip(tmp_path, name, sees):
     x, y = tmp_path / "x", tmp_path / "y"
     write_theirs(x, name, sees, dtype)
     export.export(x, y)
-    assert read_their_config(x) == read_their_config(y)
+    config = read_their_config(x)
+    assert config == read_their_config(y)
+    written = json.loads((y / "config.json").read_text())
+    text, rope = written.get("text_config", written), config.get("text_config", config)["rope_parameters"]
+    older = {"rope_type": "default"} | (text["rope_scaling"] or {}) | {"rope_theta": text["rope_theta"]}
+    assert text["rope_parameters"] == older == rope
     tensors, expected = load_file(y / "model.safetensors"), load_file(x / "model.safetensors")
     assert tensors.keys() == expected.keys()
     for key, tensor in tensors.items():
@@ -235,7 +242,7 @@ def test_transformers_computes_the_same(exported):
 def test_older_and_newer_readers_find_their_fields(exported):
     config = json.loads((exported[2] / "config.json").read_text())
     text = config["text_config"]
-    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10000.0
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 5000.0
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert text["architectures"] == ["LlamaForCausalLM"]
     assert config["tie_word_embeddings"] is text["tie_word_embeddings"] is True

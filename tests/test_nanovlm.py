@@ -242,6 +242,13 @@ def test_prompt_pixels_logits_and_answer(checkpoint, kind, tied):
     assert len(ours) > 8 and ours == theirs[: len(ours)] and theirs[len(ours) :] in ([], [2])
 
 
+def test_a_single_image_has_no_number(checkpoint):
+    folder, words, _ = checkpoint("global")
+    _, processor = nanovlm.load(folder)
+    text = f"<|im_start|>user\n<|global_image|>{IMAGE}{grid(4, 4)}a?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor([{"role": "user", "content": "a?"}], [noise(0)]).input_ids[0].tolist() == words.encode(text).ids
+
+
 def test_the_first_nanovlm_knows_questions_without_an_image_and_more_than_one(checkpoint):
     folder, words, _ = checkpoint("first")
     _, processor = nanovlm.load(folder)

@@ -264,7 +264,10 @@ def plan_nanovlm(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 
 def draw_nanovlm(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
-    """Stretch the image to the grid; the view of the whole image is made from that, as nanoVLM does."""
+    """Stretch the image to the grid, and make the view of the whole image from that.
+
+    nanoVLM does not round that view to whole pixel values: ours is up to 1/255 from it. All other tiles are equal.
+    """
     grid = image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)
     return [*(draw_square(grid, plan, config) if plan.has_global else ()), grid]
 

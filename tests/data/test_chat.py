@@ -93,6 +93,16 @@ def test_single_turn_with_image(processor):
     )
 
 
+def test_our_template_takes_strings_and_parts(processor):
+    def render(content):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+        return processor.template.render(messages=messages, add_generation_prompt=True)
+
+    text = {"type": "text", "text": "a <b>?"}
+    assert render("<image>a <b>?") == render([{"type": "image"}, text])
+    assert render([text]) == "<|user|>a <b>?<|assistant|>red<end_of_utterance><|assistant|>"
+
+
 def test_every_label_is_the_next_token_of_its_branch(processor):
     document = make_document(processor, 0, ("a?", "red"), ("b c?", "the blue one"), ("d?", ""), independent=True)
     answers = []

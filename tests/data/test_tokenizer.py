@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanovlm.data.images import FAKE
 from nanovlm.data.tokenizer import SPECIAL_TOKENS, read_tokenizer, train_tokenizer
 from tests.conftest import TINY
 
@@ -35,6 +36,22 @@ def test_extra_special_tokens_come_after_ours():
     assert tokenizer.get_added_tokens_decoder()[len(SPECIAL_TOKENS)].special
     with pytest.raises(ValueError, match="tokenizer_size = 263 must be at least 264"):
         train_tokenizer(["a"], 263, ["<global-img>", "<row_1_col_1>"])
+
+
+@pytest.mark.parametrize("vocab_size", [263, 280, 400])
+def test_two_line_breaks_are_one_token_where_idefics3_writes_them(vocab_size):
+    texts = ["red circle, blue square, red square"] * 3
+    plain = train_tokenizer(texts, vocab_size, ["<a>"]).get_vocab()
+    tokenizer = train_tokenizer(texts, vocab_size, [FAKE])
+    vocab = {token.replace(FAKE, "<a>"): i for token, i in tokenizer.get_vocab().items()}
+    assert sorted(vocab.values()) == list(range(len(vocab))) and len(vocab) <= vocab_size
+    if vocab_size == 263:  # room for bytes and special tokens only
+        assert vocab == plain
+        return
+    assert tokenizer.encode(f"{FAKE}\n\n{FAKE}").tokens == [FAKE, "ĊĊ", FAKE]
+    changed = {token for token, _ in plain.items() ^ vocab.items()}
+    assert changed == {"ĊĊ"} if len(plain) < vocab_size else {"ĊĊ", max(plain, key=plain.get)}
+    assert tokenizer.decode(tokenizer.encode("a\n\n red\nblue").ids) == "a\n\n red\nblue"
 
 
 def test_mistakes_are_named(tmp_path):
