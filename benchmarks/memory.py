@@ -3,7 +3,7 @@
     python benchmarks/memory.py              print, and append to benchmarks/results/memory.jsonl; 5 GB of disk
     python benchmarks/memory.py --peer       transformers too
 
-Random weights of about the shape of SmolVLM-Instruct (2.2 billion parameters, bf16) are written to a temporary folder,
+Random weights in the shape of SmolVLM-Instruct (2.2 billion parameters, bf16) are written to a temporary folder,
 as one file and in shards, and loaded by processes of their own. Counted is the most resident memory of the process
 until every weight was looked at, mapped files included, less what it had just before loading. Tensors of every part
 are compared with what was written.
@@ -44,7 +44,7 @@ SMOLVLM = {
         "num_hidden_layers": 27,
         "num_attention_heads": 16,
         "image_size": 384,
-        "patch_size": 16,
+        "patch_size": 14,
     },
     "text_config": {
         "model_type": "llama",
