@@ -136,10 +136,10 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
             content = [{"type": "image"} for _ in pending] + [{"type": "text", "text": line}]
             asked = [*messages, {"role": "user", "content": content}]
             prompt = processor.prompt(asked, shown + pending)
+            text = answer(model, processor, [prompt], config, echo=True)[0][0]
         except ValueError as error:
             print(error)
             continue
-        text = answer(model, processor, [prompt], config, echo=True)[0][0]
         messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
 
 
