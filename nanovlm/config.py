@@ -397,7 +397,7 @@ def differences(a, b, where: str = "") -> list[str]:
     lines = []
     for f in dataclasses.fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
-        if dataclasses.is_dataclass(x):
+        if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
             lines += differences(x, y, f"{where}{f.name}.")
         elif x != y:
             lines.append(f"{where}{f.name}: {x!r} against {y!r}")

@@ -650,6 +650,18 @@ BAD = {
         change_config(model_type="mamba"),
         r"config.json: model_type = 'mamba' is not a model that we have; there are idefics3, smolvlm, llama, ",
     ),
+    "kind before tokenizer": (
+        lambda folder: [change_config(model_type=["bert"])(folder), (folder / "tokenizer.json").unlink()],
+        r"config.json: model_type = \['bert'\] is not a model that we have; there are idefics3, smolvlm, llama, ",
+    ),
+    "eos token": (
+        lambda folder: edit(folder / "tokenizer_config.json", lambda data: data.update(eos_token={"content": 2})),
+        r"tokenizer_config.json: eos_token = 2 must be a text",
+    ),
+    "template": (
+        lambda folder: edit(folder / "tokenizer_config.json", lambda data: data.update(chat_template={"a": 1})),
+        r"tokenizer_config.json: chat_template = \{'a': 1\} must be a text",
+    ),
     "list": (
         lambda folder: (folder / "config.json").write_text("[1]"),
         r"config.json must hold a JSON object, not a list",
@@ -718,6 +730,18 @@ BAD_VLM = {
     "one for another": (
         change_config(image_token_id=60),
         r"image_token_id = 60 is not a special token of the tokenizer",
+    ),
+    "no image settings": (
+        lambda folder: edit(folder / "processor_config.json", lambda data: data.pop("image_processor")),
+        r"has no preprocessor_config.json, nor image settings in a processor_config.json",
+    ),
+    "image settings": (
+        lambda folder: edit(folder / "processor_config.json", lambda data: data.update(image_processor=[1])),
+        r"processor_config.json: image_processor must be a JSON object, got \[1\]",
+    ),
+    "patches": (
+        change_config(vision_config=VISION | {"patch_size": 0}),
+        r"config.json: vision.patch_size = 0 must be at least 1",
     ),
     "splitting": (
         lambda folder: edit(
