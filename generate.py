@@ -90,7 +90,7 @@ def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConf
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
     end = time.perf_counter()
-    rows = [cut_at_end(list(row), model.config.eos_token_id) for row in zip(*columns, strict=True)]
+    rows = [cut_at_end(list(row), model.config) for row in zip(*columns, strict=True)]
     texts = [processor.decode(row) for row in rows]
     if echo:
         print(texts[0][len(shown) :])

@@ -541,7 +541,14 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
         raise ValueError(f"{folder}: neither the tokenizer nor the config says which token ends a turn (eos_token)")
     pads = [i for i in (from_tokenizer("pad"), *from_config("pad")) if i is not None]
     begins = [i for i in (from_tokenizer("bos"), *from_config("bos")) if i is not None]
-    return {"pad_token_id": (pads or ends)[0], "eos_token_id": ends[0], "bos_token_id": (begins or [None])[0]}
+    stops = generation.get("eos_token_id")
+    stops = [i for i in (stops if isinstance(stops, list) else []) if i != ends[0]]
+    return {
+        "pad_token_id": (pads or ends)[0],
+        "eos_token_id": ends[0],
+        "stop_token_ids": tuple(dict.fromkeys(stops)),
+        "bos_token_id": (begins or [None])[0],
+    }
 
 
 def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:

@@ -52,6 +52,27 @@ def scenes() -> TrainConfig:
     )
 
 
+def scenes_idefics3() -> TrainConfig:
+    """Scenes with the encoder and the tiles of Idefics3, so that a run exports; it learns less."""
+    base = scenes()
+    vision = VisionConfig(
+        image_size=48,
+        patch_size=16,
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    model = dataclasses.replace(
+        base.model,
+        vision=vision,
+        projector=ProjectorConfig(scale_factor=1),
+        tiling=TilingConfig(policy="idefics3", longest_edge=48),
+    )
+    optim = dataclasses.replace(base.optim, steps=1500)
+    return dataclasses.replace(base, run_dir="runs/scenes_idefics3", model=model, optim=optim)
+
+
 # The recipe of the field, in three commands: the projector learns between two frozen backbones, then with the decoder,
 # then all learn. The shapes of SmolVLM-256M: SigLIP-B/16-512 and SmolLM2-135M, whose head stays tied here (228 M).
 
@@ -133,5 +154,6 @@ NORMS = ParamRule(r"norm|bias|embed_tokens")
 REST = ParamRule(r"", weight_decay=0.01)
 
 PRESETS = {
-    function.__name__: function for function in (scenes, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+    function.__name__: function
+    for function in (scenes, scenes_idefics3, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
 }

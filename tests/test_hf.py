@@ -518,6 +518,9 @@ def test_the_end_of_turn_is_what_the_template_writes(name, tmp_path):
         generation_config={"eos_token_id": stops} if stops else {},
     )
     ids = hf.read_special_tokens(tmp_path, {}, tokenizer)
+    # What else ends an answer is every other token of a list.
+    others = tuple(i for i in stops if i != ids["eos_token_id"]) if type(stops) is list else ()
+    assert ids.pop("stop_token_ids") == others
     names = tuple(i if i is None else tokenizer.id_to_token(i) for i in ids.values())
     assert (tuple(ids), names) == (("pad_token_id", "eos_token_id", "bos_token_id"), expected)
 
