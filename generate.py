@@ -99,7 +99,7 @@ def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConf
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
     end = time.perf_counter()
-    rows = [cut_at_end(list(row), model.config.eos_token_id) for row in zip(*columns, strict=True)]
+    rows = [cut_at_end(list(row), model.config) for row in zip(*columns, strict=True)]
     texts = [processor.decode(row) for row in rows]
     if echo:
         print(texts[0][len(shown) :])
@@ -167,10 +167,10 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
             content = [{"type": "image"} for _ in pending] + [{"type": "text", "text": line}]
             asked = [*messages, {"role": "user", "content": content}]
             prompt = processor.prompt(asked, shown + pending)
+            text = answer(model, processor, [prompt], config, echo=True)[0][0]
         except ValueError as error:
             print(error)
             continue
-        text = answer(model, processor, [prompt], config, echo=True)[0][0]
         messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
 
 

@@ -26,7 +26,7 @@ from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import DataConfig, TilingConfig, VisionConfig, VLMConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import decode_image, make_tiles
+from nanovlm.data.images import decode_image, make_tiles, marker_tokens
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import Scenes, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -90,7 +90,8 @@ def time_rows(repeats: int) -> dict:
 def time_text(repeats: int) -> dict:
     """Time template and tokenizer, as training meets them: questions that repeat are looked up."""
     source, model = Scenes("train"), scenes().model
-    processor = Processor(train_tokenizer(sample_texts(source, 1000), 512), CHAT_TEMPLATE, model)
+    tokenizer = train_tokenizer(sample_texts(source, 1000), 512, marker_tokens(model))
+    processor = Processor(tokenizer, CHAT_TEMPLATE, model)
     speeds = []
     for repeat in range(repeats):
         samples = [to_sample(source.raw(30_000 + 200 * repeat + i)) for i in range(200)]

@@ -20,14 +20,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from nanovlm import cli
+from nanovlm import cli, init
 from nanovlm.config import pick
-from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import open_sources, sample_texts
-from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.kv_cache import KVCache
-from nanovlm.model.vlm import VLM
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
 from nanovlm.sampling import decode_one_token, prefill
@@ -53,10 +50,9 @@ def main(config: SpeedConfig):
     preset = pick(PRESETS, config.preset, "preset")()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_sources(preset.data.sources, preset.data.weights)
-    tokenizer = train_tokenizer(sample_texts(source, 1000), preset.data.tokenizer_size)
-    processor = Processor(tokenizer, CHAT_TEMPLATE, preset.model)
     torch.manual_seed(0)
-    model = VLM(preset.model).to(device)
+    model, processor = init.start(preset, sample_texts(source, 1000))
+    model.to(device)
     state = train.TrainState(model, make_optimizers(model, preset.optim), None, config.threads, preset.precision)
     lines = [time_training(state, processor, source, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]

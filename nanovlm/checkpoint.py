@@ -204,14 +204,12 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor]], files: list[Path],
     if problems:
         file = files[0] if len(files) == 1 else files[0].parent
         raise ValueError(f"{file} does not fit the config: {'; '.join(sorted(problems))}")
-    for path in files:
-        with open_tensors(path) as file:
-            for name in file.keys():
-                if name in destinations:
-                    parts = destinations[name]
-                    rows = file.get_tensor(name).split([len(part) for part in parts]) if parts[0].ndim else parts
-                    for part, tensor in zip(parts, rows, strict=True):
-                        part.copy_(tensor)
+    for name, parts in destinations.items():
+        # A file is opened anew for each tensor: what was read of an open one stays in memory.
+        with open_tensors(where[name]) as file:
+            tensor = file.get_tensor(name)
+        for part, rows in zip(parts, tensor.split([len(p) for p in parts]) if tensor.ndim else [tensor], strict=True):
+            part.copy_(rows)
 
 
 def merge_numbers(names) -> list[str]:

@@ -175,6 +175,8 @@ class VLMConfig:
     image_token_id: int | None = 1
     # Token id that ends an assistant turn.
     eos_token_id: int = 2
+    # Other token ids at which an answer ends.
+    stop_token_ids: tuple[int, ...] = ()
     # Token id that the chat template writes as bos_token; null (None) where it writes none.
     bos_token_id: int | None = None
 
@@ -244,7 +246,8 @@ class VLMConfig:
             if self.tiling.policy == "nanovlm":
                 _divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
         ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}
-        for name, value in ids.items():
+        ids_and_stops = [*ids.items(), *(("stop_token_ids", value) for value in self.stop_token_ids)]
+        for name, value in ids_and_stops:
             _check(
                 value is None or 0 <= value < d.vocab_size,
                 f"{name} = {value} is outside decoder.vocab_size = {d.vocab_size}",
@@ -453,7 +456,7 @@ def differences(a, b, where: str = "") -> list[str]:
     lines = []
     for f in dataclasses.fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
-        if dataclasses.is_dataclass(x):
+        if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
             lines += differences(x, y, f"{where}{f.name}.")
         elif x != y:
             lines.append(f"{where}{f.name}: {x!r} against {y!r}")

@@ -30,6 +30,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.images import FAKE, marker_tokens
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE, SPECIAL_TOKENS
 from nanovlm.model.vlm import VLM
+from nanovlm.sampling import find_stops
 
 # transformers' Idefics3Processor looks for these, and would add what is missing with ids beyond the vocabulary.
 IMAGE, IDEFICS3_TOKENS = "<image>", (FAKE, "<image>", "<end_of_utterance>")
@@ -170,10 +171,11 @@ def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
     config, tokenizer = model.config, processor.tokenizer
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     tokens = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
-    never = sorted({config.pad_token_id, config.image_token_id} - {config.eos_token_id, None})
+    never = sorted({config.pad_token_id, config.image_token_id} - {*find_stops(config), None})
     template = {} if processor.chat_template == COMPLETION_TEMPLATE else {"chat_template": processor.chat_template}
     files = {
         "generation_config.json": {f"{name}_token_id": i for name, i in tokens.items()}
+        | ({"eos_token_id": find_stops(config)} if config.stop_token_ids else {})
         # Padding and image tokens are never part of an answer, as in sampling.py.
         | ({"suppress_tokens": never} if never else {}),
         "tokenizer_config.json": {

@@ -57,7 +57,7 @@ def load(
 
     Raises ValueError that names the package, file, field or tensor that is missing or beyond our modules.
     """
-    path = find_smollm2() if name == "smollm2" else Path(name)
+    path = find_smollm2() if str(name) == "smollm2" else Path(name)
     tensors, fields = open_gguf(path)
     try:
         tokenizer = build_tokenizer(fields)

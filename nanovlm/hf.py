@@ -283,7 +283,7 @@ def load(
     unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
     beyond our modules.
     """
-    if name == "smollm2" or str(name).endswith(".gguf"):
+    if str(name) == "smollm2" or str(name).endswith(".gguf"):
         return gguf.load(name, device, dtype)
     folder = find(name)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -291,6 +291,7 @@ def load(
         return load_nanovlm(folder, device, dtype)
     if "model_type" not in data:
         return checkpoint.load(folder, device, dtype)
+    _check_kind(data, folder / "config.json")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)
     processor = Processor(tokenizer, read_template(folder, tokenizer), config)
@@ -321,7 +322,7 @@ def load_model(
     model = empty_model(config, device, dtype or file_dtype(files, is_ignored))
     copy_tensors(destinations(model, names), files, is_ignored)
     if head:
-        _check_tied_head(model, files, head)
+        _check_tied_head(model.decoder.embed_tokens.weight, files, head)
     return model.eval()
 
 
@@ -362,6 +363,8 @@ def load_decoder(model: VLM, folder: Path):
         wanted[name] = [table[: config.vocab_size]]
     head = "lm_head.weight" if config.tie_word_embeddings else None
     copy_tensors(wanted, files, lambda name: name == head or name.endswith("rotary_emb.inv_freq"))
+    if head:
+        _check_tied_head(wanted["model.embed_tokens.weight"][0], files, head)
     for table in tables.values():
         old, new = table[: config.vocab_size], table[config.vocab_size :]
         new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn_like(new))
@@ -448,13 +451,11 @@ def _names(path):
         return list(file.keys())
 
 
-def _check_tied_head(model, files, head):
+def _check_tied_head(embedding, files, head):
     """Raise ValueError where a file has a head of its own though the config says that it is tied."""
     for path in files:
         with open_tensors(path) as file:
-            if head in file.keys() and not torch.equal(
-                file.get_tensor(head).to(model.decoder.embed_tokens.weight), model.decoder.embed_tokens.weight
-            ):
+            if head in file.keys() and not torch.equal(file.get_tensor(head).to(embedding), embedding):
                 raise ValueError(f"{path} has a {head} of its own, but the config says tie_word_embeddings = true")
 
 
@@ -464,18 +465,19 @@ def _check_tied_head(model, files, head):
 def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     """Read the config of a language model or of a whole VLM. Special tokens are those of the tokenizer's files.
 
+    Without a tokenizer it is for weights alone: a VLM's image settings may be missing.
     Raises ValueError that names the file and the field.
     """
     path = folder / "config.json"
     data = read_json(path)
-    kind = data.get("model_type")
-    if kind in IDEFICS3_TYPES:
+    _check_kind(data, path)
+    if data["model_type"] in IDEFICS3_TYPES:
         text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise ValueError(f"{path}: text_config and vision_config must be JSON objects")
-        text = text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
+        text = {"model_type": "llama"} | text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
         vision = read_vision(vision, IDEFICS3_VISION_DEFAULTS, path)
-        if vision.grid_size in IDEFICS3_BAD_GRIDS:
+        if vision.patch_size > 0 and vision.grid_size in IDEFICS3_BAD_GRIDS:
             raise ValueError(
                 f"{path}: {vision.grid_size} patches a side are refused, as Idefics3 gives some of their neighbours "
                 "one position"
@@ -483,14 +485,11 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
         parts = {
             "vision": vision,
             "projector": _build(ProjectorConfig, {"scale_factor": data.get("scale_factor", 2)}, path),
-            "tiling": read_tiling(folder, vision),
+            "tiling": read_tiling(folder, vision, is_needed=tokenizer is not None),
         }
         image = data.get("image_token_id", 128257)
-    elif kind in DECODERS:
-        text, parts, image = data, {"vision": None}, None
     else:
-        known = ", ".join((*IDEFICS3_TYPES, *DECODERS))
-        raise ValueError(f"{path}: model_type = {kind!r} is not a model that we have; there are {known}")
+        text, parts, image = data, {"vision": None}, None
     decoder = read_decoder(text, path)
     tokens = _build(VLMConfig, {"image_token_id": image} | read_special_tokens(folder, text, tokenizer), path)
     try:
@@ -508,7 +507,7 @@ def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
 
 def read_decoder(data: dict, path: Path) -> DecoderConfig:
     """Read the config of a language model."""
-    family = pick(DECODERS, data.get("model_type", "llama"), f"{path}: model_type")
+    family = pick(DECODERS, str(data.get("model_type")), f"{path}: model_type")
     _check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
@@ -571,15 +570,19 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
     return _build(DecoderConfig, theta, path).rope_theta, scaling
 
 
-def read_tiling(folder: Path, vision: VisionConfig) -> TilingConfig:
-    """Read the image settings of Idefics3; without the file, those of a model that cuts nothing."""
+def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingConfig:
+    """Read the image settings of Idefics3; without any, where images are not needed, those that cut nothing."""
     settings = {}
     for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer, and goes first
         data = read_json(folder / name) if (folder / name).is_file() else {}
         if found := data if name.startswith("pre") else data.get("image_processor"):
             settings, path = found, folder / name
+    if not settings and is_needed:
+        raise ValueError(f"{folder} has no preprocessor_config.json, nor image settings in a processor_config.json")
     if not settings:
         return TilingConfig(policy="idefics3", longest_edge=vision.image_size)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: image_processor must be a JSON object, got {settings!r}")
     settings = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}} | settings
     expected = {
         "max_image_size": {"longest_edge": vision.image_size},
@@ -612,7 +615,9 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
 
     def from_tokenizer(name):
         token = settings.get(f"{name}_token")
-        token = token["content"] if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {name}_token = {token!r} must be a text")
         return None if token is None or tokenizer is None else tokenizer.token_to_id(token)
 
     def from_config(name):
@@ -631,7 +636,14 @@ def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -
         raise ValueError(f"{folder}: neither the tokenizer nor the config says which token ends a turn (eos_token)")
     pads = [i for i in (from_tokenizer("pad"), *from_config("pad")) if i is not None]
     begins = [i for i in (from_tokenizer("bos"), *from_config("bos")) if i is not None]
-    return {"pad_token_id": (pads or ends)[0], "eos_token_id": ends[0], "bos_token_id": (begins or [None])[0]}
+    stops = generation.get("eos_token_id")
+    stops = [i for i in (stops if isinstance(stops, list) else []) if i != ends[0]]
+    return {
+        "pad_token_id": (pads or ends)[0],
+        "eos_token_id": ends[0],
+        "stop_token_ids": tuple(dict.fromkeys(stops)),
+        "bos_token_id": (begins or [None])[0],
+    }
 
 
 def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
@@ -647,7 +659,10 @@ def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
             return path.read_text(encoding="utf-8")
         template = read_json(path).get("chat_template")
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = entries[-1].get("template") if entries else None
+        if template and not isinstance(template, str):
+            raise ValueError(f"{path}: chat_template = {template!r} must be a text")
         if template:
             return template
     encoding = tokenizer and tokenizer.encode("a")
@@ -727,7 +742,7 @@ def load_nanovlm(
     ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
     copy_tensors(wanted, files, ignored.__contains__)
     if head in ignored:
-        _check_tied_head(model, files, head)
+        _check_tied_head(model.decoder.embed_tokens.weight, files, head)
     patches = model.vision.patch_embedding
     with torch.no_grad():
         patches.bias.copy_(patches.bias.float() + patches.weight.float().sum((1, 2, 3)) / 2)
@@ -800,6 +815,12 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
     if (length := data.get("mp_image_token_length", config.num_image_tokens)) != config.num_image_tokens:
         raise ValueError(f"{path}: mp_image_token_length = {length}, but a tile has {config.num_image_tokens} tokens")
     return config, tokenizer, template
+
+
+def _check_kind(data, path):
+    known = [*IDEFICS3_TYPES, *DECODERS]
+    if (kind := data.get("model_type")) not in known:
+        raise ValueError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
 
 
 def _check_fixed(data, fixed, path):

@@ -53,14 +53,34 @@ def scenes() -> TrainConfig:
     )
 
 
+def scenes_idefics3() -> TrainConfig:
+    """Scenes with the encoder and the tiles of Idefics3, so that a run exports; it learns less."""
+    base = scenes()
+    vision = VisionConfig(
+        image_size=48,
+        patch_size=16,
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    model = dataclasses.replace(
+        base.model,
+        vision=vision,
+        projector=ProjectorConfig(scale_factor=1),
+        tiling=TilingConfig(policy="idefics3", longest_edge=48),
+    )
+    optim = dataclasses.replace(base.optim, steps=1500)
+    return dataclasses.replace(base, run_dir="runs/scenes_idefics3", model=model, optim=optim)
+
+
 def scenes_moe() -> TrainConfig:
     """Scenes with a mixture of 8 experts, of which each token takes 2: as many active parameters as scenes."""
-    dense = scenes()
-    moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=dense.model.decoder.intermediate_size // 2)
-    decoder = dataclasses.replace(dense.model.decoder, moe=moe)
-    return dataclasses.replace(
-        dense, run_dir="runs/scenes_moe", model=dataclasses.replace(dense.model, decoder=decoder)
-    )
+    base = scenes()
+    moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=base.model.decoder.intermediate_size // 2)
+    decoder = dataclasses.replace(base.model.decoder, moe=moe)
+    model = dataclasses.replace(base.model, decoder=decoder)
+    return dataclasses.replace(base, run_dir="runs/scenes_moe", model=model)
 
 
 # The recipe of the field, in three commands: the projector learns between two frozen backbones, then with the decoder,
@@ -145,5 +165,5 @@ REST = ParamRule(r"", weight_decay=0.01)
 
 PRESETS = {
     function.__name__: function
-    for function in (scenes, scenes_moe, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+    for function in (scenes, scenes_moe, scenes_idefics3, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
 }

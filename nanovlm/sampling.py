@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nanovlm.config import VLMConfig
 from nanovlm.data.types import Batch
 from nanovlm.model.kv_cache import KVCache
 
@@ -54,12 +55,13 @@ class SamplingConfig:
 def stream(model: "VLM", batch: Batch, config: SamplingConfig) -> Iterator[Tensor]:
     """Yield the next token of every row, int64[B], until all rows have ended.
 
-    A row ends with eos_token_id, which is yielded, and yields pad_token_id from then on. Padding and image tokens are
-    never part of an answer. Raises ValueError for prompts that leave no room for an answer.
+    A row ends with eos_token_id or one of stop_token_ids, which is yielded, and yields pad_token_id from then on.
+    Padding and image tokens are never part of an answer. Raises ValueError for prompts that leave no room for one.
     """
     config.validate()
-    eos, pad, image = model.config.eos_token_id, model.config.pad_token_id, model.config.image_token_id
-    never = [token for token in {pad, image} if token not in (eos, None)]
+    pad, image = model.config.pad_token_id, model.config.image_token_id
+    stops = torch.tensor(find_stops(model.config), device=batch.input_ids.device)
+    never = [token for token in {pad, image} if token not in (*find_stops(model.config), None)]
     lengths = (batch.doc_ids >= 0).sum(1)
     if (longest := int(lengths.max()) + config.max_new_tokens) > model.config.decoder.max_position_embeddings:
         raise ValueError(
@@ -83,7 +85,7 @@ def stream(model: "VLM", batch: Batch, config: SamplingConfig) -> Iterator[Tenso
         logits[:, never] = -torch.inf
         tokens = choose(logits, seen, config, generator).masked_fill(ended, pad)
         yield tokens
-        ended = ended | (tokens == eos)
+        ended = ended | torch.isin(tokens, stops)
         if i + 1 == config.max_new_tokens or bool(ended.all()):
             return
         seen.scatter_(1, tokens[:, None], True)
@@ -93,12 +95,18 @@ def stream(model: "VLM", batch: Batch, config: SamplingConfig) -> Iterator[Tenso
 def generate(model: "VLM", batch: Batch, config: SamplingConfig) -> list[list[int]]:
     """Return the tokens of every row's answer, without the end of turn."""
     rows = torch.stack(list(stream(model, batch, config)), dim=1).tolist()
-    return [cut_at_end(row, model.config.eos_token_id) for row in rows]
+    return [cut_at_end(row, model.config) for row in rows]
 
 
-def cut_at_end(tokens: list[int], eos_token_id: int) -> list[int]:
+def cut_at_end(tokens: list[int], config: VLMConfig) -> list[int]:
     """Return the tokens before the end of turn."""
-    return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+    stops = find_stops(config)
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stops), None)]
+
+
+def find_stops(config: VLMConfig) -> list[int]:
+    """Return the tokens that end an answer, the end of turn first."""
+    return [config.eos_token_id, *config.stop_token_ids]
 
 
 def prefill(model: "VLM", batch: Batch, cache: KVCache) -> Tensor:

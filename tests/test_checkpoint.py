@@ -5,9 +5,11 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import nanovlm
 from nanovlm import checkpoint
@@ -48,6 +50,31 @@ def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=name):
         nanovlm.load(folder)
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+from nanovlm.checkpoint import copy_tensors
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+before = resident("VmRSS")
+places = {f"t{i}": [torch.empty(2**20), torch.empty(2**20)] for i in range(12)}
+copy_tensors(places, [Path(sys.argv[1])])
+assert all((part == i).all() for i in range(12) for part in places[f"t{i}"])
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_needs_no_second_copy(tmp_path):
+    """Not even of a file in one piece, whose pages count as long as it is open."""
+    save_file({f"t{i}": torch.full((2**21,), float(i)) for i in range(12)}, tmp_path / "a.safetensors")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "a.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.4 * 12 * 2**23
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -100])

@@ -81,6 +81,12 @@ def test_chat(folder):
     assert "there is no command '/imag a.png'" in done.stdout
 
 
+def test_a_chat_goes_on_after_a_prompt_that_is_too_long(folder):
+    done = call(folder, "--max-new-tokens", "9000", text="one?\ntwo?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("are more than the model's 8192 positions") == 2
+
+
 def test_a_chat_remembers(folder, monkeypatch, processor):
     """Every prompt holds the conversation so far and all images, until /new."""
     seen = []

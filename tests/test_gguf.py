@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nanovlm
+from nanovlm import export
 from nanovlm.config import DecoderConfig, VLMConfig
 from nanovlm.data.sources import Scenes, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -157,6 +158,8 @@ def test_the_name_decides(tmp_path, tokenizer, monkeypatch):
     _, processor = nanovlm.load("smollm2")
     ids = processor(messages=[{"role": "user", "content": "the red"}]).input_ids[0]
     assert processor.decode(ids.tolist()) == "the red"
+    export.export("smollm2", tmp_path / "hub")
+    assert nanovlm.load(tmp_path / "hub")[0].config.decoder == nanovlm.load("smollm2")[0].config.decoder
 
 
 @pytest.mark.parametrize(

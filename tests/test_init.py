@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 import nanovlm
 import train
-from nanovlm import init
+from nanovlm import checkpoint, init
 from nanovlm.config import DecoderConfig, InitConfig, TilingConfig, VisionConfig
 from nanovlm.data.sources import Scenes, sample_texts
 from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
@@ -45,7 +47,8 @@ def hub(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder / "lm")
     tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), 400, tokens)
-    tokenizer.save(str(folder / "lm" / "tokenizer.json"))
+    # A language model has no token for images.
+    (folder / "lm" / "tokenizer.json").write_text(tokenizer.to_str().replace('"<image>"', '"<|unused|>"'))
     ids = {f"{name}_token": token for name, token in zip(("pad", "bos", "eos"), tokens, strict=True)}
     (folder / "lm" / "tokenizer_config.json").write_text(json.dumps(ids | {"chat_template": CHATML_TEMPLATE}))
     return folder
@@ -154,6 +157,31 @@ def test_a_decoder_that_differs_is_named(hub, tmp_path, change, message):
     model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, **change))
     with pytest.raises(ValueError, match=message):
         init.start(dataclasses.replace(config, model=model), ())
+
+
+def test_a_tied_decoder_with_a_head_of_its_own_is_refused(hub, tmp_path):
+    folder = shutil.copytree(hub / "lm", tmp_path / "lm")
+    tensors = load_file(folder / "model.safetensors")
+    config = stage(1, hub, tmp_path, init=InitConfig(decoder=str(folder)))
+    for shift in (0, 1):
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + shift}
+        save_file(tensors | head, folder / "model.safetensors")
+        if shift == 0:
+            init.start(config, ())
+    with pytest.raises(ValueError, match=r"lm_head.weight of its own, but the config says tie_word_embeddings = true"):
+        init.start(config, ())
+
+
+def test_parts_that_one_side_lacks_are_named(hub, tmp_path):
+    config = stage(1, hub, tmp_path)
+    model, processor = init.start(config, ())
+    checkpoint.save_model(tmp_path / "own", model, processor)
+    with pytest.raises(ValueError, match=r"own/config.json: model_type = 'None' is unknown; there are llama"):
+        init.start(dataclasses.replace(config, init=InitConfig(decoder=str(tmp_path / "own"))), ())
+    blind = dataclasses.replace(config.model, vision=None, image_token_id=None)
+    config = dataclasses.replace(config, model=blind, init=InitConfig(model=str(tmp_path / "own")))
+    with pytest.raises(ValueError, match=r"differs from the config: model.vision: VisionConfig\(.*\) against None"):
+        init.start(config, ())
 
 
 def test_mistakes_are_named(hub, tmp_path):

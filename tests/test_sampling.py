@@ -70,6 +70,14 @@ def test_stops_at_the_end_of_turn(model, processor, prompts, monkeypatch):
     assert generate(model, processor.batch(prompts), GREEDY) == [[7, 5], [], [5], [5]]
 
 
+def test_stops_at_other_stop_tokens(model, processor, prompts, monkeypatch):
+    model.config = dataclasses.replace(model.config, stop_token_ids=(9, 11))
+    eos = model.config.eos_token_id
+    script = iter([[7, 8, eos, 9], [11, 8, 7, 9], [5, 9, 7, 5]])
+    monkeypatch.setattr("nanovlm.sampling.choose", lambda logits, *_: torch.tensor(next(script)))
+    assert generate(model, processor.batch(prompts), GREEDY) == [[7], [8, 8], [], []]
+
+
 def test_never_more_than_max_new_tokens_and_no_forward_too_many(model, processor, prompts, monkeypatch):
     calls = []
     monkeypatch.setattr("nanovlm.sampling.decode_one_token", lambda *a: calls.append(1) or decode_one_token(*a))

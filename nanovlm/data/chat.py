@@ -108,7 +108,7 @@ class Processor:
     def save(self, folder: Path):
         """Write tokenizer.json and chat_template.jinja."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "chat_template.jinja").write_text(self.chat_template)
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     def document(self, sample: Sample) -> Document:
         """Turn a sample into a document; with `independent`, each question is a branch after the images."""
