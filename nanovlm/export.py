@@ -1,4 +1,4 @@
-"""Model -> folder in a layout of the hub, which transformers, vLLM, llama.cpp and mlx-vlm read.
+"""Model -> folder in a layout of the hub, which transformers and llama.cpp read (docs/hub.md has what was tried).
 
 ```
 run or model folder --load--> model, processor --check_exportable--> files under a temporary name --> OUT_DIR
