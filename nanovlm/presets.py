@@ -59,8 +59,8 @@ def scenes_idefics3() -> TrainConfig:
     vision = VisionConfig(
         image_size=48,
         patch_size=16,
-        hidden_size=192,
-        intermediate_size=384,
+        hidden_size=256,
+        intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
     )
@@ -70,8 +70,7 @@ def scenes_idefics3() -> TrainConfig:
         projector=ProjectorConfig(scale_factor=1),
         tiling=TilingConfig(policy="idefics3", longest_edge=48),
     )
-    optim = dataclasses.replace(base.optim, steps=1500)
-    return dataclasses.replace(base, run_dir="runs/scenes_idefics3", model=model, optim=optim)
+    return dataclasses.replace(base, run_dir="runs/scenes_idefics3", model=model)
 
 
 def scenes_moe() -> TrainConfig:
