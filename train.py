@@ -31,7 +31,7 @@ from eval.routing import draw_routing, measure_routing
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
 from nanovlm import checkpoint, cli, init
-from nanovlm.config import TrainConfig, differences, from_dict, pick
+from nanovlm.config import MoEConfig, TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import RATINGS, Scenes, open_sources, sample_texts, to_sample
@@ -148,7 +148,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if not checkpoints:
         state.save(run_dir, config.keep_checkpoints)
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    print(f"{sum(parts.values()):.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})")
+    total, active = model.count_parameters()
+    print(f"{total / 1e6:.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})", end="")
+    print(f", {active / 1e6:.2f} M of them active for a token" if active < total else "")
     print(f"training on {device_name(device)} with {state.threads} threads in {state.precision}")
 
     # --- loop --------------------------------------------------------------------------------------------
@@ -345,6 +347,9 @@ def parse_config(args: list[str]) -> TrainConfig:
     """Read `[preset] [--field value ...]`; the preset is scenes when none is named."""
     preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else ("scenes", args)
     recipe = pick(PRESETS, preset, "preset")()
+    if recipe.model.decoder.moe is None and any(arg.startswith("--model.decoder.moe.") for arg in args):
+        decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())  # naming one of its fields switches it on
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
     return tyro.cli(

@@ -83,6 +83,15 @@ class VLM(nn.Module):
         """Return the tokens of every row's answer, without the end of turn; options as in SamplingConfig."""
         return generate(self, batch, SamplingConfig(**options))
 
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters, and of those that one token uses: of a mixture, k of its E experts."""
+        total = active = sum(p.numel() for p in self.parameters())
+        for module in self.modules():
+            if isinstance(module, MoE):
+                experts = sum(w.numel() for w in (module.gate_proj, module.up_proj, module.down_proj))
+                active -= experts - experts * module.config.num_experts_per_tok // module.config.num_experts
+        return total, active
+
 
 @torch.no_grad()
 def init_weights(model: VLM):

@@ -11,7 +11,8 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from nanovlm.config import MoEConfig, VLMConfig
+import train
+from nanovlm.config import DecoderConfig, MoEConfig, VLMConfig
 from nanovlm.init import upcycle
 from nanovlm.losses import expert_load, load_balancing_loss, router_loss, router_z_loss
 from nanovlm.metrics import RoutingStats
@@ -346,3 +347,28 @@ def test_mistakes_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         moe_model(**changes)
     assert VLMConfig().decoder.moe is None
+
+
+def test_parameters_of_mixtral():
+    """46.7 billion, of which 12.9 are active (arXiv 2401.04088), counted without memory for them."""
+    decoder = DecoderConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+        moe=MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=14336),
+    )
+    with torch.device("meta"):
+        model = VLM(VLMConfig(vision=None, image_token_id=None, decoder=decoder))
+    total, active = model.count_parameters()
+    assert (round(total / 1e9, 1), round(active / 1e9, 1)) == (46.7, 12.9)
+    assert total == 46_702_792_704  # as transformers counts them
+
+
+def test_one_field_switches_it_on():
+    assert train.parse_config(["scenes"]).model.decoder.moe is None
+    assert train.parse_config(["scenes", "--model.decoder.moe.num-experts", "4"]).model.decoder.moe == MoEConfig(4)

@@ -1,0 +1,134 @@
+"""The mixture of experts on the scenes: against the dense model of equal active parameters, and balanced in four ways.
+
+    python benchmarks/scenes_moe.py runs/moe       train what is missing, then publish
+
+Trains `scenes` and `scenes_moe` with three seeds each, two runs side by side on a thread each, and `scenes_moe` with
+every way of balancing. Runs that are there are continued or reused. Writes benchmarks/results/scenes_moe.json,
+docs/moe_load.png (the largest load over the mean one, by step) and docs/routing.png (which expert serves what).
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from nanovlm import checkpoint, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+BALANCE = ("none", "loss", "global_loss", "bias")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    # Where the runs are.
+    runs: Annotated[Path, tyro.conf.Positional]
+    # Optimizer steps of every run.
+    steps: int = 1000
+    # Held-out scenes a split.
+    eval_scenes: int = 256
+    # Runs side by side, with one thread each.
+    parallel: int = 2
+
+
+def main(config: BenchmarkConfig):
+    # Dense and mixture of one seed run side by side, so that their seconds can be compared.
+    wanted = [(preset, seed, "loss") for seed in SEEDS for preset in ("scenes", "scenes_moe")]
+    wanted += [("scenes_moe", 0, balance) for balance in BALANCE if balance != "loss"]
+    with ThreadPoolExecutor(config.parallel) as pool:
+        jobs = [pool.submit(run, config, *job) for job in wanted]
+        for job in tqdm(jobs, unit="run"):
+            job.result()
+    results = collect(config)
+    checkpoint.write_file(ROOT / "benchmarks" / "results" / "scenes_moe.json", json.dumps(results, indent=2) + "\n")
+    draw_loads(config)
+    shutil.copy(folder(config, "scenes_moe", 0, "loss") / "routing.png", ROOT / "docs" / "routing.png")
+    print(json.dumps({key: value for key, value in results.items() if key != "environment"}, indent=2))
+
+
+def folder(config, preset, seed, balance) -> Path:
+    return config.runs.resolve() / (f"{preset}_{seed}" if preset == "scenes" else f"{preset}_{balance}_{seed}")
+
+
+def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
+    """Train one run in a process of its own. Raises ValueError with its last words when it fails."""
+    run_dir = folder(config, preset, seed, balance)
+    command = [sys.executable, str(ROOT / "train.py"), preset, "--run-dir", str(run_dir), "--seed", str(seed)]
+    command += ["--optim.steps", str(config.steps), "--eval-scenes", str(config.eval_scenes), "--threads", "1"]
+    command += ["--precision", "bf16", "--sample-every", "0"]
+    if preset == "scenes_moe":
+        command += ["--model.decoder.moe.balance", balance]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
+
+
+def collect(config: BenchmarkConfig) -> dict:
+    """Return accuracy over the seeds in percent, seconds, and how even the load was in the last 50 steps."""
+    results = {"steps": config.steps, "seeds": list(SEEDS), "accuracy": {}, "seconds": {}, "balance": {}}
+    for preset in ("scenes", "scenes_moe"):
+        scores = [checkpoint.read_json(folder(config, preset, seed, "loss") / "eval.json") for seed in SEEDS]
+        results["accuracy"][preset] = {
+            split: spread([100 * score[split]["mean"] for score in scores]) for split in ("test", "compositional")
+        }
+        results["seconds"][preset] = spread([score["train_seconds"] for score in scores])
+        results["environment"] = scores[0]["environment"]
+    dense, mixture = (results["seconds"][preset]["values"] for preset in ("scenes", "scenes_moe"))
+    results["seconds"]["ratio"] = spread([b / a for a, b in zip(dense, mixture, strict=True)])
+    for balance in BALANCE:
+        run_dir = folder(config, "scenes_moe", 0, balance)
+        loads = read_loads(run_dir)
+        score = checkpoint.read_json(run_dir / "eval.json")
+        results["balance"][balance] = {
+            "max_load_of_each_layer_first_50_steps": [round(statistics.mean(layer[:50]), 3) for layer in loads],
+            "max_load_of_each_layer_last_50_steps": [round(statistics.mean(layer[-50:]), 3) for layer in loads],
+            "test_mean": round(100 * score["test"]["mean"], 2),
+        }
+    return results
+
+
+def spread(values: list[float]) -> dict:
+    return {
+        "mean": round(statistics.mean(values), 2),
+        "standard_deviation": round(statistics.stdev(values), 2),
+        "values": [round(value, 2) for value in values],
+    }
+
+
+def read_loads(run_dir: Path) -> list[list[float]]:
+    """Return for each layer the largest load over the mean one, step by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [list(layer) for layer in zip(*(line["max_load"] for line in lines), strict=True)]
+
+
+def draw_loads(config: BenchmarkConfig):
+    figure, axes = plt.subplots(1, len(BALANCE), figsize=(13, 3.2), sharey=True)
+    for axis, balance in zip(axes, BALANCE, strict=True):
+        for number, layer in enumerate(read_loads(folder(config, "scenes_moe", 0, balance))):
+            smooth = [statistics.mean(layer[max(0, i - 20) : i + 1]) for i in range(len(layer))]
+            axis.plot(smooth, label=f"layer {number}")
+        axis.axhline(1.5, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_title(f"balance = {balance}", fontsize=10)
+        axis.set_xlabel("step")
+    axes[0].set_ylabel("largest load / mean load")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "moe_load.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(tyro.cli(BenchmarkConfig, description=__doc__)))
