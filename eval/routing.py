@@ -67,7 +67,7 @@ def draw_routing(loads: dict[str, torch.Tensor]) -> bytes:
     )
     for axis, (title, (counts, names)) in zip(axes, panels.items(), strict=True):
         share = 100 * counts / counts.sum(-1, keepdim=True)
-        axis.imshow(share, vmin=0, vmax=min(100, 4 * 100 / num_experts), aspect="auto", cmap="viridis")
+        axis.imshow(share.numpy(), vmin=0, vmax=min(100, 4 * 100 / num_experts), aspect="auto", cmap="viridis")
         axis.set_title(f"{title}: share of each expert in percent ({100 / num_experts:.1f} when even)", fontsize=9)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xticks(range(num_experts), range(num_experts), fontsize=8)

@@ -1,5 +1,6 @@
 """generate.py as its users call it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 import generate
 from nanovlm import checkpoint
+from nanovlm.config import MoEConfig
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 
@@ -124,3 +126,22 @@ def test_mistakes_are_one_sentence(folder, args, message):
     done = call(folder, *args)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_routing_of_one_answer(folder, processor):
+    torch.manual_seed(0)
+    moe = MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=16)
+    model = VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe)))
+    checkpoint.save_model(folder / "mixture", model, processor)
+    done = call(
+        folder, "--model", "mixture", "--image", "a.png", "--prompt", "what?", "--show-routing", "--max-new-tokens", "5"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[1:]
+    assert lines[0].split() == ["expert", "0", "1", "2"]
+    assert [line.split()[:3] for line in lines[1:3]] == [["layer", "0", "image"], ["layer", "0", "question"]]
+    for line in lines[1:]:
+        shares = list(map(int, line.split()[3:]))
+        assert len(shares) == 3 and 98 <= sum(shares) <= 102 and max(shares) <= 50
+    refused = call(folder, "--image", "a.png", "--prompt", "what?", "--show-routing")
+    assert refused.returncode == 2 and "--show-routing needs a mixture of experts" in refused.stderr

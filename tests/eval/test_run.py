@@ -1,15 +1,22 @@
 """The evaluation counts what it says it counts: scores, controls, majority, dropped scenes."""
 
+import dataclasses
 import io
 
 import pytest
+import torch
 from PIL import Image
 
 import eval.run
 from eval.metrics import accuracy_by_kind, exact_match
+from eval.routing import draw_routing, measure_routing
 from eval.run import draw_contact_sheet, evaluate, format_table
 from eval.tasks import Question, SceneTask, TrainingScan
+from nanovlm.config import MoEConfig
 from nanovlm.data.sources import Scenes
+from nanovlm.data.types import Sample
+from nanovlm.model.vlm import VLM
+from tests.conftest import TINY
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,34 @@ def test_contact_sheet_shows_question_answer_and_truth(monkeypatch):
     assert Image.open(io.BytesIO(png)).width == 4 * 268 + 12
     assert len(lines) == 12 and all(" green (truth: " in line for line in lines)
     assert any(line.startswith("WRONG") for line in lines)
+
+
+@pytest.fixture
+def moe_model():
+    torch.manual_seed(0)
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16)
+    return VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))).eval()
+
+
+def test_routing_counts_every_token_of_every_question_once(moe_model, processor):
+    task = SceneTask("test", 4)
+    loads = measure_routing(moe_model, processor, task, batch_rows=3)
+    assert set(loads) == {"image tokens", *(question.kind for question in task.questions)}
+    assert loads["image tokens"].sum(1).tolist() == [2 * len(task.questions) * TINY.num_image_tokens] * 2
+    documents = [
+        processor.document(
+            Sample(
+                [task.images[question.scene]],
+                [
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
+                    {"role": "assistant", "content": question.truth},
+                ],
+            )
+        )
+        for question in task.questions
+    ]
+    assert sum(loads.values()).sum(1).tolist() == [2 * sum(map(len, documents))] * 2
+    image = Image.open(io.BytesIO(draw_routing(loads)))
+    assert image.width > 300 and image.height > 300
+    with pytest.raises(ValueError, match="the model has no mixture of experts"):
+        measure_routing(VLM(TINY), processor, task)
