@@ -11,8 +11,9 @@ from nanovlm.losses import next_token_loss, router_loss
 from nanovlm.model.vlm import VLM
 
 
-def next_token(model: VLM, batch: Batch, extras: dict) -> Tensor:
+def next_token(model: VLM, batch: Batch, extras: dict | None = None) -> Tensor:
     """Predict every trained token from the tokens before it; with a mixture of experts, keep its load even."""
+    extras = {} if extras is None else extras
     loss = next_token_loss(model(batch, extras=extras), batch.labels, model.decoder.head_weight)
     moe = model.config.decoder.moe
     if moe is not None:
