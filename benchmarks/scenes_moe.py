@@ -1,10 +1,11 @@
 """The mixture of experts on the scenes: against the dense model of equal active parameters, and balanced in four ways.
 
-    python benchmarks/scenes_moe.py runs/moe       train what is missing, then publish
+    python benchmarks/scenes_moe.py compare runs/moe               scenes and scenes_moe, three seeds each
+    python benchmarks/scenes_moe.py balance runs/moe --steps 400   scenes_moe with every way of balancing
 
-Trains `scenes` and `scenes_moe` with three seeds each, two runs side by side on a thread each, and `scenes_moe` with
-every way of balancing. Runs that are there are continued or reused. Writes benchmarks/results/scenes_moe.json,
-docs/moe_load.png (the largest load over the mean one, by step) and docs/routing.png (which expert serves what).
+Two runs go side by side on a thread each; runs that are there are continued or reused. Writes
+benchmarks/results/scenes_moe_compare.json and docs/routing.png (which expert serves what), or
+benchmarks/results/scenes_moe_balance.json and docs/moe_load.png (the largest load over the mean one, by step).
 """
 
 import json
@@ -15,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib
 
@@ -34,6 +35,8 @@ BALANCE = ("none", "loss", "global_loss", "bias")
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
+    # What to measure.
+    what: Annotated[Literal["compare", "balance"], tyro.conf.Positional]
     # Where the runs are.
     runs: Annotated[Path, tyro.conf.Positional]
     # Optimizer steps of every run.
@@ -46,21 +49,22 @@ class BenchmarkConfig:
 
 def main(config: BenchmarkConfig):
     # Dense and mixture of one seed run side by side, so that their seconds can be compared.
-    wanted = [(preset, seed, "loss") for seed in SEEDS for preset in ("scenes", "scenes_moe")]
-    wanted += [("scenes_moe", 0, balance) for balance in BALANCE if balance != "loss"]
+    jobs = {
+        "compare": [(preset, seed, "loss") for seed in SEEDS for preset in ("scenes", "scenes_moe")],
+        "balance": [("scenes_moe", 0, balance) for balance in BALANCE],
+    }[config.what]
     with ThreadPoolExecutor(config.parallel) as pool:
-        jobs = [pool.submit(run, config, *job) for job in wanted]
-        for job in tqdm(jobs, unit="run"):
+        for job in tqdm([pool.submit(run, config, *job) for job in jobs], unit="run"):
             job.result()
-    results = collect(config)
-    checkpoint.write_file(ROOT / "benchmarks" / "results" / "scenes_moe.json", json.dumps(results, indent=2) + "\n")
-    draw_loads(config)
-    shutil.copy(folder(config, "scenes_moe", 0, "loss") / "routing.png", ROOT / "docs" / "routing.png")
-    print(json.dumps({key: value for key, value in results.items() if key != "environment"}, indent=2))
+    results = {"compare": compare, "balance": balance}[config.what](config)
+    text = json.dumps({"steps": config.steps, **results}, indent=2) + "\n"
+    checkpoint.write_file(ROOT / "benchmarks" / "results" / f"scenes_moe_{config.what}.json", text)
+    print(text)
 
 
 def folder(config, preset, seed, balance) -> Path:
-    return config.runs.resolve() / (f"{preset}_{seed}" if preset == "scenes" else f"{preset}_{balance}_{seed}")
+    name = f"{preset}_{seed}" if preset == "scenes" else f"{preset}_{balance}_{seed}"
+    return config.runs.resolve() / f"{name}_{config.steps}"
 
 
 def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
@@ -76,9 +80,9 @@ def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
         raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
 
 
-def collect(config: BenchmarkConfig) -> dict:
-    """Return accuracy over the seeds in percent, seconds, and how even the load was in the last 50 steps."""
-    results = {"steps": config.steps, "seeds": list(SEEDS), "accuracy": {}, "seconds": {}, "balance": {}}
+def compare(config: BenchmarkConfig) -> dict:
+    """Return accuracy in percent and seconds over the seeds; copy the picture of the first seed's routing."""
+    results = {"seeds": list(SEEDS), "accuracy": {}, "seconds": {}}
     for preset in ("scenes", "scenes_moe"):
         scores = [checkpoint.read_json(folder(config, preset, seed, "loss") / "eval.json") for seed in SEEDS]
         results["accuracy"][preset] = {
@@ -88,16 +92,23 @@ def collect(config: BenchmarkConfig) -> dict:
         results["environment"] = scores[0]["environment"]
     dense, mixture = (results["seconds"][preset]["values"] for preset in ("scenes", "scenes_moe"))
     results["seconds"]["ratio"] = spread([b / a for a, b in zip(dense, mixture, strict=True)])
-    for balance in BALANCE:
-        run_dir = folder(config, "scenes_moe", 0, balance)
-        loads = read_loads(run_dir)
-        score = checkpoint.read_json(run_dir / "eval.json")
-        results["balance"][balance] = {
+    shutil.copy(folder(config, "scenes_moe", SEEDS[0], "loss") / "routing.png", ROOT / "docs" / "routing.png")
+    return results
+
+
+def balance(config: BenchmarkConfig) -> dict:
+    """Return how even the load was at the beginning and at the end, and draw it."""
+    results = {}
+    for name in BALANCE:
+        run_dir = folder(config, "scenes_moe", 0, name)
+        loads, score = read_loads(run_dir), checkpoint.read_json(run_dir / "eval.json")
+        results[name] = {
             "max_load_of_each_layer_first_50_steps": [round(statistics.mean(layer[:50]), 3) for layer in loads],
             "max_load_of_each_layer_last_50_steps": [round(statistics.mean(layer[-50:]), 3) for layer in loads],
             "test_mean": round(100 * score["test"]["mean"], 2),
         }
-    return results
+    draw_loads(config)
+    return {"balance": results, "environment": score["environment"]}
 
 
 def spread(values: list[float]) -> dict:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import nanovlm
 from nanovlm import cli, export
 from nanovlm.checkpoint import save_model
-from nanovlm.config import TilingConfig, VLMConfig
+from nanovlm.config import MoEConfig, TilingConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.sources import Scenes, sample_texts
@@ -316,6 +316,13 @@ REFUSED = {
     "qkv_bias = False, o_bias = True": other(o_bias=True),
     r"qk_norm = head and layers_without_rope = \(1,\)": other(qk_norm="head", layers_without_rope=(1,)),
     "num_attention_heads = 6 must divide decoder.hidden_size = 32": other(num_attention_heads=6),
+    "qk_norm = all and layers_without_rope": other(qk_norm="all"),
+    r"layers_without_rope = \(1,\) in a mixture": other(moe=MoEConfig(), layers_without_rope=(1,)),
+    "o_bias = True, .* in a mixture": other(moe=MoEConfig(), qkv_bias=True, o_bias=True),
+    "decoder.moe.scores = sigmoid cannot be exported: mixtral has softmax": other(moe=MoEConfig(scores="sigmoid")),
+    "decoder.moe.norm_topk_prob = False cannot be exported: mixtral": other(moe=MoEConfig(norm_topk_prob=False)),
+    "decoder.moe.balance = bias cannot be exported": other(moe=MoEConfig(balance="bias")),
+    "decoder.moe.intermediate_size = 144 cannot be exported: olmoe": other(moe=MoEConfig(), qk_norm="all"),
 }
 
 
