@@ -347,8 +347,9 @@ def parse_config(args: list[str]) -> TrainConfig:
     """Read `[preset] [--field value ...]`; the preset is scenes when none is named."""
     preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else ("scenes", args)
     recipe = pick(PRESETS, preset, "preset")()
-    if recipe.model.decoder.moe is None and any(arg.startswith("--model.decoder.moe.") for arg in args):
-        decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())  # naming one of its fields switches it on
+    # Naming one of its fields switches the mixture of experts on; the help shows them too.
+    if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help", "-h")) for a in args):
+        decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"

@@ -16,7 +16,7 @@ import torch
 import nanovlm
 import train
 from nanovlm import checkpoint, cli
-from nanovlm.config import DataConfig, OptimConfig, ParamRule, TrainConfig
+from nanovlm.config import DataConfig, MoEConfig, OptimConfig, ParamRule, TrainConfig
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import Scenes
 from nanovlm.model.attention import ATTENTION, attend_sdpa
@@ -386,7 +386,9 @@ def test_help_shows_every_field_with_its_meaning(capsys):
             else:
                 yield f"--{prefix}{field.name}".replace("_", "-")
 
-    options = list(leaves(TrainConfig()))
+    decoder = dataclasses.replace(TrainConfig().model.decoder, moe=MoEConfig())
+    model = dataclasses.replace(TrainConfig().model, decoder=decoder)
+    options = list(leaves(dataclasses.replace(TrainConfig(), model=model)))
     assert len(options) > 40
     for option in options:
         start = max(shown.rfind(f" {option}{end}") for end in (" ", ","))
