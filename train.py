@@ -84,7 +84,7 @@ def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> 
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
             loss_sum = OBJECTIVES[config.objective](state.model, batch, extras)
-        if extras["routing"]:
+        if extras.get("routing"):
             stats.update(extras["routing"], batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
         (loss_sum / max(1, num_trained)).backward()
         loss += loss_sum.item() / max(1, num_trained)
@@ -92,12 +92,12 @@ def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> 
     for optimizer in state.optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
-    if extras["routing"]:
+    if extras.get("routing"):
         state.model.decoder.update_expert_bias(stats.load)
     state.step += 1
     state.tokens += sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
     numbers = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "trained_tokens": num_trained}
-    return numbers | (stats.summary() if extras["routing"] else {})
+    return numbers | (stats.summary() if extras.get("routing") else {})
 
 
 def main(config: TrainConfig) -> dict:

@@ -65,6 +65,7 @@ SIGLIP_NAMES = {
     "post_layernorm.": "vision.post_layernorm.",
 }
 LLAMA_NAMES = {"model.": "decoder.", "lm_head.": "decoder.lm_head."}
+HEAD = "lm_head.weight"
 # The mixtures, in addition: an expert's matrix is a slice of ours, so that their names have a number more.
 MIXTRAL_NAMES = {
     "model.layers.{}.block_sparse_moe.gate.": "decoder.layers.{}.mlp.router.",
@@ -314,16 +315,17 @@ def load_model(
     data = read_json(folder / "config.json")
     family = (data if config.vision is None else data.get("text_config") or {}).get("model_type", "llama")
     names = find_names(family, config.vision is not None)
-    head = "lm_head.weight" if config.decoder.tie_word_embeddings else None
-
-    def is_ignored(name):
-        return name == head or name.endswith("rotary_emb.inv_freq")
-
+    is_ignored = _ignore(config.decoder)
     model = empty_model(config, device, dtype or file_dtype(files, is_ignored))
     copy_tensors(destinations(model, names), files, is_ignored)
-    if head:
-        _check_tied_head(model.decoder.embed_tokens.weight, files, head)
+    if config.decoder.tie_word_embeddings:
+        _check_tied_head(model.decoder.embed_tokens.weight, files, HEAD)
     return model.eval()
+
+
+def _ignore(config):
+    """Which tensors of a language model's file are not read: the head where it is tied, and rotary frequencies."""
+    return lambda name: (config.tie_word_embeddings and name == HEAD) or name.endswith("rotary_emb.inv_freq")
 
 
 def read_siglip(folder: Path) -> VisionConfig:
@@ -355,16 +357,15 @@ def load_decoder(model: VLM, folder: Path):
     tokens stay as likely as they were (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     files = find_weights(folder)
-    config = read_decoder(read_json(folder / "config.json"), folder / "config.json")
-    wanted = destinations(model, find_names(read_json(folder / "config.json").get("model_type"), has_vision=False))
-    extended = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in wanted]
-    tables = {name: wanted[name][0] for name in extended}
+    data = read_json(folder / "config.json")
+    config = read_decoder(data, folder / "config.json")
+    wanted = destinations(model, find_names(data.get("model_type", "llama"), has_vision=False))
+    tables = {name: wanted[name][0] for name in ("model.embed_tokens.weight", HEAD) if name in wanted}
     for name, table in tables.items():
         wanted[name] = [table[: config.vocab_size]]
-    head = "lm_head.weight" if config.tie_word_embeddings else None
-    copy_tensors(wanted, files, lambda name: name == head or name.endswith("rotary_emb.inv_freq"))
-    if head:
-        _check_tied_head(wanted["model.embed_tokens.weight"][0], files, head)
+    copy_tensors(wanted, files, _ignore(config))
+    if config.tie_word_embeddings:
+        _check_tied_head(wanted["model.embed_tokens.weight"][0], files, HEAD)
     for table in tables.values():
         old, new = table[: config.vocab_size], table[config.vocab_size :]
         new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn_like(new))
