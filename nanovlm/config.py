@@ -322,7 +322,11 @@ class OptimConfig:
     steps: int = 1000
     # Steps of linear warm-up.
     warmup_steps: int = 20
-    # The cosine ends at this fraction of the peak.
+    # How the rate falls after the warm-up: cosine, or wsd: held at the peak, then a line to the end.
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    # Where the line of wsd begins, as a fraction of the steps.
+    decay_start: float = 0.8
+    # The rate ends at this fraction of the peak.
     min_lr_ratio: float = 0.02
     # Gradients are scaled down to this global norm.
     max_grad_norm: float = 1.0
@@ -405,6 +409,7 @@ class TrainConfig:
             f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
         )
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
+        _check(0 <= o.decay_start < 1, f"optim.decay_start = {o.decay_start} must be at least 0 and below 1")
         _check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
         for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
             _check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")

@@ -104,12 +104,25 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Return the rate of step 0, 1, ...: linear warm-up to the peak, then a cosine to its end, never above."""
+    """Return the rate of step 0, 1, ...: linear warm-up to the peak, then as the schedule says, never above."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    height = SCHEDULES[config.schedule](progress, config)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+
+
+def cosine(progress: float, config: OptimConfig) -> float:
+    """From 1 to 0 by half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd(progress: float, config: OptimConfig) -> float:
+    """1, then from `decay_start` on a line to 0: warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395)."""
+    return min(1.0, (1 - progress) / (1 - config.decay_start))
+
+
+SCHEDULES = {"cosine": cosine, "wsd": wsd}
 
 
 def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], lr: float):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nanovlm.config import OptimConfig, ParamRule
-from nanovlm.optim import Muon, learning_rate, make_optimizers, orthogonalize, set_learning_rate
+from nanovlm.optim import SCHEDULES, Muon, learning_rate, make_optimizers, orthogonalize, set_learning_rate
 
 
 class Net(nn.Module):
@@ -96,12 +96,19 @@ def test_muon_takes_convolutions_as_matrices():
     assert torch.equal(kernel.flatten(1), matrix)
 
 
-def test_learning_rate_never_overshoots():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_never_overshoots(schedule):
     for steps in (1, 2, 5, 12, 50, 1000):
         for warmup in (0, 1, 20, 2000):
-            config = OptimConfig(lr=1.0, steps=steps, warmup_steps=warmup, min_lr_ratio=0.1)
+            config = OptimConfig(lr=1.0, steps=steps, warmup_steps=warmup, min_lr_ratio=0.1, schedule=schedule)
             rates = [learning_rate(step, config) for step in range(steps + 3)]
             assert max(rates) <= 1.0 and min(rates) > 0
             if warmup < steps:
                 assert rates[min(warmup, steps - 1)] == pytest.approx(1.0)
                 assert rates[steps] == pytest.approx(0.1)
+
+
+def test_wsd_holds_the_peak_and_falls_on_a_line():
+    config = OptimConfig(lr=2.0, steps=120, warmup_steps=20, min_lr_ratio=0.0, schedule="wsd", decay_start=0.6)
+    rates = [learning_rate(step, config) for step in (19, 20, 50, 80, 90, 100, 110, 120)]
+    assert rates == pytest.approx([2 * 20 / 21, 2, 2, 2, 1.5, 1, 0.5, 0])
