@@ -25,7 +25,7 @@ from nanovlm import cli
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
-from nanovlm.losses import expert_load
+from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM
 from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
@@ -128,7 +128,8 @@ def format_routing(model: VLM, processor: Processor, prompt: Document, text: str
     document = replace(prompt, **fields)
     batch, extras = processor.batch([document]).to(next(model.parameters()).device), {}
     model(batch, extras=extras)
-    is_image, index = (ids == model.config.image_token_id).to(batch.input_ids.device), torch.arange(len(ids))
+    image_id = -1 if model.config.image_token_id is None else model.config.image_token_id
+    is_image, index = (ids == image_id).to(batch.input_ids.device), torch.arange(len(ids))
     is_answer = (index >= len(prompt)).to(is_image)
     num_experts = model.config.decoder.moe.num_experts
     lines = ["expert".rjust(18) + "".join(f"{e:>5}" for e in range(num_experts))]

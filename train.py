@@ -257,7 +257,9 @@ def sample_answers(model: VLM, processor: Processor, task: SceneTask, num: int =
     by_kind = {question.kind: question for question in reversed(task.questions)}
     chosen = list(by_kind.values())[:: -(-len(by_kind) // num)]
     images = [task.images[question.scene] for question in chosen]
+    model.eval()
     answers = answer(model, processor, images, [question.text for question in chosen])
+    model.train()
     return [f"{q.text} {said!r} (truth {q.truth!r})" for q, said in zip(chosen, answers, strict=True)]
 
 

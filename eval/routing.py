@@ -15,7 +15,7 @@ from eval.tasks import SceneTask
 from nanovlm import checkpoint, cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
-from nanovlm.losses import expert_load
+from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM
 
 

@@ -104,7 +104,7 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
     # In training, what the router sees is multiplied with random numbers within this of 1.
     jitter: float = 0.0
-    # Most tokens of an expert, as a multiple of its fair share; 0 drops nothing.
+    # In training, most tokens of an expert, as a multiple of its fair share; 0 drops nothing.
     capacity_factor: float = 0.0
     # Backend, a key of nanovlm.model.moe.EXPERTS.
     experts: str = "grouped"

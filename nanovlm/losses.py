@@ -19,12 +19,6 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head_weight: Tensor) -> Tens
     return F.cross_entropy(logits.float(), labels[is_trained], reduction="sum")
 
 
-def expert_load(choice: Tensor, is_token: Tensor, num_experts: int) -> Tensor:
-    """Count the tokens of each expert, fp32[E], padding left out; choice int64[R, k], is_token bool[R]."""
-    chosen = choice[..., None] == torch.arange(num_experts, device=choice.device)
-    return (chosen & is_token[:, None, None]).sum((0, 1), dtype=torch.float32)
-
-
 def load_balancing_loss(shares: Tensor, is_token: Tensor, load: Tensor, num_tokens: Tensor) -> Tensor:
     """E * sum over experts of f P: least, k, when all are equal (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
 
@@ -47,7 +41,7 @@ def router_loss(extras: dict, is_token: Tensor, config: MoEConfig) -> Tensor:
     step.
     """
     is_token = is_token.flatten()
-    loads = torch.stack([expert_load(r.choice, is_token, config.num_experts) for r in extras["routing"]])
+    loads = torch.stack([r.load for r in extras["routing"]])
     extras["load"] = extras.get("load", 0) + loads
     extras["num_tokens"] = extras.get("num_tokens", 0) + is_token.sum()
     if config.balance == "global_loss":

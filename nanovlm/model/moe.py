@@ -11,7 +11,7 @@ x [R, D] --router--> choice [R, k], weights [R, k]
    + the shared expert, which sees every token
 ```
 
-Nothing is dropped unless a capacity factor says so. What balancing and statistics need is returned as a Routing.
+Nothing is dropped but by a capacity factor in training. What balancing and statistics need is returned as a Routing.
 Legend: R tokens (all rows of the batch, end to end), D hidden, W width of an expert, E experts, k experts a token.
 """
 
@@ -46,8 +46,12 @@ class Routing(NamedTuple):
     shares: Tensor
     # int64[R, k], the chosen experts, best first.
     choice: Tensor
-    # fp32[R, k], what their outputs are multiplied with; 0 where the capacity dropped a token.
+    # fp32[R, k], what their outputs are multiplied with.
     weights: Tensor
+    # bool[R, k], False where an expert had no room for a token, whose weight is 0 then.
+    is_kept: Tensor
+    # fp32[E], the tokens that chose each expert, padding left out.
+    load: Tensor
 
 
 class MoE(nn.Module):
@@ -67,7 +71,7 @@ class MoE(nn.Module):
             self.register_buffer("selection_bias", torch.zeros(E))
 
     def forward(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """[B, T, D] -> [B, T, D] and the routing; padding, where `is_token` bool[B, T] is False, takes no capacity."""
+        """[B, T, D] -> [B, T, D] and the routing; padding, where `is_token` bool[B, T] is False, counts nowhere."""
         x_RD = x.flatten(0, 1)
         routing = self.route(x_RD, None if is_token is None else is_token.flatten())
         weights = routing.weights.to(x.dtype)
@@ -79,10 +83,13 @@ class MoE(nn.Module):
     def route(self, x: Tensor, is_token: Tensor | None = None) -> Routing:
         """Choose k experts for each of x [R, D], in fp32; of equal scores the first expert's counts as higher."""
         c = self.config
+        if is_token is None:
+            is_token = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        x = x.float()
         if self.training and c.jitter:
             x = x * torch.empty_like(x).uniform_(1 - c.jitter, 1 + c.jitter)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())
+            logits = F.linear(x, self.router.weight.float())
         scores = logits.softmax(-1) if c.scores == "softmax" else logits.sigmoid()
         ranked = scores + self.selection_bias if c.balance == "bias" else scores
         choice = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : c.num_experts_per_tok]
@@ -90,28 +97,38 @@ class MoE(nn.Module):
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * c.routed_scaling_factor
-        if c.capacity_factor:
-            weights = weights * fits_capacity(choice, is_token, c)
-        return Routing(logits, scores / scores.sum(-1, keepdim=True), choice, weights)
+        # Only in training: one token at a time finds another capacity than the tokens of a whole answer together.
+        has_capacity = self.training and c.capacity_factor
+        is_kept = fits_capacity(choice, is_token, c) if has_capacity else torch.ones_like(choice, dtype=torch.bool)
+        shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        return Routing(logits, shares, choice, weights * is_kept, is_kept, expert_load(choice, is_token, c.num_experts))
 
     @torch.no_grad()
     def update_bias(self, load: Tensor):
-        """Make experts with less than the mean load [E] likelier to be chosen (Wang et al. 2024, arXiv 2408.15664)."""
-        self.selection_bias += self.config.bias_rate * (load.mean() - load).sign()
+        """Make experts with less than the mean load [E] likelier to be chosen (Wang et al. 2024, arXiv 2408.15664).
+
+        A frozen router keeps its choice.
+        """
+        if self.router.weight.requires_grad:
+            self.selection_bias += self.config.bias_rate * (load.mean() - load).sign()
 
 
-def fits_capacity(choice: Tensor, is_token: Tensor | None, config: MoEConfig) -> Tensor:
+def expert_load(choice: Tensor, is_token: Tensor, num_experts: int) -> Tensor:
+    """Count the tokens of each expert, fp32[E], where `is_token` bool[R] is True; choice int64[R, k]."""
+    chosen = choice[..., None] == torch.arange(num_experts, device=choice.device)
+    return (chosen & is_token[:, None, None]).sum((0, 1), dtype=torch.float32)
+
+
+def fits_capacity(choice: Tensor, is_token: Tensor, config: MoEConfig) -> Tensor:
     """bool[R, k]: whether a token finds room at an expert, first choices before second, earlier tokens before later.
 
     An expert has room for capacity_factor times its fair share of the tokens (GShard, arXiv 2006.16668).
     """
     R, k = choice.shape
     chosen = F.one_hot(choice.T.flatten(), config.num_experts)  # [k R, E], in order of precedence
-    if is_token is not None:
-        chosen = chosen * is_token.repeat(k)[:, None]
-    num_tokens = R if is_token is None else is_token.sum()
-    place = (chosen.cumsum(0) * chosen).sum(-1)  # 1, 2, ... among the rows of the same expert
-    return (place <= config.capacity_factor * num_tokens * k / config.num_experts).view(k, R).T
+    chosen = chosen * is_token.repeat(k)[:, None]
+    place = (chosen.cumsum(0) * chosen).sum(-1)  # 1, 2, ... among the rows of the same expert; 0 for padding
+    return (place <= config.capacity_factor * is_token.sum() * k / config.num_experts).view(k, R).T
 
 
 # A backend computes sum over j of weights[:, j] * expert(choice[:, j])(x):
