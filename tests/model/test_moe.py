@@ -1,6 +1,7 @@
 """The mixture of experts: backends equal the loop, routing and losses equal transformers' and the papers' formulas."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import train
 from nanovlm.config import DecoderConfig, MoEConfig, VLMConfig
+from nanovlm.data.types import IGNORE
 from nanovlm.init import upcycle
 from nanovlm.losses import load_balancing_loss, router_loss, router_z_loss
 from nanovlm.metrics import RoutingStats
@@ -26,6 +28,7 @@ from nanovlm.model.moe import EXPERTS, MoE, Routing, expert_load, fits_capacity
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import next_token
 from nanovlm.optim import as_matrices
+from nanovlm.presets import PRESETS
 from tests.conftest import TINY, make_batch, make_document
 
 CONFIG = MoEConfig(num_experts=5, num_experts_per_tok=2, intermediate_size=24)
@@ -292,6 +295,46 @@ def test_the_global_loss_uses_the_load_of_the_whole_step():
     torch.testing.assert_close(last, torch.tensor(1.0))
 
 
+def test_the_losses_have_their_weights_and_are_means_over_layers():
+    routings, is_token = [random_routing(0), random_routing(1)], torch.ones(30, dtype=torch.bool)
+    count = is_token.sum()
+    even = torch.stack([load_balancing_loss(r.shares, is_token, r.load, count) for r in routings]).mean()
+    small = torch.stack([router_z_loss(r.logits, is_token) for r in routings]).mean()
+
+    def loss(balance):
+        config = dataclasses.replace(CONFIG, balance=balance, balance_weight=0.3, z_weight=0.2)
+        return router_loss({"routing": routings}, is_token[None], config)
+
+    for balance in ("loss", "global_loss"):
+        torch.testing.assert_close(loss(balance), 0.3 * even + 0.2 * small)
+    for balance in ("bias", "none"):
+        torch.testing.assert_close(loss(balance), 0.2 * small)
+
+
+def test_the_objective_weighs_them_as_a_mean_over_trained_tokens(processor):
+    """So that dividing by the trained tokens of a step leaves a mean over its micro-batches."""
+    batch = make_batch([make_document(processor, 1, ("what?", "red"))])
+    with_losses, without = moe_model(balance_weight=0.3), moe_model(balance="none", z_weight=0.0)
+    extras = {}
+    difference = next_token(with_losses, batch, extras) - next_token(without, batch)
+    expected = router_loss({"routing": extras["routing"]}, batch.doc_ids >= 0, with_losses.config.decoder.moe)
+    torch.testing.assert_close(difference / (batch.labels != IGNORE).sum(), expected, rtol=1e-3, atol=0)
+
+
+def test_the_bias_update_is_the_papers():
+    moe = random_moe(balance="bias", bias_rate=0.1)
+    torch.nn.init.zeros_(moe.selection_bias)
+    moe.update_bias(torch.tensor([7.0, 0.0, 4.0, 5.0, 4.0]))
+    torch.testing.assert_close(moe.selection_bias, torch.tensor([-0.1, 0.1, 0.0, -0.1, 0.0]))
+    moe.router.requires_grad_(False)  # what is frozen goes on choosing as it did
+    moe.update_bias(torch.tensor([7.0, 0.0, 4.0, 5.0, 4.0]))
+    torch.testing.assert_close(moe.selection_bias, torch.tensor([-0.1, 0.1, 0.0, -0.1, 0.0]))
+    model = moe_model(balance="bias", bias_rate=0.5)
+    model.decoder.update_expert_bias(torch.eye(5)[:2])
+    for e, layer in enumerate(model.decoder.layers):
+        assert layer.mlp.selection_bias.argmin() == e
+
+
 def test_the_bias_moves_toward_experts_without_tokens():
     moe = random_moe(balance="bias", bias_rate=0.1)
     before = moe.route(torch.randn(400, 16))
@@ -302,6 +345,35 @@ def test_the_bias_moves_toward_experts_without_tokens():
     after = expert_load(routing.choice, torch.ones(400, dtype=torch.bool), 5)
     assert after.max() < 1.15 * after.mean() < expert_load(before.choice, torch.ones(400, dtype=torch.bool), 5).max()
     assert moe.selection_bias.dtype == torch.float32 and "selection_bias" in moe.state_dict()
+
+
+# --- statistics ----------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_all_batches_together():
+    """Two tokens and one of padding, then two; the shares are the numbers in the table, the chosen one is first."""
+    stats = RoutingStats()
+    for shares, choice, is_token, is_image in (
+        ([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]], [[0], [1], [0]], [[True, True, False]], [[True, False, True]]),
+        ([[0.8, 0.2], [0.5, 0.5]], [[0], [0]], [[True, True]], [[True, False]]),
+    ):
+        routing = make_routing(torch.tensor(shares), torch.tensor(choice), torch.tensor(is_token)[0])
+        stats.update([routing], torch.tensor(is_token), torch.tensor(is_image))
+    assert stats.summary() == {
+        "expert_load": [[0.75, 0.25]],
+        "max_load": [1.5],
+        "load_entropy": [round(0.75 * math.log2(4 / 3) + 0.25 * 2, 4)],
+        "router_confidence": [round((0.7 + 0.6 + 0.8 + 0.5) / 4, 4)],
+        "dropped_tokens": 0,
+        "image_share": [[0.6667, 0.0]],
+    }
+
+
+def test_statistics_of_one_expert():
+    stats = RoutingStats()
+    ones = torch.ones(1, 3, dtype=torch.bool)
+    stats.update([make_routing(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64))], ones, ones)
+    assert stats.summary()["load_entropy"] == [1.0]
 
 
 # --- in the model --------------------------------------------------------------------------------------------
@@ -353,13 +425,42 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(processor):
     batch = make_batch([make_document(processor, seed, ("what?", "red")) for seed in (1, 2)])
     moe = dataclasses.replace(CONFIG, intermediate_size=TINY.decoder.intermediate_size)
     expected = dense.logits(batch)
-    assert (upcycle(dense, moe).logits(batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    noisy = upcycle(dense, moe, noise=0.1)
-    experts = noisy.decoder.layers[0].mlp.gate_proj
-    spread = (experts - dense.decoder.layers[0].mlp.gate_proj.weight).std() / experts[0].std()
-    assert 0.05 < spread < 0.15 and not torch.equal(experts[0], experts[1])
-    with pytest.raises(ValueError, match=r"where decoder.moe.intermediate_size = 64, not 24"):
-        upcycle(dense, CONFIG)
+    same = upcycle(dense, moe)
+    assert not same.training and not torch.equal(*(layer.mlp.router.weight for layer in same.decoder.layers))
+    assert (same.logits(batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_noise_of_upcycling_is_relative_and_another_for_every_expert():
+    torch.manual_seed(0)
+    dense = VLM(TINY)
+    noisy = upcycle(dense, dataclasses.replace(CONFIG, intermediate_size=TINY.decoder.intermediate_size), noise=0.1)
+    assert noisy.training
+    for old, new in zip(dense.decoder.layers, noisy.decoder.layers, strict=True):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            matrix, experts = getattr(old.mlp, name).weight, getattr(new.mlp, name)
+            noise = (experts - matrix) / matrix.std()
+            assert 0.095 < noise.std() < 0.105 and not torch.equal(noise[0], noise[1])
+        # The router is that of any new model: standard deviation 1 / sqrt(hidden size).
+        assert 0.8 < new.mlp.router.weight.std() * TINY.decoder.hidden_size**0.5 < 1.2
+    new, old = noisy.state_dict(), dense.state_dict()
+    assert all(torch.equal(new[name], old[name]) for name in old if "mlp" not in name or name.startswith("vision"))
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted", "value"),
+    [
+        ("intermediate_size", 64, 24),
+        ("num_shared_experts", 0, 1),
+        ("norm_topk_prob", True, False),
+        ("routed_scaling_factor", 1.0, 2.5),
+        ("capacity_factor", 0.0, 1.0),
+    ],
+)
+def test_a_mixture_that_could_not_compute_the_same_is_refused(field, wanted, value):
+    moe = dataclasses.replace(CONFIG, **{"intermediate_size": TINY.decoder.intermediate_size, field: value})
+    with pytest.raises(ValueError, match=rf"where decoder.moe.{field} = {wanted}, not {value}"):
+        upcycle(VLM(TINY), moe)
 
 
 def test_upcycled_experts_grow_apart(processor):
@@ -413,6 +514,22 @@ def test_parameters_of_mixtral():
     total, active = model.count_parameters()
     assert (round(total / 1e9, 1), round(active / 1e9, 1)) == (46.7, 12.9)
     assert total == 46_702_792_704  # as transformers counts them
+
+
+def test_scenes_moe_has_the_active_parameters_of_scenes():
+    """But for the routers, of 8 rows a layer."""
+    with torch.device("meta"):
+        dense, mixture = (VLM(PRESETS[name]().model) for name in ("scenes", "scenes_moe"))
+    decoder = dense.config.decoder
+    routers = 8 * decoder.hidden_size * decoder.num_hidden_layers
+    assert mixture.count_parameters()[1] == dense.count_parameters()[1] + routers
+
+
+def test_experts_begin_as_a_dense_layer_does():
+    layers = VLM(TINY).decoder.layers, moe_model(intermediate_size=TINY.decoder.intermediate_size).decoder.layers
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        dense, experts = getattr(layers[0][0].mlp, name).weight, getattr(layers[1][0].mlp, name)
+        assert 0.9 < experts.std() / dense.std() < 1.1
 
 
 def test_one_field_switches_it_on():
