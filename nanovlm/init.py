@@ -15,12 +15,15 @@ from collections.abc import Iterable
 import torch
 
 from nanovlm import hf
-from nanovlm.checkpoint import read_json
+from nanovlm.checkpoint import empty_model, read_json
 from nanovlm.config import MoEConfig, TrainConfig, differences, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, extend_tokenizer, read_tokenizer, train_tokenizer
 from nanovlm.model.vlm import VLM
+
+# What a run may choose anew for the mixture of the model that it starts from: none changes what the weights mean.
+MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
 
 def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
@@ -34,7 +37,12 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         if wanted.decoder.moe is not None and model.config.decoder.moe is None:
             model = upcycle(model, wanted.decoder.moe, init.upcycle_noise)
         decoder = dataclasses.replace(model.config.decoder, attention=wanted.decoder.attention)
+        if decoder.moe is not None and wanted.decoder.moe is not None:
+            changes = {field: getattr(wanted.decoder.moe, field) for field in MOE_FIELDS_OF_TRAINING}
+            decoder = dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, **changes))
         _check_same(init.model, dataclasses.replace(model.config, decoder=decoder), wanted)
+        weights, model = model.state_dict(), empty_model(wanted, "cpu", torch.float32)
+        model.load_state_dict(weights, assign=True)
         if config.data.chat_template:
             processor = Processor(processor.tokenizer, _template(config), wanted)
         return model, processor

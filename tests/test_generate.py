@@ -13,6 +13,7 @@ import torch
 import generate
 from nanovlm import checkpoint
 from nanovlm.config import MoEConfig
+from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 
@@ -143,5 +144,10 @@ def test_routing_of_one_answer(folder, processor):
     for line in lines[1:]:
         shares = list(map(int, line.split()[3:]))
         assert len(shares) == 3 and 98 <= sum(shares) <= 102 and max(shares) <= 50
+    blind = VLM(dataclasses.replace(model.config, vision=None, image_token_id=None))
+    speaker = Processor(processor.tokenizer, processor.chat_template, blind.config)
+    prompt = speaker.prompt([{"role": "user", "content": "what?"}], [])
+    names = [line.split()[:3] for line in generate.format_routing(blind, speaker, prompt, "red").splitlines()[1:]]
+    assert names == [["layer", str(layer), part] for layer in (0, 1) for part in ("question", "answer")]
     refused = call(folder, "--image", "a.png", "--prompt", "what?", "--show-routing")
     assert refused.returncode == 2 and "--show-routing needs a mixture of experts" in refused.stderr

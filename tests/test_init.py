@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 import nanovlm
 import train
 from nanovlm import checkpoint, init
-from nanovlm.config import DecoderConfig, InitConfig, TilingConfig, VisionConfig
+from nanovlm.config import DecoderConfig, InitConfig, MoEConfig, TilingConfig, VisionConfig
 from nanovlm.data.sources import Scenes, sample_texts
 from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
 from nanovlm.losses import next_token_loss
+from nanovlm.model.moe import EXPERTS
 from nanovlm.model.vlm import VLM
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
@@ -182,6 +183,33 @@ def test_parts_that_one_side_lacks_are_named(hub, tmp_path):
     config = dataclasses.replace(config, model=blind, init=InitConfig(model=str(tmp_path / "own")))
     with pytest.raises(ValueError, match=r"differs from the config: model.vision: VisionConfig\(.*\) against None"):
         init.start(config, ())
+
+
+def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
+    """Upcycled with the noise of the config; of a mixture, how it is trained may change, and what it is may not."""
+    config = stage(1, hub, tmp_path)
+
+    def go_on(name, noise=0.0, **changes):
+        moe = MoEConfig(num_experts=3, intermediate_size=DECODER["intermediate_size"], **changes)
+        model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, moe=moe))
+        from_there = InitConfig(model=str(tmp_path / name), upcycle_noise=noise)
+        return init.start(dataclasses.replace(config, model=model, init=from_there), ())
+
+    dense, processor = init.start(config, ())
+    checkpoint.save_model(tmp_path / "dense", dense, processor)
+    matrix = dense.decoder.layers[0].mlp.gate_proj.weight
+    assert all(torch.equal(expert, matrix) for expert in go_on("dense")[0].decoder.layers[0].mlp.gate_proj)
+    mixture, _processor = go_on("dense", noise=0.1)
+    assert not any(torch.equal(expert, matrix) for expert in mixture.decoder.layers[0].mlp.gate_proj)
+    checkpoint.save_model(tmp_path / "mixture", mixture, processor)
+    again, _processor = go_on("mixture", experts="loop", balance_weight=0.5)
+    assert again.config.decoder.moe.balance_weight == 0.5
+    assert again.decoder.layers[0].mlp.run_experts is EXPERTS["loop"]
+    old, new = mixture.state_dict(), again.state_dict()
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    with pytest.raises(ValueError, match=r"decoder.moe.num_experts_per_tok: 2 against 1"):
+        go_on("mixture", num_experts_per_tok=1)
 
 
 def test_mistakes_are_named(hub, tmp_path):
