@@ -216,6 +216,11 @@ class VLMConfig:
             ):
                 value = getattr(d.moe, name)
                 _check(value >= least, f"decoder.moe.{name} = {value} must be at least {least}")
+            for name, width in (("hidden_size", d.hidden_size), ("moe.intermediate_size", d.moe.intermediate_size)):
+                _check(
+                    d.moe.experts != "grouped" or width % 8 == 0,  # torch wants rows of a multiple of 16 bytes
+                    f"decoder.{name} = {width} must be a multiple of 8 for decoder.moe.experts = grouped",
+                )
         for name, value in (pair for part, config in parts.items() for pair in _integers(part, config)):
             _check(value >= 1, f"{name} = {value} must be at least 1")
         _divides(

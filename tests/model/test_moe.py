@@ -487,6 +487,7 @@ def test_stacked_experts_are_matrices_of_their_own_for_muon():
         ({"num_experts_per_tok": 6}, "num_experts_per_tok = 6 must be between 1 and decoder.moe.num_experts = 5"),
         ({"intermediate_size": 0}, "decoder.moe.intermediate_size = 0 must be at least 1"),
         ({"jitter": -0.1}, "decoder.moe.jitter = -0.1 must be at least 0"),
+        ({"intermediate_size": 20}, "moe.intermediate_size = 20 must be a multiple of 8 for decoder.moe.experts"),
         ({"experts": "fast"}, "decoder.moe.experts = 'fast' is unknown; there are loop, grouped"),
     ],
 )
