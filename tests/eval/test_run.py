@@ -95,6 +95,18 @@ def moe_model():
     return VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))).eval()
 
 
+def test_the_picture_of_routing_shows_shares_of_a_row(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    loads = {"image tokens": torch.tensor([[3.0, 1.0], [1.0, 1.0]]), "color": torch.tensor([[1.0, 3.0], [2.0, 0.0]])}
+    draw_routing(loads)
+    shown = [[text.get_text() for text in axis.texts] for axis in figures[0].axes]
+    close(figures[0])
+    assert shown == [["50", "50", "75", "25"], ["75", "25", "25", "75"], ["50", "50", "100", "0"]]
+
+
 def test_routing_counts_every_token_of_every_question_once(moe_model, processor):
     task = SceneTask("test", 4)
     loads = measure_routing(moe_model, processor, task, batch_rows=3)

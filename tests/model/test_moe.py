@@ -27,7 +27,7 @@ from nanovlm.metrics import RoutingStats
 from nanovlm.model.moe import EXPERTS, MoE, Routing, expert_load, fits_capacity
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import next_token
-from nanovlm.optim import as_matrices
+from nanovlm.optim import Muon, make_optimizers
 from nanovlm.presets import PRESETS
 from tests.conftest import TINY, make_batch, make_document
 
@@ -475,10 +475,32 @@ def test_upcycled_experts_grow_apart(processor):
     assert not torch.equal(experts[0], experts[1])
 
 
-def test_stacked_experts_are_matrices_of_their_own_for_muon():
-    experts, conv, linear = torch.randn(4, 6, 8), torch.randn(5, 3, 2, 2), torch.randn(5, 7)
-    assert as_matrices(experts).shape == (4, 6, 8)
-    assert as_matrices(conv).shape == (1, 5, 12) and as_matrices(linear).shape == (1, 5, 7)
+@pytest.mark.parametrize("shape", [(12, 6, 8), (3, 8, 6)])
+def test_stacked_experts_are_matrices_of_their_own_for_muon(shape):
+    torch.manual_seed(0)
+    together = torch.nn.Parameter(torch.randn(shape))
+    alone = [torch.nn.Parameter(expert.detach().clone()) for expert in together]
+    optimizers = [Muon([together], lr=0.1), *(Muon([expert], lr=0.1) for expert in alone)]
+    together.grad = torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None, None]
+    for expert, grad in zip(alone, together.grad, strict=True):
+        expert.grad = grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(together, torch.stack(list(alone)))
+
+
+def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(processor):
+    model = moe_model(balance="bias", bias_rate=0.5)
+    batches = [make_batch([make_document(processor, seed, ("what?", "red"))]) for seed in (1, 2)]
+    load = 0
+    for batch in batches:
+        model(batch, extras=(extras := {}))
+        load = load + torch.stack([routing.load for routing in extras["routing"]])
+    config = dataclasses.replace(train.TrainConfig(), model=model.config)
+    state = train.TrainState(model, make_optimizers(model, config.optim), None, 1, "fp32")
+    train.train_step(state, batches, config)
+    for layer, counts in zip(model.decoder.layers, load, strict=True):
+        assert torch.equal(layer.mlp.selection_bias, 0.5 * (counts.mean() - counts).sign())
 
 
 @pytest.mark.parametrize(
