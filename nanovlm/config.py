@@ -19,9 +19,6 @@ class VisionConfig:
     image_size: int = 64
     # Side of one square patch, in pixels.
     patch_size: int = 8
-    # How pixels become patch embeddings, a key of nanovlm.model.vision.PATCH_EMBEDDING: linear, one linear map
-    # (SigLIP), or conv, a small stack of 3x3 convolutions.
-    patch_embedding: str = "linear"
     # Width of the residual stream.
     hidden_size: int = 128
     # Width of the feed-forward layer.
@@ -240,14 +237,8 @@ class VLMConfig:
         )
         if v is not None:
             _check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
-            if v.patch_embedding != "linear":
-                _divides("vision.patch_size", v.patch_size, "vision.image_size", v.image_size)
             _divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             _divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
-            _check(
-                v.patch_embedding != "conv" or (v.patch_size & (v.patch_size - 1) == 0 and v.patch_size > 1),
-                f"vision.patch_size = {v.patch_size} must be a power of two above 1 for patch_embedding = conv",
-            )
             if self.tiling.policy == "nanovlm":
                 _divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
         ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}

@@ -98,11 +98,6 @@ def check_exportable(processor: Processor):
             f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "
             "train with tiling.policy = idefics3"
         )
-    if config.vision.patch_embedding != "linear":
-        raise ValueError(
-            f"vision.patch_embedding = {config.vision.patch_embedding!r} cannot be exported: Idefics3 has one linear "
-            "map of each patch; train with vision.patch_embedding = linear"
-        )
     if config.vision.grid_size in hf.IDEFICS3_BAD_GRIDS:
         raise ValueError(
             f"vision.image_size / vision.patch_size = {config.vision.grid_size} cannot be exported: Idefics3 gives "

@@ -23,27 +23,31 @@ def scenes() -> TrainConfig:
         model=VLMConfig(
             vision=VisionConfig(
                 image_size=48,
-                patch_embedding="conv",
-                hidden_size=96,
-                intermediate_size=288,
+                patch_size=16,
+                hidden_size=256,
+                intermediate_size=512,
                 num_hidden_layers=2,
                 num_attention_heads=4,
             ),
+            projector=ProjectorConfig(scale_factor=1),
+            tiling=TilingConfig(policy="idefics3", longest_edge=48),
             decoder=DecoderConfig(
                 hidden_size=96,
                 intermediate_size=288,
                 num_hidden_layers=3,
                 num_attention_heads=4,
                 num_key_value_heads=4,
-                head_dim=24,
+                head_dim=32,
                 vocab_size=512,
                 tie_word_embeddings=False,
             ),
         ),
         data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
         optim=OptimConfig(
-            lr=2e-3,
+            lr=4e-3,
             steps=1000,
+            schedule="wsd",  # places are learned all at once, where the rate is still high (docs/log.md)
+            decay_start=0.75,
             momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
@@ -51,26 +55,6 @@ def scenes() -> TrainConfig:
             ),
         ),
     )
-
-
-def scenes_idefics3() -> TrainConfig:
-    """Scenes with the encoder and the tiles of Idefics3, so that a run exports; it learns less."""
-    base = scenes()
-    vision = VisionConfig(
-        image_size=48,
-        patch_size=16,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    model = dataclasses.replace(
-        base.model,
-        vision=vision,
-        projector=ProjectorConfig(scale_factor=1),
-        tiling=TilingConfig(policy="idefics3", longest_edge=48),
-    )
-    return dataclasses.replace(base, run_dir="runs/scenes_idefics3", model=model)
 
 
 def scenes_moe() -> TrainConfig:
@@ -164,5 +148,5 @@ REST = ParamRule(r"", weight_decay=0.01)
 
 PRESETS = {
     function.__name__: function
-    for function in (scenes, scenes_moe, scenes_idefics3, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+    for function in (scenes, scenes_moe, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
 }

@@ -1,7 +1,6 @@
 """A tiny model, its processor, and small documents, shared by the tests."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from nanovlm.data.packing import make_row
 from nanovlm.data.sources import Scenes, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.attention import ATTENTION
-from nanovlm.model.vision import PATCH_EMBEDDING
 from nanovlm.model.vlm import VLM
 
 TINY = VLMConfig(
@@ -38,14 +36,12 @@ def processor():
     return Processor(train_tokenizer(sample_texts(Scenes("train"), 50), 512), CHAT_TEMPLATE, TINY)
 
 
-@pytest.fixture(params=itertools.product(sorted(ATTENTION), sorted(PATCH_EMBEDDING)), ids=" ".join)
+@pytest.fixture(params=sorted(ATTENTION))
 def model(request):
-    """A random tiny model for each attention backend and each patch embedding."""
+    """A random tiny model for each attention backend."""
     torch.manual_seed(0)
-    attention, patch_embedding = request.param
-    decoder = dataclasses.replace(TINY.decoder, attention=attention)
-    vision = dataclasses.replace(TINY.vision, patch_embedding=patch_embedding)
-    return VLM(dataclasses.replace(TINY, decoder=decoder, vision=vision)).eval()
+    decoder = dataclasses.replace(TINY.decoder, attention=request.param)
+    return VLM(dataclasses.replace(TINY, decoder=decoder)).eval()
 
 
 def noise(seed, size=16):

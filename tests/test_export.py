@@ -308,7 +308,6 @@ def vision(**changes):
 
 REFUSED = {
     "tiling.policy = 'fit'": dataclasses.replace(OWN, tiling=TilingConfig("fit")),
-    "vision.patch_embedding = 'conv'": vision(patch_embedding="conv"),
     "vision.image_size / vision.patch_size = 38": vision(image_size=38, patch_size=1),
     "no family of language models has decoder.qkv_bias = True, o_bias = False, qk_norm = head": other(
         qkv_bias=True, qk_norm="head"

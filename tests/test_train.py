@@ -398,10 +398,10 @@ def test_help_shows_every_field_with_its_meaning(capsys):
 
 
 def test_a_user_mistake_is_one_sentence(tmp_path):
-    command = [sys.executable, "train.py", "scenes", "--run-dir", str(tmp_path), "--model.vision.patch-size", "7"]
+    command = [sys.executable, "train.py", "scenes", "--run-dir", str(tmp_path), "--model.projector.scale-factor", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2
-    assert done.stderr == "error: vision.patch_size = 7 must divide vision.image_size = 48\n"
+    assert done.stderr == "error: projector.scale_factor = 2 must divide vision.image_size // vision.patch_size = 3\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -43,7 +43,7 @@ LESSONS = (
 )
 # So many questions of a kind has a later training scene that allows them, on average at most, and one of every other
 # kind: what is learned late is asked often, what is known by then seldom.
-PRACTICE = {"relation": 3, "count": 0.6, "digits": 0.3, "caption": 0.3}
+PRACTICE = {"relation": 3, "count": 0.8, "digits": 0.3, "caption": 0.3}
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
 COLORS = {

@@ -99,8 +99,7 @@ def init_weights(model: VLM):
 
     - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
       residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
-    - a linear patch embedding: whitening filters (vision.py)
-    - convolutions: sqrt(2 / inputs), as ReLUs follow most of them
+    - the patch embedding: whitening filters (vision.py)
     - experts: as the matrices of a dense layer
     - token embeddings: 1, the scale of the image tokens among them; as a tied head 1 / sqrt(hidden size)
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
@@ -109,17 +108,13 @@ def init_weights(model: VLM):
     """
     depth = {name: len(part.layers) for name, part in model.named_children() if name in ("vision", "decoder")}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            std = 1 / math.sqrt(module.weight[0].numel())
-            if isinstance(module, nn.Conv2d):
-                std *= math.sqrt(2)
-            elif name.endswith("lm_head"):
+        if isinstance(module, nn.Linear):
+            std = 1 / math.sqrt(module.in_features)
+            if name.endswith("lm_head"):
                 std *= 0.1
             elif name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
                 std /= math.sqrt(2 * depth[name.split(".")[0]])
             nn.init.normal_(module.weight, std=std)
-            if name == "vision.patch_embedding" and not module.weight.is_meta:
-                module.weight.copy_(whitening_filters(*module.weight.shape[::3]))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, MoE):
@@ -132,3 +127,7 @@ def init_weights(model: VLM):
     nn.init.normal_(model.decoder.embed_tokens.weight, std=std)
     if model.config.vision is not None:
         nn.init.normal_(model.vision.position_embedding.weight, std=0.5)
+        patches = model.vision.patch_embedding
+        nn.init.zeros_(patches.bias)
+        if not patches.weight.is_meta:
+            patches.weight.copy_(whitening_filters(patches.out_channels, patches.kernel_size[0]))
