@@ -272,7 +272,7 @@ class Processor:
         """Tokenise spans; return token ids and labels, each label where it is to be predicted."""
         image, repeats = self.config.image_token_id, self.config.num_image_tokens
         ids, labels = [], []
-        is_short = sum(len(span.text) for span in spans) < 100
+        is_short = sum(len(span.text) for span in spans) < 200
         encoded = self._encode_short(spans) if is_short else self._encode_spans(spans)
         for token, is_trained in zip(*encoded, strict=True):
             ids += [token] * (repeats if token == image else 1)
@@ -287,10 +287,12 @@ class Processor:
         answer_is_open = False
 
         def flush():
-            encoding = self._text_tokenizer.encode("".join(text for text, _ in running), add_special_tokens=False)
-            trained = [flag for text, flag in running for _ in text]  # one a character
-            ids.extend(encoding.ids)
-            is_trained.extend(any(trained[start:end]) for start, end in encoding.offsets)
+            text = "".join(text for text, _ in running)
+            if text:
+                encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
+                trained = [flag for text, flag in running for _ in text]  # one a character
+                ids.extend(encoding.ids)
+                is_trained.extend(any(trained[start:end]) for start, end in encoding.offsets)
             running.clear()
 
         for span in spans:

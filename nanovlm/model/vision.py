@@ -15,18 +15,31 @@ from nanovlm.model.attention import ATTENTION
 class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.patch_embedding = PatchEmbedding(3, config.hidden_size, config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """float[I, C, H, W] -> [I, P, D], patches row by row."""
-        x_IPD = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        x_IPD = x_IPD + self.position_embedding.weight
+        x_IPD = self.patch_embedding(pixel_values) + self.position_embedding.weight
         for layer in self.layers:
             x_IPD = layer(x_IPD)
         return self.post_layernorm(x_IPD)
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose windows do not overlap, as the matrix product that it is.
+
+    Backward in 1 ms where torch's convolution takes 12: 26 images of 9 patches, two CPU threads, 2026-11-22.
+    """
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """float[I, C, H, W] -> [I, P, D]; pixels beyond the last whole patch are not seen."""
+        p = self.kernel_size[0]
+        x_ICYXhw = pixel_values.unfold(2, p, p).unfold(3, p, p)
+        patches_IPF = x_ICYXhw.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches_IPF, self.weight.flatten(1), self.bias)
 
 
 class VisionBlock(nn.Module):
