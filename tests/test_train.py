@@ -252,8 +252,8 @@ def test_lost_metrics_are_noticed(tmp_path):
 
 
 def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch):
-    for changes in ({"device": "cuda:99"}, {"data": dataclasses.replace(SMALL.data, row_length=10)}):
-        with pytest.raises(ValueError, match=r"cuda:99|row_length = 10"):
+    for changes in ({"device": "cuda:99"}, {"data": dataclasses.replace(SMALL.data, row_length=9)}):
+        with pytest.raises(ValueError, match=r"cuda:99|row_length = 9 leaves no room"):
             run(tmp_path / "new", **changes)
         assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "wandb", None)
