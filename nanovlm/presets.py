@@ -45,9 +45,9 @@ def scenes() -> TrainConfig:
         data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
         optim=OptimConfig(
             lr=4e-3,
-            steps=1000,
+            steps=1100,
             schedule="wsd",  # places are learned all at once, where the rate is still high (docs/log.md)
-            decay_start=0.6,
+            decay_start=0.77,
             momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
@@ -63,7 +63,8 @@ def scenes_moe() -> TrainConfig:
     moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=base.model.decoder.intermediate_size // 2)
     decoder = dataclasses.replace(base.model.decoder, moe=moe)
     model = dataclasses.replace(base.model, decoder=decoder)
-    return dataclasses.replace(base, run_dir="runs/scenes_moe", model=model)
+    optim = dataclasses.replace(base.optim, rules=(ParamRule("router"), *base.optim.rules))
+    return dataclasses.replace(base, run_dir="runs/scenes_moe", model=model, optim=optim)
 
 
 # The recipe of the field, in three commands: the projector learns between two frozen backbones, then with the decoder,
