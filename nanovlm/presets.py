@@ -47,7 +47,7 @@ def scenes() -> TrainConfig:
             lr=4e-3,
             steps=1100,
             schedule="wsd",  # places are learned all at once, where the rate is still high (docs/log.md)
-            decay_start=0.77,
+            decay_start=0.6,
             momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
