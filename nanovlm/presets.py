@@ -45,9 +45,9 @@ def scenes() -> TrainConfig:
         data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
         optim=OptimConfig(
             lr=4e-3,
-            steps=1100,
+            steps=1000,
             schedule="wsd",  # places are learned all at once, where the rate is still high (docs/log.md)
-            decay_start=0.6,
+            decay_start=0.45,
             momentum=0.9,
             rules=(
                 ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
