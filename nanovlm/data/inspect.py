@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from nanovlm import cli
-from nanovlm.config import DataConfig, VLMConfig, from_dict
+from nanovlm.config import DataConfig, TilingConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
 from nanovlm.data.images import marker_tokens
@@ -110,9 +110,9 @@ def load_processor(folder: Path) -> Processor:
 
 
 def make_processor(source, image_tiles: int) -> Processor:
-    """Make a tokenizer from the source, for the model of the preset scenes."""
+    """Make a tokenizer from the source, for the model of the preset scenes, which may see images in several tiles."""
     preset = scenes()
-    config = replace(preset.model, tiling=replace(preset.model.tiling, max_tiles=image_tiles))
+    config = replace(preset.model, tiling=TilingConfig(policy="fit", max_tiles=image_tiles))
     texts = sample_texts(source, 1000)
     return Processor(train_tokenizer(texts, preset.data.tokenizer_size, marker_tokens(config)), CHAT_TEMPLATE, config)
 
