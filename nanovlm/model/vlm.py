@@ -130,4 +130,7 @@ def init_weights(model: VLM):
         patches = model.vision.patch_embedding
         nn.init.zeros_(patches.bias)
         if not patches.weight.is_meta:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # the factors of a matrix depend on it, and a seed should give the same weights
             patches.weight.copy_(whitening_filters(patches.out_channels, patches.kernel_size[0]))
+            torch.set_num_threads(threads)

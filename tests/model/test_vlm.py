@@ -9,7 +9,9 @@ from nanovlm.data.types import IGNORE
 from nanovlm.losses import next_token_loss
 from nanovlm.model.attention import make_mask
 from nanovlm.model.vision import whitening_filters
+from nanovlm.model.vlm import VLM
 from nanovlm.objectives import next_token
+from nanovlm.presets import scenes
 from tests.conftest import make_batch, make_document
 
 TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
@@ -156,3 +158,13 @@ def test_a_new_linear_patch_embedding_whitens_patches(num_filters, patch_size):
     variances = torch.linalg.eigvalsh(filters @ covariance @ filters.T).flip(0)[: min(num_filters, n)]
     even = max(1, num_filters / n)
     assert variances.max() <= even * 1.001 and variances[:12].min() > 0.8 * even
+
+
+def test_a_seed_gives_the_same_weights_with_any_number_of_threads():
+    before, weights = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        weights.append(VLM(scenes().model).state_dict())
+    torch.set_num_threads(before)
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
