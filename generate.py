@@ -59,11 +59,11 @@ def main(config: GenerateConfig):
     images = [open_image(path) for path in config.image]
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = nanovlm.load(config.model, cli.find_device(config.device), dtype)
+    if config.show_routing and model.config.decoder.moe is None:
+        raise ValueError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     if not config.prompt:
         return chat(model, processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
-    if config.show_routing and model.config.decoder.moe is None:
-        raise ValueError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     echo = len(prompts) == 1 and not config.json
     texts, numbers = answer(model, processor, prompts, config.sampling, echo)
     if config.show_routing:

@@ -8,7 +8,7 @@ A vision-language model becomes an Idefics3, a language model one of the family 
 written by hand; fields that older and newer readers name differently are written in both ways. `transformers` is
 needed by `check` alone, and only where it is installed.
 
-    python -m nanovlm.hf export runs/scenes_idefics3 OUT_DIR --check
+    python -m nanovlm.hf export runs/demo OUT_DIR --check
 """
 
 import importlib.util

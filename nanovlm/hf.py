@@ -10,7 +10,7 @@ A name table maps prefixes of their tensor names to ours, or to several of ours 
 follows a prefix is the same on both sides, and nothing is permuted. The tables and the fields of configs are used in
 both directions: `export.py` writes with them.
 
-    python -m nanovlm.hf export runs/scenes_idefics3 OUT_DIR --check
+    python -m nanovlm.hf export runs/demo OUT_DIR --check
 """
 
 import dataclasses
