@@ -1,7 +1,7 @@
 """The mixture of experts on the scenes: against the dense model of equal active parameters, and balanced in four ways.
 
     python benchmarks/scenes_moe.py compare runs/moe               scenes and scenes_moe, three seeds each
-    python benchmarks/scenes_moe.py balance runs/moe --steps 400   scenes_moe with every way of balancing
+    python benchmarks/scenes_moe.py balance runs/moe               scenes_moe with every way of balancing
 
 Two runs go side by side on a thread each; runs that are there are continued or reused. Writes
 benchmarks/results/scenes_moe_compare.json and docs/routing.png (which expert serves what), or
@@ -103,7 +103,7 @@ def balance(config: BenchmarkConfig) -> dict:
         run_dir = folder(config, "scenes_moe", 0, name)
         loads, score = read_loads(run_dir), checkpoint.read_json(run_dir / "eval.json")
         results[name] = {
-            "max_load_of_each_layer_first_50_steps": [round(statistics.mean(layer[:50]), 3) for layer in loads],
+            "max_load_of_each_layer_first_10_steps": [round(statistics.mean(layer[:10]), 3) for layer in loads],
             "max_load_of_each_layer_last_50_steps": [round(statistics.mean(layer[-50:]), 3) for layer in loads],
             "test_mean": round(100 * score["test"]["mean"], 2),
         }
