@@ -113,11 +113,12 @@ def check(layers: dict[str, MoE], x: torch.Tensor, choice: torch.Tensor):
 
     def outputs(name, dtype):
         layer = layers[name]
-        inputs = [x[0].to(dtype).requires_grad_(), torch.ones_like(choice, dtype=dtype) / 2]
+        inputs = x[0], torch.full(choice.shape, 0.5, device=x.device)
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
         matrices = [w.detach().to(dtype).requires_grad_() for w in (layer.gate_proj, layer.up_proj, layer.down_proj)]
         y = EXPERTS[name](inputs[0], choice, inputs[1], *matrices)
         y.float().square().sum().backward() if dtype != torch.float64 else y.square().sum().backward()
-        return [y.detach(), inputs[0].grad, *(w.grad for w in matrices)]
+        return [y.detach(), *(tensor.grad for tensor in (*inputs, *matrices))]
 
     exact = outputs("loop", torch.float64)
     loop = outputs("loop", x.dtype)
