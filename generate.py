@@ -26,7 +26,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.model.moe import expert_load
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, Extras
 from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
 
@@ -126,14 +126,14 @@ def format_routing(model: VLM, processor: Processor, prompt: Document, text: str
     ids = torch.cat((prompt.input_ids, answer_ids))
     fields = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "branch_ids": torch.zeros_like(ids).int()}
     document = replace(prompt, **fields)
-    batch, extras = processor.batch([document]).to(next(model.parameters()).device), {}
+    batch, extras = processor.batch([document]).to(next(model.parameters()).device), Extras()
     model(batch, extras=extras)
     image_id = -1 if model.config.image_token_id is None else model.config.image_token_id
     is_image, index = (ids == image_id).to(batch.input_ids.device), torch.arange(len(ids))
     is_answer = (index >= len(prompt)).to(is_image)
     num_experts = model.config.decoder.moe.num_experts
     lines = ["expert".rjust(18) + "".join(f"{e:>5}" for e in range(num_experts))]
-    for layer, routing in enumerate(extras["routing"]):
+    for layer, routing in enumerate(extras.routing):
         for name, where in (("image", is_image), ("question", ~is_image & ~is_answer), ("answer", is_answer)):
             load = expert_load(routing.choice, where, num_experts)
             if load.sum() > 0:

@@ -4,199 +4,246 @@
     python train.py scenes --optim.lr 2e-3       any field by its dotted name
     python train.py --run-dir runs/second        started again with the same folder, a run continues
     python train.py --help                       every field with its meaning
+    torchrun --nproc-per-node 8 train.py smolvlm_256m_stage3 --parallel.strategy fsdp      on 8 GPUs
 
 The run directory receives config.json, metrics.jsonl (a line a step), checkpoints/, and at the end model/
 (all that generate.py needs), eval.json and samples.png.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import tyro
-from tqdm import tqdm
+from torch import nn
 
 from eval.routing import draw_routing, measure_routing
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
-from nanovlm import checkpoint, cli, init
+from nanovlm import checkpoint, cli, distributed, init, parallel, run_state
 from nanovlm.config import MoEConfig, TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import RATINGS, Scenes, open_sources, sample_texts, to_sample
-from nanovlm.data.types import IGNORE, Batch, Document
-from nanovlm.metrics import RoutingStats
-from nanovlm.model.vlm import VLM
+from nanovlm.data.types import Batch
+from nanovlm.environment import describe_environment, device_name, git_commit
+from nanovlm.log import Log, import_wandb
+from nanovlm.metrics import RoutingStats, count_flops
+from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import OBJECTIVES
-from nanovlm.optim import learning_rate, make_optimizers, set_learning_rate
+from nanovlm.optim import assign_rules, learning_rate, make_optimizers, set_learning_rate
 from nanovlm.presets import PRESETS
+
+RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants to be started again
 
 
 @dataclass
 class TrainState:
-    """Everything that a resumed run needs."""
+    """Everything that a resumed run needs. `replica` is what training calls: the model, or what spreads it over ranks.
+
+    `loaders` has one for each micro-batch of this rank: rank r of R reads the micro-batches r, r + R, r + 2 R, ...
+    """
 
     model: VLM
+    replica: nn.Module
     optimizers: dict[str, torch.optim.Optimizer]
-    loader: Loader
+    loaders: list[Loader]
     threads: int
     precision: str
     step: int = 0
     tokens: int = 0
+    skipped_steps: int = 0
     elapsed_s: float = 0.0
 
-    def save(self, run_dir: Path, keep: int):
-        """Write a checkpoint and keep the newest `keep`."""
-        numbers = {name: getattr(self, name) for name in ("step", "tokens", "elapsed_s", "threads", "precision")}
-        numbers["loader"] = self.loader.state_dict()
-        checkpoint.save_checkpoint(run_dir, self.model, self.optimizers, numbers, keep)
+    def save(self, run_dir: Path, keep: int) -> run_state.Saving:
+        """Begin to write a checkpoint, after which the newest `keep` stay."""
+        if distributed.rank() == 0:
+            checkpoint.flush(run_dir / "metrics.jsonl")
+        names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
+        numbers = {name: getattr(self, name) for name in names}
+        states = distributed.gather([loader.state_dict() for loader in self.loaders])
+        numbers["loaders"] = [state for together in zip(*states, strict=True) for state in together]
+        rng = distributed.gather(run_state.rng_state())
+        rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
+        return run_state.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
 
     def load(self, folder: Path):
-        """Go on from a checkpoint."""
-        numbers = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
-        self.loader.load_state_dict(numbers.pop("loader"))
+        """Go on from a checkpoint, which any number of ranks may have written."""
+        numbers, rng = run_state.load_checkpoint(folder, self.model, self.optimizers)
+        states = numbers.pop("loaders")[distributed.rank() :: distributed.num_ranks()]
+        for loader, state in zip(self.loaders, states, strict=True):
+            loader.load_state_dict(state)
+        mine = f"{distributed.rank()}."
+        run_state.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
         for name, value in numbers.items():
             setattr(self, name, value)
 
 
-def train_step(state: TrainState, batches: list[Batch], config: TrainConfig) -> dict[str, float]:
-    """Run one optimizer step over micro-batches; return its metrics.
+def train_step(state: TrainState, batches: list[Batch], num_trained: int, config: TrainConfig) -> dict:
+    """Run one optimizer step over this rank's micro-batches; return its metrics, some still on the device.
 
-    The loss is the mean over all trained tokens of the step, however they fall into micro-batches.
+    The loss is the mean over the `num_trained` trained tokens of all ranks, however they fall into micro-batches. A
+    step whose loss or gradient is not finite changes nothing.
     """
     device = next(state.model.parameters()).device
-    num_trained = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     lr = learning_rate(state.step, config.optim)
     set_learning_rate(state.optimizers, lr)
-    loss, extras, stats = 0.0, {}, RoutingStats()
-    for batch in batches:
-        batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16"):
-            loss_sum = OBJECTIVES[config.objective](state.model, batch, extras)
-        if extras.get("routing"):
-            stats.update(extras["routing"], batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
-        (loss_sum / max(1, num_trained)).backward()
-        loss += loss_sum.item() / max(1, num_trained)
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.max_grad_norm)
+    loss, extras, stats = torch.zeros((), device=device), Extras(), RoutingStats()
+    for i, batch in enumerate(batches):
+        with parallel.gradient_sync(state.replica, is_last=i + 1 == len(batches)):
+            with autocast(state):
+                loss_sum = OBJECTIVES[config.objective](state.replica, batch, extras) / max(1, num_trained)
+            (loss_sum * distributed.num_ranks()).backward()  # as the ranks' gradients are averaged
+        loss += loss_sum.detach()
+        if extras.routing:
+            stats.update(extras.routing, batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
+    parallel.finish_gradients(state.model)
+    loss = distributed.add_up_tensor(loss)
+    grad_norm = parallel.clip_gradients(list(state.model.parameters()), config.optim.max_grad_norm)
+    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
     for optimizer in state.optimizers.values():
+        optimizer.found_inf = is_bad.float()
         optimizer.step()
         optimizer.zero_grad()
-    if extras.get("routing"):
-        state.model.decoder.update_expert_bias(stats.load)
+    metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "trained_tokens": num_trained, "is_bad": is_bad}
+    if extras.routing:
+        stats.add_up()
+        state.model.decoder.update_expert_bias(stats.load * ~is_bad)
+        metrics["routing"] = stats
+    if isinstance(extras.router_loss, torch.Tensor):
+        metrics["router_loss"] = distributed.add_up_tensor(extras.router_loss) / max(1, num_trained)
     state.step += 1
-    state.tokens += sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
-    numbers = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "trained_tokens": num_trained}
-    return numbers | (stats.summary() if extras.get("routing") else {})
+    return {"step": state.step} | metrics
+
+
+def autocast(state: TrainState) -> torch.autocast:
+    """Compute matrix products in the run's precision."""
+    device = next(state.model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16")
 
 
 def main(config: TrainConfig) -> dict:
-    """Train, resume or report a finished run; return the contents of its eval.json."""
+    """Train, resume or report a finished run; return the contents of its eval.json, an empty dict on other ranks."""
     config.validate()
-    device = cli.find_device(config.device)
-    with checkpoint.lock(Path(config.run_dir)) as run_dir:
-        return train(config, run_dir, device)
+    with distributed.ranks(cli.find_device(config.device)) as device:
+        if distributed.rank():
+            with contextlib.redirect_stdout(None):
+                distributed.wait()  # until the first rank has the folder
+                return train(config, Path(config.run_dir), device)
+        with checkpoint.lock(Path(config.run_dir)) as run_dir:
+            distributed.wait()
+            return train(config, run_dir, device)
 
 
 def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     """Do what `main` says, in a run directory that is ours alone."""
     # --- setup -------------------------------------------------------------------------------------------
     begin = time.perf_counter()
+    is_first = distributed.rank() == 0
     if (run_dir / "config.json").exists():
-        check_same_config(run_dir / "config.json", config)
+        config = check_same_config(run_dir / "config.json", config)
     if (run_dir / "eval.json").exists():
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
         return checkpoint.read_json(run_dir / "eval.json")
+    config = share_micro_batches(config)
     torch.manual_seed(config.seed)
-    wandb = import_wandb() if config.wandb else None
+    wandb = import_wandb() if config.wandb and is_first else None
 
     # --- data --------------------------------------------------------------------------------------------
     source = open_sources(config.data.sources, config.data.weights, seed=config.seed, shuffle=config.data.shuffle)
-    checkpoints = checkpoint.list_checkpoints(run_dir)
+    # As the first rank sees them: a disk on the network may show the others older ones.
+    checkpoints = distributed.gather(run_state.list_checkpoints(run_dir))[0]
     if checkpoints:
         model, processor = VLM(config.model), Processor.load(run_dir, config.model)
     else:
         model, processor = init.start(config, sample_texts(source, 1000))
-    loader = Loader(source, make_process(processor, config), config.data, config.model.pad_token_id, config.seed)
+    slots = range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks())
+    loaders = [make_loader(source, processor, config, slot) for slot in slots]
     num_scenes = config.eval_scenes if "scenes" in config.data.sources else 0
     tasks = {split: SceneTask(split, num_scenes) for split in ("test", "compositional")}
 
-    # --- model, optimizer, state -----------------------------------------------------------------------------
+    # --- model, optimizers, state ------------------------------------------------------------------------
     model.to(device)
-    state = TrainState(model, make_optimizers(model, config.optim), loader, config.threads, config.precision)
+    total, active = model.count_parameters()
+    parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    assign_rules(model, config.optim)
+    threads, precision = (0, "") if checkpoints else choose_fastest(model, loaders[0], config)
+    if checkpoints:
+        precision = checkpoint.read_json(checkpoints[-1] / "state.json")["precision"]
+    replica = parallel.parallelize(model, config.parallel, device, precision)
+    state = TrainState(model, replica, make_optimizers(model, config.optim), loaders, threads, precision)
+    distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
         state.load(checkpoints[-1])
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
-    else:
-        choose_fastest(state, config)
+    elif is_first:
         checkpoint.write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
         processor.save(run_dir)
-    log = start_wandb(wandb, config, run_dir) if wandb else None
     torch.set_num_threads(state.threads)
-    metrics_file = open_metrics(run_dir / "metrics.jsonl", state.step)
+    log = Log(config, run_dir, state, device, begin, wandb)
     if not checkpoints:
-        state.save(run_dir, config.keep_checkpoints)
-    parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    total, active = model.count_parameters()
+        state.save(run_dir, config.keep_checkpoints).finish()
     print(f"{total / 1e6:.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})", end="")
     print(f", {active / 1e6:.2f} M of them active for a token" if active < total else "")
-    print(f"training on {device_name(device)} with {state.threads} threads in {state.precision}")
+    where = f"{device_name(device)}, {parallel.describe(config.parallel)}"
+    print(f"training on {where}, with {state.threads} threads in {state.precision}")
 
     # --- loop --------------------------------------------------------------------------------------------
     model.train()
-    bar = tqdm(total=config.optim.steps, initial=state.step, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
-    while state.step < config.optim.steps:
-        start = time.perf_counter()
-        batches = [next(loader) for _ in range(config.optim.accumulation_steps)]
-        data_wait_s = time.perf_counter() - start
-        tokens_before = state.tokens
-        metrics = train_step(state, batches, config)
-        state.elapsed_s = time.perf_counter() - begin
-        metrics |= {
-            "tokens": state.tokens,
-            "samples": loader.counts["read"],
-            **{name.replace(" ", "_"): number for name, number in loader.counts.items() if name != "read"},
-            "tokens_per_second": (state.tokens - tokens_before) / (time.perf_counter() - start),
-            "padding": 1 - (state.tokens - tokens_before) / sum(batch.doc_ids.numel() for batch in batches),
-            "data_wait_s": data_wait_s,
-            "elapsed_s": state.elapsed_s,
-        }
-        metrics_file.write(json.dumps(metrics) + "\n")
-        metrics_file.flush()
-        if log:
-            log(metrics)
-        bar.update()
-        bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s", refresh=False)
-        if config.sample_every and num_scenes and state.step % config.sample_every == 0:
-            bar.write(f"step {state.step}: " + "   ".join(sample_answers(model, processor, tasks["test"])))
-        if state.step % config.checkpoint_every == 0 or state.step == config.optim.steps:
-            checkpoint.flush(run_dir / "metrics.jsonl")
-            state.save(run_dir, config.keep_checkpoints)
-    bar.close()
-    loader.close()
-    metrics_file.close()
-    print(f"samples: {', '.join(f'{number:,} {name}' for name, number in loader.counts.items() if number)}")
+    saving, saved_step = None, state.step
+    with cli.watch_signals() as signals, profile(config, run_dir, state.step) as profile_step:
+        while state.step < config.optim.steps:
+            start = time.perf_counter()
+            batches = [next(loader, None) for loader in loaders]
+            data_wait_s = time.perf_counter() - start
+            totals = distributed.add_up(count(batches, state, config) | {"signals": len(signals)})
+            if totals["batches"] < config.optim.micro_batches:  # the data are over, for one rank or for all
+                break
+            batches = [batch.to(device) for batch in batches]
+            log.add(train_step(state, batches, totals["trained_tokens"], config), totals, data_wait_s)
+            profile_step()
+            if config.sample_every and num_scenes and state.step % config.sample_every == 0:
+                log.settle()
+                log.say(f"step {state.step}: " + "   ".join(sample_answers(state, processor, tasks["test"])))
+            if state.step % config.checkpoint_every == 0 or totals["signals"]:
+                log.settle()
+                if saving:
+                    saving.finish()
+                saving, saved_step = state.save(run_dir, config.keep_checkpoints), state.step
+            if saving:
+                saving.finish(wait=bool(totals["signals"]))
+            if totals["signals"]:
+                distributed.wait()  # until the first rank has named it: torchrun ends the others when one is gone
+                print(f"stopped by a signal at step {state.step}; start it again to go on")
+                sys.exit(RESTART)
+    log.close()
+    if saving:
+        saving.finish()
+    if state.step > saved_step:
+        state.save(run_dir, config.keep_checkpoints).finish()
+    places = [*itertools.chain(*distributed.gather([p for loader in loaders for p in loader.places_read()]))]
+    for loader in loaders:
+        loader.close()
 
     # --- end ---------------------------------------------------------------------------------------------
-    model.eval()
-    checkpoint.save_model(run_dir / "model", model, processor)
+    weights = parallel.whole_tensors(model)
+    if not is_first:
+        return {}
+    checkpoint.save_model(run_dir / "model", model, processor, weights)
+    model, processor = checkpoint.load(run_dir / "model", device)
     results = {
         "train_seconds": round(state.elapsed_s, 1),
         "environment": describe_environment(device, state.threads, state.precision),
     }
     if num_scenes:
-        scores = evaluate(model, processor, tasks, TrainingScan(*find_scenes(source, loader.places_read())))
+        scores = evaluate(model, processor, tasks, TrainingScan(*find_scenes(source, places)))
         results |= scores
         print("\n" + format_table(scores))
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
@@ -211,10 +258,42 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     return results
 
 
-def make_process(processor: Processor, config: TrainConfig) -> Callable[[dict], Document]:
-    """Return what turns a raw record into a document."""
+def share_micro_batches(config: TrainConfig) -> TrainConfig:
+    """Return the config with the number of micro-batches of a step, one for each rank where it is left open."""
+    num, ranks = config.optim.micro_batches or distributed.num_ranks(), distributed.num_ranks()
+    if num % ranks:
+        raise ValueError(f"optim.micro_batches = {num} cannot be shared out evenly among {ranks} ranks")
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=num))
+
+
+def make_loader(source, processor: Processor, config: TrainConfig, slot: int) -> Loader:
+    """Return what reads one micro-batch of every step: no two of the `micro_batches` loaders read the same samples."""
     least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
-    return lambda raw: processor.document(to_sample(raw, least))
+    return Loader(
+        source,
+        lambda raw: processor.document(to_sample(raw, least)),
+        config.data,
+        config.model.pad_token_id,
+        config.seed,
+        rank=slot,
+        num_ranks=config.optim.micro_batches,
+        num_epochs=config.data.num_epochs or None,
+    )
+
+
+def count(batches: list[Batch | None], state: TrainState, config: TrainConfig) -> dict[str, int]:
+    """Count what this rank's batches hold, and what its loaders have read since the run began; None is no batch."""
+    batches = [batch for batch in batches if batch is not None]
+    trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in state.model.named_children()}
+    return {
+        "batches": len(batches),
+        "trained_tokens": sum(len(batch.trained) for batch in batches),
+        "tokens": sum(int((batch.doc_ids >= 0).sum()) for batch in batches),
+        "image_tokens": sum(int((batch.input_ids == config.model.image_token_id).sum()) for batch in batches),
+        "places": sum(batch.doc_ids.numel() for batch in batches),
+        "flops": sum(count_flops(config.model, batch, trains) for batch in batches),
+        **{f"samples {name}": sum(loader.counts[name] for loader in state.loaders) for name in state.loaders[0].counts},
+    }
 
 
 def find_scenes(source, places: list[int]) -> tuple[Scenes, list[int]]:
@@ -224,125 +303,87 @@ def find_scenes(source, places: list[int]) -> tuple[Scenes, list[int]]:
     return parts[part], [place - starts[part] for place in places if starts[part] <= place < starts[part + 1]]
 
 
-def choose_fastest(state: TrainState, config: TrainConfig):
-    """Time a batch forward and backward with each thread count and precision left open; say and keep the fastest.
+def choose_fastest(model: VLM, loader: Loader, config: TrainConfig) -> tuple[int, str]:
+    """Time a batch forward and backward with each thread count and precision left open; say and return the fastest.
 
-    Two threads on a busy machine can be many times slower than one, and so can bf16 on a processor without it.
+    Two threads on a busy machine can be many times slower than one, and so can bf16 on a processor without it. The
+    first rank measures for all.
     """
-    start = state.loader.state_dict()
-    batch = next(state.loader)
-    state.loader.load_state_dict(start)  # nothing was used up
-    on_cpu = next(state.model.parameters()).device.type == "cpu"
+    on_cpu = next(model.parameters()).device.type == "cpu"
     threads = [config.threads] if config.threads else sorted({1, torch.get_num_threads()} if on_cpu else {1})
     precisions = [config.precision] if config.precision != "auto" else ["bf16", "fp32"] if on_cpu else ["bf16"]
-    seconds = {}
     objective = pick(OBJECTIVES, config.objective, "objective")
-    for choice in itertools.product(threads, precisions) if len(threads) * len(precisions) > 1 else ():
-        torch.set_num_threads(choice[0])
-        for _ in range(3):
-            begin = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=choice[1] == "bf16"):
-                loss = objective(state.model, batch, {})
-            loss.backward()
-            seconds[choice] = min(time.perf_counter() - begin, seconds.get(choice, float("inf")))
-    state.model.zero_grad()
-    state.threads, state.precision = min(seconds, key=seconds.get) if seconds else (threads[0], precisions[0])
-    if seconds:
+    seconds = {}
+    if len(threads) * len(precisions) > 1 and distributed.rank() == 0:
+        start = loader.state_dict()
+        batch = next(loader)
+        loader.load_state_dict(start)  # nothing was used up
+        for choice in itertools.product(threads, precisions):
+            torch.set_num_threads(choice[0])
+            for _ in range(3):
+                begin = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=choice[1] == "bf16"):
+                    loss = objective(model, batch, Extras())
+                loss.backward()
+                seconds[choice] = min(time.perf_counter() - begin, seconds.get(choice, float("inf")))
+        model.zero_grad()
         timed = (f"{1e3 * s:.0f} ms with {n} threads in {precision}" for (n, precision), s in seconds.items())
         print(f"a batch takes {', '.join(timed)}")
+    return distributed.gather(min(seconds, key=seconds.get) if seconds else (threads[0], precisions[0]))[0]
 
 
-def sample_answers(model: VLM, processor: Processor, task: SceneTask, num: int = 4) -> list[str]:
-    """Answer a few held-out questions of different kinds."""
+@contextlib.contextmanager
+def profile(config: TrainConfig, run_dir: Path, steps_done: int):
+    """Record the steps that the config names with torch's profiler; yield what is to be called after every step."""
+    first, last = (max(0, step - steps_done) for step in config.profile)
+    if not last or distributed.rank():
+        yield lambda: None
+        return
+
+    def write(profiler):
+        profiler.export_chrome_trace(str(run_dir / ".trace.json.tmp"))
+        (run_dir / ".trace.json.tmp").rename(run_dir / "trace.json")
+
+    first = max(1, first)
+    schedule = torch.profiler.schedule(wait=first - 1, warmup=0, active=last - first + 1, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler.step
+
+
+def sample_answers(state: TrainState, processor: Processor, task: SceneTask, num: int = 4) -> list[str]:
+    """Answer a few held-out questions of different kinds, in the precision of the training and without compiling."""
+    model = state.model
     by_kind = {question.kind: question for question in reversed(task.questions)}
     chosen = list(by_kind.values())[:: -(-len(by_kind) // num)]
     images = [task.images[question.scene] for question in chosen]
     model.eval()
-    answers = answer(model, processor, images, [question.text for question in chosen])
+    with autocast(state), torch.compiler.set_stance("force_eager"):
+        answers = answer(model, processor, images, [question.text for question in chosen])
     model.train()
     return [f"{q.text} {said!r} (truth {q.truth!r})" for q, said in zip(chosen, answers, strict=True)]
 
 
-def check_same_config(path: Path, config: TrainConfig):
-    """Raise ValueError that names the fields in which a run's config.json differs from `config`."""
+def check_same_config(path: Path, config: TrainConfig) -> TrainConfig:
+    """Return the config with what a run's config.json decides where `config` leaves it open.
+
+    Raises ValueError that names the fields in which the two differ; a run may go on on other ranks, and be profiled.
+    """
     saved = checkpoint.read_json(path)
     if isinstance(saved, dict) and saved.pop("commit", None) != git_commit():
         print(f"note: {path.parent} was started at another commit")
     try:
-        saved = dataclasses.replace(from_dict(TrainConfig, saved), run_dir=config.run_dir)
+        saved = from_dict(TrainConfig, saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if changed := differences(saved, config):
+    micro_batches = config.optim.micro_batches or saved.optim.micro_batches
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=micro_batches))
+    free = {name: getattr(config, name) for name in ("run_dir", "parallel", "profile")}
+    if changed := differences(dataclasses.replace(saved, **free), config):
         raise ValueError(
             f"{path.parent} was started with another config ({'; '.join(changed)}): "
             "use the same values to continue it, or another --run-dir"
         )
-
-
-def open_metrics(path: Path, step: int):
-    """Open metrics.jsonl to append after the line of `step`; what a killed run wrote beyond it goes."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if len(lines) < step:
-        raise ValueError(f"{path} has {len(lines)} lines, but the newest checkpoint is of step {step}")
-    checkpoint.write_file(path, "".join(lines[:step]))
-    return open(path, "a")
-
-
-def import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs the package wandb: pip install wandb") from None
-    return wandb
-
-
-def start_wandb(wandb, config: TrainConfig, run_dir: Path) -> Callable[[dict], None]:
-    """Start a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function.
-
-    Online, a resumed run goes on in the same W&B run; offline, each start is one of its own.
-    """
-    mode = os.environ.get("WANDB_MODE", "offline")
-    if mode == "offline":
-        run = wandb.init(project="nanovlm", dir=run_dir, config=asdict(config), mode=mode)
-        return lambda metrics: run.log(metrics, step=metrics["step"])
-    if not (run_dir / "wandb_id").exists():
-        checkpoint.write_file(run_dir / "wandb_id", uuid.uuid4().hex)
-    name = (run_dir / "wandb_id").read_text()
-    run = wandb.init(project="nanovlm", id=name, resume="allow", dir=run_dir, config=asdict(config), mode=mode)
-    return lambda metrics: run.log(metrics, step=metrics["step"])
-
-
-def git_commit() -> str | None:
-    """Return the commit of this checkout, with a + when files are changed; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, cwd=cli.PROJECT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def describe_environment(device: torch.device, threads: int, precision: str | None = None) -> dict:
-    """Say what a result was measured on; without a precision where no model computes."""
-    return {
-        "commit": git_commit(),
-        "device": device_name(device),
-        "threads": threads,
-        **({"precision": precision} if precision else {}),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or of the processor where the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return config
 
 
 def parse_config(args: list[str]) -> TrainConfig:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
-import train
 from eval.run import MAX_NEW_TOKENS, answer
 from eval.tasks import SceneTask
 from nanovlm import checkpoint, cli, export
+from nanovlm.environment import describe_environment
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
 
@@ -53,7 +53,7 @@ def main(config: ExportBenchmarkConfig):
         "right": sum(a == b for a, b in zip(ours, truths, strict=True)),
         "right through transformers": sum(a == b for a, b in zip(theirs, truths, strict=True)),
         "trained at commit": checkpoint.read_json(config.run_dir / "config.json")["commit"],
-        "environment": train.describe_environment(torch.device("cpu"), config.threads, "fp32"),
+        "environment": describe_environment(torch.device("cpu"), config.threads, "fp32"),
     }
     checkpoint.write_file(RESULT, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -20,7 +20,6 @@ import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from benchmarks.packing import documents
 from benchmarks.speed import append_lines
 from nanovlm import cli
@@ -31,6 +30,7 @@ from nanovlm.data.loader import Loader
 from nanovlm.data.sources import Scenes, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Document
+from nanovlm.environment import describe_environment
 from nanovlm.presets import scenes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "loading.jsonl"
@@ -130,7 +130,7 @@ def main(config: LoadingConfig):
     torch.set_num_threads(1)
     lines = [time_rows(config.repeats), time_text(config.repeats)]
     lines += [time_images(config.repeats, *size) for size in ((640, 480), (1920, 1080))]
-    append_lines(RESULTS, lines, train.describe_environment(torch.device("cpu"), threads=1))
+    append_lines(RESULTS, lines, describe_environment(torch.device("cpu"), threads=1))
 
 
 if __name__ == "__main__":

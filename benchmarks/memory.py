@@ -25,9 +25,9 @@ import tyro
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from benchmarks.speed import append_lines
 from nanovlm import cli, hf
+from nanovlm.environment import describe_environment
 from nanovlm.model.vlm import VLM
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
@@ -85,7 +85,7 @@ def main(config: MemoryConfig):
             for loader in ("nanovlm", "transformers") if config.peer else ("nanovlm",):
                 lines.append({"what": "loading", "loader": loader, "parameters": parameters, "files": len(files)})
                 lines[-1] |= measure(loader, folder, config.repeats, size)
-    append_lines(RESULTS, lines, train.describe_environment(torch.device("cpu"), torch.get_num_threads()))
+    append_lines(RESULTS, lines, describe_environment(torch.device("cpu"), torch.get_num_threads()))
 
 
 def write_checkpoint(folder: Path, most: int) -> tuple[int, list[Path]]:

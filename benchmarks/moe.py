@@ -19,10 +19,10 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import MoEConfig
+from nanovlm.environment import describe_environment
 from nanovlm.model.moe import EXPERTS, MLP, MoE
 
 RESULTS = Path(__file__).resolve().parent / "results" / "moe.jsonl"
@@ -54,7 +54,7 @@ def main(config: BenchmarkConfig):
     lines = []
     for num_experts in tqdm(config.num_experts, unit="shape"):
         lines += time_shape(num_experts, config, device, dtype)
-    environment = train.describe_environment(device, torch.get_num_threads(), str(dtype).removeprefix("torch."))
+    environment = describe_environment(device, torch.get_num_threads(), str(dtype).removeprefix("torch."))
     append_lines(RESULTS, lines, environment)
 
 

@@ -18,11 +18,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from nanovlm import checkpoint, cli
 from nanovlm.data.packing import STRATEGIES, document_cost, pad
+from nanovlm.environment import device_name, git_commit
 
 ROW_LENGTH, LIMITS, REPEATS = 2048, (None, 18), 3
 TEXT = """# Packing
@@ -79,7 +80,7 @@ def main():
             lines.append(line)
     table = format_table(lines)
     print(table)
-    place = {"commit": train.git_commit(), "device": train.device_name(train.torch.device("cpu"))}
+    place = {"commit": git_commit(), "device": device_name(torch.device("cpu"))}
     place["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     results = {"least_rows": -(-sum(lengths) // ROW_LENGTH), **place, "strategies": lines}
     checkpoint.write_file(cli.PROJECT / "benchmarks" / "results" / "packing.json", json.dumps(results, indent=2))

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from nanovlm import cli, init
 from nanovlm.config import pick
-from nanovlm.data.loader import Loader
 from nanovlm.data.sources import open_sources, sample_texts
+from nanovlm.environment import describe_environment
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
@@ -53,10 +53,15 @@ def main(config: SpeedConfig):
     torch.manual_seed(0)
     model, processor = init.start(preset, sample_texts(source, 1000))
     model.to(device)
-    state = train.TrainState(model, make_optimizers(model, preset.optim), None, config.threads, preset.precision)
-    lines = [time_training(state, processor, source, preset, config)]
+    # A curriculum's first lessons are not what most steps are like: from the middle of the source.
+    loader = train.make_loader(source, processor, train.share_micro_batches(preset), 0)
+    loader.next_place = (0, len(source) // 2)
+    threads, precision = train.choose_fastest(model, loader, dataclasses.replace(preset, threads=config.threads))
+    torch.set_num_threads(threads)
+    state = train.TrainState(model, model, make_optimizers(model, preset.optim), [loader], threads, precision)
+    lines = [time_training(state, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
-    environment = train.describe_environment(device, state.threads, state.precision)
+    environment = describe_environment(device, state.threads, state.precision)
     append_lines(RESULTS, lines, {"preset": config.preset} | environment)
 
 
@@ -69,25 +74,21 @@ def append_lines(path: Path, lines: list[dict], environment: dict):
             file.write(text + "\n")
 
 
-def time_training(state, processor, source, preset, config):
+def time_training(state, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
-    process = train.make_process(processor, preset)
-    state.loader = loader = Loader(source, process, preset.data, preset.model.pad_token_id, preset.seed)
-    loader.next_place = (0, len(source) // 2)  # past the first lessons of a curriculum
-    train.choose_fastest(state, dataclasses.replace(preset, threads=config.threads))
-    torch.set_num_threads(state.threads)
+    (loader,), device = state.loaders, next(state.model.parameters()).device
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []
     for _ in range(config.repeats + 3):
         start = time.perf_counter()
-        batches = [next(loader) for _ in range(preset.optim.accumulation_steps)]
+        batch = next(loader)
         data_seconds.append(time.perf_counter() - start)
-        tokens_before = state.tokens
-        metrics = train.train_step(state, batches, preset)
+        metrics = train.train_step(state, [batch.to(device)], len(batch.trained), preset)
+        loss = metrics["loss"].item()
         seconds.append(time.perf_counter() - start)
-        tokens.append(state.tokens - tokens_before)
-        trained.append(metrics["trained_tokens"])
-        images.append(sum(len(batch.pixel_values) for batch in batches))
-    assert metrics["loss"] == metrics["loss"], "the loss is not a number"
+        tokens.append(int((batch.doc_ids >= 0).sum()))
+        trained.append(len(batch.trained))
+        images.append(len(batch.pixel_values))
+    assert loss == loss, "the loss is not a number"
     step = statistics.median(seconds[3:])
     return {
         "what": "training",

@@ -16,7 +16,7 @@ from nanovlm import checkpoint, cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
 from nanovlm.model.moe import expert_load
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, Extras
 
 
 @torch.no_grad()
@@ -39,12 +39,12 @@ def measure_routing(model: VLM, processor: Processor, task: SceneTask, batch_row
                 turns = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},)
                 turns += ({"role": "assistant", "content": question.truth},)
                 documents.append(processor.document(Sample([task.images[question.scene]], list(turns))))
-            batch, extras = processor.batch(documents).to(device), {}
+            batch, extras = processor.batch(documents).to(device), Extras()
             model(batch, extras=extras)
             is_token = (batch.doc_ids >= 0).flatten()
             is_image = (batch.input_ids == model.config.image_token_id).flatten()
             for name, where in (("image tokens", is_image), (kind, is_token & ~is_image)):
-                counts = torch.stack([expert_load(r.choice, where, moe.num_experts) for r in extras["routing"]]).cpu()
+                counts = torch.stack([expert_load(r.choice, where, moe.num_experts) for r in extras.routing]).cpu()
                 loads[name] = loads.get(name, 0) + counts
     return loads
 

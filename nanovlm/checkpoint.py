@@ -1,11 +1,10 @@
-"""Weights and run state on disk, so that a kill at any moment loses nothing that was saved.
+"""Files and models on disk, so that a kill at any moment loses nothing that was saved.
 
 A folder is written under a temporary name, flushed to the disk and renamed; what has its final name is
 whole. Tensors are safetensors, everything else is JSON.
 
 ```
 run_dir/model/            config.json  model.safetensors  tokenizer.json  chat_template.jinja
-run_dir/checkpoints/step_00000200/   model.safetensors  optimizer.safetensors  rng.safetensors  state.json
 ```
 """
 
@@ -116,11 +115,11 @@ def read_json(path: Path) -> dict:
 # --- models ----------------------------------------------------------------------------------------------
 
 
-def save_model(folder: Path, model: VLM, processor: Processor):
-    """Write a model folder: all that `load` and generate.py need."""
+def save_model(folder: Path, model: VLM, processor: Processor, tensors: dict[str, torch.Tensor] | None = None):
+    """Write a model folder: all that `load` and generate.py need; `tensors` are the model's, if others than it has."""
     with new_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
-        save_file(model.state_dict(), temporary / "model.safetensors")
+        save_file(model.state_dict() if tensors is None else tensors, temporary / "model.safetensors")
         processor.save(temporary)
 
 
@@ -253,61 +252,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
-
-
-# --- run state ---------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(run_dir: Path, model: VLM, optimizers: dict, state: dict, keep: int):
-    """Write the checkpoint of `state["step"]` and remove all but the newest `keep`.
-
-    `state` is plain numbers, lists and strings. The state of torch's random generators is saved too.
-    """
-    folder = run_dir / "checkpoints" / f"step_{state['step']:08d}"
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    with new_folder(folder) as temporary:
-        save_file(model.state_dict(), temporary / "model.safetensors")
-        tensors = {
-            f"{kind}/{names[parameter]}/{key}": value
-            for kind, optimizer in optimizers.items()
-            for parameter, values in optimizer.state.items()
-            for key, value in values.items()
-        }
-        save_file(tensors, temporary / "optimizer.safetensors")
-        save_file(_rng_state(), temporary / "rng.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-    for old in list_checkpoints(run_dir)[:-keep]:
-        old.rename(old.with_name(f".{old.name}.gone"))
-    for gone in (run_dir / "checkpoints").glob(".step_*"):
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step_*"))
-
-
-def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> dict:
-    """Restore model, optimizers and random generators; return the saved `state`."""
-    load_weights(model, folder / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    for key, tensor in read_tensors(folder / "optimizer.safetensors").items():
-        kind, name, field = key.split("/")
-        parameter = parameters[name]
-        device = parameter.device if tensor.ndim or parameter.is_cuda else "cpu"
-        optimizers[kind].state[parameter][field] = tensor.to(device)
-    rng = read_tensors(folder / "rng.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
-    return read_json(folder / "state.json")
-
-
-def _rng_state():
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def flush(path: Path):

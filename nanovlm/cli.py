@@ -1,6 +1,8 @@
 """Command lines: which device, and a user's mistakes as one sentence."""
 
+import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +24,21 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextlib.contextmanager
+def watch_signals():
+    """Yield a list that receives the signals by which a scheduler announces the end, SIGTERM and SIGUSR1.
+
+    None of them ends the process: torchrun repeats to its ranks what a scheduler may have sent them as well.
+    """
+    seen, numbers = [], (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _frame: seen.append(number)) for number in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(main: Callable):
     """Call main. A mistake that our own code reports is printed as one sentence and exits with status 2.
 
@@ -37,7 +54,8 @@ def run(main: Callable):
         is_ours = raised_in.is_relative_to(PROJECT) and "site-packages" not in raised_in.parts
         if not is_ours or not (last.line.startswith("raise ") or isinstance(error, OSError)):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -278,7 +278,9 @@ class DataConfig:
     row_length: int = 256
     # Most image tiles in a packed row; 0 for any number.
     max_tiles: int = 0
-    # Processes that read samples beside the training; 0 reads in the training process.
+    # Passes over the data before the run ends, if its steps do not end first; 0 for any number.
+    num_epochs: int = 0
+    # Processes that read samples beside the training, for each micro-batch; 0 reads in the training process.
     num_workers: int = 0
     # Share of the samples that a hash of their contents keeps out of training.
     val_fraction: float = 0.0
@@ -311,6 +313,22 @@ class ParamRule:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    # With several ranks: ddp (each has all weights) or fsdp (each has a part of every weight).
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    # fsdp: ranks that hold the weights together; 0 for all, fewer make copies of such groups (hybrid sharding).
+    shard_ranks: int = 0
+    # fsdp: give a block's gathered weights back after the forward pass, and gather them again; less memory.
+    reshard_after_forward: bool = True
+    # Ranks that share out the experts of a mixture, to which tokens then travel.
+    expert_ranks: int = 1
+    # What blocks compute again in the backward pass instead of keeping it: nothing, all but matrix products, or all.
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    # Compile every block (torch.compile); pays on a GPU.
+    compile: bool = False
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate.
     lr: float = 1e-3
@@ -326,8 +344,10 @@ class OptimConfig:
     min_lr_ratio: float = 0.02
     # Gradients are scaled down to this global norm.
     max_grad_norm: float = 1.0
-    # Micro-batches that make one step.
-    accumulation_steps: int = 1
+    # Micro-batches of a step, shared out evenly among the ranks; 0 for one on each rank.
+    micro_batches: int = 0
+    # Steps with a loss or gradient that is not finite are left out; more of them than this stop the run.
+    max_skipped_steps: int = 10
     # AdamW: decay of the first and second moments.
     betas: tuple[float, float] = (0.9, 0.99)
     # Muon: momentum.
@@ -351,6 +371,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     # The optimizer and its schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
+    # How the model lies on several ranks and what it trades for memory or speed.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES.
     objective: str = "next_token"
     # Seed of the weights and of the order of the data.
@@ -369,6 +391,8 @@ class TrainConfig:
     sample_every: int = 200
     # Held-out scenes a split in the final evaluation; 0 skips it.
     eval_scenes: int = 512
+    # First and last step to record with torch's profiler, into run_dir/trace.json (chrome://tracing); 0 0 for none.
+    profile: tuple[int, int] = (0, 0)
     # Also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
     wandb: bool = False
 
@@ -377,10 +401,16 @@ class TrainConfig:
         self.model.validate()
         d, o = self.data, self.optim
         for name, value, least in (
-            *((n, x, 0 if n in ("data.max_tiles", "data.num_workers") else 1) for n, x in _integers("data", d)),
+            *(
+                (n, x, 0 if n in ("data.max_tiles", "data.num_epochs", "data.num_workers") else 1)
+                for n, x in _integers("data", d)
+            ),
             ("optim.steps", o.steps, 1),
             ("optim.warmup_steps", o.warmup_steps, 0),
-            ("optim.accumulation_steps", o.accumulation_steps, 1),
+            ("optim.micro_batches", o.micro_batches, 0),
+            ("optim.max_skipped_steps", o.max_skipped_steps, 0),
+            ("parallel.shard_ranks", self.parallel.shard_ranks, 0),
+            ("parallel.expert_ranks", self.parallel.expert_ranks, 1),
             ("seed", self.seed, 0),
             ("threads", self.threads, 0),
             ("checkpoint_every", self.checkpoint_every, 1),
@@ -403,6 +433,16 @@ class TrainConfig:
         _check(
             not self.init.vision or self.model.vision is not None,
             f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
+        )
+        first, last = self.profile
+        _check(
+            0 < first <= last <= o.steps or first == last == 0,
+            f"profile = {first} {last} must name a first step and a last one, up to optim.steps = {o.steps}",
+        )
+        _check(
+            self.parallel.strategy == "fsdp" or not self.parallel.shard_ranks,
+            f"parallel.shard_ranks = {self.parallel.shard_ranks} needs parallel.strategy = fsdp, "
+            f"not {self.parallel.strategy}",
         )
         _check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
         _check(0 <= o.decay_start < 1, f"optim.decay_start = {o.decay_start} must be at least 0 and below 1")

@@ -1,22 +1,61 @@
 """Hidden states and labels -> loss."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nanovlm import distributed
 from nanovlm.config import MoEConfig
-from nanovlm.data.types import IGNORE
+
+# Logits that exist at once: 128 MiB of fp32.
+MAX_LOGITS = 2**25
 
 
-def next_token_loss(hidden: Tensor, labels: Tensor, head_weight: Tensor) -> Tensor:
-    """Return the sum of cross-entropies over trained positions, in nats, fp32 scalar.
+def next_token_loss(hidden: Tensor, labels: Tensor, head_weight: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Return the sum of cross-entropies over N trained positions, in nats, fp32 scalar.
 
-    `hidden` [B, T, D], `labels` int64[B, T] already shifted, `head_weight` [V, D]. Logits exist only at trained
-    positions. With none the sum is 0 and so are all gradients.
+    `hidden` [N, D], `labels` int64[N], `head_weight` [V, D]. With none the sum is 0 and so are all gradients. The
+    logits are made in chunks of at most `max_logits`; a large vocabulary never has them all in memory.
     """
-    is_trained = labels != IGNORE
-    logits = F.linear(hidden[is_trained], head_weight)
-    return F.cross_entropy(logits.float(), labels[is_trained], reduction="sum")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return LinearCrossEntropy.apply(hidden, head_weight, labels, dtype, max(1, max_logits // len(head_weight)))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum of -log softmax(hidden @ weight.T)[label], whose gradients are computed with it, chunk by chunk.
+
+    The gradient of the logits is softmax - one-hot; what it gives for `hidden` and `weight` is kept, and scaled by the
+    incoming gradient in the backward pass, once (as in Hsu et al. 2024, arXiv 2410.10989). Products are made in
+    `dtype`; the gradient of the weights is added up in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        hidden_grad, weight_grad = torch.empty_like(hidden), None
+        matrix = weight.to(dtype)
+        for x, y, x_grad in zip(*(part.split(chunk) for part in (hidden, labels, hidden_grad)), strict=True):
+            x = x.to(dtype)
+            logits = (x @ matrix.T).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(-1, y[:, None])).sum()
+            grad = logits.sub_(log_sum).exp_()
+            grad = grad.scatter_add_(-1, y[:, None], torch.full_like(log_sum, -1.0)).to(dtype)
+            x_grad.copy_(grad @ matrix)
+            if ctx.needs_input_grad[1]:
+                part = grad.T @ x
+                weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        weight_grad = None if weight_grad is None else weight_grad.mul_(grad).to(ctx.weight_dtype)
+        return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
 
 
 def load_balancing_loss(shares: Tensor, is_token: Tensor, load: Tensor, num_tokens: Tensor) -> Tensor:
@@ -34,22 +73,22 @@ def router_z_loss(logits: Tensor, is_token: Tensor) -> Tensor:
     return (logits.logsumexp(-1).square() * is_token).sum() / is_token.sum().clamp(min=1)
 
 
-def router_loss(extras: dict, is_token: Tensor, config: MoEConfig) -> Tensor:
+def router_loss(extras, is_token: Tensor, config: MoEConfig) -> Tensor:
     """Mean over layers of the balance loss and z-loss with their weights; `is_token` bool[B, T] is False on padding.
 
-    `extras` holds "routing" of this micro-batch. "load" [L, E] and "num_tokens" grow in it over the micro-batches of a
-    step.
+    `extras` holds the routing of this micro-batch; its load [L, E] and num_tokens grow over those of a step. The global
+    loss takes those of all ranks.
     """
     is_token = is_token.flatten()
-    loads = torch.stack([r.load for r in extras["routing"]])
-    extras["load"] = extras.get("load", 0) + loads
-    extras["num_tokens"] = extras.get("num_tokens", 0) + is_token.sum()
+    loads = torch.stack([r.load for r in extras.routing])
+    extras.load = extras.load + loads
+    extras.num_tokens = extras.num_tokens + is_token.sum()
     if config.balance == "global_loss":
-        loads, num_tokens = extras["load"], extras["num_tokens"]
+        loads, num_tokens = (distributed.add_up_tensor(x) for x in (extras.load, extras.num_tokens))
     else:
         num_tokens = is_token.sum()
     total = torch.zeros((), device=is_token.device)
-    for routing, load in zip(extras["routing"], loads, strict=True):
+    for routing, load in zip(extras.routing, loads, strict=True):
         if config.balance in ("loss", "global_loss"):
             total = total + config.balance_weight * load_balancing_loss(routing.shares, is_token, load, num_tokens)
         if config.z_weight:

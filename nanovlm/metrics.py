@@ -1,10 +1,13 @@
-"""Routings -> numbers: how evenly a mixture of experts is used, and by what."""
+"""Batches and routings -> numbers: what a step computes, and how evenly a mixture of experts is used, and by what."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from nanovlm import distributed
+from nanovlm.config import VLMConfig
+from nanovlm.data.types import Batch
 from nanovlm.model.moe import Routing, expert_load
 
 
@@ -29,6 +32,11 @@ class RoutingStats:
         self.confidence = self.confidence + best
         self.dropped = self.dropped + torch.stack([(~r.is_kept).sum() for r in routings])
         self.num_tokens = self.num_tokens + is_token.sum()
+
+    def add_up(self):
+        """Make these the counts of all ranks."""
+        for name, value in vars(self).items():
+            setattr(self, name, distributed.add_up_tensor(value))
 
     def summary(self) -> dict:
         """Return plain numbers.
@@ -55,4 +63,66 @@ class RoutingStats:
 
 
 def _round(value):
-    return [_round(x) for x in value] if isinstance(value, list) else round(value, 4)
+    if isinstance(value, list):
+        return [_round(x) for x in value]
+    return round(value, 4) if math.isfinite(value) else None  # JSON has no NaN
+
+
+# Dense bf16 matrix products, floating-point operations a second, by a part of the device's name (vendors' data sheets).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return what a device can compute at most, or None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int:
+    """Count the operations of a forward and backward pass: two for each multiplication of matrix products.
+
+    Only what is needed counts: no padding, of attention the pairs that see each other, logits of trained tokens alone,
+    and in the backward pass nothing for what `trains` says of vision, projector and decoder. What is computed again to
+    save memory does not count.
+    """
+    d, v = config.decoder, config.vision
+    num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
+    vision = patches = projector = 0
+    if v is not None:
+        P, D, F = v.num_patches, v.hidden_size, v.intermediate_size
+        patches = num_tiles * P * 3 * v.patch_size**2 * D
+        vision = num_tiles * v.num_hidden_layers * P * (4 * D * D + 2 * D * F + 2 * P * D)
+        projector = num_tiles * P * D * d.hidden_size
+    D, N, K, H = d.hidden_size, d.num_attention_heads, d.num_key_value_heads, d.head_dim
+    if d.moe is None:
+        feed_forward = 3 * D * d.intermediate_size
+    else:
+        width = (d.moe.num_experts_per_tok + d.moe.num_shared_experts) * d.moe.intermediate_size
+        feed_forward = D * d.moe.num_experts + 3 * D * width
+    linear = num_tokens * (2 * D * N * H + 2 * D * K * H + feed_forward)
+    attention = d.num_hidden_layers * 2 * N * H * count_pairs(batch)
+    linear = d.num_hidden_layers * linear + len(batch.trained) * D * d.vocab_size
+    # Forward; the gradient of a product's input where something before it learns; that of its weights where they do.
+    sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
+    learns = sees or projects or decodes
+    total = patches * (1 + sees) + vision * (1 + 2 * sees) + projector * (1 + sees + projects)
+    return 2 * (total + linear * (1 + learns + decodes) + attention * (1 + 2 * learns))
+
+
+def count_pairs(batch: Batch) -> int:
+    """Count the pairs of tokens of which one sees the other, itself included: the True of `make_mask`, no padding."""
+    is_token = batch.doc_ids >= 0
+    parts = torch.stack([batch.doc_ids[is_token], batch.branch_ids[is_token]])
+    (docs, branches), lengths = torch.unique_consecutive(parts, dim=1, return_counts=True)
+    prefix = torch.zeros(int(docs.max()) + 1 if len(docs) else 0, dtype=torch.int64)
+    prefix[docs[branches == 0].long()] = lengths[branches == 0]
+    seen_before = torch.where(branches > 0, prefix[docs.long()], 0)
+    return int((lengths * (lengths + 1) // 2 + lengths * seen_before).sum())

@@ -5,15 +5,15 @@ import re
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanovlm.config import OptimConfig
+from nanovlm.config import OptimConfig, ParamRule
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    Returns the optimizers that have parameters, by name. Raises ValueError for a parameter without a rule, a
-    rule without a parameter, and a Muon parameter that is a vector.
+    Raises ValueError for a parameter without a rule, a rule without a parameter, and a Muon parameter that is a vector.
     """
     groups = {rule: [] for rule in config.rules}
     for name, parameter in model.named_parameters():
@@ -27,19 +27,35 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.op
     for rule, parameters in groups.items():
         if not parameters:
             raise ValueError(f"optim.rules has a pattern {rule.pattern!r} that holds for no parameter")
+    return groups
+
+
+def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers that have parameters, by name. Raises ValueError as `assign_rules` does.
+
+    An optimizer with `found_inf`, a tensor, leaves out a step where that is 1, without waiting for the device.
+    """
+    rules = assign_rules(model, config)
 
     def of(optimizer):
-        return [
-            {"params": parameters, "lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
-            for rule, parameters in groups.items()
-            if rule.optimizer == optimizer and rule.lr_scale is not None
-        ]
+        groups = []
+        for rule, parameters in rules.items():
+            if rule.optimizer == optimizer and rule.lr_scale is not None:
+                by_mesh = {}  # what lies on different ranks goes into different groups
+                for parameter in parameters:
+                    by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+                settings = {"lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
+                groups += [{"params": parameters, **settings} for parameters in by_mesh.values()]
+        return groups
 
     optimizers = {}
     if adamw := of("adamw"):
         optimizers["adamw"] = torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)
+        optimizers["adamw"].grad_scale = None
     if muon := of("muon"):
         optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum)
+    if not optimizers:
+        raise ValueError("optim.rules freeze every parameter, so nothing would learn: leave one lr_scale a number")
     return optimizers
 
 
@@ -53,6 +69,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self):
@@ -60,26 +77,48 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    matrices = self._momentum(parameter, group["momentum"])
-                    by_shape.setdefault(matrices.shape[1:], []).append((parameter, matrices))
-            for shape, pairs in by_shape.items():
-                parameters, matrices = zip(*pairs, strict=True)
+                    matrices = as_matrices(self._momentum(parameter, group["momentum"]))
+                    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+                    by_shape.setdefault(wide.shape[1:], []).append((parameter, matrices.shape, wide))
+            for shape, triples in by_shape.items():
+                parameters, shapes, matrices = zip(*triples, strict=True)
                 scale = 0.2 * max(shape) ** 0.5
                 updates = orthogonalize(torch.cat(matrices)).split([len(m) for m in matrices])
-                for parameter, update in zip(parameters, updates, strict=True):
-                    if as_matrices(parameter).shape[1:] != shape:
-                        update = update.mT
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+                for parameter, own_shape, update in zip(parameters, shapes, updates, strict=True):
+                    update = update if update.shape == own_shape else update.mT
+                    lr = group["lr"] * (1 - self.found_inf.to(parameter.device))
+                    local = local_part(parameter)
+                    local.mul_(1 - lr * group["weight_decay"])
+                    local.sub_(lr * scale * part_like(update, parameter))
 
     def _momentum(self, parameter, momentum):
-        """Advance the momentum; return the update, not yet orthogonal, as wide matrices: rows <= columns."""
+        """Advance the momentum; return the update, not yet orthogonal, of which a sharded matrix is gathered whole."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        matrices = as_matrices(parameter.grad.lerp(buffer, momentum))
-        return matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+        buffer = state["momentum_buffer"]
+        grad = torch.where(self.found_inf.to(parameter.device) > 0, buffer, parameter.grad)
+        buffer.lerp_(grad, 1 - momentum)
+        update = grad.lerp(buffer, momentum)
+        return update.full_tensor() if is_split_matrix(update) else local_part(update)
+
+
+def is_split_matrix(x: torch.Tensor) -> bool:
+    """Does this rank have some rows of a matrix? Of stacked experts, which are split by expert, it has whole ones."""
+    return isinstance(x, DTensor) and x.ndim != 3
+
+
+def local_part(x: torch.Tensor) -> torch.Tensor:
+    """Return what this rank has of a tensor, which shares its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def part_like(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Shape an update [n, rows, columns] as the parameter is, and cut out what this rank has of it."""
+    if not is_split_matrix(parameter):
+        return update.reshape(local_part(parameter).shape)
+    whole = update.reshape(parameter.shape)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 def as_matrices(x: torch.Tensor) -> torch.Tensor:

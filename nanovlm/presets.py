@@ -111,7 +111,7 @@ def smolvlm_256m_stage1() -> TrainConfig:
             max_tiles=32,
             chat_template="chatml",
         ),
-        optim=OptimConfig(lr=1e-3, steps=2000, accumulation_steps=4, rules=(FROZEN_BACKBONES, PROJECTOR)),
+        optim=OptimConfig(lr=1e-3, steps=2000, micro_batches=4, rules=(FROZEN_BACKBONES, PROJECTOR)),
         eval_scenes=0,
     )
 

@@ -13,9 +13,7 @@ from safetensors.torch import save_file
 
 import nanovlm
 from nanovlm import checkpoint
-from nanovlm.config import OptimConfig
 from nanovlm.model.vlm import VLM
-from nanovlm.optim import make_optimizers
 from tests.conftest import TINY, make_batch, make_document
 
 
@@ -185,35 +183,6 @@ def test_a_folder_has_one_writer(tmp_path):
         pass
     with checkpoint.lock(tmp_path):
         pass
-
-
-def test_run_state_comes_back(tmp_path, processor):
-    """Weights, both optimizers' states and torch's random state; the newest checkpoints are kept."""
-    model = VLM(TINY)
-    rules = [{"pattern": "norm|embed|bias|vision"}, {"pattern": "", "optimizer": "muon", "weight_decay": 0.1}]
-    config = OptimConfig(rules=tuple(checkpoint.from_dict(OptimConfig, {"rules": rules}).rules))
-    optimizers = make_optimizers(model, config)
-    batch = make_batch([make_document(processor, 0, ("what?", "red"))])
-
-    def step(model, optimizers):
-        model.logits(batch).square().mean().backward()
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
-        return torch.rand(1)
-
-    for i in (1, 2, 3):
-        step(model, optimizers)
-        checkpoint.save_checkpoint(tmp_path, model, optimizers, {"step": i, "loader": {"next_index": 5}}, keep=2)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
-    drawn = step(model, optimizers)
-    again = VLM(TINY)
-    optimizers_again = make_optimizers(again, config)
-    state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(tmp_path)[-1], again, optimizers_again)
-    assert state == {"step": 3, "loader": {"next_index": 5}}
-    assert torch.equal(step(again, optimizers_again), drawn)
-    for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(left, right), name
 
 
 def test_tied_and_untied_heads_are_saved(tmp_path, processor):

@@ -15,9 +15,9 @@ from nanovlm import checkpoint, init
 from nanovlm.config import DecoderConfig, InitConfig, MoEConfig, TilingConfig, VisionConfig
 from nanovlm.data.sources import Scenes, sample_texts
 from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
-from nanovlm.losses import next_token_loss
 from nanovlm.model.moe import EXPERTS
 from nanovlm.model.vlm import VLM
+from nanovlm.objectives import next_token
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
 
@@ -72,7 +72,7 @@ def stage(number, hub, tmp_path, **changes):
     first = InitConfig(vision=str(hub / "siglip"), decoder=str(hub / "lm"))
     later = InitConfig(model=str(tmp_path / str(number - 1) / "model"))
     data = dataclasses.replace(config.data, sources=("scenes",), row_length=320, batch_rows=2, max_tiles=0)
-    optim = dataclasses.replace(config.optim, steps=3, warmup_steps=0, accumulation_steps=1)
+    optim = dataclasses.replace(config.optim, steps=3, warmup_steps=0, micro_batches=1)
     config = dataclasses.replace(
         config,
         run_dir=str(tmp_path / str(number)),
@@ -112,7 +112,7 @@ def test_frozen_parts_cost_no_gradients_and_keep_no_activations(hub, tmp_path, b
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = next_token_loss(model(batch), batch.labels, model.decoder.head_weight)
+            loss = next_token(model, batch)
         loss.backward()
         return model, sum(sizes.values())
 
@@ -131,7 +131,7 @@ def test_frozen_parts_cost_no_gradients_and_keep_no_activations(hub, tmp_path, b
 def batch(hub, tmp_path):
     config = stage(1, hub, tmp_path)
     _model, processor = init.start(config, ())
-    loader = train.Loader(Scenes("train", 50), train.make_process(processor, config), config.data, 6, seed=0)
+    loader = train.make_loader(Scenes("train", 50), processor, train.share_micro_batches(config), 0)
     return next(loader)
 
 

@@ -9,9 +9,14 @@ Every sample has a place in an epoch; rank r of R reads the places r, r + R, r +
 samples into documents, and these come back in order, so that batches do not depend on the number of workers.
 """
 
+import ctypes
 import hashlib
 import itertools
 import json
+import os
+import signal
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -90,7 +95,10 @@ class Loader:
         self.reader = Reader(source, process, config, split)
         self.next_place = (0, 0)  # epoch, and the number of this rank's places in it that were read
         self.buffer = {}  # (epoch, number) -> Document, oldest first
-        self.counts = Counter(dict.fromkeys(COUNTED, 0))
+        parts = [f"documents of {part.name}" for part in source.sources] if getattr(source, "weights", None) else []
+        self.counts = Counter(dict.fromkeys((*COUNTED, *parts), 0))
+        self.batch_names = []  # the samples of the last batch
+        self._names = {}  # of what is in the buffer
         self.reasons = []
         self._printed = set()
         self._results = None
@@ -118,9 +126,10 @@ class Loader:
             raise StopIteration
         oldest = next(row for row in packed if 0 in row)
         fullest = sorted(packed, key=lambda row: (row is not oldest, -sum(lengths[i] for i in row)))
-        rows = []
+        rows, self.batch_names = [], []
         for row in fullest[: self.config.batch_rows]:
             chosen = [self.buffer.pop(places[i]) for i in row]
+            self.batch_names += [self._names.pop(places[i]) for i in row]
             rows.append(make_row(chosen, self.config.row_length, self.pad_token_id))
             self.counts["packed"] += len(row)
         batch = collate(rows)
@@ -148,13 +157,13 @@ class Loader:
                 raise ValueError(f"the run was started with {name} = {state['data'][name]}, now it is {value}")
         self.close()
         self.next_place, self.counts = tuple(state["next_place"]), Counter(state["counts"])
-        self.reasons, self.buffer = list(state["reasons"]), {}
+        self.reasons, self.buffer, self._names = list(state["reasons"]), {}, {}
         waiting = {tuple(place) for place in state["buffer"]}
         for place, task in self._tasks(*min(waiting)) if waiting else ():
             if place in waiting:
                 result = self.reader.read(task)
                 if isinstance(result, Document):
-                    self.buffer[place] = result
+                    self.buffer[place], self._names[place] = result, self._name(place, task)
                 else:  # it could be read before
                     self._note(result.kind, f"{self._name(place, task)}: {result.reason}")
             if place >= max(waiting):
@@ -188,7 +197,7 @@ class Loader:
         self.counts["read"] += 1
         if isinstance(result, Document):
             self.counts["documents"] += 1
-            self.buffer[place] = result
+            self.buffer[place], self._names[place] = result, self._name(place, task)
             if getattr(self.source, "weights", None):
                 self.counts[f"documents of {self.source.sources[self.source.locate(place[1])[0]].name}"] += 1
         else:
@@ -268,6 +277,7 @@ class Loader:
             collate_fn=lambda flat: flat,
             num_workers=self.config.num_workers,
             multiprocessing_context="fork",  # the processor need not be pickled
+            worker_init_fn=start_worker,
         )
         for chunk, flat in zip(sent, results, strict=True):
             for (place, task), result in zip(chunk, unflatten(flat), strict=True):
@@ -320,6 +330,27 @@ class Reader(Dataset):
         if max_tiles and len(document.tiles) > max_tiles:
             return Skipped("too long", f"{len(document.tiles)} tiles, more than data.max_tiles = {max_tiles}")
         return document
+
+
+def start_worker(_number: int):
+    """Let nobody but the process that reads from this one end it, and end with that one, however it ends.
+
+    A scheduler and torchrun send SIGTERM to all there are, and a worker that is gone would end the run before it is
+    saved. One that outlived a killed run would hold its lock, and the run could not start again at once.
+    """
+    if sys.platform != "linux":
+        return
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ends = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+
+    def wait():
+        while signal.sigwaitinfo(ends).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def is_validation(raw: dict, fraction: float) -> bool:

@@ -11,7 +11,7 @@ Row        input_ids, labels, position_ids int64[T]                      data/pa
    |       stack rows, number the documents through, normalise pixels
 Batch      input_ids, labels, position_ids int64[B, T]                   data/loader.py
            doc_ids, branch_ids int32[B, T]
-           pixel_values float32[I, C, H, W]
+           pixel_values float32[I, C, H, W]  trained int64[N]
 ```
 
 `doc_ids` is the only grouping: unique in a batch, -1 on padding. A document may be a shared prefix
@@ -27,6 +27,7 @@ branch 2    all         .          causal
 Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none.
 """
 
+import functools
 from dataclasses import dataclass
 
 import PIL.Image
@@ -97,11 +98,32 @@ class Batch:
     branch_ids: Tensor
     position_ids: Tensor
     pixel_values: Tensor
+    # int64[N]: where the labels are, in all rows end to end. Found when the batch is made: a GPU would be waited for.
+    trained: Tensor | None = None
 
-    def to(self, device) -> "Batch":
-        """Return the batch with every tensor on `device`."""
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+    def __post_init__(self):
+        if self.trained is None:
+            self.trained = (self.labels.flatten() != IGNORE).nonzero()[:, 0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with every tensor on `device`; to a GPU it is copied beside what is still computed there."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        with torch.cuda.stream(copy_stream(device)):
+            batch = Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(copy_stream(device))
+        for tensor in vars(batch).values():
+            tensor.record_stream(now)
+        return batch
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from where a GPU copies while it computes."""
         return Batch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the queue of a GPU in which batches are copied."""
+    return torch.cuda.Stream(device)

@@ -18,10 +18,23 @@ from nanovlm.data.types import Batch
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.kv_cache import KVCache
-from nanovlm.model.moe import MoE
+from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import Projector
 from nanovlm.model.vision import VisionEncoder, whitening_filters
 from nanovlm.sampling import SamplingConfig, generate
+
+
+class Extras:
+    """What a forward pass finds beside hidden states, and what an objective adds up over the micro-batches of a step.
+
+    It takes attributes of one's own too. No dict, of which FSDP would hand the model a copy.
+    """
+
+    def __init__(self, routing: tuple[Routing, ...] = ()):
+        # The Routing of every mixture of experts in the last pass, first block first.
+        self.routing = routing
+        # Over the step: tokens of each expert fp32[L, E], tokens, and the balance losses times trained tokens.
+        self.load = self.num_tokens = self.router_loss = 0
 
 
 class VLM(nn.Module):
@@ -33,13 +46,15 @@ class VLM(nn.Module):
             self.vision = VisionEncoder(config.vision)
             self.projector = Projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
+        # Go through the encoder without images too, as parallel.py decides.
+        self.always_sees = False
         init_weights(self)
 
-    def forward(self, batch: Batch, cache: KVCache | None = None, extras: dict | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache | None = None, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D].
 
-        With a cache the rows hold one document each, whose keys and values are written into it. `extras` receives
-        "routing", the Routing of every mixture of experts, first block first.
+        With a cache the rows hold one document each, whose keys and values are written into it. `extras` receives the
+        routing of every mixture of experts.
         """
         if cache is None:
             mask = make_mask(batch.doc_ids, batch.branch_ids)
@@ -47,29 +62,37 @@ class VLM(nn.Module):
             mask = cache.make_mask(batch.position_ids)
         hidden, routing = self.decoder(self.embed(batch), batch.position_ids, mask, cache, batch.doc_ids >= 0)
         if extras is not None:
-            extras["routing"] = routing
+            extras.routing = routing
         return hidden
 
     def embed(self, batch: Batch) -> Tensor:
         """Return token embeddings [B, T, D] with the image features in the placeholders' places, in order.
 
-        Raises ValueError when there are more or fewer placeholders than image features.
+        Raises ValueError when there are more or fewer placeholders than image features; on the CPU alone, as a GPU
+        would be waited for.
         """
         x_BTD = self.decoder.embed_tokens(batch.input_ids)
         if self.config.vision is None:
             return x_BTD
         is_image = batch.input_ids == self.config.image_token_id
         num_features = len(batch.pixel_values) * self.config.num_image_tokens
-        if (num_placeholders := int(is_image.sum())) != num_features:
+        if not is_image.is_cuda and not torch.compiler.is_compiling() and int(is_image.sum()) != num_features:
             raise ValueError(
-                f"{num_placeholders} image placeholders in input_ids, but {num_features} image features "
+                f"{int(is_image.sum())} image placeholders in input_ids, but {num_features} image features "
                 f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
             )
+        pixel_values = batch.pixel_values
         if num_features == 0:
-            return x_BTD
-        pixel_values = batch.pixel_values.to(self.vision.position_embedding.weight.dtype)
+            if not self.always_sees:
+                return x_BTD
+            pixel_values = pixel_values.new_zeros(1, 3, *[self.config.vision.image_size] * 2)
+        pixel_values = pixel_values.to(self.vision.position_embedding.weight.dtype)
         features = self.projector(self.vision(pixel_values)).flatten(0, 1)
-        return x_BTD.masked_scatter(is_image[..., None], features.to(x_BTD.dtype))
+        if num_features == 0:
+            return x_BTD + 0 * features.sum()
+        # As many as there are features, which is known here: a GPU need not be asked, in the backward pass neither.
+        places = torch.nonzero_static(is_image.flatten(), size=num_features)[:, 0]
+        return x_BTD.flatten(0, 1).index_copy(0, places, features.to(x_BTD.dtype)).view_as(x_BTD)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""

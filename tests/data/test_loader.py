@@ -427,7 +427,7 @@ def test_with_a_gpu_batches_are_page_locked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     batch = next(make_loader())
-    assert len(pinned) == len(vars(batch)) == 6
+    assert len(pinned) == len(vars(batch)) == 7
     assert all(a is b for a, b in zip(pinned, vars(batch).values(), strict=True))
 
 

@@ -25,7 +25,7 @@ from nanovlm.init import upcycle
 from nanovlm.losses import load_balancing_loss, router_loss, router_z_loss
 from nanovlm.metrics import RoutingStats
 from nanovlm.model.moe import EXPERTS, MoE, Routing, expert_load, fits_capacity
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import next_token
 from nanovlm.optim import Muon, make_optimizers
 from nanovlm.presets import PRESETS
@@ -135,7 +135,7 @@ def test_grouped_reads_nothing_back_from_the_device():
         shapes = [(9, 16), (5, 24, 16), (5, 24, 16), (5, 16, 24)]
         x, *matrices = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
         y = EXPERTS["grouped"](x, routing.choice, routing.weights.bfloat16(), *matrices)
-        (y.sum() + router_loss({"routing": [routing]}, is_token, CONFIG)).backward()
+        (y.sum() + router_loss(Extras((routing,)), is_token, CONFIG)).backward()
         stats = RoutingStats()
         stats.update([routing], is_token, is_token)
         moe.update_bias(stats.load[0])
@@ -284,13 +284,13 @@ def test_the_global_loss_uses_the_load_of_the_whole_step():
     """Two micro-batches, each with one expert alone, are unbalanced one by one and even together."""
     config = MoEConfig(num_experts=2, num_experts_per_tok=1, balance="global_loss", balance_weight=1.0, z_weight=0.0)
     shares = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
-    extras, local = {}, []
+    extras, local = Extras(), []
     is_token = torch.ones(1, 6, dtype=torch.bool)
     for e in (0, 1):
         s = shares[e].expand(6, 2)
-        extras["routing"] = [make_routing(s, torch.full((6, 1), e))]
+        extras.routing = [make_routing(s, torch.full((6, 1), e))]
         last = router_loss(extras, is_token, config)
-        local.append(router_loss({"routing": extras["routing"]}, is_token, dataclasses.replace(config, balance="loss")))
+        local.append(router_loss(Extras(extras.routing), is_token, dataclasses.replace(config, balance="loss")))
     torch.testing.assert_close(torch.stack(local), torch.tensor([1.8, 1.8]))
     torch.testing.assert_close(last, torch.tensor(1.0))
 
@@ -303,7 +303,7 @@ def test_the_losses_have_their_weights_and_are_means_over_layers():
 
     def loss(balance):
         config = dataclasses.replace(CONFIG, balance=balance, balance_weight=0.3, z_weight=0.2)
-        return router_loss({"routing": routings}, is_token[None], config)
+        return router_loss(Extras(routings), is_token[None], config)
 
     for balance in ("loss", "global_loss"):
         torch.testing.assert_close(loss(balance), 0.3 * even + 0.2 * small)
@@ -315,9 +315,9 @@ def test_the_objective_weighs_them_as_a_mean_over_trained_tokens(processor):
     """So that dividing by the trained tokens of a step leaves a mean over its micro-batches."""
     batch = make_batch([make_document(processor, 1, ("what?", "red"))])
     with_losses, without = moe_model(balance_weight=0.3), moe_model(balance="none", z_weight=0.0)
-    extras = {}
+    extras = Extras()
     difference = next_token(with_losses, batch, extras) - next_token(without, batch)
-    expected = router_loss({"routing": extras["routing"]}, batch.doc_ids >= 0, with_losses.config.decoder.moe)
+    expected = router_loss(Extras(extras.routing), batch.doc_ids >= 0, with_losses.config.decoder.moe)
     torch.testing.assert_close(difference / (batch.labels != IGNORE).sum(), expected, rtol=1e-3, atol=0)
 
 
@@ -392,12 +392,12 @@ def test_padding_is_in_no_statistic_and_no_loss(processor, backend):
     model = moe_model(experts=backend)
     results = []
     for length in (len(document), len(document) + 9):
-        extras, batch = {}, make_batch([document], length)
+        extras, batch = Extras(), make_batch([document], length)
         model(batch, extras=extras)
         loss = router_loss(extras, batch.doc_ids >= 0, model.config.decoder.moe)
         stats = RoutingStats()
-        stats.update(extras["routing"], batch.doc_ids >= 0, batch.input_ids == TINY.image_token_id)
-        results.append((loss, extras["load"], stats))
+        stats.update(extras.routing, batch.doc_ids >= 0, batch.input_ids == TINY.image_token_id)
+        results.append((loss, extras.load, stats))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     images = int((document.input_ids == TINY.image_token_id).sum())
@@ -494,11 +494,12 @@ def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(process
     batches = [make_batch([make_document(processor, seed, ("what?", "red"))]) for seed in (1, 2)]
     load = 0
     for batch in batches:
-        model(batch, extras=(extras := {}))
-        load = load + torch.stack([routing.load for routing in extras["routing"]])
+        model(batch, extras=(extras := Extras()))
+        load = load + torch.stack([routing.load for routing in extras.routing])
     config = dataclasses.replace(train.TrainConfig(), model=model.config)
-    state = train.TrainState(model, make_optimizers(model, config.optim), None, 1, "fp32")
-    train.train_step(state, batches, config)
+    state = train.TrainState(model, model, make_optimizers(model, config.optim), [], 1, "fp32")
+    num_trained = sum(len(batch.trained) for batch in batches)
+    train.train_step(state, batches, num_trained, config)
     for layer, counts in zip(model.decoder.layers, load, strict=True):
         assert torch.equal(layer.mlp.selection_bias, 0.5 * (counts.mean() - counts).sign())
 

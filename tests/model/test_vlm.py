@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 import torch
 
+from nanovlm.config import MoEConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.losses import next_token_loss
 from nanovlm.model.attention import make_mask
 from nanovlm.model.vision import whitening_filters
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import next_token
 from nanovlm.presets import scenes
-from tests.conftest import make_batch, make_document
+from tests.conftest import TINY, make_batch, make_document
 
 TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
 
@@ -115,11 +116,40 @@ def test_logits_only_at_trained_positions_give_the_same_loss(model, processor):
     assert next_token(model, batch).item() == pytest.approx(full.item(), rel=1e-6)
 
 
-def test_no_trained_token_gives_zero_loss_and_gradients():
-    hidden = torch.randn(1, 3, 4, requires_grad=True)
-    loss = next_token_loss(hidden, torch.full((1, 3), IGNORE), torch.randn(5, 4))
+@pytest.mark.parametrize("max_logits", [1, 3 * 11, 10**9], ids=["one by one", "chunks of 3", "at once"])
+@pytest.mark.parametrize("num", [0, 1, 7])
+def test_loss_in_chunks_is_cross_entropy(num, max_logits):
+    """Value and gradients, also where the loss is scaled afterwards; against torch in fp64."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(num, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
+    labels = torch.randint(11, (num,))
+    loss = next_token_loss(hidden, labels, weight, max_logits)
+    (0.3 * loss).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")
+    (0.3 * expected).backward()
+    torch.testing.assert_close(loss.double(), expected)
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_gradients_are_scaled_in_fp32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 5).bfloat16().requires_grad_(), torch.randn(11, 5).bfloat16()
+    scale = 1 + 2**-8  # 1 in bf16
+    whole, scaled = (
+        torch.autograd.grad(factor * next_token_loss(hidden, torch.arange(7), weight), hidden)[0]
+        for factor in (1, scale)
+    )
+    assert torch.equal(scaled, (scale * whole.float()).bfloat16()) and not torch.equal(scaled, whole)
+
+
+def test_a_batch_without_trained_tokens_has_no_loss_and_no_gradients(model, processor):
+    batch = make_batch([make_document(processor, 0, *TURNS)])
+    batch = dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE), trained=None)
+    loss = next_token(model, batch)
     loss.backward()
-    assert loss.item() == 0 and hidden.grad.abs().sum() == 0
+    assert loss.item() == 0 and all(p.grad.abs().sum() == 0 for p in model.parameters())
 
 
 @torch.no_grad()
@@ -158,6 +188,16 @@ def test_a_new_linear_patch_embedding_whitens_patches(num_filters, patch_size):
     variances = torch.linalg.eigvalsh(filters @ covariance @ filters.T).flip(0)[: min(num_filters, n)]
     even = max(1, num_filters / n)
     assert variances.max() <= even * 1.001 and variances[:12].min() > 0.8 * even
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(num_experts=4, intermediate_size=16)], ids=["dense", "mixture"])
+def test_a_training_step_has_no_graph_break(processor, moe):
+    model = VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe)))
+    model.to(torch.bfloat16 if moe else torch.float32)  # torch cannot trace its grouped product in fp32
+    batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(next_token)(model, batch, Extras())
+    assert explanation.graph_count == 1 and explanation.graph_break_count == 0, explanation.break_reasons
 
 
 def test_a_seed_gives_the_same_weights_with_any_number_of_threads():

@@ -1,0 +1,242 @@
+"""How the model lies on the ranks, and what it trades for memory and speed.
+
+Every rank takes its share of the micro-batches of a step (`ParallelConfig`):
+
+```
+ddp                  every rank has all weights; gradients are averaged while the backward pass goes on
+fsdp                 every rank has a part of each weight; a block is gathered when its turn comes
+fsdp, shard_ranks    parts within groups of so many ranks (one machine, say), copies between the groups
+expert_ranks         on top of these: a rank has some of the experts, and tokens travel to them and back
+```
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from nanovlm.config import ParallelConfig
+from nanovlm.data.types import Batch
+from nanovlm.distributed import num_ranks, rank
+from nanovlm.model.moe import MoE
+from nanovlm.model.vlm import VLM
+
+
+def parallelize(model: VLM, config: ParallelConfig, device: torch.device, precision: str) -> nn.Module:
+    """Spread a model over the ranks, in place; return what is called in its stead in training.
+
+    All ranks have the same weights before. Raises ValueError when the ranks cannot be divided as the config says.
+    """
+    if num_ranks() % config.expert_ranks:
+        raise ValueError(f"ranks = {num_ranks()} cannot form groups of parallel.expert_ranks = {config.expert_ranks}")
+    shard_ranks = config.shard_ranks or num_ranks()
+    if num_ranks() % shard_ranks:
+        raise ValueError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
+    blocks = [block for name in ("vision", "decoder") if hasattr(model, name) for block in getattr(model, name).layers]
+    experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
+    for block in blocks:
+        if config.checkpointing != "none":
+            block.forward = recompute(block.forward, config.checkpointing)
+        if config.compile:
+            block.compile()
+    # Ranks that exchange gradients must use the same parameters; and what alone learns must be used in every batch.
+    model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
+    if num_ranks() == 1:
+        return model
+    if config.strategy == "ddp":
+        names = [name for name, parameter in model.named_parameters() if parameter in experts]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        order_buckets(replica)
+        # It would cut what is compiled where its buckets end, and torch 2.11 cannot cut what is computed again.
+        torch._dynamo.config.optimize_ddp = False
+        return replica
+    shape, names = (num_ranks() // shard_ranks, shard_ranks), ("replicas", "shards")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh if shape[0] > 1 else mesh["shards"],
+        reshard_after_forward=config.reshard_after_forward,
+        # What goes in is as autocast wants it; FSDP would round cosines and sines too.
+        mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        ignored_params=experts,
+    )
+    for block in blocks:
+        shard(block)
+    # The rest is gathered once a step: the head is used after the forward pass, and the embeddings need not go before.
+    return shard(model, reshard_after_forward=False)
+
+
+class Replica(DistributedDataParallel):
+    """DDP that shows the attributes of the model in it, so that an objective need not know."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def order_buckets(replica: Replica):
+    """Go through the model once, after which DDP puts its buckets into their final order.
+
+    Sums over more than two ranks depend on it, and a run that was resumed is to add up as one that was not.
+    """
+    config, device = replica.config, next(replica.parameters()).device
+    zeros = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    size = 0 if config.vision is None else config.vision.image_size
+    pixel_values = torch.zeros(0, 3, size, size, device=device)
+    with torch.compiler.set_stance("force_eager"):
+        hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, pixel_values))
+        (hidden.sum() + replica.decoder.head_weight.sum()).backward()
+    replica.zero_grad()
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, is_last: bool):
+    """Let ranks exchange gradients in the last backward pass of a step alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    with model.no_sync() if isinstance(model, Replica) and not is_last else contextlib.nullcontext():
+        yield
+
+
+def recompute(forward: Callable, which: str) -> Callable:
+    """Keep less for the backward pass: nothing but the input (full), or what matrix products made (selective).
+
+    What is not kept is computed again (Chen et al. 2016, arXiv 1604.06174).
+    """
+
+    def policy(_context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    options = {"context_fn": contexts} if which == "selective" else {}
+
+    def run(*inputs):  # a function of ours, which torch.compile enters; `checkpoint` alone it leaves alone
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    return run
+
+
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Gather the model's tensors in the memory of the first rank's CPU; the other ranks get none."""
+    whole = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == 0:
+            whole[name] = tensor.cpu()
+    return whole
+
+
+def describe(config: ParallelConfig) -> str:
+    """Say how many ranks there are, and how the model lies on them."""
+    if num_ranks() == 1:
+        return "one rank"
+    experts = f", experts on groups of {config.expert_ranks}" if config.expert_ranks > 1 else ""
+    return f"{num_ranks()} ranks, {config.strategy}{experts}"
+
+
+# --- experts -------------------------------------------------------------------------------------------------
+
+
+class SharedExperts:
+    """A backend of moe.py that sends each token to the ranks of its experts and its results back (all-to-all, twice).
+
+    `mesh` has the dimensions "replicas" and "experts"; the ranks along the second have E / ranks experts each.
+    """
+
+    def __init__(self, run_experts: Callable, mesh: DeviceMesh):
+        self.run_experts, self.replicas = run_experts, mesh["replicas"].get_group()
+        self.group, self.num_ranks = mesh["experts"].get_group(), mesh["experts"].size()
+
+    def __call__(self, x: Tensor, choice: Tensor, weights: Tensor, gate: DTensor, up: DTensor, down: DTensor) -> Tensor:
+        gate, up, down = (part.to_local() for part in (gate, up, down))
+        k = choice.shape[1]
+        order = choice.flatten().argsort(stable=True)  # by expert, and so by rank
+        sent = choice.flatten()[order]
+        num_sent = (sent // len(gate)).bincount(minlength=self.num_ranks)
+        num_received = torch.empty_like(num_sent)
+        dist.all_to_all_single(num_received, num_sent, group=self.group)
+        sizes = num_received.tolist(), num_sent.tolist()  # they must be known here: the one wait for the device
+        received = sent.new_empty(sum(sizes[0]))
+        dist.all_to_all_single(received, sent, *sizes, group=self.group)
+        rows = all_to_all_single_autograd(x.repeat_interleave(k, dim=0)[order], *sizes, self.group)
+        out = self.run_experts(rows, (received % len(gate))[:, None], rows.new_ones(len(rows), 1), gate, up, down)
+        out = all_to_all_single_autograd(out, *sizes[::-1], self.group)
+        return (weights[..., None] * out[order.argsort()].unflatten(0, (-1, k))).sum(1)
+
+
+def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn.Parameter]:
+    """Leave every rank its part of each mixture's experts, and let tokens travel to them; return their parameters."""
+    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+    if not mixtures:
+        raise ValueError(f"parallel.expert_ranks = {expert_ranks} needs a mixture of experts, but decoder.moe = None")
+    if (num_experts := mixtures[0].config.num_experts) % expert_ranks:
+        raise ValueError(
+            f"decoder.moe.num_experts = {num_experts} cannot be divided by parallel.expert_ranks = {expert_ranks}"
+        )
+    shape = (num_ranks() // expert_ranks, expert_ranks)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts"))
+    experts = set()
+    for module in mixtures:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            whole = getattr(module, name)
+            part = distribute_tensor(whole.detach(), mesh["experts"], [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+            experts.add(getattr(module, name))
+        module.run_experts = SharedExperts(module.run_experts, mesh)
+    return experts
+
+
+# --- gradients -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def finish_gradients(model: VLM):
+    """Average the gradients of shared experts over all ranks; they hold the sum over the ranks that share them."""
+    for module in model.modules():
+        if isinstance(module, MoE) and isinstance(module.run_experts, SharedExperts):
+            for parameter in (module.gate_proj, module.up_proj, module.down_proj):
+                if parameter.grad is not None:
+                    grad = parameter.grad.to_local()
+                    dist.all_reduce(grad, group=module.run_experts.replicas)
+                    grad /= num_ranks()
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a global norm of `max_norm`; return the norm before, fp32 scalar."""
+    by_mesh = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = []
+    for group in by_mesh.values():
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in group])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.stack(norms).norm()
+    for group in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total
