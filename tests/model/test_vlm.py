@@ -4,14 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from nanovlm.config import MoEConfig
+from nanovlm.config import MoEConfig, ParallelConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.losses import next_token_loss
 from nanovlm.model.attention import make_mask
 from nanovlm.model.vision import whitening_filters
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import next_token
+from nanovlm.parallel import parallelize
 from nanovlm.presets import scenes
 from tests.conftest import TINY, make_batch, make_document
 
@@ -198,6 +200,24 @@ def test_a_training_step_has_no_graph_break(processor, moe):
     torch._dynamo.reset()
     explanation = torch._dynamo.explain(next_token)(model, batch, Extras())
     assert explanation.graph_count == 1 and explanation.graph_break_count == 0, explanation.break_reasons
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_blocks_are_compiled_whole_and_once(processor, monkeypatch, checkpointing):
+    """Ten blocks of a kind, one program; also where the backward pass computes them again."""
+    counter, compile_block = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_block(block, backend=counter, fullgraph=True))
+    deep = {name: dataclasses.replace(getattr(TINY, name), num_hidden_layers=10) for name in ("vision", "decoder")}
+    model, plain = VLM(dataclasses.replace(TINY, **deep)), VLM(dataclasses.replace(TINY, **deep))
+    plain.load_state_dict(model.state_dict())
+    torch._dynamo.reset()
+    parallelize(model, ParallelConfig(compile=True, checkpointing=checkpointing), torch.device("cpu"), "fp32")
+    batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
+    for m in (model, plain):
+        next_token(m, batch).backward()
+    assert counter.frame_count == 2
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_seed_gives_the_same_weights_with_any_number_of_threads():
