@@ -5,6 +5,7 @@
     python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     one batch
     python generate.py --model runs/scenes/model --image a.png                                 a chat
     python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
+    python generate.py --model runs/scenes/model --image a.png --prompt "..." --quantize int4  docs/quantization.md
 
 An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
 """
@@ -22,11 +23,13 @@ import tyro
 
 import nanovlm
 from nanovlm import cli
+from nanovlm.config import QuantizationConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM, Extras
+from nanovlm.quant import quantize
 from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
 
@@ -49,6 +52,8 @@ class GenerateConfig:
     device: str = "auto"
     # Precision of the weights; auto for that of the file.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # Round the decoder's linear layers to so many bits; `python -m nanovlm.quant` writes a folder of such a model.
+    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
 
 
 def main(config: GenerateConfig):
@@ -59,6 +64,8 @@ def main(config: GenerateConfig):
     images = [open_image(path) for path in config.image]
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = nanovlm.load(config.model, cli.find_device(config.device), dtype)
+    if config.quantize != "none":
+        quantize(model, QuantizationConfig(config.quantize))
     if config.show_routing and model.config.decoder.moe is None:
         raise ValueError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     if not config.prompt:

@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
+from nanovlm.quant import is_quantized
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {torch.int32: "I32", torch.uint8: "U8"}
 
 
 @contextlib.contextmanager
@@ -143,7 +145,7 @@ def load(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     processor = Processor.load(folder, config)
     file = folder / "model.safetensors"
-    model = empty_model(config, device, dtype or file_dtype([file]))
+    model = empty_model(config, device, dtype or file_dtype([file], is_quantized))
     load_weights(model, file)
     return model.eval(), processor
 
@@ -196,8 +198,9 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor]], files: list[Path],
                     shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
                     if tensor.get_shape() != shape:
                         problems.append(f"{name} has shape {tensor.get_shape()}, the config says {shape}")
-                    if tensor.get_dtype() not in DTYPES:
-                        problems.append(f"{name} has dtype {tensor.get_dtype()}; only {', '.join(DTYPES)} are read")
+                    dtypes = DTYPES if parts[0].is_floating_point() else [INTEGERS[parts[0].dtype]]
+                    if tensor.get_dtype() not in dtypes:
+                        problems.append(f"{name} has dtype {tensor.get_dtype()}; only {', '.join(dtypes)} are read")
     problems += [f"{name} is missing" for name in merge_numbers(destinations.keys() - where.keys())]
     problems += [f"{name} is unknown" for name in merge_numbers(where.keys() - destinations.keys())]
     if problems:

@@ -29,6 +29,8 @@ class VisionConfig:
     num_attention_heads: int = 4
     # Epsilon of the layer norms.
     layer_norm_eps: float = 1e-6
+    # Attention backend, a key of nanovlm.model.attention.ATTENTION.
+    attention: str = "sdpa"
 
     @property
     def grid_size(self) -> int:
@@ -152,8 +154,22 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     # Use the embedding table as output head.
     tie_word_embeddings: bool = True
-    # Attention backend, a key of nanovlm.model.attention.ATTENTION.
+    # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa, torch's; triton, kernels/attention.py; or
+    # flex, torch's other one.
     attention: str = "sdpa"
+    # Backend of the output head with its loss, a key of nanovlm.losses.CROSS_ENTROPY: torch; or triton,
+    # kernels/cross_entropy.py.
+    cross_entropy: str = "torch"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    # Weights as int8 (a scale for each output), int4 (a scale and a zero point for each group) or nf4 (QLoRA's).
+    format: Literal["int8", "int4", "nf4"] = "int4"
+    # int4: weights in a group.
+    group_size: Literal[32, 64, 128] = 64
+    # Linear layers with names in which this regular expression is found; head and routers never are.
+    layers: str = r"^decoder\."
 
 
 @dataclass(frozen=True)
@@ -166,6 +182,8 @@ class VLMConfig:
     tiling: TilingConfig = field(default_factory=TilingConfig)
     # Language model.
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    # Linear layers in few bits, as nanovlm/quant.py makes them of a trained model; null (None) for none.
+    quantization: QuantizationConfig | None = None
     # Token id of padding.
     pad_token_id: int = 0
     # Token id over whose embeddings the image features are written; null (None) without an image encoder.
@@ -400,6 +418,10 @@ class TrainConfig:
         """Return self, or raise ValueError with both values of the first contradiction."""
         self.model.validate()
         d, o = self.data, self.optim
+        _check(
+            self.model.quantization is None,
+            f"model.quantization = {self.model.quantization} must be None: a model is quantised once it is trained",
+        )
         for name, value, least in (
             *(
                 (n, x, 0 if n in ("data.max_tiles", "data.num_epochs", "data.num_workers") else 1)

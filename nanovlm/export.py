@@ -90,6 +90,11 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
 def check_exportable(processor: Processor):
     """Raise ValueError that names the field that no layout can hold."""
     config, tokenizer = processor.config, processor.tokenizer
+    if config.quantization is not None:
+        raise ValueError(
+            f"quantization.format = {config.quantization.format!r} cannot be exported: no other program reads it; "
+            "export the model that it was made of"
+        )
     find_family(config.decoder)
     if config.vision is None:
         return

@@ -25,6 +25,9 @@ from nanovlm.model.vlm import VLM
 # What a run may choose anew for the mixture of the model that it starts from: none changes what the weights mean.
 MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
+# And for its decoder, for the same reason.
+BACKENDS = ("attention", "cross_entropy")
+
 
 def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
     """Return a model with fp32 weights, and its processor; `texts` are for a new tokenizer.
@@ -36,11 +39,15 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         model, processor = hf.load(init.model, dtype=torch.float32)
         if wanted.decoder.moe is not None and model.config.decoder.moe is None:
             model = upcycle(model, wanted.decoder.moe, init.upcycle_noise)
-        decoder = dataclasses.replace(model.config.decoder, attention=wanted.decoder.attention)
+        backends = {field: getattr(wanted.decoder, field) for field in BACKENDS}
+        decoder = dataclasses.replace(model.config.decoder, **backends)
+        vision = model.config.vision
+        if vision is not None and wanted.vision is not None:
+            vision = dataclasses.replace(vision, attention=wanted.vision.attention)
         if decoder.moe is not None and wanted.decoder.moe is not None:
             changes = {field: getattr(wanted.decoder.moe, field) for field in MOE_FIELDS_OF_TRAINING}
             decoder = dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, **changes))
-        _check_same(init.model, dataclasses.replace(model.config, decoder=decoder), wanted)
+        _check_same(init.model, dataclasses.replace(model.config, vision=vision, decoder=decoder), wanted)
         weights, model = model.state_dict(), empty_model(wanted, "cpu", torch.float32)
         model.load_state_dict(weights, assign=True)
         if config.data.chat_template:
@@ -49,7 +56,8 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
     model = VLM(wanted)
     if init.vision:
         folder = hf.find(init.vision)
-        _check_same(init.vision, hf.read_siglip(folder), wanted.vision, "vision.")
+        theirs = dataclasses.replace(hf.read_siglip(folder), attention=wanted.vision.attention)
+        _check_same(init.vision, theirs, wanted.vision, "vision.")
         hf.load_vision(model, folder)
     if not init.decoder:
         tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
@@ -60,7 +68,7 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         raise ValueError(
             f"{init.decoder} has {theirs.vocab_size} tokens, more than decoder.vocab_size = {wanted.decoder.vocab_size}"
         )
-    same = {field: getattr(wanted.decoder, field) for field in ("vocab_size", "attention")}
+    same = {field: getattr(wanted.decoder, field) for field in ("vocab_size", *BACKENDS)}
     _check_same(init.decoder, dataclasses.replace(theirs, **same), wanted.decoder, "decoder.")
     hf.load_decoder(model, folder)
     tokenizer = extend_tokenizer(

@@ -5,21 +5,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanovlm import distributed
-from nanovlm.config import MoEConfig
-
-# Logits that exist at once: 128 MiB of fp32.
-MAX_LOGITS = 2**25
+from nanovlm.config import MoEConfig, pick
 
 
-def next_token_loss(hidden: Tensor, labels: Tensor, head_weight: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+def next_token_loss(
+    hidden: Tensor, labels: Tensor, head_weight: Tensor, max_logits: int | None = None, backend: str = "torch"
+) -> Tensor:
     """Return the sum of cross-entropies over N trained positions, in nats, fp32 scalar.
 
     `hidden` [N, D], `labels` int64[N], `head_weight` [V, D]. With none the sum is 0 and so are all gradients. The
-    logits are made in chunks of at most `max_logits`; a large vocabulary never has them all in memory.
+    logits are made in chunks of at most `max_logits`, or as many as suit the `backend`, a key of CROSS_ENTROPY; a large
+    vocabulary never has them all in memory.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return LinearCrossEntropy.apply(hidden, head_weight, labels, dtype, max(1, max_logits // len(head_weight)))
+    return pick(CROSS_ENTROPY, backend, "decoder.cross_entropy")(hidden, head_weight, labels, dtype, max_logits)
+
+
+# A backend makes its products in `dtype`: (hidden [N, D], weight [V, D], labels int64[N], dtype, max_logits) -> fp32.
+
+
+def cross_entropy_torch(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
+    """At once 128 MiB of fp32 logits, unless told otherwise."""
+    return LinearCrossEntropy.apply(hidden, weight, labels, dtype, max(1, (max_logits or 2**25) // len(weight)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -58,6 +66,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
 
 
+def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
+    """A kernel of our own from logits to their gradient, which stay in the dtype of `hidden`."""
+    try:
+        from kernels.cross_entropy import CHUNK, linear_cross_entropy
+    except ImportError as error:
+        raise ValueError(f"decoder.cross_entropy = 'triton' needs the package triton: {error}") from error
+    chunk = max(1, max_logits // len(weight)) if max_logits else CHUNK
+    return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels, chunk=chunk)
+
+
 def load_balancing_loss(shares: Tensor, is_token: Tensor, load: Tensor, num_tokens: Tensor) -> Tensor:
     """E * sum over experts of f P: least, k, when all are equal (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
 
@@ -94,3 +112,6 @@ def router_loss(extras, is_token: Tensor, config: MoEConfig) -> Tensor:
         if config.z_weight:
             total = total + config.z_weight * router_z_loss(routing.logits, is_token)
     return total / len(loads)
+
+
+CROSS_ENTROPY = {"torch": cross_entropy_torch, "triton": cross_entropy_triton}

@@ -1,9 +1,15 @@
-"""A tiny model, its processor, and small documents, shared by the tests."""
+"""A tiny model, its processor, and small documents, shared by the tests; where kernels run."""
 
 import dataclasses
+import importlib.util
+import os
 
 import pytest
 import torch
+
+# Read when triton is imported, which nothing above does.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from PIL import Image
 
 from nanovlm.config import DecoderConfig, VisionConfig, VLMConfig
@@ -14,6 +20,11 @@ from nanovlm.data.sources import Scenes, sample_texts, to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.vlm import VLM
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not HAS_GPU:
+    importlib.import_module("tests.kernels.interpreter")
 
 TINY = VLMConfig(
     vision=VisionConfig(
@@ -31,6 +42,26 @@ TINY = VLMConfig(
 )
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: compiled on a GPU where there is one, else interpreted on the CPU."""
+    if not HAS_TRITON:
+        pytest.skip("needs triton, which has no wheel for this platform")
+    return "cuda" if HAS_GPU else "cpu"
+
+
+def skip_without_interpreter(backend):
+    """Skip a test on the CPU of a backend that computes there only when Triton interprets."""
+    if backend == "triton" and (HAS_GPU or not HAS_TRITON):
+        pytest.skip("needs Triton's interpreter, which takes the place of a GPU")
+
+
 @pytest.fixture(scope="session")
 def processor():
     return Processor(train_tokenizer(sample_texts(Scenes("train"), 50), 512), CHAT_TEMPLATE, TINY)
@@ -38,9 +69,11 @@ def processor():
 
 @pytest.fixture(params=sorted(ATTENTION))
 def model(request):
-    """A random tiny model for each attention backend."""
+    """A random tiny model for each attention backend of the decoder; half of it where the backend is slow on a CPU."""
+    skip_without_interpreter(request.param)
     torch.manual_seed(0)
-    decoder = dataclasses.replace(TINY.decoder, attention=request.param)
+    fewer = {} if request.param == "sdpa" else dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    decoder = dataclasses.replace(TINY.decoder, attention=request.param, **fewer)
     return VLM(dataclasses.replace(TINY, decoder=decoder)).eval()
 
 

@@ -191,7 +191,8 @@ def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
 
     def go_on(name, noise=0.0, **changes):
         moe = MoEConfig(num_experts=3, intermediate_size=DECODER["intermediate_size"], **changes)
-        model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, moe=moe))
+        decoder = dataclasses.replace(config.model.decoder, moe=moe, attention="flex", cross_entropy="triton")
+        model = dataclasses.replace(config.model, decoder=decoder)
         from_there = InitConfig(model=str(tmp_path / name), upcycle_noise=noise)
         return init.start(dataclasses.replace(config, model=model, init=from_there), ())
 
@@ -204,6 +205,7 @@ def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
     checkpoint.save_model(tmp_path / "mixture", mixture, processor)
     again, _processor = go_on("mixture", experts="loop", balance_weight=0.5)
     assert again.config.decoder.moe.balance_weight == 0.5
+    assert (again.config.decoder.attention, again.config.decoder.cross_entropy) == ("flex", "triton")
     assert again.decoder.layers[0].mlp.run_experts is EXPERTS["loop"]
     old, new = mixture.state_dict(), again.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)

@@ -1,7 +1,10 @@
 """Imports only point down the road: train, generate, eval -> objectives -> losses, model -> kernels."""
 
 import ast
+import importlib.metadata
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from benchmarks.scenes import format_results
 
 ROOT = Path(__file__).parent.parent
-FILES = [p for folder in ("nanovlm", "eval") for p in (ROOT / folder).rglob("*.py")] + [
+FILES = [p for folder in ("nanovlm", "eval", "kernels") for p in (ROOT / folder).rglob("*.py")] + [
     ROOT / "train.py",
     ROOT / "generate.py",
 ]
@@ -47,6 +50,7 @@ FORBIDDEN = {
         "torch.distributed",
     ),
     "nanovlm.losses": ("nanovlm.model", "nanovlm.objectives"),
+    "kernels": ("nanovlm", "train", "generate", "eval", "tests", "benchmarks", "transformers"),
     "eval": ("train", "generate", "transformers"),
     "train": ("transformers",),
     "generate": ("transformers", "train"),
@@ -82,6 +86,35 @@ def test_optional_packages_are_imported_where_they_are_used():
         names = {alias.name for n in top if isinstance(n, ast.Import) for alias in n.names}
         names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
         assert not names & {"wandb", "datasets", "gguf", "transformers"}, path
+
+
+def test_kernels_are_used_in_few_places_and_nothing_needs_triton():
+    for path in FILES:
+        if path.parent.name != "kernels" and any(is_in(name, "kernels") for name in imports(path)):
+            assert path.name in ("attention.py", "moe.py", "quant.py", "losses.py"), path
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.parent.name != "kernels"
+    ]
+    code = f"import sys; sys.modules['triton'] = None; import {', '.join(modules)}"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_distribution_takes_the_place_of_our_kernels():
+    """One of this name has a folder kernels/ too, which transformers uses, and tells from ours by the version."""
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    assert version is None, (
+        f"the distribution kernels {version} is installed beside our kernels/: pip uninstall kernels"
+    )
+    from transformers.utils import is_kernels_available
+
+    import kernels
+
+    assert kernels.__file__ == str(ROOT / "kernels" / "__init__.py")
+    assert not is_kernels_available()
 
 
 def test_the_readme_shows_the_committed_results():

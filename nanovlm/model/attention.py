@@ -1,27 +1,53 @@
-"""Attention within documents: the mask and the backends.
+"""Attention within documents: the masks and the backends.
 
 Legend of shapes: B rows, T query tokens, S key tokens, N query heads, K key/value heads, H head size.
-A backend is `attend(q: [B, T, N, H], k: [B, S, K, H], v: [B, S, K, H], mask: bool[B, 1, T, S] | None)
--> [B, T, N, H]` in the dtype of v; each key/value head serves N / K neighbouring query heads.
+A backend is `attend(q: [B, T, N, H], k: [B, S, K, H], v: [B, S, K, H], mask) -> [B, T, N, H]` in the dtype of v; each
+key/value head serves N / K neighbouring query heads. A mask is made once a forward and handed to every block: None, all
+keys are visible, or what `make_mask` and `make_cache_mask` return, in the form that the backend wants.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 
-def make_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor:
+def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa"):
     """Say which keys a query sees: its own document's, not later ones, of the prefix or of its own branch.
 
-    Takes int32[B, T] twice, returns bool[B, 1, T, T]. Padding (doc_id -1) sees only padding, so no row is
-    empty; nothing reads what comes out there.
+    Takes int32[B, T] twice, returns bool[B, 1, T, T] or the form of the backend. Padding (doc_id -1) sees only
+    padding, so no row is empty; nothing reads what comes out there.
     """
+    make, _ = MASKS.get(backend, DENSE)
+    return make(doc_ids, branch_ids)
+
+
+def make_cache_mask(position_ids: Tensor, num_slots: int, backend: str = "sdpa"):
+    """Say which slots of a cache a query sees: those up to its position.
+
+    Takes int64[B, T], returns bool[B, 1, T, S] or the form of the backend.
+    """
+    _, make = MASKS.get(backend, DENSE)
+    return make(position_ids, num_slots)
+
+
+# --- sdpa: bool[B, 1, T, S] ----------------------------------------------------------------------------------
+
+
+def make_dense_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor:
     T = doc_ids.shape[1]
     same_document = doc_ids[:, :, None] == doc_ids[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
     key_branch = branch_ids[:, None, :]
     visible_branch = (key_branch == 0) | (key_branch == branch_ids[:, :, None])
     return (same_document & causal & visible_branch)[:, None]
+
+
+def make_dense_cache_mask(position_ids: Tensor, num_slots: int) -> Tensor:
+    slots = torch.arange(num_slots, device=position_ids.device)
+    return (slots <= position_ids[:, :, None])[:, None]
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -38,4 +64,72 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2).to(dtype)
 
 
-ATTENTION = {"sdpa": attend_sdpa}
+# --- flex: a BlockMask, to compare with ----------------------------------------------------------------------
+
+
+def make_flex_mask(doc_ids: Tensor, branch_ids: Tensor) -> BlockMask:
+    def visible(b, _n, t, s):
+        branch = branch_ids[b, s]
+        return (doc_ids[b, t] == doc_ids[b, s]) & (s <= t) & ((branch == 0) | (branch == branch_ids[b, t]))
+
+    B, T = doc_ids.shape
+    return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
+
+
+def make_flex_cache_mask(position_ids: Tensor, num_slots: int) -> BlockMask:
+    def visible(b, _n, t, s):
+        return s <= position_ids[b, t]
+
+    B, T = position_ids.shape
+    return create_block_mask(visible, B, None, T, num_slots, device=position_ids.device)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
+    """torch's flex_attention, compiled on a GPU; on the CPU, where it has no gradients, they come from sdpa."""
+    if not q.is_cuda and torch.is_grad_enabled():
+        if mask is not None:
+            mask = create_mask(mask.mask_mod, len(q), 1, q.shape[1], k.shape[1], device=q.device)
+        return attend_sdpa(q, k, v, mask)
+    attend = compile_flex() if q.is_cuda else flex_attention
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+    return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+@functools.cache
+def compile_flex():
+    return torch.compile(flex_attention)
+
+
+# --- triton: the runs of the documents, or the last slot of every query ---------------------------------------
+
+
+def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor):
+    return load_kernels().find_runs(doc_ids, branch_ids)
+
+
+def make_triton_cache_mask(position_ids: Tensor, num_slots: int) -> Tensor:
+    return position_ids
+
+
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    """Our kernels: gradients within documents and with all keys visible, none over a cache (int64[B, T])."""
+    kernels = load_kernels()
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return kernels.attend_slots(q, k, v, mask) if isinstance(mask, Tensor) else kernels.attention(q, k, v, mask)[0]
+
+
+def load_kernels():
+    """Import the kernels where they are asked for: no other backend needs Triton."""
+    try:
+        from kernels import attention
+    except ModuleNotFoundError as error:
+        missing = f"attention = 'triton' needs the package {error.name}, which is not installed: choose sdpa"
+        raise ValueError(missing) from error
+    return attention
+
+
+ATTENTION = {"sdpa": attend_sdpa, "flex": attend_flex, "triton": attend_triton}
+
+# What makes the masks of documents and of caches, where a backend wants another form than bool[B, 1, T, S].
+DENSE = (make_dense_mask, make_dense_cache_mask)
+MASKS = {"flex": (make_flex_mask, make_flex_cache_mask), "triton": (make_triton_mask, make_triton_cache_mask)}

@@ -34,13 +34,13 @@ class Decoder(nn.Module):
         self,
         x_BTD: Tensor,
         position_ids: Tensor,
-        mask: Tensor,
+        mask,
         cache: KVCache | None = None,
         is_token: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Embeddings [B, T, D] -> normed hidden states [B, T, D], and the routing of every mixture.
 
-        `mask` bool[B, 1, T, S] as attention.py says; `is_token` bool[B, T] is False on padding.
+        `mask` as attention.py says; `is_token` bool[B, T] is False on padding.
         """
         rope = rope_table(position_ids, self.config)
         routings = []

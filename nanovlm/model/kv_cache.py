@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.config import DecoderConfig
+from nanovlm.model.attention import make_cache_mask
 
 
 class KVCache:
@@ -18,7 +19,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.max_length = max_length
+        self.max_length, self.attention = max_length, config.attention
 
     def update(self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v [B, T, K, H] at position_ids int64[B, T]; return the layer's buffers."""
@@ -27,7 +28,6 @@ class KVCache:
         self.values[layer][rows, position_ids] = v.to(self.values[layer].dtype)
         return self.keys[layer], self.values[layer]
 
-    def make_mask(self, position_ids: Tensor) -> Tensor:
-        """bool[B, 1, T, S]: a query at a position sees the slots up to it."""
-        slots = torch.arange(self.max_length, device=position_ids.device)
-        return (slots <= position_ids[:, :, None])[:, None]
+    def make_mask(self, position_ids: Tensor):
+        """Say, in the form of the attention backend, that a query at a position sees the slots up to it."""
+        return make_cache_mask(position_ids, self.max_length, self.attention)

@@ -147,10 +147,7 @@ def experts_loop(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: T
 
 def experts_grouped(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Rows sorted by expert, and torch's grouped matrix product; the numbers of rows stay on the device."""
-    # In bf16 the CPU compiles a product for every new number of rows: 3.7 ms each, 0.5 in fp32 (2026-11-22).
-    uses_autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if uses_autocast else x.dtype
-    k = choice.shape[1]
+    dtype, k = product_dtype(x), choice.shape[1]
     order = choice.flatten().argsort(stable=True)
     place = order.argsort()
     ends = (choice.flatten()[:, None] == torch.arange(len(gate), device=x.device)).sum(0).cumsum(0, dtype=torch.int32)
@@ -159,6 +156,13 @@ def experts_grouped(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up
     h = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
     out = Permute.apply(F.grouped_mm(h, down, offs=ends), place, order)
     return (weights[..., None] * out.unflatten(0, (-1, k))).sum(1).to(x.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else that of x."""
+    # In bf16 the CPU compiles a product for every new number of rows: 3.7 ms each, 0.5 in fp32 (2026-11-22).
+    uses_autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if uses_autocast else x.dtype
 
 
 class Permute(torch.autograd.Function):
@@ -174,4 +178,15 @@ class Permute(torch.autograd.Function):
         return grad[ctx.saved_tensors[0]], None, None
 
 
-EXPERTS = {"loop": experts_loop, "grouped": experts_grouped}
+def experts_triton(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Kernels of our own, in which no sorted copy of x is made and nothing is added in an order that varies."""
+    try:
+        from kernels.grouped_gemm import grouped_experts
+    except ImportError as error:
+        raise ValueError(f"decoder.moe.experts = 'triton' needs the package triton: {error}") from error
+    dtype = product_dtype(x)
+    gate, up, down = (w.to(dtype) for w in (gate, up, down))
+    return grouped_experts(x.to(dtype), choice, weights, gate, up, down).to(x.dtype)
+
+
+EXPERTS = {"loop": experts_loop, "grouped": experts_grouped, "triton": experts_triton}

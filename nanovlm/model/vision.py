@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.config import VisionConfig
+from nanovlm.config import VisionConfig, pick
 from nanovlm.model.attention import ATTENTION
 
 
@@ -60,11 +60,12 @@ class VisionAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
+        self.attend = pick(ATTENTION, config.attention, "vision.attention")
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x_IPD: Tensor) -> Tensor:
         q, k, v = (f(x_IPD).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(ATTENTION["sdpa"](q, k, v, None).flatten(-2))
+        return self.out_proj(self.attend(q, k, v, None).flatten(-2))
 
 
 class VisionMLP(nn.Module):

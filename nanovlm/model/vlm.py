@@ -21,6 +21,7 @@ from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import Projector
 from nanovlm.model.vision import VisionEncoder, whitening_filters
+from nanovlm.quant import quantize
 from nanovlm.sampling import SamplingConfig, generate
 
 
@@ -49,6 +50,8 @@ class VLM(nn.Module):
         # Go through the encoder without images too, as parallel.py decides.
         self.always_sees = False
         init_weights(self)
+        if config.quantization is not None:
+            quantize(self, config.quantization, search=False)
 
     def forward(self, batch: Batch, cache: KVCache | None = None, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D].
@@ -57,7 +60,7 @@ class VLM(nn.Module):
         routing of every mixture of experts.
         """
         if cache is None:
-            mask = make_mask(batch.doc_ids, batch.branch_ids)
+            mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention)
         else:
             mask = cache.make_mask(batch.position_ids)
         hidden, routing = self.decoder(self.embed(batch), batch.position_ids, mask, cache, batch.doc_ids >= 0)

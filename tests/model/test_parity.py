@@ -5,10 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from nanovlm.config import DecoderConfig, VisionConfig
-from nanovlm.model.attention import make_mask
+from nanovlm.model.attention import ATTENTION, make_mask
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.projector import pixel_shuffle
 from nanovlm.model.vision import VisionEncoder
+from tests.conftest import skip_without_interpreter
 
 
 def randomize(model, scale=0.5):
@@ -23,9 +24,11 @@ def assert_close(ours, theirs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 16), (6, 2, 10), (3, 1, 24), (8, 1, 8)])
-def test_decoder_equals_llama(tied, heads, kv_heads, head_dim):
+def test_decoder_equals_llama(attention, tied, heads, kv_heads, head_dim):
+    skip_without_interpreter(attention)
     torch.manual_seed(0)
     shared = dict(
         vocab_size=101,
@@ -42,19 +45,21 @@ def test_decoder_equals_llama(tied, heads, kv_heads, head_dim):
         LlamaConfig(**shared, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     ).eval()
     randomize(llama)
-    decoder = Decoder(DecoderConfig(**shared, rope_theta=5000.0))
+    decoder = Decoder(DecoderConfig(**shared, rope_theta=5000.0, attention=attention))
     weights = {name.removeprefix("model."): tensor for name, tensor in llama.state_dict().items()}
     decoder.load_state_dict({k: v for k, v in weights.items() if k != "lm_head.weight" or not tied})
     ids = torch.randint(0, 101, (2, 37))
     position_ids = torch.arange(37).expand(2, -1)
-    mask = make_mask(torch.zeros(2, 37, dtype=torch.int32), torch.zeros(2, 37, dtype=torch.int32))
+    mask = make_mask(torch.zeros(2, 37, dtype=torch.int32), torch.zeros(2, 37, dtype=torch.int32), attention)
     hidden, _routing = decoder(decoder.embed_tokens(ids), position_ids, mask)
     assert_close(hidden @ decoder.head_weight.T, llama(input_ids=ids).logits)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(("image_size", "patch_size", "layers"), [(32, 8, 2), (28, 14, 3), (24, 4, 1)])
-def test_encoder_equals_siglip(image_size, patch_size, layers):
+def test_encoder_equals_siglip(attention, image_size, patch_size, layers):
+    skip_without_interpreter(attention)
     torch.manual_seed(0)
     shared = dict(
         image_size=image_size,
@@ -66,7 +71,7 @@ def test_encoder_equals_siglip(image_size, patch_size, layers):
     )
     siglip = SiglipVisionModel(SiglipVisionConfig(**shared, vision_use_head=False)).eval()
     randomize(siglip)
-    encoder = VisionEncoder(VisionConfig(**shared))
+    encoder = VisionEncoder(VisionConfig(**shared, attention=attention))
     renamed = {}
     for name, tensor in siglip.state_dict().items():
         for prefix in ("vision_model.", "embeddings.", "encoder."):

@@ -1,6 +1,7 @@
 """The document is the unit: what a token may see, and what it may not, for every attention backend."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -8,19 +9,28 @@ from torch._dynamo.testing import CompileCounter
 
 from nanovlm.config import MoEConfig, ParallelConfig
 from nanovlm.data.types import IGNORE
-from nanovlm.losses import next_token_loss
-from nanovlm.model.attention import make_mask
+from nanovlm.losses import CROSS_ENTROPY, next_token_loss
+from nanovlm.model.attention import ATTENTION, make_cache_mask, make_mask
 from nanovlm.model.vision import whitening_filters
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import next_token
 from nanovlm.parallel import parallelize
 from nanovlm.presets import scenes
-from tests.conftest import TINY, make_batch, make_document
+from tests.conftest import TINY, make_batch, make_document, skip_without_interpreter
 
 TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
 
 
-def test_mask_is_the_drawing():
+def seen(backend, mask, T, S):
+    """bool[T, S]: what gets a weight above 0, with every score the same."""
+    skip_without_interpreter(backend)
+    zero = torch.zeros(1, T, 1, S)
+    return ATTENTION[backend](zero, torch.zeros(1, S, 1, S), torch.eye(S)[None, :, None], mask)[0, :, 0] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_mask_is_the_drawing(backend):
     doc_ids = torch.tensor([[0, 0, 0, 0, 1, 1, -1]], dtype=torch.int32)
     branch_ids = torch.tensor([[0, 0, 1, 2, 0, 0, 0]], dtype=torch.int32)
     drawing = """
@@ -34,6 +44,25 @@ def test_mask_is_the_drawing():
     """
     expected = torch.tensor([[c == "1" for c in line.strip()] for line in drawing.split()])
     assert torch.equal(make_mask(doc_ids, branch_ids)[0, 0], expected)
+    assert torch.equal(seen(backend, make_mask(doc_ids, branch_ids, backend), 7, 7), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_mask_of_a_cache_is_the_slots_up_to_the_position(backend):
+    expected = torch.tensor([[s <= position for s in range(9)] for position in (0, 4, 8)])
+    position_ids = torch.tensor([[0, 4, 8]])
+    assert torch.equal(make_cache_mask(position_ids, 9)[0, 0], expected)
+    assert torch.equal(seen(backend, make_cache_mask(position_ids, 9, backend), 3, 9), expected)
+
+
+def test_without_triton_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.attention", raising=False)
+    monkeypatch.delattr("kernels.attention", raising=False)
+    ids = torch.zeros(1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="attention = 'triton' needs the package triton, which is not installed"):
+        make_mask(ids, ids, "triton")
 
 
 @torch.no_grad()
@@ -101,6 +130,25 @@ def test_branches_equal_documents_of_their_own(model, processor):
     assert_same(model, [make_batch([together])], [make_batch(apart)])
 
 
+def test_every_backend_gives_the_same_gradients_and_answers(processor, device):
+    """Image encoder and decoder, where the kernels run."""
+    document = make_document(processor, 5, *TURNS, independent=True)
+    batch = make_batch([document], row_length=len(document) + 3).to(device)
+    prompts = processor.batch([processor.prompt([{"role": "user", "content": text}], []) for text in ("why?", "a")])
+    torch.manual_seed(0)
+    weights, results = VLM(TINY).state_dict(), {}
+    for backend in ATTENTION:
+        vision, decoder = (dataclasses.replace(part, attention=backend) for part in (TINY.vision, TINY.decoder))
+        model = VLM(dataclasses.replace(TINY, vision=vision, decoder=decoder)).to(device)
+        model.load_state_dict(weights)
+        results[backend] = *loss_and_gradients(model, [batch]), model.generate(prompts.to(device), max_new_tokens=3)
+    loss, gradients, answers = results.pop("sdpa")
+    for other, others, theirs in results.values():
+        assert other == pytest.approx(loss, rel=1e-5) and theirs == answers
+        for name, gradient in gradients.items():
+            assert (gradient - others[name]).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
+
+
 @torch.no_grad()
 def test_turns_of_a_conversation_do_see_each_other(model, processor):
     """The control of the test above: without `independent` a turn sees the earlier ones."""
@@ -109,7 +157,12 @@ def test_turns_of_a_conversation_do_see_each_other(model, processor):
     assert abs(next_token(model, chat).item() - next_token(model, alone).item()) > 1e-3
 
 
-def test_logits_only_at_trained_positions_give_the_same_loss(model, processor):
+@pytest.mark.parametrize("backend", CROSS_ENTROPY)
+def test_logits_only_at_trained_positions_give_the_same_loss(model, processor, backend):
+    skip_without_interpreter(backend)
+    model.config = dataclasses.replace(
+        model.config, decoder=dataclasses.replace(model.config.decoder, cross_entropy=backend)
+    )
     batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
     logits = model.logits(batch)
     full = torch.nn.functional.cross_entropy(
@@ -120,12 +173,14 @@ def test_logits_only_at_trained_positions_give_the_same_loss(model, processor):
 
 @pytest.mark.parametrize("max_logits", [1, 3 * 11, 10**9], ids=["one by one", "chunks of 3", "at once"])
 @pytest.mark.parametrize("num", [0, 1, 7])
-def test_loss_in_chunks_is_cross_entropy(num, max_logits):
+@pytest.mark.parametrize("backend", CROSS_ENTROPY)
+def test_loss_in_chunks_is_cross_entropy(backend, num, max_logits):
     """Value and gradients, also where the loss is scaled afterwards; against torch in fp64."""
+    skip_without_interpreter(backend)
     torch.manual_seed(0)
     hidden, weight = torch.randn(num, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
     labels = torch.randint(11, (num,))
-    loss = next_token_loss(hidden, labels, weight, max_logits)
+    loss = next_token_loss(hidden, labels, weight, max_logits, backend)
     (0.3 * loss).backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")

@@ -1,0 +1,672 @@
+"""Attention, out = softmax(scale * q k^T) v over the keys that a query sees: forward, backward, and over a cache.
+
+The scores of a block of queries and a block of keys exist on the chip alone (Dao 2023, arXiv 2307.08691). With
+m the largest score of a query and l the sum of exp(score - m), kept up to date from block to block:
+
+```
+out = sum exp(score - m) v / l       lse = m + log l       both zero and -inf where a query sees nothing
+p = exp(score - lse)   dv = p^T dout   ds = p * (dout v^T - delta)   dq = scale * ds k   dk = scale * ds^T q
+```
+
+with delta the sum of dout * out over the head. Saved for backward: q, k, v, out, lse. One pass over blocks of queries
+makes dq, another over blocks of keys dk and dv, which adds up the query heads of a group itself: nothing is added in an
+order that could change, so the same inputs give the same bits, and block sizes follow from head size and dtype alone.
+
+What a query sees is one of: all keys; causal, the last query sees the last key; packed documents (`Runs`); or the
+slots of a cache up to a last one. Of a block of queries the visible keys form at most two ranges, [lo_a, hi_a) and
+[lo_b, hi_b), which follow from its first query: no other key is read, and only blocks at their ends take a mask.
+
+A head size that is no power of two is cut in two, A and B: 72 as 64 + 16, 80 as 64 + 16, 96 as 64 + 32.
+
+Legend: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head size; BM queries
+and BN keys a block. In kernels: i_ program index, o_ offsets, m_ masks, p_ pointers, b_ blocks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# (BM, BN, warps, stages) by pass and by compute capability, or "fp32": the first whose width is at least HA + HB.
+# Fixed, not timed at the first call, so that a run started again computes the same bits.
+BLOCKS = {
+    "forward": {
+        90: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+        80: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+        "fp32": {64: (32, 32, 4, 2), 128: (32, 32, 8, 1)},
+    },
+    "backward_q": {
+        90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
+        80: {64: (128, 64, 8, 3), 96: (64, 32, 8, 2), 128: (64, 64, 8, 2)},
+        "fp32": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
+    },
+    "backward_kv": {
+        90: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2)},
+        80: {64: (32, 128, 8, 2), 80: (16, 64, 8, 1), 96: (16, 64, 8, 2), 128: (32, 64, 8, 2)},
+        "fp32": {128: (16, 16, 4, 1)},
+    },
+    "slots": {90: {128: (64, 64, 4, 3)}, 80: {128: (64, 32, 4, 3)}, "fp32": {128: (32, 32, 8, 1)}},
+    "one_slot": {90: {128: (16, 64, 4, 3)}, 80: {128: (16, 64, 4, 3)}, "fp32": {128: (16, 32, 8, 1)}},
+}
+
+
+class Runs(NamedTuple):
+    """What tokens of packed rows see, int32[B, T] each: token t the keys of [first, shared) and of [own, t].
+
+    - first, shared: where the prefix of the token's document begins and ends, if the token is on a branch; else both
+      where the document begins
+    - own: where the token's branch begins; its document, if it is on the prefix
+    - until: the same from the side of the key s, which the tokens of [s, until) see
+    """
+
+    first: Tensor
+    shared: Tensor
+    own: Tensor
+    until: Tensor
+
+
+def find_runs(doc_ids: Tensor, branch_ids: Tensor) -> Runs:
+    """Find the runs in int32[B, T] twice; documents lie in one piece, prefix first, then branch after branch.
+
+    Padding is one more document. Everything stays on the device.
+    """
+    T = doc_ids.shape[1]
+    index = torch.arange(T, dtype=torch.int32, device=doc_ids.device).expand_as(doc_ids)
+    new_doc, new_run = torch.ones_like(doc_ids, dtype=torch.bool), torch.ones_like(doc_ids, dtype=torch.bool)
+    new_doc[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    new_run[:, 1:] = new_doc[:, 1:] | (branch_ids[:, 1:] != branch_ids[:, :-1])
+    on_prefix = branch_ids == 0
+
+    def begin(new):
+        return torch.where(new, index, 0).cummax(1).values
+
+    def end(new):
+        is_last = torch.cat([new[:, 1:], torch.ones_like(new[:, :1])], dim=1)
+        return torch.where(is_last, index + 1, T).flip(1).cummin(1).values.flip(1)
+
+    first = begin(new_doc)
+    prefix_end = torch.where(on_prefix, index + 1, 0).cummax(1).values.maximum(first)
+    return Runs(
+        first,
+        torch.where(on_prefix, first, prefix_end),
+        begin(new_run),
+        torch.where(on_prefix, end(new_doc), end(new_run)),
+    )
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None = None, causal=False, scale=None):
+    """Specify `attention`, and, with `visible` spelt out, what the kernels compute; differentiable, any dtype."""
+    T, S = q.shape[1], k.shape[1]
+    t, s = torch.arange(T, device=q.device)[:, None], torch.arange(S, device=q.device)
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = s <= t + S - T
+    if runs is not None:
+        visible = ((s <= t) & (t < runs.until[:, None]))[:, None, None]
+    q_BTKGH = q.unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k) * (scale or q.shape[3] ** -0.5)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    p = scores.softmax(-1).masked_fill(~visible, 0)
+    return torch.einsum("bkgts,bskh->btkgh", p, v).flatten(2, 3), scores.logsumexp(-1).flatten(1, 2)
+
+
+# --- forward kernels -----------------------------------------------------------------------------------------
+
+
+# Strides come divided by UNIT: 8 where they allow it, so that the compiler sees that rows are aligned to 16 bytes.
+
+
+@triton.jit
+def point_to_rows(p, i_first, stride, ROWS: tl.constexpr, UNIT: tl.constexpr):
+    return p + i_first.to(tl.int64) * (stride * UNIT) + tl.arange(0, ROWS).to(tl.int64) * (stride * UNIT)
+
+
+@triton.jit
+def load_part(p_rows, m_rows, BEGIN: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, MASKED: tl.constexpr):
+    """Load SIZE columns from BEGIN on; zeros in masked rows and in columns from H on."""
+    o_h = BEGIN + tl.arange(0, SIZE)
+    if BEGIN + SIZE > H:
+        return tl.load(p_rows[:, None] + o_h[None, :], mask=m_rows[:, None] & (o_h[None, :] < H), other=0.0)
+    elif MASKED:
+        return tl.load(p_rows[:, None] + o_h[None, :], mask=m_rows[:, None], other=0.0)
+    else:
+        return tl.load(p_rows[:, None] + o_h[None, :])
+
+
+@triton.jit
+def load_parts(p_rows, m_rows, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, MASKED: tl.constexpr):
+    """Load both parts of the head, [rows, HA] and [rows, HB]; the first twice where there is no second."""
+    b_a = load_part(p_rows, m_rows, 0, HA, H, MASKED)
+    b_b = b_a
+    if HB > 0:
+        b_b = load_part(p_rows, m_rows, HA, HB, H, MASKED)
+    return b_a, b_b
+
+
+@triton.jit
+def store_parts(p_rows, m_rows, b_a, b_b, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr):
+    o_h = tl.arange(0, HA)
+    tl.store(p_rows[:, None] + o_h[None, :], b_a, mask=m_rows[:, None] & (o_h[None, :] < H))
+    if HB > 0:
+        o_h = HA + tl.arange(0, HB)
+        tl.store(p_rows[:, None] + o_h[None, :], b_b, mask=m_rows[:, None] & (o_h[None, :] < H))
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr):
+    WIDTH_B: tl.constexpr = HB if HB > 0 else 16  # no second part: never touched
+    return tl.zeros([ROWS, HA], tl.float32), tl.zeros([ROWS, WIDTH_B], tl.float32)
+
+
+@triton.jit
+def dot_parts(x_a, x_b, y_a, y_b, HB: tl.constexpr):
+    """x y^T over both parts of the head."""
+    b_s = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
+    if HB > 0:
+        b_s = tl.dot(x_b, tl.trans(y_b), b_s, input_precision="ieee")
+    return b_s
+
+
+@triton.jit
+def add_parts(acc_a, acc_b, b_p, x_a, x_b, HB: tl.constexpr):
+    """acc + p x, both parts of the head."""
+    b_p = b_p.to(x_a.dtype)
+    acc_a = tl.dot(b_p, x_a, acc_a, input_precision="ieee")
+    if HB > 0:
+        acc_b = tl.dot(b_p, x_b, acc_b, input_precision="ieee")
+    return acc_a, acc_b
+
+
+@triton.jit
+def find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM: tl.constexpr, MASK: tl.constexpr):
+    """Find the two ranges of keys that the queries from i_t on see; all of them see those before all_a and all_b."""
+    if MASK == "runs":
+        last = tl.minimum(i_t + BM, T) - 1
+        lo_a, hi_a, lo_b = tl.load(p_first + i_t), tl.load(p_shared + i_t), tl.load(p_own + i_t)
+        # The keys of a run are visible equally far: to all queries here, if one of them is to the last.
+        all_a = tl.where(tl.load(p_until + lo_a) > last, hi_a, lo_a)
+        all_b = tl.where(tl.load(p_until + lo_b) > last, i_t + 1, lo_b)
+        return lo_a, hi_a, all_a, lo_b, last + 1, all_b
+    elif MASK == "causal":
+        hi_b = tl.minimum(tl.maximum(i_t + BM + S - T, 0), S)
+        all_b = tl.minimum(tl.maximum(i_t + 1 + S - T, 0), S)
+        return 0, 0, 0, 0, hi_b, all_b
+    else:
+        return 0, 0, 0, 0, S, S
+
+
+@triton.jit
+def sees(o_s, m_s, o_last, p_until, RUNS: tl.constexpr):
+    """Say which queries see which keys, [BM, BN]; o_last [BM] is the last key of each query."""
+    m = o_s[None, :] <= o_last[:, None]
+    if RUNS:
+        m = m & (o_last[:, None] < tl.load(p_until + o_s, mask=m_s, other=0)[None, :])
+    return m
+
+
+@triton.jit
+def forward_step(
+    b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_k, stride_v, i_s, limit, o_last, p_until, scale_log2,
+    UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
+    RUNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from i_s on, those before limit if MASKED."""
+    o_s = i_s + tl.arange(0, BN)
+    m_s = o_s < limit
+    k_a, k_b = load_parts(point_to_rows(p_k, i_s, stride_k, BN, UNIT), m_s, H, HA, HB, MASKED)
+    b_s = dot_parts(q_a, q_b, k_a, k_b, HB)  # [BM, BN]
+    if MASKED:
+        b_s = tl.where(sees(o_s, m_s, o_last, p_until, RUNS), b_s, float("-inf"))
+    m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    shift = m_new
+    if MASKED:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    b_p = tl.exp2(b_s * scale_log2 - shift[:, None])  # [BM, BN]
+    shrink = tl.exp2(b_m - shift)
+    acc_a = acc_a * shrink[:, None]
+    if HB > 0:
+        acc_b = acc_b * shrink[:, None]
+    v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_v, BN, UNIT), m_s, H, HA, HB, MASKED)
+    acc_a, acc_b = add_parts(acc_a, acc_b, b_p, v_a, v_b, HB)
+    return m_new, b_l * shrink + tl.sum(b_p, 1), acc_a, acc_b
+
+
+@triton.jit
+def forward_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_first, p_shared, p_own, p_until, scale_log2,
+    stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, N, G,
+    UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
+    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(T, BM)
+    i = tl.program_id(0)
+    i_t = (num_blocks - 1 - i % num_blocks) * BM  # those with the most keys first
+    i_n, i_b = i // num_blocks % N, (i // num_blocks // N).to(tl.int64)
+    i_n, i_k = i_n.to(tl.int64), (i_n // G).to(tl.int64)
+    p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
+    p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
+    p_first, p_shared, p_own, p_until = p_first + i_b * T, p_shared + i_b * T, p_own + i_b * T, p_until + i_b * T
+    o_t = i_t + tl.arange(0, BM)
+    o_last = o_t + S - T if MASK != "none" else tl.full([BM], S - 1, tl.int32)
+    p_q += (i_b * stride_qb + i_n * stride_qn) * UNIT
+    q_a, q_b = load_parts(point_to_rows(p_q, i_t, stride_qt, BM, UNIT), o_t < T, H, HA, HB, True)
+    b_m, b_l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    acc_a, acc_b = zero_parts(BM, HA, HB)
+
+    lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM, MASK)
+    full_a, full_b = tl.maximum(all_a - lo_a, 0) // BN, tl.maximum(all_b - lo_b, 0) // BN
+    rest_a, rest_b = tl.cdiv(hi_a - lo_a, BN) - full_a, tl.cdiv(hi_b - lo_b, BN) - full_b
+    for j in range(full_a + full_b):
+        i_s = tl.where(j < full_a, lo_a + j * BN, lo_b + (j - full_a) * BN)
+        b_m, b_l, acc_a, acc_b = forward_step(
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, i_s, S, o_last, p_until, scale_log2,
+            UNIT, H, HA, HB, BN, MASK == "runs", False,
+        )  # fmt: skip
+    for j in range(rest_a + rest_b):
+        i_s = tl.where(j < rest_a, lo_a + (full_a + j) * BN, lo_b + (full_b + j - rest_a) * BN)
+        limit = tl.where(j < rest_a, hi_a, hi_b)
+        b_m, b_l, acc_a, acc_b = forward_step(
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, i_s, limit, o_last, p_until, scale_log2,
+            UNIT, H, HA, HB, BN, MASK == "runs", True,
+        )  # fmt: skip
+
+    b_l = tl.where(b_l == 0, 1.0, b_l)
+    p_out += ((i_b * T + o_t) * N + i_n) * H
+    store_parts(p_out, o_t < T, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB)
+    tl.store(p_lse + (i_b * N + i_n) * T + o_t, (b_m + tl.log2(b_l)) / LOG2E, mask=o_t < T)
+
+
+@triton.jit
+def slots_kernel(
+    p_q, p_k, p_v, p_last, p_out, p_lse, scale_log2, part_size,
+    stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, B, T, S,
+    G: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Attend to one part of the slots with all heads of a group, G rows a token; lse in powers of 2."""
+    num_blocks, num_parts = tl.cdiv(T * G, BM), tl.cdiv(S, part_size)
+    i = tl.program_id(0)
+    i_part, i_b = i // num_blocks % num_parts, (i // num_blocks // num_parts).to(tl.int64)
+    i_k = tl.program_id(1).to(tl.int64)
+    o_r = i % num_blocks * BM + tl.arange(0, BM)
+    m_r = o_r < T * G
+    o_t, o_n = (o_r // G).to(tl.int64), i_k * G + o_r % G
+    o_last = tl.load(p_last + i_b * T + o_t, mask=m_r, other=-1).to(tl.int32)
+    lo = i_part * part_size
+    hi = tl.minimum(lo + part_size, tl.max(o_last) + 1)
+    if (hi <= lo) & (i_part > 0):  # no query sees this part, and what is not written is not merged
+        return
+    p_q += (i_b * stride_qb + o_t * stride_qt + o_n * stride_qn) * UNIT
+    q_a, q_b = load_parts(p_q, m_r, H, HA, HB, True)
+    p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
+    p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
+    b_m, b_l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    acc_a, acc_b = zero_parts(BM, HA, HB)
+    end_full = tl.minimum(hi, tl.min(tl.where(m_r, o_last, S)) + 1)
+    full = tl.maximum(end_full - lo, 0) // BN
+    for j in range(full):
+        b_m, b_l, acc_a, acc_b = forward_step(
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, lo + j * BN, hi, o_last, p_last,
+            scale_log2, UNIT, H, HA, HB, BN, False, False,
+        )  # fmt: skip
+    for j in range(full, tl.cdiv(hi - lo, BN)):
+        b_m, b_l, acc_a, acc_b = forward_step(
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, lo + j * BN, hi, o_last, p_last,
+            scale_log2, UNIT, H, HA, HB, BN, False, True,
+        )  # fmt: skip
+    b_l = tl.where(b_l == 0, 1.0, b_l)
+    o_out = ((i_part * B + i_b) * T + o_t) * tl.num_programs(1) * G + o_n  # [part, B, T, N]
+    store_parts(p_out + o_out * H, m_r, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB)
+    tl.store(p_lse + o_out, b_m + tl.log2(b_l), mask=m_r)
+
+
+@triton.jit
+def merge_kernel(
+    p_parts, p_lse, p_last, p_out, part_size, num_rows, N, H: tl.constexpr, HP: tl.constexpr, BP: tl.constexpr
+):
+    """Merge the parts of one query and head: their mean, weighted with 2^lse."""
+    num_parts = tl.cdiv(tl.load(p_last + tl.program_id(0) // N).to(tl.int32) + 1, part_size)
+    i_r = tl.program_id(0).to(tl.int64)
+    o_h = tl.arange(0, HP)
+    b_m, b_l, acc = float("-inf"), 0.0, tl.zeros([HP], tl.float32)
+    for j in range(0, num_parts, BP):
+        o_p = j + tl.arange(0, BP)
+        o_rows = o_p.to(tl.int64) * num_rows + i_r
+        b_lse = tl.load(p_lse + o_rows, mask=o_p < num_parts, other=float("-inf"))
+        m = (o_p < num_parts)[:, None] & (o_h < H)[None, :]
+        b_x = tl.load(p_parts + o_rows[:, None] * H + o_h[None, :], mask=m, other=0.0)  # [BP, HP]
+        m_new = tl.maximum(b_m, tl.max(b_lse))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        b_w, shrink = tl.exp2(b_lse - shift), tl.exp2(b_m - shift)
+        acc = acc * shrink + tl.sum(b_w[:, None] * b_x, 0)
+        b_m, b_l = m_new, b_l * shrink + tl.sum(b_w)
+    tl.store(p_out + i_r * H + o_h, acc / tl.where(b_l == 0, 1.0, b_l), mask=o_h < H)
+
+
+# --- host forward --------------------------------------------------------------------------------------------
+
+
+def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: bool, scale: float):
+    """Return out [B, T, N, H] and lse fp32[B, N, T]."""
+    B, T, N, H = q.shape
+    out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
+    lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
+    unit, strides = divide_strides(q, k, v)
+    BM, BN, options = choose_blocks("forward", q)
+    if out.numel():
+        forward_kernel[(triton.cdiv(T, BM) * N * B,)](
+            q, k, v, out, lse, *(runs or [lse] * 4), scale * LOG2E.value, *strides, T, k.shape[1],
+            N, N // k.shape[2], unit, *split_head(H), name_mask(runs, causal), BM, BN, **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
+    """Raise ValueError where a kernel could not compute what is asked for."""
+    if not (q.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(f"attention = 'triton' needs a GPU, but its tensors are on the {q.device.type}: choose sdpa")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: give one of fp32, fp16 and bf16 for all"
+        )
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(
+            f"q, k, v have shapes {shapes}, but must have [B, T, N, H] and twice [B, S, K, H], K a divisor of N"
+        )
+    if q.shape[3] > 128:
+        raise ValueError(f"head size {q.shape[3]} is above 128, the largest that the kernels are made for")
+    if scale <= 0:
+        raise ValueError(f"scale = {scale} must be above 0")
+
+
+def split_head(H: int) -> tuple[int, int, int]:
+    """Return H and the parts HA + HB of at least 16 that cover it with the fewest columns; HB is 0 for one part."""
+    whole = max(16, triton.next_power_of_2(H))
+    rest = max(16, triton.next_power_of_2(H - whole // 2))
+    return (H, whole // 2, rest) if whole > 32 and whole // 2 + rest < whole else (H, whole, 0)
+
+
+def choose_blocks(which: str, q: Tensor) -> tuple[int, int, dict]:
+    """Return BM, BN and the options of a launch; when interpreting those of an H100."""
+    is_hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
+    by_width = BLOCKS[which]["fp32" if q.dtype == torch.float32 else 90 if is_hopper else 80]
+    width = sum(split_head(q.shape[3])[1:])
+    BM, BN, num_warps, num_stages = next(blocks for most, blocks in by_width.items() if width <= most)
+    return BM, BN, {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def name_mask(runs: Runs | None, causal: bool) -> str:
+    return "causal" if causal else "none" if runs is None else "runs"
+
+
+def divide_strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Return a unit of 8 or 1, and the strides of all dimensions but the last, in units."""
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return unit, [stride // unit for stride in strides]
+
+
+# --- backward kernels ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def backward_q_step(
+    dq_a, dq_b, q_a, q_b, g_a, g_b, b_lse, b_delta, p_k, p_v, stride_k, stride_v, i_s, limit, o_last, p_until,
+    scale_log2,
+    UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
+    RUNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys from i_s on give to dq; g is the gradient of out, b_lse in powers of 2."""
+    o_s = i_s + tl.arange(0, BN)
+    m_s = o_s < limit
+    k_a, k_b = load_parts(point_to_rows(p_k, i_s, stride_k, BN, UNIT), m_s, H, HA, HB, MASKED)
+    v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_v, BN, UNIT), m_s, H, HA, HB, MASKED)
+    b_p = tl.exp2(dot_parts(q_a, q_b, k_a, k_b, HB) * scale_log2 - b_lse[:, None])  # [BM, BN]
+    if MASKED:
+        b_p = tl.where(sees(o_s, m_s, o_last, p_until, RUNS), b_p, 0.0)
+    b_ds = b_p * (dot_parts(g_a, g_b, v_a, v_b, HB) - b_delta[:, None])
+    return add_parts(dq_a, dq_b, b_ds, k_a, k_b, HB)
+
+
+@triton.jit
+def backward_q_kernel(
+    p_q, p_k, p_v, p_out, p_grad, p_lse, p_first, p_shared, p_own, p_until, p_delta, p_dq, scale, scale_log2,
+    stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, N, G,
+    UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
+    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(T, BM)
+    i = tl.program_id(0)
+    i_t = (num_blocks - 1 - i % num_blocks) * BM
+    i_n, i_b = i // num_blocks % N, (i // num_blocks // N).to(tl.int64)
+    i_n, i_k = i_n.to(tl.int64), (i_n // G).to(tl.int64)
+    p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
+    p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
+    p_first, p_shared, p_own, p_until = p_first + i_b * T, p_shared + i_b * T, p_own + i_b * T, p_until + i_b * T
+    o_t = i_t + tl.arange(0, BM)
+    m_t = o_t < T
+    o_last = o_t + S - T if MASK != "none" else tl.full([BM], S - 1, tl.int32)
+    o_out = ((i_b * T + o_t) * N + i_n) * H
+    p_q += (i_b * stride_qb + i_n * stride_qn) * UNIT
+    q_a, q_b = load_parts(point_to_rows(p_q, i_t, stride_qt, BM, UNIT), m_t, H, HA, HB, True)
+    g_a, g_b = load_parts(p_grad + o_out, m_t, H, HA, HB, True)
+    out_a, out_b = load_parts(p_out + o_out, m_t, H, HA, HB, True)
+    b_delta = tl.sum(g_a.to(tl.float32) * out_a.to(tl.float32), 1)
+    if HB > 0:
+        b_delta += tl.sum(g_b.to(tl.float32) * out_b.to(tl.float32), 1)
+    o_stat = (i_b * N + i_n) * T + o_t
+    tl.store(p_delta + o_stat, b_delta, mask=m_t)
+    b_lse = tl.load(p_lse + o_stat, mask=m_t, other=float("inf")) * LOG2E
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # who sees nothing: p = 0
+    dq_a, dq_b = zero_parts(BM, HA, HB)
+
+    lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM, MASK)
+    full_a, full_b = tl.maximum(all_a - lo_a, 0) // BN, tl.maximum(all_b - lo_b, 0) // BN
+    rest_a, rest_b = tl.cdiv(hi_a - lo_a, BN) - full_a, tl.cdiv(hi_b - lo_b, BN) - full_b
+    for j in range(full_a + full_b):
+        i_s = tl.where(j < full_a, lo_a + j * BN, lo_b + (j - full_a) * BN)
+        dq_a, dq_b = backward_q_step(
+            dq_a, dq_b, q_a, q_b, g_a, g_b, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, i_s, S, o_last, p_until,
+            scale_log2, UNIT, H, HA, HB, BN, MASK == "runs", False,
+        )  # fmt: skip
+    for j in range(rest_a + rest_b):
+        i_s = tl.where(j < rest_a, lo_a + (full_a + j) * BN, lo_b + (full_b + j - rest_a) * BN)
+        limit = tl.where(j < rest_a, hi_a, hi_b)
+        dq_a, dq_b = backward_q_step(
+            dq_a, dq_b, q_a, q_b, g_a, g_b, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, i_s, limit, o_last, p_until,
+            scale_log2, UNIT, H, HA, HB, BN, MASK == "runs", True,
+        )  # fmt: skip
+    store_parts(p_dq + o_out, m_t, dq_a * scale, dq_b * scale, H, HA, HB)
+
+
+@triton.jit
+def backward_kv_step(
+    dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_q, p_grad, p_lse, p_delta, stride_q, stride_g, i_t, limit, offset,
+    o_s, b_until, scale_log2,
+    UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr,
+    MASK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries from i_t on give to dk and dv, those before limit if MASKED."""
+    o_t = i_t + tl.arange(0, BM)
+    m_t = o_t < limit
+    q_a, q_b = load_parts(point_to_rows(p_q, i_t, stride_q, BM, UNIT), m_t, H, HA, HB, MASKED)
+    g_a, g_b = load_parts(point_to_rows(p_grad, i_t, stride_g, BM, 1), m_t, H, HA, HB, MASKED)
+    if MASKED:
+        b_lse = tl.load(p_lse + o_t, mask=m_t, other=float("inf")) * LOG2E
+        b_delta = tl.load(p_delta + o_t, mask=m_t, other=0.0)
+    else:
+        b_lse, b_delta = tl.load(p_lse + o_t) * LOG2E, tl.load(p_delta + o_t)
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    b_p = tl.exp2(dot_parts(k_a, k_b, q_a, q_b, HB) * scale_log2 - b_lse[None, :])  # [BN, BM]
+    if MASKED and MASK != "none":
+        m = o_s[:, None] <= (o_t + offset)[None, :]
+        if MASK == "runs":
+            m = m & (o_t[None, :] < b_until[:, None])
+        b_p = tl.where(m, b_p, 0.0)
+    dv_a, dv_b = add_parts(dv_a, dv_b, b_p, g_a, g_b, HB)
+    b_ds = b_p * (dot_parts(v_a, v_b, g_a, g_b, HB) - b_delta[None, :])
+    dk_a, dk_b = add_parts(dk_a, dk_b, b_ds, q_a, q_b, HB)
+    return dk_a, dk_b, dv_a, dv_b
+
+
+@triton.jit
+def backward_kv_kernel(
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_until, p_dk, p_dv, scale, scale_log2,
+    stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, K, G,
+    UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
+    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(S, BN)
+    i = tl.program_id(0)
+    i_s = i % num_blocks * BN
+    i_k, i_b = (i // num_blocks % K).to(tl.int64), (i // num_blocks // K).to(tl.int64)
+    o_s = i_s + tl.arange(0, BN)
+    m_s = o_s < S
+    p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
+    p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
+    k_a, k_b = load_parts(point_to_rows(p_k, i_s, stride_ks, BN, UNIT), m_s, H, HA, HB, True)
+    v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_vs, BN, UNIT), m_s, H, HA, HB, True)
+    dk_a, dk_b = zero_parts(BN, HA, HB)
+    dv_a, dv_b = zero_parts(BN, HA, HB)
+
+    # Queries from lo to hi see keys of this block, and those from lo_all to hi_all see all of them.
+    lo, lo_all, hi, hi_all = 0, 0, T, T
+    b_until = o_s
+    if MASK == "causal":
+        lo, lo_all = tl.maximum(i_s - S + T, 0), tl.maximum(tl.minimum(i_s + BN, S) - 1 - S + T, 0)
+    if MASK == "runs":
+        b_until = tl.load(p_until + i_b * T + o_s, mask=m_s, other=0)
+        lo, lo_all = i_s, tl.minimum(i_s + BN, S) - 1
+        hi, hi_all = tl.max(b_until), tl.min(tl.where(m_s, b_until, S))
+    num = tl.cdiv(tl.maximum(hi - lo, 0), BM)
+    num_before = tl.minimum(tl.cdiv(lo_all - lo, BM), num)
+    num_full = tl.maximum(hi_all - lo - num_before * BM, 0) // BM
+    for i_g in range(G):
+        i_n = i_k * G + i_g
+        p_qn, p_gn = p_q + (i_b * stride_qb + i_n * stride_qn) * UNIT, p_grad + (i_b * T * K * G + i_n) * H
+        p_lse_n, p_delta_n = p_lse + (i_b * K * G + i_n) * T, p_delta + (i_b * K * G + i_n) * T
+        for j in range(num_full):
+            dk_a, dk_b, dv_a, dv_b = backward_kv_step(
+                dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
+                lo + (num_before + j) * BM, hi, S - T, o_s, b_until, scale_log2, UNIT, H, HA, HB, BM, MASK, False,
+            )  # fmt: skip
+        for j in range(num - num_full):
+            i_t = lo + tl.where(j < num_before, j, j + num_full) * BM
+            dk_a, dk_b, dv_a, dv_b = backward_kv_step(
+                dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
+                i_t, hi, S - T, o_s, b_until, scale_log2, UNIT, H, HA, HB, BM, MASK, True,
+            )  # fmt: skip
+    o_out = ((i_b * S + o_s) * K + i_k) * H
+    store_parts(p_dk + o_out, m_s, dk_a * scale, dk_b * scale, H, HA, HB)
+    store_parts(p_dv + o_out, m_s, dv_a, dv_b, H, HA, HB)
+
+
+# --- host backward -------------------------------------------------------------------------------------------
+
+
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, runs, causal, scale):
+    """Return dq, dk, dv, given the gradient of out."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    grad, delta = grad.contiguous(), torch.empty_like(lse)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    mask, scales = name_mask(runs, causal), (scale, scale * LOG2E.value)
+    unit, strides = divide_strides(q, k, v)
+    BM, BN, options = choose_blocks("backward_q", q)
+    if dq.numel():
+        backward_q_kernel[(triton.cdiv(T, BM) * N * B,)](
+            q, k, v, out, grad, lse, *(runs or [lse] * 4), delta, dq, *scales, *strides, T, S, N, N // K,
+            unit, *split_head(H), mask, BM, BN, **options,
+        )  # fmt: skip
+    BM, BN, options = choose_blocks("backward_kv", q)
+    if dk.numel():
+        backward_kv_kernel[(triton.cdiv(S, BN) * K * B,)](
+            q, k, v, grad, lse, delta, runs.until if runs else lse, dk, dv, *scales, *strides, T, S, K, N // K,
+            unit, *split_head(H), mask, BM, BN, **options,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, runs, causal, scale):
+        out, lse = attend_forward(q, k, v, runs, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = runs, causal, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _grad_lse):
+        return *attend_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
+
+
+# --- what a model calls --------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, runs: Runs | None = None, causal: bool = False, scale: float | None = None
+):
+    """Attend from q [B, T, N, H] to k and v [B, S, K, H]; return out [B, T, N, H] and lse fp32[B, N, T].
+
+    Each key/value head serves N / K neighbouring query heads. `runs` (see find_runs) is for packed rows, where T = S;
+    without it all keys are visible, or with `causal` those up to the query, the last of which sees the last key. What
+    sees nothing has out 0 and lse -inf. `scale` is H**-0.5 unless given. Gradients flow from out, not from lse. Raises
+    ValueError for shapes and dtypes that do not fit, and without a GPU.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check(q, k, v, scale)
+    if runs is not None and (causal or runs.until.shape != q.shape[:2] or q.shape[1] != k.shape[1]):
+        raise ValueError(
+            f"runs of shape {list(runs.until.shape)} need as many queries and as many keys, got {q.shape[1]} and "
+            f"{k.shape[1]}, and are causal themselves, got causal = {causal}"
+        )
+    return Attention.apply(q, k, v, runs, causal, scale)
+
+
+def attend_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float | None = None) -> Tensor:
+    """Attend from q [B, T, N, H] to the slots of a cache, k and v [B, S, K, H]; return [B, T, N, H]. No gradients.
+
+    A query sees the slots up to `last` int64[B, T], which is -1 for none. Where the queries of a row are too few to
+    fill the GPU, the slots are cut into parts of equal size, whose results a second kernel merges. How many depends on
+    S, T, N and K alone: what a row gets does not depend on the number of rows.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check(q, k, v, scale)
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
+    if not out.numel():
+        return out
+    BM, BN, options = choose_blocks("slots" if T * N // K > 16 else "one_slot", q)
+    num_blocks = triton.cdiv(T * N // K, BM)
+    part_size, num_parts = cut_slots(q, k, BN, num_blocks)
+    unit, strides = divide_strides(q, k, v)
+    lse = torch.empty(num_parts, B, T, N, device=q.device, dtype=torch.float32)
+    parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
+    last = last.contiguous()
+    slots_kernel[(num_blocks * num_parts * B, K)](
+        q, k, v, last, parts, lse, scale * LOG2E.value, part_size, *strides, B, T, S,
+        N // K, unit, *split_head(H), BM, BN, **options,
+    )  # fmt: skip
+    if num_parts > 1:
+        merge_kernel[(B * T * N,)](parts, lse, last, out, part_size, B * T * N, N, H, triton.next_power_of_2(H), 32)
+    return out
+
+
+def cut_slots(q: Tensor, k: Tensor, BN: int, num_blocks: int) -> tuple[int, int]:
+    """Return the size of a part of the slots and their number: one row's programs are two waves on a GPU, at most."""
+    S, K = k.shape[1:3]
+    most = max(1, 2 * num_processors(q) // (num_blocks * K))
+    size = max(128, triton.cdiv(triton.cdiv(S, most), BN) * BN)
+    return size, max(1, triton.cdiv(S, size))
+
+
+def num_processors(q: Tensor) -> int:
+    """Return the number of streaming multiprocessors; when interpreting that of an H100."""
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132

@@ -1,0 +1,402 @@
+"""y = x @ dequant(W).T + bias, for weights W [N, K] of 8 or 4 bits that are never written out at small M.
+
+```
+int8   W = (code - 128) * scale           a scale fp32 for each output
+int4   W = (code - zero) * scale          a scale bf16 and a zero point for each group of 32, 64 or 128 along K
+nf4    W = NF4[code] * absmax             absmax = DYNAMIC[scale] * nested_scale + nested_offset for each 64 along K
+```
+
+NF4 and the 8-bit absmax around their mean, 256 to a scale, are those of QLoRA (Dettmers et al. 2023, arXiv 2305.14314)
+and of bitsandbytes: where K is a multiple of 64, the same codes give the same weights to the last bit.
+
+Codes lie in words of 32 bits, `PLANES` = 8 or 4 of them in each, so that no code has to be moved to be multiplied:
+
+```
+a row       tile | tile | ...                    each of PLANES * RUN neighbouring weights, in RUN words
+word j      code j | code RUN + j | code 2 RUN + j | ...        lowest bits first
+```
+
+Plane i of a tile, the codes that `words >> (i * bits)` lays open, is RUN neighbouring weights: it is multiplied with
+RUN neighbouring x. A load of 128 bits brings a thread 4 words of one row, RUN (32, 16, 8 or 4) being the largest that
+divides the row; rows are filled up to a multiple of 32 weights with zeros. A code becomes a float without a conversion:
+its bits, or'ed into those of 2**23, are the float 2**23 + code, and subtracting 2**23 + zero is exact.
+
+How x [M, K] is multiplied depends on M alone; measured on a GPU: not yet.
+
+    M = 1            gemv: every weight is decoded in registers and multiplied in fp32
+    M <= 256         matmul: tiles of 64 outputs are decoded and multiplied by tensor cores with 16, 32 or 64 rows of x;
+                     K is split over programs where there are few, whose sums in fp32 a last kernel adds up in order
+    otherwise        the weight is written out once in the dtype of x, and torch multiplies
+
+Nothing is saved for the backward pass but W itself: dx = dy @ dequant(W), through a weight that is written out.
+Legend: M rows, N outputs, K inputs; G groups a row. `run` and the other choices depend on shapes alone, and nothing is
+added atomically: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # the reference needs none
+    triton = None
+
+jit = triton.jit if triton else lambda kernel: kernel
+NUM_BITS = {"int8": 8, "int4": 4, "nf4": 4}
+MAX_FUSED_ROWS = 256
+
+
+class QuantizedWeight(NamedTuple):
+    """A matrix [N, K] in few bits. G groups of `group` weights a row; nf4 has groups of 64, int8 one of K."""
+
+    format: str
+    shape: tuple[int, int]
+    group: int
+    # int32[N, words].
+    codes: Tensor
+    # int8: fp32[N, 1]; int4: int32[N, G], a bf16 in the upper half and the zero point in the lower; nf4: uint8[N, G].
+    scales: Tensor
+    # nf4: fp32[ceil(N G / 256)] and fp32[].
+    nested_scales: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+
+# ---- reference ----
+
+
+def dequant_matmul_ref(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] -> [..., N] in the dtype of x."""
+    return F.linear(x, dequantize_ref(w).to(x.dtype), bias)
+
+
+def dequantize_ref(w: QuantizedWeight) -> Tensor:
+    """Write the weight out, fp32[N, K]."""
+    (N, K), codes = w.shape, unpack(w)
+    group_of = torch.arange(codes.shape[1], device=codes.device) // w.group
+    if w.format == "int8":
+        values, scales = codes - 128, w.scales
+    elif w.format == "int4":
+        values, scales = codes - (w.scales & 15)[:, group_of], (w.scales & -65536).view(torch.float32)
+    else:
+        values, scales = nf4_values(codes.device)[codes], dynamic_values(codes.device)[w.scales.int()].flatten()
+        scales = scales * w.nested_scales.repeat_interleave(256)[: len(scales)] + w.nested_offset
+    return (values * scales.view(N, -1)[:, group_of])[:, :K]
+
+
+def run_length(num_weights: int, bits: int) -> int:
+    """Return RUN for rows of `num_weights`, a multiple of 32."""
+    return next(run for run in (32, 16, 8, 4) if num_weights % (run * 32 // bits) == 0)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Lay codes [N, K] from 0 to 2**bits - 1 into words int32[N, K * bits / 32]; K is a multiple of 32."""
+    N, K = codes.shape
+    planes = codes.int().view(N, -1, 32 // bits, run_length(K, bits)) << _shifts(bits, codes.device)
+    return planes.sum(2, dtype=torch.int32).view(N, -1)
+
+
+def unpack(w: QuantizedWeight) -> Tensor:
+    """Return the codes int32[N, K], K rounded up to a multiple of 32."""
+    bits = NUM_BITS[w.format]
+    N, num_words = w.codes.shape
+    words = w.codes.view(N, -1, 1, run_length(num_words * 32 // bits, bits))
+    return (words >> _shifts(bits, words.device) & (2**bits - 1)).view(N, -1)
+
+
+def _shifts(bits, device):
+    return torch.arange(0, 32, bits, dtype=torch.int32, device=device)[:, None]
+
+
+@functools.cache
+def nf4_values(device: torch.device) -> Tensor:
+    """fp32[16]: quantiles of the normal distribution, 0 among them (QLoRA, appendix E)."""
+    # fmt: off
+    return torch.tensor([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ], device=device)
+    # fmt: on
+
+
+@functools.cache
+def dynamic_values(device: torch.device) -> Tensor:
+    """fp32[256], ascending: 0, 1, and +-10**(e - 6) times the middles of 2**e equal parts of 0.1 to 1, e from 0 to 6.
+
+    Dettmers et al. 2022, arXiv 2110.02861.
+    """
+    parts = [torch.linspace(0.1, 1, 2**e + 1, device="cpu") for e in range(7)]
+    positive = torch.cat([10 ** (e - 6) * ((p[:-1] + p[1:]) / 2) for e, p in enumerate(parts)])
+    return torch.cat((-positive, torch.tensor([0.0, 1.0], device="cpu"), positive)).sort().values.to(device)
+
+
+# ---- kernels ----
+
+
+@jit
+def load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT: tl.constexpr):
+    """fp32, what the codes of groups are multiplied with, and int32, the codes that stand for 0.
+
+    The one scale of a row of int8 is left to be applied to the sum.
+    """
+    if FORMAT == "int8":
+        return 1.0, 128
+    elif FORMAT == "int4":
+        b_group = tl.load(scales + o_group)
+        return (b_group & -65536).to(tl.float32, bitcast=True), b_group & 15
+    else:
+        b_absmax = tl.load(dynamic + tl.load(scales + o_group).to(tl.int32))
+        return b_absmax * tl.load(nested_scales + o_group // 256) + tl.load(nested_offset), 7
+
+
+@jit
+def decode(b_words, b_zero, b_table, i: tl.constexpr, FORMAT: tl.constexpr, BITS: tl.constexpr):
+    """fp32: plane i of words; nf4 by its table, others 2 ** (i * BITS % 12) times the number that the code stands for.
+
+    So the codes stay where they are in a word, but for shifts by 12 and 24 bits that bring all among the last 23.
+    """
+    SHIFT: tl.constexpr = i * BITS % 12
+    if FORMAT == "nf4":
+        b_code = (b_words >> (i * BITS)) & 15
+        return tl.reshape(tl.gather(b_table, tl.reshape(b_code, [b_code.numel]), 0), b_code.shape)
+    else:
+        b_code = (b_words >> (i * BITS - SHIFT)) & ((2**BITS - 1) << SHIFT)
+        b_value = (b_code | 0x4B000000).to(tl.float32, bitcast=True)
+        if FORMAT == "int8":
+            return b_value - (2.0**23 + 128 * 2.0**SHIFT)
+        else:
+            return b_value - ((b_zero << SHIFT) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@jit
+def spread(b, RUN: tl.constexpr):
+    """[BN, BT] -> [BN, BT * RUN]: what belongs to a tile, for each of its words."""
+    BN: tl.constexpr = b.shape[0]
+    BT: tl.constexpr = b.shape[1]
+    return tl.reshape(tl.broadcast_to(b[:, :, None], [BN, BT, RUN]), [BN, BT * RUN])
+
+
+@jit
+def gemv_kernel(
+    x, codes, scales, nested_scales, nested_offset, dynamic, table, bias, y,
+    N, K, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """y [N] = x [K] @ W.T: a program has BN outputs, and takes BT tiles of each at a time."""
+    PLANES: tl.constexpr = 32 // BITS
+    BW: tl.constexpr = BT * RUN
+    o_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    o_row = tl.minimum(o_n, N - 1)[:, None]
+    b_table = tl.load(table + tl.arange(0, 16)) if FORMAT == "nf4" else 0
+    acc = tl.zeros([BN, BW], tl.float32)
+    for t in range(0, TILES, BT):
+        o_word = (t * RUN + tl.arange(0, BW))[None, :]
+        o_tile = tl.minimum(t + tl.arange(0, BT), TILES - 1)[None, :]  # beyond the last, x is 0
+        p_words = codes + o_row * (TILES * RUN) + o_word
+        if TILES % BT == 0:
+            b_words = tl.load(p_words, eviction_policy="evict_first")
+        else:
+            b_words = tl.load(p_words, mask=o_word < TILES * RUN, other=0, eviction_policy="evict_first")
+        part = tl.zeros([BN, BW], tl.float32)
+        for i in tl.static_range(PLANES):
+            if i == 0 or i * RUN % GROUP == 0:
+                o_group = o_row * GROUPS + (o_tile * (PLANES * RUN) + i * RUN) // GROUP
+                b_scale, b_zero = load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT)
+                b_scale = b_scale if FORMAT == "int8" else spread(b_scale, RUN)
+                b_zero = spread(b_zero, RUN) if FORMAT == "int4" else b_zero
+            o_k = o_word // RUN * (PLANES * RUN) + i * RUN + o_word % RUN
+            b_x = tl.load(x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            if FORMAT != "nf4":
+                b_x *= 2.0 ** -(i * BITS % 12)
+            part += decode(b_words, b_zero, b_table, i, FORMAT, BITS) * b_x
+            if i == PLANES - 1 or (i + 1) * RUN % GROUP == 0:
+                acc += part * b_scale
+                part = tl.zeros([BN, BW], tl.float32)
+    b_y = tl.sum(acc, 1)
+    m_n = o_n < N
+    if FORMAT == "int8":
+        b_y *= tl.load(scales + o_n, mask=m_n, other=0.0)
+    if bias is not None:
+        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
+
+
+@jit
+def matmul_kernel(
+    x, codes, scales, nested_scales, nested_offset, dynamic, table, out,
+    M, N, K, stride_xm, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    BW: tl.constexpr,
+):  # fmt: skip
+    """out fp32[SPLIT, M, N] = x [M, K] @ W.T, each of SPLIT over its own steps of BW words along K.
+
+    The tile of W is the left operand, so that it goes from registers into the tensor cores and the few rows of x lie
+    along the side that may be short.
+    """
+    PLANES: tl.constexpr = 32 // BITS
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_row = tl.minimum(o_n, N - 1).to(tl.int64)[:, None]
+    p_x = x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * stride_xm
+    b_table = tl.load(table + tl.arange(0, 16)) if FORMAT == "nf4" else 0
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(tl.program_id(2), tl.cdiv(TILES * RUN, BW), SPLIT):
+        o_word = step * BW + tl.arange(0, BW)
+        if TILES * RUN % BW == 0:
+            b_words = tl.load(codes + o_row * (TILES * RUN) + o_word[None, :])
+        else:
+            b_words = tl.load(
+                codes + o_row * (TILES * RUN) + o_word[None, :], mask=o_word[None, :] < TILES * RUN, other=0
+            )
+        # Of one tile, the words of a row share their groups.
+        o_tile = tl.full([1, 1], step, tl.int32) if BW == RUN else tl.minimum(o_word // RUN, TILES - 1)[None, :]
+        for i in tl.static_range(PLANES):
+            if i == 0 or i * RUN % GROUP == 0:
+                o_group = o_row * GROUPS + (o_tile * (PLANES * RUN) + i * RUN) // GROUP
+                b_scale, b_zero = load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT)
+            b_w = decode(b_words, b_zero, b_table, i, FORMAT, BITS)
+            b_w *= b_scale if FORMAT == "nf4" else b_scale * 2.0 ** -(i * BITS % 12)
+            o_k = o_word // RUN * (PLANES * RUN) + i * RUN + o_word % RUN
+            b_x = tl.load(p_x + o_k[:, None], mask=o_k[:, None] < K, other=0.0)  # [BW, BM]
+            acc = tl.dot(b_w.to(x.dtype.element_ty), b_x, acc, input_precision="ieee")
+    if FORMAT == "int8":
+        acc *= tl.load(scales + o_row)
+    o_out = (tl.program_id(2).to(tl.int64) * M + o_m[None, :]) * N + o_n[:, None]
+    tl.store(out + o_out, acc, mask=(o_m[None, :] < M) & (o_n[:, None] < N))
+
+
+@jit
+def reduce_kernel(parts, bias, y, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """y [SIZE] = sum of parts fp32[SPLIT, SIZE], in order, + bias [N]."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < SIZE
+    acc = tl.zeros([BLOCK], tl.float32)
+    for s in tl.static_range(SPLIT):
+        acc += tl.load(parts + s * SIZE + o, mask=m, other=0.0)
+    if bias is not None:
+        acc += tl.load(bias + o % N, mask=m, other=0.0).to(tl.float32)
+    tl.store(y + o, acc.to(y.dtype.element_ty), mask=m)
+
+
+@jit
+def dequantize_kernel(
+    codes, scales, nested_scales, nested_offset, dynamic, table, out,
+    N, K, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] = W."""
+    PLANES: tl.constexpr = 32 // BITS
+    o_row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None, None]
+    o_tile = tl.program_id(1) * BT + tl.arange(0, BT)[None, :, None]
+    o_run = tl.arange(0, RUN)[None, None, :]
+    m_n = o_row < N
+    o_row, o_here = tl.minimum(o_row, N - 1), tl.minimum(o_tile, TILES - 1)
+    b_table = tl.load(table + tl.arange(0, 16)) if FORMAT == "nf4" else 0
+    b_words = tl.load(codes + o_row * (TILES * RUN) + o_here * RUN + o_run)
+    for i in tl.static_range(PLANES):
+        o_group = o_row * GROUPS + (o_here * (PLANES * RUN) + i * RUN) // GROUP
+        b_scale, b_zero = load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT)
+        b_w = decode(b_words, b_zero, b_table, i, FORMAT, BITS)
+        b_w *= b_scale if FORMAT == "nf4" else b_scale * 2.0 ** -(i * BITS % 12)
+        if FORMAT == "int8":
+            b_w *= tl.load(scales + o_row)
+        o_k = o_tile * (PLANES * RUN) + i * RUN + o_run
+        tl.store(out + o_row * K + o_k, b_w.to(out.dtype.element_ty), mask=m_n & (o_k < K))
+
+
+# ---- host ----
+
+
+def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x [M, K] -> [M, N], by the way that the number of rows asks for."""
+    (M, K), N = x.shape, w.shape[0]
+    if M > MAX_FUSED_ROWS:
+        return F.linear(x, dequantize(w, x.dtype), bias)
+    y = x.new_empty(M, N)
+    if M == 0 or N == 0:
+        return y
+    x = x if x.stride(1) == 1 else x.contiguous()
+    shape, tensors = _layout(w), _tensors(w)
+    if M == 1:
+        # 64 threads, 4 words of every row for each: so x, loaded once for all BN rows, lies in the threads as words do.
+        BN, BT = 4, 256 // shape["RUN"]
+        gemv_kernel[(triton.cdiv(N, BN),)](x, *tensors, bias, y, N, K, **shape, BN=BN, BT=BT, num_warps=2)
+        return y
+    BN, BM, BW = 64, min(64, max(16, triton.next_power_of_2(M))), max(16, shape["RUN"])
+    steps = triton.cdiv(shape["TILES"] * shape["RUN"], BW)
+    grid = (triton.cdiv(N, BN), triton.cdiv(M, BM), split_k(triton.cdiv(N, BN) * triton.cdiv(M, BM), steps))
+    parts = torch.empty(grid[2], M, N, dtype=torch.float32, device=x.device)
+    blocks = dict(SPLIT=grid[2], BN=BN, BM=BM, BW=BW)
+    matmul_kernel[grid](x, *tensors, parts, M, N, K, x.stride(0), **shape, **blocks, num_warps=4, num_stages=4)
+    reduce_kernel[(triton.cdiv(M * N, 1024),)](parts, bias, y, N, M * N, SPLIT=grid[2], BLOCK=1024)
+    return y
+
+
+def split_k(programs: int, steps: int) -> int:
+    """Return over how many programs K is split: until 264, two for each unit of a large GPU, and 4 steps for each."""
+    split = 1
+    while programs * split < 264 and steps // (2 * split) >= 4:
+        split *= 2
+    return split
+
+
+def dequantize(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Write the weight out, [N, K]."""
+    (N, K), shape = w.shape, _layout(w)
+    out = torch.empty(N, K, dtype=dtype, device=w.codes.device)
+    BN, BT = 8, max(1, 128 // shape["RUN"])
+    grid = (triton.cdiv(N, BN), triton.cdiv(shape["TILES"], BT))
+    if out.numel():
+        dequantize_kernel[grid](*_tensors(w), out, N, K, **shape, BN=BN, BT=BT, num_warps=4)
+    return out
+
+
+def _layout(w):
+    bits, num_words = NUM_BITS[w.format], w.codes.shape[1]
+    run = run_length(num_words * 32 // bits, bits)
+    group = num_words * 32 // bits if w.format == "int8" else w.group
+    sizes = dict(TILES=num_words // run, RUN=run, GROUP=group, GROUPS=w.scales.shape[1])
+    return sizes | dict(FORMAT=w.format, BITS=bits)
+
+
+def _tensors(w):
+    device = w.codes.device
+    tables = (dynamic_values(device), nf4_values(device)) if w.format == "nf4" else (None, None)
+    return w.codes, w.scales, w.nested_scales, w.nested_offset, *tables
+
+
+class DequantMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, w):
+        ctx.w = w
+        return forward(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        dx = grad @ dequantize(ctx.w, grad.dtype) if needs_x else None
+        return dx, grad.sum(0) if needs_bias else None, None
+
+
+def dequant_matmul(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x fp32, fp16 or bf16 [..., K] -> [..., N] in its dtype; differentiable in x and bias.
+
+    Raises ValueError for x of another width or dtype, and on the CPU where Triton does not interpret.
+    """
+    if x.shape[-1] != w.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, but the quantised weight {w.shape[1]}")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x.dtype = {x.dtype} must be float32, float16 or bfloat16")
+    if triton is None or not (x.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(
+            "x is on the CPU, where kernels run interpreted alone (TRITON_INTERPRET=1): see dequant_matmul_ref"
+        )
+    bias = None if bias is None else bias.contiguous()
+    return DequantMatmul.apply(x.reshape(-1, x.shape[-1]), bias, w).view(*x.shape[:-1], w.shape[0])

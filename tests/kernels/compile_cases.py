@@ -1,0 +1,97 @@
+"""What is shipped: for each kernel family, functions that call the ordinary wrappers as a model does.
+
+test_compiling.py compiles all that they launch, for sm_80 and sm_90. Tensors are fake: they have no contents, lie on
+the CPU and say is_cuda. Choose large shapes as a model has, but few: a compiled config takes a second or two.
+"""
+
+import torch
+
+
+def cross_entropy():
+    from kernels.cross_entropy import linear_cross_entropy
+
+    for V, dtype in ((49152, torch.bfloat16), (640, torch.float16), (32001, torch.float32)):
+        hidden, weight = (torch.empty(rows, 1024, dtype=dtype, requires_grad=True) for rows in (4096, V))
+        linear_cross_entropy(hidden, weight, torch.empty(4096, dtype=torch.long)).backward()
+
+
+def grouped_gemm():
+    from kernels.grouped_gemm import grouped_experts
+
+    # Mixtral; Qwen3-MoE with many, some and few tokens for an expert; a small mixture in fp32.
+    for R, k, E, D, W, dtype in (
+        (8192, 2, 8, 4096, 14336, torch.bfloat16),
+        (8192, 8, 128, 2048, 768, torch.bfloat16),
+        (512, 8, 128, 2048, 768, torch.bfloat16),
+        (4, 8, 128, 2048, 768, torch.bfloat16),
+        (4096, 2, 8, 192, 144, torch.float32),
+    ):
+        shapes = (R, D), (R, k), (E, W, D), (E, W, D), (E, D, W)
+        x, *tensors = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+        grouped_experts(x, torch.empty(R, k, dtype=torch.int64), *tensors).sum().backward()
+
+
+def dequant_matmul():
+    from kernels.dequant_matmul import NUM_BITS, QuantizedWeight, dequant_matmul
+
+    def run(format, M, N, K, dtype, group=64):
+        groups = {"int8": 1, "int4": -(-K // group), "nf4": -(-K // 64)}[format]
+        scale = {"int8": torch.float32, "int4": torch.int32, "nf4": torch.uint8}[format]
+        codes = torch.empty(N, -(-K // 32) * NUM_BITS[format], dtype=torch.int32)
+        nested = (torch.empty(-(-N * groups // 256)), torch.empty(())) if format == "nf4" else ()
+        w = QuantizedWeight(format, (N, K), group, codes, torch.empty(N, groups, dtype=scale), *nested)
+        dequant_matmul(torch.empty(M, K, dtype=dtype), w)
+
+    for format in NUM_BITS:
+        run(format, 1, 4096, 4096, torch.bfloat16)
+        run(format, 16, 4096, 4096, torch.bfloat16)
+        run(format, 64, 4096, 14336, torch.float16)
+    run("int4", 1, 4096, 14336, torch.float16, group=128)
+    run("nf4", 512, 4096, 4096, torch.bfloat16)
+    run("int4", 4, 96, 288, torch.float32)  # the scenes
+
+
+def attention():
+    from kernels.attention import Runs, attend_slots, attention
+
+    # Decoders of SmolVLM-256M, Phi-3 mini and Llama 3, whose documents are packed; SigLIP So400m; the scenes in fp32.
+    for H, N, K, T, is_packed, dtype in (
+        (64, 9, 3, 4096, True, torch.bfloat16),
+        (96, 32, 32, 4096, True, torch.bfloat16),
+        (128, 32, 8, 4096, True, torch.bfloat16),
+        (72, 16, 16, 729, False, torch.bfloat16),
+        (32, 4, 4, 192, True, torch.float32),
+    ):
+        q, k, v = (torch.empty(2, T, heads, H, dtype=dtype, requires_grad=True) for heads in (N, K, K))
+        runs = Runs(*(torch.empty(2, T, dtype=torch.int32) for _ in Runs._fields)) if is_packed else None
+        attention(q, k, v, runs)[0].sum().backward()
+    for T in (1, 512):
+        q, cache = torch.empty(2, T, 32, 128, dtype=torch.bfloat16), torch.empty(2, 8192, 8, 128, dtype=torch.bfloat16)
+        attend_slots(q, cache, cache, torch.empty(2, T, dtype=torch.int64))
+
+
+CASES = {
+    "attention": attention,
+    "cross_entropy": cross_entropy,
+    "grouped_gemm": grouped_gemm,
+    "dequant_matmul": dequant_matmul,
+}
+
+# Kernels whose matrix products are meant for the tensor cores, by name; True, or which of the compiled ones:
+# compiled.config has the constexprs and num_warps, compiled.dtypes the dtypes of tensor arguments, by name.
+
+
+def has_64_rows(compiled):
+    """In 16 bits: tiles of 64 rows or more are for the tensor cores of sm_90, those of 16 for the ones before."""
+    return compiled.config["BM"] >= 64 and "torch.float32" not in compiled.dtypes.values()
+
+
+TENSOR_CORES = {
+    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "slots_kernel"), has_64_rows),
+    "backward_kv_kernel": lambda compiled: "torch.float32" not in {compiled.dtypes[name] for name in ("p_q", "p_k")},
+    "gate_up_kernel": has_64_rows,
+    "scatter_kernel": has_64_rows,
+    "through_down_kernel": has_64_rows,
+    "matrix_grad_kernel": has_64_rows,
+    "matmul_kernel": lambda compiled: compiled.dtypes["x"] != "torch.float32",
+}

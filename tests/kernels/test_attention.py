@@ -1,0 +1,402 @@
+"""Attention against an fp64 reference: masks, heads, lengths and layouts, and what must never be read."""
+
+import contextlib
+import itertools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovlm.model.attention import make_mask
+from tests.kernels.oracle import check, check_gradients, surround
+
+pytest.importorskip("triton")
+from kernels import attention as kernels
+from kernels.attention import Runs, attend_slots, attention, attention_ref, find_runs, split_head
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def draw_inputs(B, T, S, N, K, H, dtype=torch.float32, device="cpu"):
+    """q, k, v and a gradient of out."""
+    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, H), "grad": (B, T, N, H)}
+    return {name: draw(*shape, dtype=dtype, device=device, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+@contextlib.contextmanager
+def blocks_of(BM, BN):
+    """Make every kernel use such blocks: small ones, so that few tokens are many blocks."""
+    blocks = {128: (BM, BN, 4, 2)}
+    with mock.patch.dict(kernels.BLOCKS, {which: {90: blocks, 80: blocks, "fp32": blocks} for which in kernels.BLOCKS}):
+        yield
+
+
+def pack_row(documents, T, device="cpu"):
+    """doc_ids and branch_ids int32[T] of documents, each a list of lengths: of the prefix, then of the branches."""
+    doc_ids, branch_ids = torch.full((T,), -1, dtype=torch.int32), torch.zeros(T, dtype=torch.int32)
+    end = 0
+    for i, document in enumerate(documents):
+        for branch, length in enumerate(document):
+            doc_ids[end : end + length], branch_ids[end : end + length] = i, branch
+            end += length
+    assert end <= T
+    return doc_ids.to(device), branch_ids.to(device)
+
+
+def pack_rows(rows, T, device="cpu"):
+    packed = [pack_row(documents, T, device) for documents in rows]
+    return [torch.stack(ids) for ids in zip(*packed, strict=True)]
+
+
+def dense(runs: Runs):
+    """What the runs say, spelt out, bool[B, T, T]."""
+    t, s = torch.arange(runs.until.shape[1], device=runs.until.device)[:, None], torch.arange(runs.until.shape[1])
+    by_query = ((runs.first[..., None] <= s) & (s < runs.shared[..., None])) | ((runs.own[..., None] <= s) & (s <= t))
+    by_key = (s <= t) & (t < runs.until[:, None])
+    assert torch.equal(by_query, by_key)
+    return by_key
+
+
+def check_all(inputs, **options):
+    """Check out, its gradients, and lse, which must be as exact as fp32 for inputs of any dtype."""
+    inputs = dict(inputs)
+    grad = inputs.pop("grad")
+    found = {}
+
+    def ours(**x):
+        out, found["lse"] = attention(**x, **options)
+        return out
+
+    def reference(**x):
+        return attention_ref(**x, **options)[0]
+
+    check_gradients(ours, reference, reference, inputs, grad)
+    lse = found["lse"]
+    assert lse.dtype == torch.float32 and not lse.requires_grad
+    references = [{name: x.to(dtype) for name, x in inputs.items()} for dtype in (torch.float32, torch.float64)]
+    check(lse, *(attention_ref(**x, **options)[1] for x in references), name="lse")
+
+
+# --- every mask, length, head size and group -----------------------------------------------------------------
+
+LENGTHS_AND_HEADS = [  # T, S, H, N, K
+    (15, 15, 64, 2, 1),
+    (17, 17, 72, 3, 1),
+    (65, 63, 80, 4, 1),
+    (63, 65, 96, 3, 1),
+    (129, 129, 128, 2, 1),
+    (1, 129, 16, 3, 3),
+    (65, 17, 40, 2, 2),
+    (0, 5, 112, 6, 2),
+    (5, 0, 8, 1, 1),
+    (17, 63, 32, 8, 1),
+    (17, 129, 88, 2, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("T", "S", "H", "N", "K"), LENGTHS_AND_HEADS)
+def test_forward_and_gradients(T, S, H, N, K, causal, dtype, device):
+    """Shipped block sizes. Causal with more queries than keys: the first see nothing."""
+    check_all(draw_inputs(1, T, S, N, K, H, dtype, device), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_key(dtype, device):
+    """It has all the weight; what is left of dq and dk is the rounding of a difference of two equal sums."""
+    q, k, v, grad = draw_inputs(2, 1, 1, 2, 1, 72, dtype, device).values()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*leaves, causal=True)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    assert torch.equal(out, v.expand_as(out))
+    check(dv, grad.sum(2, keepdim=True), grad.double().sum(2, keepdim=True))
+    check(lse[..., 0], (q * k).float().sum(-1)[:, 0] * 72**-0.5, (q.double() * k.double()).sum(-1)[:, 0] * 72**-0.5)
+    terms = (grad.double() * v.double()).abs().sum(-1).max() * 72**-0.5
+    for gradient, other in ((dq, k), (dk, q)):
+        assert gradient.abs().max() <= 2 * torch.finfo(torch.float32).eps * terms * other.abs().max()
+
+
+DOCUMENTS = {  # rows of 65 tokens, and N, K, H
+    "one": ([[[65]]], (2, 1, 64)),
+    "many": ([[[1], [1], [20], [2], [41]], [[31], [34]]], (1, 1, 80)),
+    "padding": ([[[17], [5]], [[1]]], (2, 2, 72)),
+    "branches": ([[[20, 7, 1, 15, 22]], [[5, 1, 1, 1], [15, 10, 10], [22]]], (2, 1, 40)),
+    "no prefix": ([[[0, 20, 45]]], (1, 1, 96)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", DOCUMENTS)
+def test_documents_and_branches(layout, dtype, device):
+    rows, (N, K, H) = DOCUMENTS[layout]
+    runs = find_runs(*pack_rows(rows, 65, device))
+    with blocks_of(32, 16):
+        check_all(draw_inputs(len(rows), 65, 65, N, K, H, dtype, device), runs=runs)
+
+
+@st.composite
+def layouts(draw, T):
+    """Documents of a row of T tokens, now and then with branches, and padding at its end or none."""
+    documents, room = [], T
+    while room and draw(st.integers(0, 5)):
+        document = []
+        for _ in range(draw(st.sampled_from([1, 1, 2, 3, 5]))):
+            document.append(draw(st.integers(0 if not document else 1, room)) if room else 0)
+            room -= document[-1]
+        documents.append([n for i, n in enumerate(document) if n or not i])
+    if room and draw(st.booleans()):
+        documents.append([room])
+    return [document for document in documents if sum(document)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_runs_are_the_mask(data):
+    T = data.draw(st.integers(0, 40))
+    ids = pack_rows([data.draw(layouts(T)) for _ in range(data.draw(st.integers(1, 3)))], T)
+    assert torch.equal(dense(find_runs(*ids)), make_mask(*ids)[:, 0])
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_drawn_shapes(data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mask = data.draw(st.sampled_from(["none", "causal", "runs", "runs"]))
+    T, S, B = data.draw(st.integers(16, 50)), data.draw(st.integers(16, 50)), data.draw(st.integers(1, 2))
+    K, G, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), 2 * data.draw(st.integers(4, 64))
+    options = {"causal": mask == "causal"}
+    if mask == "runs":
+        # The last row is one document: all of one token have gradients of 0, and nothing to measure a rounding by.
+        rows = [data.draw(layouts(T)) for _ in range(B - 1)] + [[[T]]]
+        S, options = T, {"runs": find_runs(*pack_rows(rows, T, device))}
+    inputs = draw_inputs(B, T, S, K * G, K, H, data.draw(st.sampled_from(DTYPES)), device)
+    with blocks_of(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32]))):
+        check_all(inputs, **options)
+
+
+def test_head_sizes_take_no_more_columns_than_they_must():
+    width = {H: sum(split_head(H)[1:]) for H in range(2, 129, 2)}
+    assert {H: width[H] for H in (16, 32, 64, 72, 80, 96, 128)} == {
+        16: 16,
+        32: 32,
+        64: 64,
+        72: 80,
+        80: 80,
+        96: 96,
+        128: 128,
+    }
+    assert all(H <= width[H] for H in width)
+
+
+# --- layouts of the inputs -----------------------------------------------------------------------------------
+
+VIEWS = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "head size first": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "within a larger tensor": surround,
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_give_the_same(view, device):
+    inputs = draw_inputs(2, 20, 20, 2, 1, 24, torch.float16, device)
+    grad = inputs.pop("grad")
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    out, lse = attention(*leaves, causal=True)
+    expected = torch.autograd.grad(out, leaves, grad)
+    other, other_lse = attention(*(VIEWS[view](x) for x in leaves), causal=True)
+    assert torch.equal(out, other) and torch.equal(lse, other_lse)
+    for a, b in zip(expected, torch.autograd.grad(other, leaves, VIEWS[view](grad)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_broadcast_rows_and_heads(device):
+    """Keys and values with strides of 0."""
+    q, grad = draw(2, 17, 4, 16, device=device), draw(2, 17, 4, 16, seed=1, device=device)
+    k, v = draw(1, 19, 1, 16, seed=2, device=device), draw(1, 19, 1, 16, seed=3, device=device)
+
+    def run(function):
+        return lambda q, k, v: function(q, k.expand(2, -1, 2, -1), v.expand(2, -1, 2, -1))[0]
+
+    check_gradients(run(attention), run(attention_ref), run(attention_ref), {"q": q, "k": k, "v": v}, grad)
+
+
+def test_offsets_beyond_32_bits(device):
+    """Rows 2^30 elements apart, of which the fourth begins beyond 2^31."""
+    if device == "cuda":
+        pytest.skip("needs 12 GB of addresses, which only the CPU has without memory")
+    inputs = draw_inputs(1, 4, 4, 1, 1, 16, torch.float16)
+    grad = inputs.pop("grad")
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    expected = attention(**leaves, causal=True)[0]
+    far = torch.from_numpy(np.empty(3 * 2**30 + 3 * 32, np.float16))
+    apart = {
+        n: far[32 * i :].as_strided((1, 4, 1, 16), (0, 2**30, 16, 1)).copy_(x.detach()).requires_grad_()
+        for i, (n, x) in enumerate(leaves.items())
+    }
+    out = attention(**apart, causal=True)[0]
+    assert torch.equal(out, expected)
+    gradients = [torch.autograd.grad(o, list(x.values()), grad) for o, x in ((expected, leaves), (out, apart))]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    last = torch.tensor([[0, 1, 2, 3]])
+    assert torch.equal(*(attend_slots(*(x.detach() for x in y.values()), last) for y in (leaves, apart)))
+
+
+# --- what is not visible is not read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["causal", "many", "branches", "no prefix"])
+def test_invisible_keys_and_queries_are_not_read(layout, device):
+    """NaN in all keys that no query of a block sees changes nothing there, nor NaN in all queries that see no key."""
+    T = 65
+    if layout == "causal":
+        options, visible = {"causal": True}, torch.ones(1, T, T, dtype=torch.bool).tril()
+    else:
+        options = {"runs": find_runs(*pack_rows(DOCUMENTS[layout][0][:1], T, device))}
+        visible = dense(options["runs"]).cpu()
+    inputs = draw_inputs(1, T, T, 1, 1, 16, device=device)
+    grad = inputs.pop("grad")
+    with blocks_of(32, 16):
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        out, lse = attention(*leaves, **options)
+        gradients = torch.autograd.grad(out, leaves, grad)
+        q, k, v = (x.detach() for x in leaves)
+        for rows in torch.arange(T).split(32):
+            unseen = ~visible[0, rows].any(0).to(device)
+            poisoned = [x.masked_fill(unseen[:, None, None], torch.nan).requires_grad_() for x in (k, v)]
+            again, _ = attention(leaves[0], *poisoned, **options)
+            (dq,) = torch.autograd.grad(again, leaves[:1], grad)
+            assert torch.equal(again[:, rows], out[:, rows]) and torch.equal(dq[:, rows], gradients[0][:, rows])
+        for keys in torch.arange(T).split(16):
+            unseeing = ~visible[0, :, keys].any(1).to(device)[:, None, None]
+            poison = lambda x, unseeing=unseeing: x.masked_fill(unseeing, torch.nan)  # noqa: E731
+            options_of_backward = options.get("runs"), options.get("causal", False), 0.25
+            again = kernels.attend_backward(poison(q), k, v, out.detach(), lse, poison(grad), *options_of_backward)
+            for a, b in zip(again[1:], gradients[1:], strict=True):
+                assert torch.equal(a[:, keys], b[:, keys])
+
+
+# --- the same bits -------------------------------------------------------------------------------------------
+
+
+def test_the_same_bits_twice_and_in_any_batch(device):
+    inputs = draw_inputs(3, 40, 40, 2, 1, 40, torch.float16, device)
+    grad = inputs.pop("grad")
+    runs = find_runs(*pack_rows([[[10, 5, 20]], [[40]], [[3], [20]]], 40, device))
+
+    def run(rows):
+        leaves = [x[rows].detach().requires_grad_() for x in inputs.values()]
+        out, lse = attention(*leaves, runs=Runs(*(x[rows] for x in runs)))
+        return out, lse, *torch.autograd.grad(out, leaves, grad[rows])
+
+    with blocks_of(16, 16):
+        together = run(slice(0, 3))
+        assert all(torch.equal(a, b) for a, b in zip(together, run(slice(0, 3)), strict=True))
+        for i in range(3):
+            assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, run(slice(i, i + 1)), strict=True))
+
+
+# --- a cache -------------------------------------------------------------------------------------------------
+
+
+def slots_ref(q, k, v, last):
+    visible = torch.arange(k.shape[1], device=k.device) <= last[..., None]  # [B, T, S]
+    q_BTKGH = q.unflatten(2, (k.shape[2], -1))
+    k, v = (x.masked_fill(~visible.any(1)[..., None, None], 0) for x in (k, v))
+    scores = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k) * q.shape[3] ** -0.5
+    visible = visible[:, None, None]
+    p = scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0)
+    return torch.einsum("bkgts,bskh->btkgh", p, v).flatten(2, 3)
+
+
+SLOTS = {  # T, S, last of the first query of each row, (N, K, H)
+    "one key": (1, 1, [0], (1, 1, 16)),
+    "short rows": (1, 65, [0, 14, 16, 63, 64], (4, 2, 64)),
+    "an empty row": (1, 40, [-1, 3, -1], (3, 1, 72)),
+    "parts": (1, 400, [399, 128, 127, 0, -1, 256], (8, 1, 32)),
+    "prefill": (65, 70, [0, 4], (2, 1, 80)),
+    "prefill in parts": (3, 300, [120, 297], (8, 2, 96)),
+    "a few more": (5, 129, [60, 0], (6, 2, 128)),
+    "no queries": (0, 9, [0], (2, 1, 16)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SLOTS)
+def test_slots(case, dtype, device):
+    """What lies behind the last slot of a row is NaN."""
+    T, S, first, (N, K, H) = SLOTS[case]
+    last = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)
+    inputs = draw_inputs(len(first), T, S, N, K, H, dtype, device)
+    stale = torch.arange(S, device=device) > last.amax(1, keepdim=True) if T else torch.zeros(1, S, dtype=torch.bool)
+    k, v = (inputs[name].masked_fill(stale[..., None, None], torch.nan) for name in "kv")
+    ours, eager = attend_slots(inputs["q"], k, v, last), slots_ref(inputs["q"], k, v, last)
+    check(ours, eager, slots_ref(*(x.double() for x in (inputs["q"], k, v)), last))
+    for i in range(len(first)):
+        assert torch.equal(
+            attend_slots(inputs["q"][i : i + 1], k[i : i + 1], v[i : i + 1], last[i : i + 1]), ours[i : i + 1]
+        )
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_drawn_slots(data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    B, T, S = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 1, 2, 30])), data.draw(st.integers(1, 300))
+    K, G, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 8)), 2 * data.draw(st.integers(1, 64))
+    last = torch.tensor([sorted(data.draw(st.integers(-1, S - 1)) for _ in range(T)) for _ in range(B)], device=device)
+    inputs = draw_inputs(B, T, S, K * G, K, H, data.draw(st.sampled_from(DTYPES)), device)
+    q, k, v = inputs["q"], *(surround(inputs[name]) for name in "kv")
+    check(attend_slots(q, k, v, last), slots_ref(q, k, v, last), slots_ref(q.double(), k.double(), v.double(), last))
+
+
+def test_parts_fill_the_gpu_and_no_more(device):
+    """So many programs as there are processors, two times at most, or parts of 128 slots."""
+    seen = {}
+    for (S, K), processors in itertools.product([(256, 1), (4096, 8), (2**17, 8), (2**17, 1)], [108, 132]):
+        q, k = (
+            torch.empty(1, 1, 8, 64, dtype=torch.float16, device="meta"),
+            torch.empty(1, S, K, 64, dtype=torch.float16, device="meta"),
+        )
+        with mock.patch.object(kernels, "num_processors", lambda q, n=processors: n):
+            size, parts = kernels.cut_slots(q, k, BN=64, num_blocks=1)
+        seen[S, K, processors] = parts
+        assert size % 64 == 0 and size * parts >= S > size * (parts - 1) and size >= 128
+        assert parts * K <= 2 * processors
+    assert seen[2**17, 8, 132] == 33 and seen[256, 1, 132] == 2
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named(device):
+    x, half = draw(1, 4, 2, 16, device=device), draw(1, 4, 2, 16, dtype=torch.float16, device=device)
+    runs = find_runs(*pack_rows([[[4]]], 4, device))
+    for arguments, options, message in (
+        ((x, half, half), {}, r"q, k, v have dtypes torch.float32, torch.float16, torch.float16: give one of"),
+        ((x.double(),) * 3, {}, r"have dtypes torch.float64"),
+        ((x, x[:, :3], x), {}, r"have shapes \[1, 4, 2, 16\], \[1, 3, 2, 16\], \[1, 4, 2, 16\]"),
+        ((draw(1, 4, 3, 16, device=device), x, x), {}, r"K a divisor of N"),
+        ((draw(1, 4, 2, 144, device=device),) * 3, {}, r"head size 144 is above 128"),
+        ((x, x, x), {"scale": -1.0}, r"scale = -1.0 must be above 0"),
+        ((x, x[:, :3], x[:, :3]), {"runs": runs}, r"as many queries and as many keys, got 4 and 3"),
+        ((x, x, x), {"runs": runs, "causal": True}, r"got causal = True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*arguments, **options)
+
+
+def test_without_a_gpu_there_is_one_sentence():
+    with pytest.MonkeyPatch.context() as patch:  # mock.patch would leave the variable of the environment changed
+        patch.setattr("triton.knobs.runtime.interpret", False)
+        with pytest.raises(ValueError, match=r"attention = 'triton' needs a GPU, but its tensors are on the cpu"):
+            attention(*[torch.zeros(1, 4, 2, 16)] * 3)
