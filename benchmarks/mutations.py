@@ -96,8 +96,8 @@ MUTATIONS = {
         ),
         (
             "rows of 32-bit offsets",
-            "i_first.to(tl.int64) * stride + tl.arange(0, ROWS).to(tl.int64) * stride",
-            "i_first * stride + tl.arange(0, ROWS) * stride",
+            "i_first.to(tl.int64) * (stride * UNIT) + tl.arange(0, ROWS).to(tl.int64) * (stride * UNIT)",
+            "i_first * (stride * UNIT) + tl.arange(0, ROWS) * (stride * UNIT)",
         ),
         (
             "columns of the next head read as this one's",
@@ -108,6 +108,11 @@ MUTATIONS = {
             "second part of the head left out",
             "b_s = tl.dot(x_b, tl.trans(y_b), b_s,",
             "b_s = tl.dot(x_b, tl.trans(y_b),",
+        ),
+        (
+            "strides that are no multiples of 8 cut off",
+            "unit = 1 if any(stride % 8 for stride in strides) else 8",
+            "unit = 1 if all(stride % 8 for stride in strides) else 8",
         ),
         ("p in tf32", 'acc_a = tl.dot(b_p, x_a, acc_a, input_precision="ieee")', "acc_a = tl.dot(b_p, x_a, acc_a)"),
         ("earlier blocks of keys dropped", "acc_a = tl.dot(b_p, x_a, acc_a, input", "acc_a = tl.dot(b_p, x_a, input"),
@@ -151,8 +156,8 @@ MUTATIONS = {
         ),
         (
             "value stride for keys",
-            "v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_v, BN), m_s, H, HA, HB, MASKED)\n    acc_a",
-            "v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_k, BN), m_s, H, HA, HB, MASKED)\n    acc_a",
+            "v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_v, BN, UNIT), m_s, H, HA, HB, MASKED)\n    acc_a",
+            "v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_k, BN, UNIT), m_s, H, HA, HB, MASKED)\n    acc_a",
         ),
         (
             "division by zero for rows without keys",
