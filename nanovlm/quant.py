@@ -47,10 +47,14 @@ def quantize(model: nn.Module, config: QuantizationConfig, search: bool = True) 
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(f"the model is quantised already, to {model.config.quantization.format}")
+    try:
+        pattern = re.compile(config.layers)
+    except re.error as error:
+        raise ValueError(f"quantization.layers = {config.layers!r} is no regular expression: {error}") from error
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.search(config.layers, name) and not name.endswith(("lm_head", "router"))
+        if isinstance(module, nn.Linear) and pattern.search(name) and not name.endswith(("lm_head", "router"))
     }
     if not layers:
         raise ValueError(f"quantization.layers = {config.layers!r} is found in the name of no linear layer")

@@ -12,8 +12,8 @@ from torch import nn
 import generate
 import nanovlm
 from kernels.dequant_matmul import NUM_BITS, dequant_matmul, dequantize_ref, dynamic_values, nf4_values, unpack
-from nanovlm import checkpoint, cli, export, quant
-from nanovlm.config import MoEConfig, QuantizationConfig, TrainConfig
+from nanovlm import checkpoint, cli, export, init, quant
+from nanovlm.config import InitConfig, MoEConfig, QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
 from nanovlm.quant import QuantizedLinear, quantize, quantize_weight
@@ -223,10 +223,12 @@ def test_a_config_that_does_not_fit_its_file(tmp_path, processor):
         nanovlm.load(tmp_path / "model")
 
 
-def test_mistakes_are_one_sentence(processor):
+def test_mistakes_are_one_sentence(processor, tmp_path):
     model = random_model()
     with pytest.raises(ValueError, match=r"layers = 'nothing' is found in the name of no linear layer"):
         quantize(model, QuantizationConfig("int8", layers="nothing"))
+    with pytest.raises(ValueError, match=r"layers = '\[' is no regular expression: unterminated"):
+        quantize(model, QuantizationConfig("int8", layers="["))
     with torch.no_grad():
         model.decoder.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"decoder.layers.1.mlp.up_proj cannot be quantised: it has weights that are"):
@@ -238,6 +240,11 @@ def test_mistakes_are_one_sentence(processor):
         export.check_exportable(Processor(processor.tokenizer, processor.chat_template, model.config))
     with pytest.raises(ValueError, match=r"model.quantization = .* must be None"):
         TrainConfig(model=model.config).validate()
+    checkpoint.save_model(tmp_path / "model", model, processor)
+    mixture = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=MoEConfig(3, 2, 64)))
+    for wanted in (TINY, mixture):
+        with pytest.raises(ValueError, match="model, which is quantised, to nf4"):
+            init.start(TrainConfig(model=wanted, init=InitConfig(model=str(tmp_path / "model"))), ())
 
 
 # ---- command lines ----
