@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -601,6 +602,7 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _grad_lse):
         return *attend_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
 

@@ -354,7 +354,9 @@ def dequantize(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     BN, BT = 8, max(1, 128 // shape["RUN"])
     grid = (triton.cdiv(N, BN), triton.cdiv(shape["TILES"], BT))
     if out.numel():
-        dequantize_kernel[grid](*_tensors(w), out, N, K, **shape, BN=BN, BT=BT, num_warps=4)
+        # A product and a sum that are not fused give an nf4 absmax its published bits on a GPU too.
+        options = dict(num_warps=4, enable_fp_fusion=False)
+        dequantize_kernel[grid](*_tensors(w), out, N, K, **shape, BN=BN, BT=BT, **options)
     return out
 
 

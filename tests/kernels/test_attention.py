@@ -57,7 +57,8 @@ def pack_rows(rows, T, device="cpu"):
 
 def dense(runs: Runs):
     """What the runs say, spelt out, bool[B, T, T]."""
-    t, s = torch.arange(runs.until.shape[1], device=runs.until.device)[:, None], torch.arange(runs.until.shape[1])
+    s = torch.arange(runs.until.shape[1], device=runs.until.device)
+    t = s[:, None]
     by_query = ((runs.first[..., None] <= s) & (s < runs.shared[..., None])) | ((runs.own[..., None] <= s) & (s <= t))
     by_key = (s <= t) & (t < runs.until[:, None])
     assert torch.equal(by_query, by_key)
@@ -111,17 +112,22 @@ def test_forward_and_gradients(T, S, H, N, K, causal, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_key(dtype, device):
-    """It has all the weight; what is left of dq and dk is the rounding of a difference of two equal sums."""
+    """It has all the weight; what is left of dq and dk is the rounding of a difference of two equal sums.
+
+    A GPU fuses the product and the difference in exp(score - lse), and its division is off by a bit or two.
+    """
     q, k, v, grad = draw_inputs(2, 1, 1, 2, 1, 72, dtype, device).values()
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves, causal=True)
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
-    assert torch.equal(out, v.expand_as(out))
-    check(dv, grad.sum(2, keepdim=True), grad.double().sum(2, keepdim=True))
+    epsilon = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(out, v.expand_as(out), rtol=16 * epsilon, atol=0)
+    exact, most = grad.double().sum(2, keepdim=True), grad.double().abs().sum(2, keepdim=True)
+    assert ((dv - exact).abs() <= 16 * epsilon * most + torch.finfo(dtype).eps / 2 * exact.abs()).all()
     check(lse[..., 0], (q * k).float().sum(-1)[:, 0] * 72**-0.5, (q.double() * k.double()).sum(-1)[:, 0] * 72**-0.5)
     terms = (grad.double() * v.double()).abs().sum(-1).max() * 72**-0.5
     for gradient, other in ((dq, k), (dk, q)):
-        assert gradient.abs().max() <= 2 * torch.finfo(torch.float32).eps * terms * other.abs().max()
+        assert gradient.abs().max() <= 2 * epsilon * terms * other.abs().max()
 
 
 DOCUMENTS = {  # rows of 65 tokens, and N, K, H
@@ -337,7 +343,7 @@ def test_slots(case, dtype, device):
     T, S, first, (N, K, H) = SLOTS[case]
     last = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)
     inputs = draw_inputs(len(first), T, S, N, K, H, dtype, device)
-    stale = torch.arange(S, device=device) > last.amax(1, keepdim=True) if T else torch.zeros(1, S, dtype=torch.bool)
+    stale = torch.arange(S, device=device) > (last.amax(1, keepdim=True) if T else S)
     k, v = (inputs[name].masked_fill(stale[..., None, None], torch.nan) for name in "kv")
     ours, eager = attend_slots(inputs["q"], k, v, last), slots_ref(inputs["q"], k, v, last)
     check(ours, eager, slots_ref(*(x.double() for x in (inputs["q"], k, v)), last))
@@ -393,6 +399,13 @@ def test_mistakes_are_named(device):
     ):
         with pytest.raises(ValueError, match=message):
             attention(*arguments, **options)
+
+
+def test_gradients_have_no_gradient(device):
+    x = draw(1, 4, 2, 16, device=device).requires_grad_()
+    (dx,) = torch.autograd.grad(attention(x, x, x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_without_a_gpu_there_is_one_sentence():

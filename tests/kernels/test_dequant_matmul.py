@@ -166,7 +166,6 @@ def test_large_m_writes_the_weight_out(device, format, dtype):
     assert torch.equal(dequantize(w, dtype), dequantize_ref(w).to(dtype))
 
 
-@pytest.mark.skipif(HAS_GPU, reason="a GPU fuses products and sums")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("K", [40, 128, 600])
 def test_weights_are_written_out_to_the_last_bit(device, format, K):
