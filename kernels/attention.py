@@ -374,7 +374,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
         raise ValueError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: give one of fp32, fp16 and bf16 for all"
         )
-    if k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
+    if not fits or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(
             f"q, k, v have shapes {shapes}, but must have [B, T, N, H] and twice [B, S, K, H], K a divisor of N"
@@ -628,6 +629,7 @@ def attention(
             f"runs of shape {list(runs.until.shape)} need as many queries and as many keys, got {q.shape[1]} and "
             f"{k.shape[1]}, and are causal themselves, got causal = {causal}"
         )
+    runs = None if runs is None else Runs(*(x.contiguous() for x in runs))
     return Attention.apply(q, k, v, runs, causal, scale)
 
 
@@ -641,6 +643,8 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float | N
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check(q, k, v, scale)
+    if last.shape != q.shape[:2]:
+        raise ValueError(f"last has shape {list(last.shape)}, but q {list(q.shape)} needs {list(q.shape[:2])}")
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
     if not out.numel():

@@ -148,6 +148,14 @@ def test_documents_and_branches(layout, dtype, device):
         check_all(draw_inputs(len(rows), 65, 65, N, K, H, dtype, device), runs=runs)
 
 
+def test_ids_may_lie_anyhow(device):
+    ids = pack_rows([[[3, 7, 10]], [[5], [12]]], 20, device)
+    inputs = draw_inputs(2, 20, 20, 1, 1, 16, device=device)
+    del inputs["grad"]
+    expected = attention(**inputs, runs=find_runs(*ids))[0]
+    assert torch.equal(attention(**inputs, runs=find_runs(*(x.T.contiguous().T for x in ids)))[0], expected)
+
+
 @st.composite
 def layouts(draw, T):
     """Documents of a row of T tokens, now and then with branches, and padding at its end or none."""
@@ -392,6 +400,8 @@ def test_mistakes_are_named(device):
         ((x.double(),) * 3, {}, r"have dtypes torch.float64"),
         ((x, x[:, :3], x), {}, r"have shapes \[1, 4, 2, 16\], \[1, 3, 2, 16\], \[1, 4, 2, 16\]"),
         ((draw(1, 4, 3, 16, device=device), x, x), {}, r"K a divisor of N"),
+        ((x, x[:, :, :0], x[:, :, :0]), {}, r"\[1, 4, 0, 16\], but must have"),
+        ((x[0], x[0], x[0]), {}, r"have shapes \[4, 2, 16\]"),
         ((draw(1, 4, 2, 144, device=device),) * 3, {}, r"head size 144 is above 128"),
         ((x, x, x), {"scale": -1.0}, r"scale = -1.0 must be above 0"),
         ((x, x[:, :3], x[:, :3]), {"runs": runs}, r"as many queries and as many keys, got 4 and 3"),
@@ -399,6 +409,8 @@ def test_mistakes_are_named(device):
     ):
         with pytest.raises(ValueError, match=message):
             attention(*arguments, **options)
+    with pytest.raises(ValueError, match=r"last has shape \[4\], but q \[1, 4, 2, 16\] needs \[1, 4\]"):
+        attend_slots(x, x, x, torch.arange(4, device=device))
 
 
 def test_gradients_have_no_gradient(device):
