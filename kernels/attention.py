@@ -10,13 +10,14 @@ p = exp(score - lse)   dv = p^T dout   ds = p * (dout v^T - delta)   dq = scale 
 
 with delta the sum of dout * out over the head. Saved for backward: q, k, v, out, lse. One pass over blocks of queries
 makes dq, another over blocks of keys dk and dv, which adds up the query heads of a group itself: nothing is added in an
-order that could change, so the same inputs give the same bits, and block sizes follow from head size and dtype alone.
+order that could change, so the same inputs give the same bits, and block sizes follow from head size, dtype and GPU.
 
 What a query sees is one of: all keys; causal, the last query sees the last key; packed documents (`Runs`); or the
 slots of a cache up to a last one. Of a block of queries the visible keys form at most two ranges, [lo_a, hi_a) and
 [lo_b, hi_b), which follow from its first query: no other key is read, and only blocks at their ends take a mask.
 
-A head size that is no power of two is cut in two, A and B: 72 as 64 + 16, 80 as 64 + 16, 96 as 64 + 32.
+A head size that is no power of two is cut in two, A and B, where that takes fewer columns: 72 and 80 as 64 + 16, 96 as
+64 + 32, but 100 is padded to 128.
 
 Legend: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head size; BM queries
 and BN keys a block. In kernels: i_ program index, o_ offsets, m_ masks, p_ pointers, b_ blocks.

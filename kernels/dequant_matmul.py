@@ -390,12 +390,14 @@ class DequantMatmul(torch.autograd.Function):
 def dequant_matmul(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x fp32, fp16 or bf16 [..., K] -> [..., N] in its dtype; differentiable in x and bias.
 
-    Raises ValueError for x of another width or dtype, and on the CPU where Triton does not interpret.
+    Raises ValueError for x or bias of another width or dtype, and on the CPU where Triton does not interpret.
     """
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} columns, but the quantised weight {w.shape[1]}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"x.dtype = {x.dtype} must be float32, float16 or bfloat16")
+    if bias is not None and (bias.shape != w.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(f"bias {bias.dtype}{list(bias.shape)} must be {x.dtype}[{w.shape[0]}]")
     if triton is None or not (x.is_cuda or triton.knobs.runtime.interpret):
         raise ValueError(
             "x is on the CPU, where kernels run interpreted alone (TRITON_INTERPRET=1): see dequant_matmul_ref"

@@ -220,6 +220,8 @@ def check(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, 
     """Raise ValueError for devices, shapes and dtypes that the kernels do not take."""
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(f"the experts' kernels run on a GPU, but x is on {x.device}; 'grouped' experts run anywhere")
+    if gate.dim() != 3 or choice.dim() != 2:
+        raise ValueError(f"gate {tuple(gate.shape)} and choice {tuple(choice.shape)} must be [E, W, D] and [R, k]")
     E, W, D = gate.shape
     R, k = choice.shape
     for name, tensor, shape in (

@@ -260,6 +260,9 @@ def test_mistakes_are_one_sentence(device, monkeypatch):
         dequant_matmul(torch.zeros(1, 71, device=device), w)
     with pytest.raises(ValueError, match=r"x.dtype = torch.float64 must be float32, float16 or bfloat16"):
         dequant_matmul(torch.zeros(1, 70, device=device, dtype=torch.float64), w)
+    for bias in (torch.zeros(4, device=device), torch.zeros(5, device=device, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"bias torch.float\d\d\[\d\] must be torch.float32\[5\]"):
+            dequant_matmul(torch.zeros(1, 70, device=device), w, bias)
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="x is on the CPU"):
         dequant_matmul(torch.zeros(1, 70), w)

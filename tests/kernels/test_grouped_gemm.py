@@ -231,6 +231,7 @@ def at_program(monkeypatch, device):
 
 def far_rows(device):
     """order and tiles of three rows of expert FAR / 16, beginning at row FAR, of the tokens 2, 0 and 1, with k = 1."""
+    torch.manual_seed(0)
     order = reserve(device, FAR + 3, 1, "int32").flatten()
     order[FAR:] = torch.tensor([2, 0, 1])
     return order, torch.tensor([[FAR // 16, FAR, FAR + 3]], dtype=torch.int32, device=device)
@@ -262,6 +263,7 @@ def test_far_rows_and_experts_scattered(device):
 
 
 def test_far_tokens_combined(device, at_program):
+    torch.manual_seed(0)
     y, out, weights = reserve(device, 2 * FAR + 32), reserve(device, FAR + 16), reserve(device, FAR + 16, 2)
     y[2 * FAR :], weights[FAR:] = torch.randn(32, 16), torch.randn(16, 2)
     at_program(FAR // 16, 0)
@@ -317,6 +319,7 @@ def test_far_rows_and_experts_of_matrix_gradients(device, at_program):
             dict(x=torch.ones(3, 8).double()),
             "x is torch.float64; the experts' kernels take float32, float16",
         ),
+        (dict(choice=torch.zeros(3, dtype=torch.int64)), r"choice \(3,\) must be \[E, W, D\] and \[R, k\]"),
         (dict(up=torch.ones(4, 16, 8).half()), "up is torch.float16, but x is torch.float32"),
     ],
 )
