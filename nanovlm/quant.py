@@ -86,9 +86,9 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Let scales keep their dtype where a model is cast: as integers they only move."""
-        as_bits = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+        as_bits, buffers = {4: torch.int32, 1: torch.uint8}, {id(t) for t in self.buffers()}
         return super()._apply(
-            lambda t: fn(t) if isinstance(t, nn.Parameter) else fn(t.view(as_bits[t.itemsize])).view(t.dtype), recurse
+            lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse
         )
 
 

@@ -179,6 +179,14 @@ def test_gradients_go_through(processor):
     assert torch.equal(x.grad, y.grad) and list(layer.parameters()) == []
 
 
+def test_a_bias_that_has_a_gradient_is_cast_with_it():
+    layer = QuantizedLinear(nn.Linear(32, 5), QuantizationConfig("nf4"))
+    scales = layer.nested_scales.clone()
+    layer(torch.ones(2, 32)).sum().backward()
+    layer.to(torch.float16)
+    assert layer.bias.dtype == layer.bias.grad.dtype == torch.float16 and torch.equal(layer.nested_scales, scales)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_has_all_that_it_needs(tmp_path, processor, format, dtype):
