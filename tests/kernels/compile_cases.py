@@ -25,6 +25,7 @@ def grouped_gemm():
         (512, 8, 128, 2048, 768, torch.bfloat16),
         (4, 8, 128, 2048, 768, torch.bfloat16),
         (4096, 2, 8, 192, 144, torch.float32),
+        (4, 2, 8, 192, 144, torch.float32),
     ):
         shapes = (R, D), (R, k), (E, W, D), (E, W, D), (E, D, W)
         x, *tensors = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
@@ -54,19 +55,21 @@ def dequant_matmul():
 def attention():
     from kernels.attention import Runs, attend_slots, attention
 
-    # Decoders of SmolVLM-256M, Phi-3 mini and Llama 3, whose documents are packed; SigLIP So400m; the scenes in fp32.
+    # Decoders of SmolVLM-256M, Phi-3 mini and Llama 3, whose documents are packed; SigLIP So400m; the scenes.
     for H, N, K, T, is_packed, dtype in (
         (64, 9, 3, 4096, True, torch.bfloat16),
         (96, 32, 32, 4096, True, torch.bfloat16),
         (128, 32, 8, 4096, True, torch.bfloat16),
         (72, 16, 16, 729, False, torch.bfloat16),
+        (32, 4, 4, 192, True, torch.float16),
         (32, 4, 4, 192, True, torch.float32),
+        (128, 32, 8, 4096, True, torch.float32),
     ):
         q, k, v = (torch.empty(2, T, heads, H, dtype=dtype, requires_grad=True) for heads in (N, K, K))
         runs = Runs(*(torch.empty(2, T, dtype=torch.int32) for _ in Runs._fields)) if is_packed else None
         attention(q, k, v, runs)[0].sum().backward()
-    for T in (1, 512):
-        q, cache = torch.empty(2, T, 32, 128, dtype=torch.bfloat16), torch.empty(2, 8192, 8, 128, dtype=torch.bfloat16)
+    for T, dtype in ((1, torch.bfloat16), (512, torch.bfloat16), (1, torch.float32), (512, torch.float32)):
+        q, cache = torch.empty(2, T, 32, 128, dtype=dtype), torch.empty(2, 8192, 8, 128, dtype=dtype)
         attend_slots(q, cache, cache, torch.empty(2, T, dtype=torch.int64))
 
 

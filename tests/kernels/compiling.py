@@ -1,6 +1,6 @@
 """Compile what ordinary wrapper calls launch, for GPUs that are not there, and read what came out.
 
-    python -m tests.kernels.compiling tests.kernels.compile_cases        one JSON line a compiled kernel
+    python -m tests.kernels.compiling 90 tests.kernels.compile_cases        one JSON line a kernel compiled for sm_90
 
 Tensors without contents run through the wrapper, backward passes too; every launch compiles instead of running, in
 every config that autotuning would try, with the very types, strides and alignments of the call. The compiler, ptxas and
@@ -160,12 +160,12 @@ def measure(kernel, record: Compiled):
 
 
 if __name__ == "__main__":
-    for module in sys.argv[1:]:
+    capability = int(sys.argv[1])
+    for module in sys.argv[2:]:
         for case, function in importlib.import_module(module).CASES.items():
-            for capability in SHARED_MEMORY:
-                try:
-                    records = compile_case(case, function, capability)
-                except Exception as error:
-                    records = [Compiled(case, "", capability, {}, {}, error=f"{type(error).__name__}: {error}")]
-                for record in records:
-                    print(json.dumps(dataclasses.asdict(record), default=str), flush=True)
+            try:
+                records = compile_case(case, function, capability)
+            except Exception as error:
+                records = [Compiled(case, "", capability, {}, {}, error=f"{type(error).__name__}: {error}")]
+            for record in records:
+                print(json.dumps(dataclasses.asdict(record), default=str), flush=True)

@@ -8,23 +8,32 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+from kernels.attention import BLOCKS
 from tests.kernels.compile_cases import CASES, TENSOR_CORES
 from tests.kernels.compiling import SHARED_MEMORY, Compiled
+
+MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """Everything that compiles, as Compiled by (case, capability)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    modules = ["tests.kernels.compile_cases", "tests.kernels.planted"]
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling", *modules], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.compiling", str(capability), *MODULES],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for capability in SHARED_MEMORY
+    ]
     results = {}
-    for line in run.stdout.splitlines():
-        record = Compiled(**json.loads(line))
-        results.setdefault((record.case, record.capability), []).append(record)
+    for run in runs:
+        for line in run.communicate()[0].splitlines():
+            record = Compiled(**json.loads(line))
+            results.setdefault((record.case, record.capability), []).append(record)
+    assert not any(run.returncode for run in runs)
     return results
 
 
@@ -38,6 +47,19 @@ def test_shipped_kernels_compile(compiled, case, capability):
         for fault in record.faults(meant(record) if callable(meant) else meant):
             faults.append(f"{record.kernel} {record.config}: {fault}")
     assert records and not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_all_blocks_of_attention_compile(compiled, capability):
+    names = {"slots": "slots_kernel", "one_slot": "slots_kernel"}
+    seen = set()
+    for record in compiled["attention", capability]:
+        options = (record.config.get(name) for name in ("BM", "BN", "num_warps", "num_stages"))
+        seen.add((record.kernel, "torch.float32" == record.dtypes.get("p_q"), *options))
+    for which, by_arch in BLOCKS.items():
+        for arch in (capability, "fp32"):
+            for blocks in by_arch[arch].values():
+                assert (names.get(which, f"{which}_kernel"), arch == "fp32", *blocks) in seen, (which, arch, blocks)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
