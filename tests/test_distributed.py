@@ -51,7 +51,7 @@ LAYOUTS_OF_FOUR = {
 OPTIM = OptimConfig(
     lr=0.01,
     warmup_steps=0,
-    rules=(ParamRule("norm|embed|bias|head"), ParamRule("", optimizer="muon", weight_decay=0.1)),
+    rules=(ParamRule("norm|embed|bias|head|down_proj"), ParamRule("", optimizer="muon", weight_decay=0.1)),
 )
 
 
