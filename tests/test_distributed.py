@@ -437,3 +437,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop_the_run(tmp
         )
         with pytest.raises(ValueError, match=message):
             train.main(config)
+
+
+@pytest.mark.parametrize(("added_to_loss", "gradient_factor"), [(float("inf"), 1.0), (0.0, float("nan"))])
+def test_a_loss_or_a_gradient_alone_makes_a_step_bad(processor, monkeypatch, added_to_loss, gradient_factor):
+    monkeypatch.setitem(train.OBJECTIVES, "next_token", lambda *args: next_token(*args) + added_to_loss)
+    model = VLM(TINY)
+    model.decoder.norm.weight.register_hook(lambda grad: gradient_factor * grad)
+    replica = parallel.parallelize(model, ParallelConfig(), torch.device("cpu"), "fp32")
+    state = train.TrainState(model, replica, {}, [], threads=1, precision="fp32")
+    result = train.train_step(state, make_batches(processor)[:1], 9, TrainConfig(model=TINY, optim=OPTIM))
+    assert result["is_bad"] and result["loss"].isfinite() == (added_to_loss == 0)
+    assert result["grad_norm"].isfinite() == (gradient_factor == 1)
