@@ -64,14 +64,15 @@ def make_batches(processor):
 
 
 def take_step(config, layout, batches):
-    """Let one step run over this rank's batches; return its loss and the whole gradients."""
+    """Let one step run over this rank's batches; return its losses and the whole gradients."""
     torch.manual_seed(0)
     model = VLM(config)
     replica = parallel.parallelize(model, layout, torch.device("cpu"), "fp32")
     state = train.TrainState(model, replica, {}, [], threads=1, precision="fp32")
     num_trained = int(distributed.add_up({"n": sum(len(batch.trained) for batch in batches)})["n"])
-    loss = train.train_step(state, batches, num_trained, TrainConfig(optim=OPTIM))["loss"]
-    return {name: whole(p.grad) for name, p in model.named_parameters()} | {"loss": loss}
+    metrics = train.train_step(state, batches, num_trained, TrainConfig(optim=OPTIM))
+    losses = {name: x for name, x in metrics.items() if name in ("loss", "router_loss")}
+    return {name: whole(p.grad) for name, p in model.named_parameters()} | losses
 
 
 def take_the_same_step_twice(config, batches):
