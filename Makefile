@@ -11,7 +11,7 @@ demo: .venv/installed  ## train the default preset, then answer questions about 
 	  "describe the image." "how many objects are there?"
 
 test: .venv/installed-test  ## every test that needs no GPU
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
