@@ -54,6 +54,7 @@ def scenes() -> TrainConfig:
                 ParamRule(r"", lr_scale=2.0, weight_decay=1.0, optimizer="muon"),
             ),
         ),
+        seed=1,  # with 0 places are often not learned (docs/log.md)
     )
 
 
