@@ -122,6 +122,11 @@ MUTATIONS = {
             "tl.load(p_until + lo_b) > i_t, i_t + 1, lo_b",
         ),
         (
+            "whole blocks of a prefix beyond the last query's document",
+            "tl.load(p_until + lo_a) > last, hi_a, lo_a",
+            "tl.load(p_until + lo_a) > i_t, hi_a, lo_a",
+        ),
+        (
             "causal keys one too many unmasked",
             "all_b = tl.minimum(tl.maximum(i_t + 1 + S - T, 0), S)",
             "all_b = tl.minimum(tl.maximum(i_t + BM + S - T, 0), S)",

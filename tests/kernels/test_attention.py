@@ -130,11 +130,13 @@ def test_one_key(dtype, device):
         assert gradient.abs().max() <= 2 * epsilon * terms * other.abs().max()
 
 
-DOCUMENTS = {  # rows of 65 tokens, and N, K, H
+# Rows of 65 tokens, and N, K, H. In "many" and "branches" a document, and a prefix, fill a whole block of keys for the
+# first of a block of queries and not for the last.
+DOCUMENTS = {
     "one": ([[[65]]], (2, 1, 64)),
-    "many": ([[[1], [1], [20], [2], [41]], [[31], [34]]], (1, 1, 80)),
+    "many": ([[[1], [1], [20], [2], [41]], [[50], [15]]], (1, 1, 80)),
     "padding": ([[[17], [5]], [[1]]], (2, 2, 72)),
-    "branches": ([[[20, 7, 1, 15, 22]], [[5, 1, 1, 1], [15, 10, 10], [22]]], (2, 1, 40)),
+    "branches": ([[[20, 7, 1, 15, 22]], [[5, 1, 1, 1], [18, 10, 10], [19]]], (2, 1, 40)),
     "no prefix": ([[[0, 20, 45]]], (1, 1, 96)),
 }
 
