@@ -39,7 +39,9 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         model, processor = hf.load(init.model, dtype=torch.float32)
         if model.config.quantization is not None:
             format = model.config.quantization.format
-            raise ValueError(f"the run cannot start from {init.model}, which is quantised, to {format}")
+            raise ValueError(
+                f"the run cannot start from {init.model}, which is quantised, to {format}: name the model it was made from"
+            )
         if wanted.decoder.moe is not None and model.config.decoder.moe is None:
             model = upcycle(model, wanted.decoder.moe, init.upcycle_noise)
         backends = {field: getattr(wanted.decoder, field) for field in BACKENDS}
