@@ -40,7 +40,8 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         if model.config.quantization is not None:
             format = model.config.quantization.format
             raise ValueError(
-                f"the run cannot start from {init.model}, which is quantised, to {format}: name the model it was made from"
+                f"the run cannot start from {init.model}, which is quantised, to {format}: "
+                "name the model that it was made from"
             )
         if wanted.decoder.moe is not None and model.config.decoder.moe is None:
             model = upcycle(model, wanted.decoder.moe, init.upcycle_noise)
