@@ -110,11 +110,11 @@ def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int
     linear = num_tokens * (2 * D * N * H + 2 * D * K * H + feed_forward)
     attention = d.num_hidden_layers * 2 * N * H * count_pairs(batch)
     linear = d.num_hidden_layers * linear + len(batch.trained) * D * d.vocab_size
-    # Forward; the gradient of a product's input where something before it learns; that of its weights where they do.
+    # Forward; the gradient of a product's input where something before it learns, which is always so in the decoder, as
+    # its first part is embeddings or images; that of its weights where they do.
     sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
-    learns = sees or projects or decodes
     total = patches * (1 + sees) + vision * (1 + 2 * sees) + projector * (1 + sees + projects)
-    return 2 * (total + linear * (1 + learns + decodes) + attention * (1 + 2 * learns))
+    return 2 * (total + linear * (2 + decodes) + attention * 3)
 
 
 def count_pairs(batch: Batch) -> int:
