@@ -9,6 +9,7 @@ demo: .venv/installed  ## train the default preset, then answer questions about 
 	$(BIN)/python -m nanovlm.data.scenes runs/demo/images --split test --num 8
 	$(BIN)/python generate.py --model runs/demo/model --image runs/demo/images/0.png --prompt \
 	  "describe the image." "how many objects are there?"
+	$(BIN)/python benchmarks/scenes.py compare runs/demo
 
 test: .venv/installed-test  ## every test that needs no GPU
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -30,9 +30,9 @@ from nanovlm import checkpoint, cli, distributed, init, parallel, run_state
 from nanovlm.config import MoEConfig, TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import RATINGS, Scenes, open_sources, sample_texts, to_sample
+from nanovlm.data.sources import RATINGS, Mixture, Scenes, open_sources, sample_texts, to_sample
 from nanovlm.data.types import Batch
-from nanovlm.environment import describe_environment, device_name, git_commit
+from nanovlm.environment import choose_precision, choose_threads, describe_environment, device_name, git_commit
 from nanovlm.log import Log, import_wandb
 from nanovlm.metrics import RoutingStats, count_flops
 from nanovlm.model.vlm import VLM, Extras
@@ -156,7 +156,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     wandb = import_wandb() if config.wandb and is_first else None
 
     # --- data --------------------------------------------------------------------------------------------
-    source = open_sources(config.data.sources, config.data.weights, seed=config.seed, shuffle=config.data.shuffle)
+    data = config.data
+    source = open_sources(data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle)
     # As the first rank sees them: a disk on the network may show the others older ones.
     checkpoints = distributed.gather(run_state.list_checkpoints(run_dir))[0]
     if checkpoints:
@@ -165,7 +166,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         model, processor = init.start(config, sample_texts(source, 1000))
     slots = range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks())
     loaders = [make_loader(source, processor, config, slot) for slot in slots]
-    num_scenes = config.eval_scenes if "scenes" in config.data.sources else 0
+    num_scenes = config.eval_scenes if any(name.split(":")[0] == "scenes" for name in data.sources) else 0
     tasks = {split: SceneTask(split, num_scenes) for split in ("test", "compositional")}
 
     # --- model, optimizers, state ------------------------------------------------------------------------
@@ -173,11 +174,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     total, active = model.count_parameters()
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     assign_rules(model, config.optim)
-    threads, precision = (0, "") if checkpoints else choose_fastest(model, loaders[0], config)
-    if checkpoints:
+    threads = config.threads or choose_threads(device)
+    precision = choose_precision(device) if config.precision == "auto" else config.precision
+    if checkpoints:  # a run goes on as it began, on another processor too
         precision = checkpoint.read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision)
-    state = TrainState(model, replica, make_optimizers(model, config.optim), loaders, threads, precision)
+    state = TrainState(model, replica, make_optimizers(model, config.optim, precision), loaders, threads, precision)
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
         state.load(checkpoints[-1])
@@ -243,7 +245,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         "environment": describe_environment(device, state.threads, state.precision),
     }
     if num_scenes:
-        scores = evaluate(model, processor, tasks, TrainingScan(*find_scenes(source, places)))
+        scores = evaluate(model, processor, tasks, TrainingScan(source, find_scenes(source, places)))
         results |= scores
         print("\n" + format_table(scores))
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
@@ -296,40 +298,9 @@ def count(batches: list[Batch | None], state: TrainState, config: TrainConfig) -
     }
 
 
-def find_scenes(source, places: list[int]) -> tuple[Scenes, list[int]]:
-    """Return the drawn scenes, alone or as part of a mixture, and which of them stand at these places."""
-    parts, starts = getattr(source, "sources", [source]), getattr(source, "starts", [0, len(source)])
-    part = next(i for i, part in enumerate(parts) if isinstance(part, Scenes))
-    return parts[part], [place - starts[part] for place in places if starts[part] <= place < starts[part + 1]]
-
-
-def choose_fastest(model: VLM, loader: Loader, config: TrainConfig) -> tuple[int, str]:
-    """Time a batch forward and backward with each thread count and precision left open; say and return the fastest.
-
-    Two threads on a busy machine can be many times slower than one, and so can bf16 on a processor without it. The
-    first rank measures for all.
-    """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    threads = [config.threads] if config.threads else sorted({1, torch.get_num_threads()} if on_cpu else {1})
-    precisions = [config.precision] if config.precision != "auto" else ["bf16", "fp32"] if on_cpu else ["bf16"]
-    objective = pick(OBJECTIVES, config.objective, "objective")
-    seconds = {}
-    if len(threads) * len(precisions) > 1 and distributed.rank() == 0:
-        start = loader.state_dict()
-        batch = next(loader)
-        loader.load_state_dict(start)  # nothing was used up
-        for choice in itertools.product(threads, precisions):
-            torch.set_num_threads(choice[0])
-            for _ in range(3):
-                begin = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=choice[1] == "bf16"):
-                    loss = objective(model, batch, Extras())
-                loss.backward()
-                seconds[choice] = min(time.perf_counter() - begin, seconds.get(choice, float("inf")))
-        model.zero_grad()
-        timed = (f"{1e3 * s:.0f} ms with {n} threads in {precision}" for (n, precision), s in seconds.items())
-        print(f"a batch takes {', '.join(timed)}")
-    return distributed.gather(min(seconds, key=seconds.get) if seconds else (threads[0], precisions[0]))[0]
+def find_scenes(source, places: list[int]) -> list[int]:
+    """Return the places, of those read from a source, where a drawn scene stands."""
+    return [i for i in places if isinstance(source.find(i)[0] if isinstance(source, Mixture) else source, Scenes)]
 
 
 @contextlib.contextmanager

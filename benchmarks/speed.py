@@ -2,18 +2,23 @@
 
     python benchmarks/speed.py                                  print, and append to benchmarks/results/speed.jsonl
     python benchmarks/speed.py --preset scenes --threads 1
+    python benchmarks/speed.py tune                             print which threads and precision are fastest here
 
-Decoding with the cache is checked against a forward pass without it on the timed shape before it is timed. Every
-line has the medians of `repeats` runs.
+Nothing that `tune` prints is used by itself: threads and precision of a run follow from its config and the device
+(nanovlm/environment.py), and `--threads` and `--precision` set them. Decoding with the cache is checked against a
+forward pass without it on the timed shape before it is timed. Every line has the medians of `repeats` runs.
 """
 
+import copy
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,7 +28,7 @@ import train
 from nanovlm import cli, init
 from nanovlm.config import pick
 from nanovlm.data.sources import open_sources, sample_texts
-from nanovlm.environment import describe_environment
+from nanovlm.environment import choose_precision, choose_threads, count_cores, describe_environment
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
@@ -34,9 +39,11 @@ RESULTS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 
 @dataclass(frozen=True)
 class SpeedConfig:
+    # measure: append to the results; tune: suggest threads and precision.
+    what: Annotated[Literal["measure", "tune"], tyro.conf.Positional] = "measure"
     # Preset to time.
     preset: str = "scenes"
-    # CPU threads; 0 for the fastest number.
+    # CPU threads; 0 as in a run.
     threads: int = 0
     # Timed training steps and timed decodings.
     repeats: int = 10
@@ -49,20 +56,40 @@ class SpeedConfig:
 def main(config: SpeedConfig):
     preset = pick(PRESETS, config.preset, "preset")()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_sources(preset.data.sources, preset.data.weights)
+    source = open_sources(preset.data.sources[-1:])  # of a curriculum its last lesson, which most steps are like
     torch.manual_seed(0)
     model, processor = init.start(preset, sample_texts(source, 1000))
     model.to(device)
-    # A curriculum's first lessons are not what most steps are like: from the middle of the source.
     loader = train.make_loader(source, processor, train.share_micro_batches(preset), 0)
-    loader.next_place = (0, len(source) // 2)
-    threads, precision = train.choose_fastest(model, loader, dataclasses.replace(preset, threads=config.threads))
+    threads, precision = config.threads or choose_threads(device), choose_precision(device)
+    if config.what == "tune":
+        return tune(model, loader, preset, config)
     torch.set_num_threads(threads)
-    state = train.TrainState(model, model, make_optimizers(model, preset.optim), [loader], threads, precision)
+    state = train.TrainState(
+        model, model, make_optimizers(model, preset.optim, precision), [loader], threads, precision
+    )
     lines = [time_training(state, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
     environment = describe_environment(device, state.threads, state.precision)
     append_lines(RESULTS, lines, {"preset": config.preset} | environment)
+
+
+def tune(model, loader, preset, config):
+    """Time whole steps with one and all threads and in both precisions, from equal weights; print the fastest last."""
+    weights, position = copy.deepcopy(model.state_dict()), loader.state_dict()
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    seconds = {}
+    for threads, precision in itertools.product(sorted({1, count_cores()} if on_cpu else {1}), ("fp32", "bf16")):
+        torch.set_num_threads(threads)
+        model.load_state_dict(weights)
+        loader.load_state_dict(position)
+        state = train.TrainState(
+            model, model, make_optimizers(model, preset.optim, precision), [loader], threads, precision
+        )
+        step_ms = time_training(state, preset, config)["step_ms"]
+        seconds[f"--threads {threads} --precision {precision}"] = step_ms
+        print(f"{step_ms:8.1f} ms a step with --threads {threads} --precision {precision}")
+    print(f"fastest here: {min(seconds, key=seconds.get)}")
 
 
 def append_lines(path: Path, lines: list[dict], environment: dict):

@@ -292,6 +292,8 @@ class DataConfig:
     sources: tuple[str, ...] = ("scenes",)
     # How often each source is read, relative to the others; without weights each sample once an epoch.
     weights: tuple[float, ...] = ()
+    # Read the sources one after the other, as lessons: so many samples of each before the next; the last has no number.
+    lessons: tuple[int, ...] = ()
     # Tokens in a packed row; a longer document is skipped and counted.
     row_length: int = 256
     # Most image tiles in a packed row; 0 for any number.
@@ -310,7 +312,7 @@ class DataConfig:
     batch_rows: int = 16
     # Documents to choose from when rows are packed; more waste less and need more memory.
     pack_buffer: int = 128
-    # Read each pass over the source in another order; off where the source's own order is a curriculum.
+    # Read each pass over the source in another order.
     shuffle: bool = True
     # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
     tokenizer_size: int = 640
@@ -397,9 +399,9 @@ class TrainConfig:
     seed: int = 0
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
-    # Precision of the model's matrix products: bf16 (autocast), fp32, or auto (the faster; bf16 on a GPU).
+    # Precision of matrix products: bf16 (autocast), fp32, or auto (bf16 where the device multiplies it, else fp32).
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # CPU threads; 0 takes one or all, whichever is faster. What is chosen by speed is timed first, and said.
+    # CPU threads; 0 for the physical cores, shared out among the ranks of a machine, and for one with a GPU.
     threads: int = 0
     # Steps between checkpoints; one is always written at the end.
     checkpoint_every: int = 200
@@ -447,6 +449,13 @@ class TrainConfig:
             len(d.weights) in (0, len(d.sources)),
             f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",
         )
+        _check(
+            len(d.lessons) in (0, len(d.sources) - 1),
+            f"data.lessons has {len(d.lessons)} entries; it needs one for each of the {len(d.sources)} data.sources "
+            "but the last, or none",
+        )
+        _check(not (d.lessons and d.weights), "data.lessons and data.weights exclude each other: give one of them")
+        _check(all(length > 0 for length in d.lessons), f"data.lessons = {d.lessons} must be positive")
         _check(
             not self.init.model or not (self.init.vision or self.init.decoder),
             f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r} and "

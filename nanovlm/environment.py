@@ -1,5 +1,6 @@
-"""What a result was measured on: commit, device, versions, date."""
+"""What a run computes with, threads and precision, and what a result was measured on."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -8,6 +9,59 @@ from pathlib import Path
 import torch
 
 from nanovlm import cli
+
+
+def choose_threads(device: torch.device) -> int:
+    """Return the number of CPU threads: the physical cores that this process may use, shared by the ranks of a machine.
+
+    With a GPU one, as there the CPU only launches.
+    """
+    if device.type != "cpu":
+        return 1
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def count_cores() -> int:
+    """Count the physical cores that this process may run on; two processors of one core are one."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = set()
+    for number in allowed:
+        try:
+            topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+            siblings.add(topology.read_text())
+        except OSError:  # another system, or a sandbox that hides it
+            siblings.add(number)
+    return min(len(siblings), cpu_quota())
+
+
+def cpu_quota() -> float:
+    """Return how many processors a container may use by its control group, at least 1; infinity without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return float("inf")
+    return float("inf") if quota == "max" else max(1, int(quota) // int(period))
+
+
+def choose_precision(device: torch.device) -> str:
+    """Return bf16 on a GPU and on a processor that multiplies it, else fp32: without such instructions bf16 is slower.
+
+    The instructions are AVX512_BF16 and AMX, of x86, and torch may be told to leave them (ATEN_CPU_CAPABILITY).
+    """
+    if device.type != "cpu":
+        return "bf16"
+    flags = set(processor_field("flags").split())
+    native = flags & {"avx512_bf16", "amx_bf16"} and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return "bf16" if native else "fp32"
+
+
+def processor_field(name: str) -> str:
+    """Return a field of the first processor, such as model name, or nothing where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == name), "")
 
 
 def git_commit() -> str | None:
@@ -24,6 +78,7 @@ def describe_environment(device: torch.device, threads: int, precision: str | No
     return {
         "commit": git_commit(),
         "device": device_name(device),
+        **({"instructions": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {}),
         "threads": threads,
         **({"precision": precision} if precision else {}),
         "torch": torch.__version__,
@@ -36,8 +91,4 @@ def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the processor where the system tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return processor_field("model name") or platform.processor() or platform.machine()

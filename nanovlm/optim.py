@@ -30,9 +30,10 @@ def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers that have parameters, by name. Raises ValueError as `assign_rules` does.
 
+    `precision` is that of the run: Muon multiplies in it.
     An optimizer with `found_inf`, a tensor, leaves out a step where that is 1, without waiting for the device.
     """
     rules = assign_rules(model, config)
@@ -53,10 +54,13 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.op
         optimizers["adamw"] = torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)
         optimizers["adamw"].grad_scale = None
     if muon := of("muon"):
-        optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum)
+        optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum, dtype=DTYPES[precision])
     if not optimizers:
         raise ValueError("optim.rules freeze every parameter, so nothing would learn: leave one lr_scale a number")
     return optimizers
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,11 +68,15 @@ class Muon(torch.optim.Optimizer):
 
     Nesterov momentum, decoupled weight decay, and the update scaled to the root mean square that AdamW's has,
     0.2, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon does the same
-    one matrix at a time; matrices of one shape go together here, which is faster where they are small.
+    one matrix at a time; matrices of one shape go together here, which is faster where they are small. `dtype` is that
+    of the products: a processor without instructions for bf16 needs twenty times as long for them in bf16.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
         self.found_inf = torch.zeros(())
 
     @torch.no_grad()
@@ -83,7 +91,7 @@ class Muon(torch.optim.Optimizer):
             for shape, triples in by_shape.items():
                 parameters, shapes, matrices = zip(*triples, strict=True)
                 scale = 0.2 * max(shape) ** 0.5
-                updates = orthogonalize(torch.cat(matrices)).split([len(m) for m in matrices])
+                updates = orthogonalize(torch.cat(matrices), self.dtype).split([len(m) for m in matrices])
                 for parameter, own_shape, update in zip(parameters, shapes, updates, strict=True):
                     update = update if update.shape == own_shape else update.mT
                     lr = group["lr"] * (1 - self.found_inf.to(parameter.device))
@@ -126,14 +134,14 @@ def as_matrices(x: torch.Tensor) -> torch.Tensor:
     return x if x.ndim == 3 else x.flatten(1)[None]
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Set the singular values of float[n, rows, columns] near 1 by five Newton-Schulz steps of order five, in bf16.
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Set the singular values of float[n, rows, columns] near 1 by five Newton-Schulz steps of order five, in `dtype`.
 
     Fast where rows <= columns. The coefficients are Jordan's: steep at zero, so that the values come out between
     about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -24,8 +24,8 @@ def scenes() -> TrainConfig:
             vision=VisionConfig(
                 image_size=48,
                 patch_size=16,
-                hidden_size=256,
-                intermediate_size=512,
+                hidden_size=192,
+                intermediate_size=384,
                 num_hidden_layers=2,
                 num_attention_heads=4,
             ),
@@ -42,11 +42,18 @@ def scenes() -> TrainConfig:
                 tie_word_embeddings=False,
             ),
         ),
-        data=DataConfig(row_length=192, batch_rows=12, shuffle=False, tokenizer_size=512),
+        # What an image shows and where to look in it, then how to find by name, then everything (docs/log.md).
+        data=DataConfig(
+            sources=("scenes:cells,digits", "scenes:color,shape,position,digits", "scenes"),
+            lessons=(5_500, 7_000),
+            row_length=192,
+            batch_rows=12,
+            tokenizer_size=512,
+        ),
         optim=OptimConfig(
             lr=4e-3,
             steps=1000,
-            schedule="wsd",  # places are learned all at once, where the rate is still high (docs/log.md)
+            schedule="wsd",
             decay_start=0.45,
             momentum=0.9,
             rules=(
@@ -54,7 +61,6 @@ def scenes() -> TrainConfig:
                 ParamRule(r"", lr_scale=2.0, weight_decay=1.0, optimizer="muon"),
             ),
         ),
-        seed=1,  # with 0 places are often not learned (docs/log.md)
     )
 
 

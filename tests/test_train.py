@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanovlm
 import train
 from nanovlm import checkpoint, cli
-from nanovlm.config import DataConfig, MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
-from nanovlm.data.loader import Loader
-from nanovlm.data.sources import Scenes
+from nanovlm.config import MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.model.attention import ATTENTION, attend_sdpa
 from nanovlm.model.vlm import VLM
 from nanovlm.optim import make_optimizers
@@ -157,27 +156,20 @@ def test_a_run_goes_on_with_its_tokenizer(tmp_path, unbroken, monkeypatch):
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_the_fastest_choice_is_measured_and_leaves_no_trace(processor, capsys, monkeypatch):
-    model = VLM(TINY)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    config = DataConfig(row_length=64, batch_rows=2, pack_buffer=4)
-
-    def process(raw):
-        return make_document(processor, 0, ("what?", "red"))
-
-    loader = Loader(Scenes("train", 20), process, config, pad_token_id=0, seed=0)
-    position = loader.state_dict()
-    # Seconds of the three tries of each choice: one slow start must not count.
-    tries = {"1 bf16": (4, 4, 4), "1 fp32": (3, 3, 3), "2 bf16": (9, 1, 2), "2 fp32": (2, 2, 2)}
-    clock = iter(time for seconds in tries.values() for s in seconds for time in (0, s))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    choice = train.choose_fastest(model, loader, TrainConfig(data=config))
-    monkeypatch.undo()
-    assert choice == (2, "bf16")
-    assert "3000 ms with 1 threads in fp32, 1000 ms with 2 threads in bf16" in capsys.readouterr().out
-    assert loader.state_dict() == position
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+def test_the_same_command_gives_the_same_bits(tmp_path):
+    """With all that is left open, threads and precision too: two runs of one command, in processes of their own."""
+    for name in ("first", "second"):
+        script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from tests.test_train import run
+run({str(tmp_path / name)!r}, threads=0, precision="auto")
+"""
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+    assert comparable(metrics(tmp_path / "first")) == comparable(metrics(tmp_path / "second"))
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_weights_and_biases_gets_every_step_of_one_run(tmp_path, monkeypatch):
@@ -210,20 +202,15 @@ def test_a_half_written_line_is_dropped(tmp_path, unbroken):
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_the_measured_choice_is_kept(tmp_path, monkeypatch):
-    """A resumed run computes as it began, even if another thread count or precision would be faster by then."""
-
-    def choose(answer):
-        monkeypatch.setattr(train, "choose_fastest", lambda model, loader, config: answer)
-
-    choose((1, "fp32"))
+def test_a_run_goes_on_in_its_precision(tmp_path, monkeypatch):
+    """A resumed run computes as it began, also on a processor that would choose another precision."""
+    monkeypatch.setattr(train, "choose_precision", lambda device: "fp32")
     monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(tmp_path, threads=0, precision="auto")
+        run(tmp_path, precision="auto")
     monkeypatch.undo()
-    choose((1, "bf16"))
-    run(tmp_path, threads=0, precision="auto")
-    monkeypatch.undo()
+    monkeypatch.setattr(train, "choose_precision", lambda device: "bf16")
+    run(tmp_path, precision="auto")
     run(tmp_path / "fp32", precision="fp32")
     assert comparable(metrics(tmp_path)) == comparable(metrics(tmp_path / "fp32"))
 

@@ -90,12 +90,13 @@ class Loader:
     ):
         self.source, self.config, self.pad_token_id, self.seed = source, config, pad_token_id, seed
         self.rank, self.num_ranks, self.num_epochs = rank, num_ranks, num_epochs
-        if num_epochs is not None and getattr(source, "weights", None):
-            raise ValueError(f"{source.name} is read by weights, so it has no epochs to count")
+        self.is_scheduled = getattr(source, "is_scheduled", False)
+        if num_epochs is not None and self.is_scheduled:
+            raise ValueError(f"{source.name} is read by weights or as lessons, so it has no epochs to count")
         self.reader = Reader(source, process, config, split)
         self.next_place = (0, 0)  # epoch, and the number of this rank's places in it that were read
         self.buffer = {}  # (epoch, number) -> Document, oldest first
-        parts = [f"documents of {part.name}" for part in source.sources] if getattr(source, "weights", None) else []
+        parts = [f"documents of {part.name}" for part in source.sources] if self.is_scheduled else []
         self.counts = Counter(dict.fromkeys((*COUNTED, *parts), 0))
         self.batch_names = []  # the samples of the last batch
         self._names = {}  # of what is in the buffer
@@ -198,8 +199,9 @@ class Loader:
         if isinstance(result, Document):
             self.counts["documents"] += 1
             self.buffer[place], self._names[place] = result, self._name(place, task)
-            if getattr(self.source, "weights", None):
-                self.counts[f"documents of {self.source.sources[self.source.locate(place[1])[0]].name}"] += 1
+            if self.is_scheduled:
+                part, _count = self.source.locate(place[1], self.rank, self.num_ranks)
+                self.counts[f"documents of {self.source.sources[part].name}"] += 1
         else:
             self._note(result.kind, f"{self._name(place, task)}: {result.reason}")
         return True
@@ -245,7 +247,7 @@ class Loader:
             if hasattr(self.source, "stream"):
                 records = enumerate(self.source.stream(start, epoch), start)
                 mine = ((at, raw) for at, raw in records if at % self.num_ranks == self.rank)
-            elif getattr(self.source, "weights", None):  # one endless epoch, in which each source has its own
+            elif self.is_scheduled:  # one endless epoch, in which each source has its own
                 numbers = itertools.count(number)
                 mine = ((n * self.num_ranks + self.rank, self._locate(n)) for n in numbers)
             else:
@@ -259,9 +261,9 @@ class Loader:
             epoch, number = epoch + 1, 0
 
     def _locate(self, number: int) -> int:
-        """Return the index in the whole mixture of this rank's n-th sample; of each source it reads every R-th."""
-        part, count = self.source.locate(number)
-        epoch, place = divmod(count * self.num_ranks + self.rank, len(self.source.sources[part]))
+        """Return the index in the whole mixture of this rank's n-th sample."""
+        part, count = self.source.locate(number, self.rank, self.num_ranks)
+        epoch, place = divmod(count, len(self.source.sources[part]))
         return self.source.starts[part] + int(self._order(epoch, part)[place])
 
     def _read_all(self, tasks):

@@ -12,9 +12,8 @@ are balanced for each question text, so that a model that does not look can hard
 `compositional`, where each color has one held-out shape, a guess by the words is never right, as training never
 gives that answer).
 
-The training scenes are a curriculum (Bengio et al. 2009): the first ask only for the digit, the next only what is
-where, the rest everything. A model that is asked everything from the start learns to see much more slowly
-(docs/log.md).
+Training may be asked some kinds of question alone, a lesson, such as what is in which cell, which held-out splits never
+ask (LESSON_KINDS). A model that is asked everything from the start learns to see much more slowly (docs/log.md).
 
 `python -m nanovlm.data.scenes FOLDER` writes scenes as PNG files with their questions, to look at.
 """
@@ -24,6 +23,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,14 +36,9 @@ from PIL import Image, ImageDraw
 from nanovlm import cli
 
 SPLITS = ("train", "test", "compositional")
-# Training scenes before this number have all their questions of these kinds, and no others.
-LESSONS = (
-    (6_500, ("digits",)),
-    (21_000, ("position", "digits", "caption")),
-)
-# So many questions of a kind has a later training scene that allows them, on average at most, and one of every other
-# kind: what is learned late is asked often, what is known by then seldom.
-PRACTICE = {"relation": 3, "count": 0.8, "digits": 0.3, "caption": 0.3}
+# So many questions of a kind has a training scene that allows them and is asked everything, on average at most, and
+# one of every other kind: what is learned late is asked often, what is known by then seldom.
+PRACTICE = {"relation": 3, "digits": 0.5, "caption": 0.3}
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
 COLORS = {
@@ -102,22 +97,21 @@ class Scene:
         return [value for o in self.objects for value in (o.color, o.shape, o.pair)]
 
 
-def draw(split: str, index: int) -> dict:
+def draw(split: str, index: int, kinds: Sequence[str] = ()) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    A training scene has what its place in the curriculum says, a scene of another split one question of each kind
-    that it allows.
+    With `kinds`, of LESSON_KINDS, a scene has all its questions of these, and is another one than without. Else a
+    training scene is asked as PRACTICE says, a scene of another split one question of each kind that it allows.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    rng = random.Random(f"{split} {index}")
+    rng = random.Random(" ".join((split, *kinds, str(index))))
     scene = _compose(rng, compositional=split == "compositional")
     about = scene.objects[:1] if split == "compositional" else scene.objects
-    asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
-    lesson = split == "train" and next((kinds for end, kinds in LESSONS if index < end), None)
-    if lesson:
-        chosen = [(kind, *pair) for kind in lesson for pair in asked.get(kind, ())]
+    if kinds:
+        chosen = [(kind, *pair) for kind in kinds for pair in LESSON_KINDS[kind](rng, scene, about)]
     else:
+        asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
         chosen = []
         for kind, pairs in asked.items():
             mean = PRACTICE.get(kind, 1) if split == "train" else 1
@@ -215,6 +209,13 @@ def _ask_caption(rng, scene, about):
     return [("describe the image.", f"{', '.join(parts)} and the digit {scene.digit.digit}.")]
 
 
+def _ask_cells(rng, scene, about):
+    """What is in every cell that has something, and in one that has nothing."""
+    inside = {o.cell: _a(o.pair) for o in scene.objects} | {scene.digit.cell: f"the digit {scene.digit.digit}"}
+    empty = rng.choice([cell for cell in range(9) if cell not in inside])
+    return [(f"what is at the {CELLS[cell]}?", inside.get(cell, "nothing")) for cell in sorted([*inside, empty])]
+
+
 def _a(pair):
     return f"{'an' if pair[0][0] in 'aeiou' else 'a'} {pair[0]} {pair[1]}"
 
@@ -240,6 +241,7 @@ QUESTIONS = {
     "digits": _ask_digits,
     "caption": _ask_caption,
 }
+LESSON_KINDS = QUESTIONS | {"cells": _ask_cells}
 
 # --- pixels ------------------------------------------------------------------------------------------------
 

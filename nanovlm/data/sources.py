@@ -200,18 +200,21 @@ def _kind(value) -> str:
 
 
 class Scenes:
-    """The drawn scenes of one split. `source[i]` is a Sample, `source.raw(i)` has the question kinds too."""
+    """The drawn scenes of one split, asked everything or a lesson: these kinds of question alone."""
 
-    name, damaged = "scenes", ()
+    damaged = ()
 
-    def __init__(self, split: str, length: int = 1_000_000):
-        self.split, self.length = split, length
+    def __init__(self, split: str, length: int = 1_000_000, kinds: tuple[str, ...] = ()):
+        self.split, self.length, self.kinds = split, length, kinds
+        self.name = f"scenes:{','.join(kinds)}" if kinds else "scenes"
+        if unknown := [kind for kind in kinds if kind not in scenes.LESSON_KINDS]:
+            raise ValueError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(scenes.LESSON_KINDS)}")
 
     def __len__(self):
         return self.length
 
     def raw(self, index: int) -> dict:
-        return scenes.draw(self.split, index)
+        return scenes.draw(self.split, index, self.kinds)
 
 
 class JsonLines:
@@ -472,14 +475,16 @@ def _natural_order(name: str) -> list:
 
 
 class Mixture:
-    """Several sources of known size as one: in turns by their weights, or without weights one after the other.
+    """Several sources of known size as one: in turns by their weights, as lessons, or each once, one after the other.
 
-    With weights a fixed schedule of 1000 places repeats, in which each source has its share, evenly spread.
+    With weights a fixed schedule of 1000 places repeats, in which each source has its share, evenly spread. As lessons
+    each source has `lengths` samples before the next takes over, the last as many as are asked for. Both are endless;
+    a source that is over begins again.
     """
 
     num_slots = 1000
 
-    def __init__(self, sources: list, weights: list[float] | None = None):
+    def __init__(self, sources: list, weights: list[float] | None = None, lengths: list[int] | None = None):
         if not sources or (weights is not None and len(weights) != len(sources)):
             num_weights = "no" if weights is None else len(weights)
             raise ValueError(
@@ -489,7 +494,10 @@ class Mixture:
         self.name = " + ".join(source.name for source in sources)
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         self.starts = [0, *itertools.accumulate(map(len, sources))]
-        self.weights = weights
+        self.weights, self.lengths = weights, lengths
+        self.is_scheduled = weights is not None or lengths is not None
+        if lengths is not None:
+            self.ends = [*itertools.accumulate(lengths), math.inf]
         if any(hasattr(source, "blocks") for source in sources):
             parts = zip(self.starts, sources, strict=False)
             blocks = (start + i for start, s in parts for i in getattr(s, "blocks", range(len(s) + 1))[:-1])
@@ -520,11 +528,18 @@ class Mixture:
     def __len__(self):
         return self.starts[-1]
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """Return the number of the source at a place of the schedule, and how many places before it are of it."""
+    def locate(self, position: int, rank: int = 0, num_ranks: int = 1) -> tuple[int, int]:
+        """Return which source a rank's position-th sample is of, and how many of it all ranks read before this one.
+
+        By weights each rank has the schedule to itself, so that all see the same shares; lessons end for all at once.
+        """
+        if self.lengths is not None:
+            place = position * num_ranks + rank
+            number = bisect.bisect_right(self.ends, place)
+            return number, place - (self.ends[number - 1] if number else 0)
         cycle, slot = divmod(position, self.num_slots)
         number, before = self.schedule[slot]
-        return number, cycle * self.counts[number] + before
+        return number, (cycle * self.counts[number] + before) * num_ranks + rank
 
     def raw(self, index: int) -> dict:
         """Return a record by its index when the sources stand one after the other."""
@@ -688,7 +703,6 @@ def _import_parquet():
 
 # --- by name -------------------------------------------------------------------------------------------------
 
-SOURCES = {"scenes": Scenes}
 FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": Tar}
 
 
@@ -697,8 +711,8 @@ def open_source(spec: str, split: str = "train", seed: int = 0, shuffle: bool = 
 
     `split` is of the drawn scenes and of the hub, `seed` and `shuffle` are of the hub.
     """
-    if spec in SOURCES:
-        return SOURCES[spec](split)
+    if spec == "scenes" or spec.startswith("scenes:"):
+        return Scenes(split, kinds=tuple(spec.split(":")[1].split(",")) if ":" in spec else ())
     if spec.startswith("hub:"):
         return Hub(spec, split, seed, shuffle)
     path, is_file = Path(spec), os.path.isfile(spec)
@@ -711,22 +725,27 @@ def open_source(spec: str, split: str = "train", seed: int = 0, shuffle: bool = 
         return FILES[path.suffix](spec)
     problem = "is of no kind that is understood" if is_file else "does not exist"
     raise ValueError(
-        f"the source {spec!r} {problem}: give {', '.join(SOURCES)}, a file .jsonl, a file or glob .parquet or .tar, "
+        f"the source {spec!r} {problem}: give scenes, a file .jsonl, a file or glob .parquet or .tar, "
         "a folder of these or of images with .txt or .json beside them, or hub:owner/name"
     )
 
 
 def open_sources(
-    specs: Sequence[str], weights: Sequence[float] = (), split: str = "train", seed: int = 0, shuffle: bool = True
+    specs: Sequence[str],
+    weights: Sequence[float] = (),
+    lessons: Sequence[int] = (),
+    split: str = "train",
+    seed: int = 0,
+    shuffle: bool = True,
 ):
-    """Open one source, or several as a mixture."""
+    """Open one source, or several as a mixture, as DataConfig says."""
     sources = [open_source(spec, split, seed, shuffle) for spec in specs]
     if len(sources) == 1 and not weights:
         return sources[0]
     for source in sources:
         if hasattr(source, "stream"):
             raise ValueError(f"{source.name} is a stream of unknown size and cannot be mixed with other sources")
-    return Mixture(sources, list(weights) or None)
+    return Mixture(sources, list(weights) or None, list(lessons) or None)
 
 
 def sample_texts(source, num_samples: int) -> Iterator[str]:

@@ -86,11 +86,17 @@ def whitening_filters(num_filters: int, patch_size: int) -> Tensor:
     noise floor of 1 % keeps what is mostly noise small. They are turned at random, and are as many as there are, the
     ones of the largest variance first (Coates & Ng 2012, "Learning feature representations with k-means").
     """
-    steps = torch.arange(patch_size, dtype=torch.float32)
-    along = 0.95 ** (steps[:, None] - steps).abs()
-    colors = torch.full((3, 3), 0.8) + 0.2 * torch.eye(3)
-    variances, directions = torch.linalg.eigh(torch.kron(colors, torch.kron(along, along)))
+    steps = torch.arange(patch_size, dtype=torch.float64)
+    variances_along, along = torch.linalg.eigh(0.95 ** (steps[:, None] - steps).abs())
+    along = along * along[0].sign()  # a direction has two signs
+    # Of the covariance of colors, 0.8 + 0.2 on the diagonal: two of its variances are equal, so no solver is asked.
+    colors = F.normalize(torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64)).T
+    variances_of_colors = torch.tensor([2.6, 0.2, 0.2], dtype=torch.float64)
+    variances = torch.kron(variances_of_colors, torch.kron(variances_along, variances_along))
     n = min(num_filters, len(variances))
-    whiten = directions[:, -n:] / (0.2 * (variances[-n:] + 0.01)).sqrt()
+    # Rounded before they are sorted, so that those which are equal stay in their order on any processor.
+    first = variances.float().sort(descending=True, stable=True).indices[:n]
+    directions = torch.kron(colors, torch.kron(along, along))[:, first]
+    whiten = (directions / (0.2 * (variances[first] + 0.01)).sqrt()).float()
     turn = nn.init.orthogonal_(torch.empty(num_filters, n)) * (num_filters / n) ** 0.5
     return (turn @ whiten.T).view(num_filters, 3, patch_size, patch_size)

@@ -208,7 +208,7 @@ def test_it_knows_what_it_has_read():
 class Weighted:
     """Two sources, of which the second is read three times as often."""
 
-    name, damaged, weights = "a + b", (), (0.25, 0.75)
+    name, damaged, is_scheduled = "a + b", (), True
     starts = (0, 10, 17)
 
     def __init__(self):
@@ -221,9 +221,10 @@ class Weighted:
     def find(self, index):
         return (self.sources[0], index) if index < 10 else (self.sources[1], index - 10)
 
-    def locate(self, position):
+    def locate(self, position, rank, num_ranks):
         cycle, slot = divmod(position, 4)
-        return (0, cycle) if slot == 0 else (1, 3 * cycle + slot - 1)
+        part, count = (0, cycle) if slot == 0 else (1, 3 * cycle + slot - 1)
+        return part, count * num_ranks + rank
 
     def raw(self, index):
         return {"number": index}
@@ -244,8 +245,43 @@ def test_a_mixture_keeps_its_proportions_on_every_rank_and_each_source_its_epoch
         next(loader)
     share = loader.counts["documents of b"] / loader.counts["documents"]
     assert abs(share - 0.75) < 0.01
-    with pytest.raises(ValueError, match=r"a \+ b is read by weights, so it has no epochs"):
+    with pytest.raises(ValueError, match=r"a \+ b is read by weights or as lessons, so it has no epochs"):
         make_loader(Weighted(), num_epochs=1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_lessons_end_for_all_ranks_at_once(num_ranks, shuffle):
+    """Twelve samples of a, which has ten, then five of b, and then c without end; each sample once an epoch."""
+    parts = [Records(10), Records(7), Records(9)]
+    for name, part in zip("abc", parts, strict=True):
+        part.name = name
+    seen = {}
+    for rank in range(num_ranks):
+        loader = make_loader(Mixture(parts, lengths=[12, 5]), rank=rank, num_ranks=num_ranks, shuffle=shuffle)
+        for (epoch, number), task in itertools.islice(loader._tasks(0, 0), 80 // num_ranks):
+            assert epoch == 0
+            seen[number * num_ranks + rank] = task
+    tasks = [seen[place] for place in range(80)]
+    assert sorted(tasks[:10]) == [*range(10)] and all(task < 10 for task in tasks[:12])
+    assert len({*tasks[12:17]}) == 5 and all(10 <= task < 17 for task in tasks[12:17])
+    assert sorted(tasks[17:26]) == sorted(tasks[26:35]) == [*range(17, 26)] and min(tasks[17:]) == 17
+    assert (tasks[:10] != [*range(10)]) == shuffle
+
+
+def test_a_resumed_lesson_goes_on(tmp_path):
+    def make(workers):
+        return make_loader(Mixture([Records(10), Records(50)], lengths=[25]), num_workers=workers)
+
+    whole = make(0)
+    expected = [documents([next(whole)]) for _ in range(12)]
+    loader = make(2)
+    assert [documents([next(loader)]) for _ in range(5)] == expected[:5]
+    again = make(0)
+    again.load_state_dict(loader.state_dict())
+    loader.close()
+    assert [documents([next(again)]) for _ in range(7)] == expected[5:]
+    assert whole.counts["documents of records"] == whole.counts["documents"]  # both parts have this name
 
 
 def test_a_bad_sample_of_a_mixture_is_named_in_its_own_source(capsys):

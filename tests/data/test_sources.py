@@ -755,6 +755,19 @@ def test_several_sources_are_a_mixture(tmp_path):
     assert open_sources([path, "scenes"], [1, 3]).counts == [250, 750]
     assert list(sample_texts(open_sources([path]), 10)) == ["q", "a"]  # the damaged line is left to the loader
     assert len(list(sample_texts(open_sources(["scenes"]), 10))) > 40
+    lessons = open_sources(["scenes:cells", "scenes:color,count", "scenes"], lessons=[5, 3])
+    assert [part.name for part in lessons.sources] == ["scenes:cells", "scenes:color,count", "scenes"]
+    assert [lessons.locate(i) for i in (0, 4, 5, 7, 8, 10**9)] == [
+        (0, 0),
+        (0, 4),
+        (1, 0),
+        (1, 2),
+        (2, 0),
+        (2, 10**9 - 8),
+    ]
+    assert lessons.locate(2, rank=1, num_ranks=3) == (1, 2)
+    with pytest.raises(ValueError, match=r"scenes:cell: unknown kind 'cell'; there are color, shape, .*, cells"):
+        open_source("scenes:cell")
 
 
 def test_streams_are_not_mixed(hub, monkeypatch):

@@ -1,0 +1,64 @@
+"""What a run computes with follows from the machine by rule."""
+
+import types
+
+import pytest
+import torch
+
+from nanovlm import environment
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "precision"),
+    [
+        ("fpu avx2 avx512f avx512_bf16", "AVX512", "bf16"),
+        ("fpu avx2 avx512f amx_bf16", "AVX512", "bf16"),
+        ("fpu avx2 avx512f", "AVX512", "fp32"),
+        ("fpu avx2", "AVX2", "fp32"),
+        ("fpu avx2 avx512_bf16", "AVX2", "fp32"),  # torch was told to leave them
+        ("", "DEFAULT", "fp32"),  # another system, or another make
+    ],
+)
+def test_bf16_is_chosen_where_the_processor_multiplies_it(flags, capability, precision, monkeypatch):
+    monkeypatch.setattr(environment, "processor_field", {"flags": flags}.__getitem__)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert environment.choose_precision(CPU) == precision
+    assert environment.choose_precision(torch.device("cuda")) == "bf16"
+
+
+def test_threads_are_the_physical_cores_shared_by_ranks(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # it changes nothing
+    monkeypatch.setattr(environment, "count_cores", lambda: 6)
+    assert environment.choose_threads(CPU) == 6
+    assert environment.choose_threads(torch.device("cuda")) == 1
+    for ranks, threads in ((1, 6), (4, 1), (8, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert environment.choose_threads(CPU) == threads
+
+
+def test_two_processors_of_a_core_are_one_and_a_container_may_have_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _pid: {0, 1, 2, 3, 9}, raising=False)
+    files = {
+        f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 2},{i % 2 + 2}\n" for i in range(4)
+    }
+
+    def path(name):
+        (tmp_path / "text").write_text(files.get(name, ""))
+        return tmp_path / "text" if name in files else tmp_path / "missing"
+
+    monkeypatch.setattr(environment, "Path", path)
+    assert environment.count_cores() == 3  # 0 and 2, 1 and 3, and 9, of which the system says nothing
+    for limit, cores in (("200000 100000\n", 2), ("max 100000\n", 3), ("50000 100000", 1), ("900000 100000", 3)):
+        files["/sys/fs/cgroup/cpu.max"] = limit
+        assert environment.count_cores() == cores
+
+
+def test_a_processor_without_a_name_has_its_machine(monkeypatch):
+    monkeypatch.setattr(environment, "Path", lambda name: types.SimpleNamespace(read_text=lambda: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        environment.processor_field("flags")  # only what the system refuses is silent
+    monkeypatch.setattr(environment, "processor_field", lambda name: "")
+    assert environment.device_name(CPU)
