@@ -46,7 +46,8 @@ def test_int8_rounds_to_the_nearest_code():
     weight = random_weight(6, 96)
     w = quantize_weight(weight, "int8", search=False)
     assert torch.equal(w.scales, weight.abs().amax(1, keepdim=True) / 127)
-    assert ((dequantize_ref(w) - weight).abs() <= w.scales * 0.50001).all()
+    # Half a step, and half an eps each for the quotient and for the product, which are at most 127 steps.
+    assert ((dequantize_ref(w) - weight).abs() <= w.scales * (0.5 + 127 * torch.finfo(torch.float32).eps)).all()
     assert unpack(w).min() >= 1 and unpack(w).max() == 255  # symmetric: -127 to 127 around 128
 
 
@@ -67,14 +68,15 @@ def test_int4_covers_the_range_of_each_group_and_zero(group):
 
 
 def test_nf4_takes_the_nearest_of_its_16_values():
-    """For every block the codes are those of a search over all 16, with the absmax as it is stored."""
+    """For every block the codes are as good as those of a search over all 16, with the absmax as it is stored."""
     weight = random_weight(40, 512)
     w = quantize_weight(weight, "nf4")
     absmax = dynamic_values(weight.device)[w.scales.int()].flatten()
     absmax = (absmax * w.nested_scales.repeat_interleave(256)[: len(absmax)] + w.nested_offset).view(40, 8, 1, 1)
     error = (weight.view(40, 8, 64, 1) - nf4_values(weight.device) * absmax).abs()
     chosen = (dequantize_ref(w) - weight).abs().view(40, 8, 64)
-    assert torch.equal(chosen, error.amin(-1))
+    # A weight midway between two values goes to either, as the quotient and the product are rounded.
+    assert (chosen - error.amin(-1) <= 2 * torch.finfo(torch.float32).eps * absmax[..., 0]).all()
     assert w.nested_scales.shape == (2,)
 
 

@@ -108,7 +108,8 @@ def test_a_dot_has_fp32_accuracy(dtype):
     a, b, out = randn(64, 64, dtype=dtype), randn(64, 64, dtype=dtype, seed=1), torch.empty(64, 64)
     dot_kernel[(1,)](a, b, out, 64, "ieee")
     exact = a.double() @ b.double()
-    assert (out - exact).norm() / exact.norm() < 3e-7
+    # 64 roundings, of at most half an eps of a sum so far, add up at random.
+    assert (out - exact).norm() / exact.norm() < 64**0.5 / 2 * torch.finfo(torch.float32).eps
 
 
 def test_fp32_dots_are_tf32_unless_they_ask_for_more():

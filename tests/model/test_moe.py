@@ -151,6 +151,11 @@ def test_grouped_reads_nothing_back_from_the_device():
 # --- routing -------------------------------------------------------------------------------------------------
 
 
+def assert_equal_to_rounding(ours, theirs):
+    """Products of 16 and of 24 terms follow each other, and either side may add those in an order of its own."""
+    assert (ours - theirs).abs().max() <= (16 + 24) * torch.finfo(torch.float32).eps * theirs.abs().max()
+
+
 @pytest.mark.parametrize(
     ("block", "config", "changes"),
     [
@@ -172,7 +177,7 @@ def test_the_layer_equals_transformers(block, config, changes):
     x = torch.randn(2, 9, 16)
     expected = theirs(x)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    assert (moe.eval()(x)[0] - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert_equal_to_rounding(moe.eval()(x)[0], expected)
 
 
 @torch.no_grad()
@@ -193,7 +198,7 @@ def test_sigmoid_scores_bias_and_shared_experts_equal_transformers():
     expected = theirs(x)
     assert (routing.choice == 1).sum(1).eq(1).all() and not (routing.choice == 4).any()
     torch.testing.assert_close(routing.shares.sum(-1), torch.ones(18))
-    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert_equal_to_rounding(y, expected)
 
 
 def test_ties_go_to_the_first_expert():
@@ -280,7 +285,7 @@ def test_the_z_loss_is_the_papers():
     routing = random_routing()
     is_token = torch.arange(30) < 20
     expected = routing.logits[:20].double().exp().sum(-1).log().square().mean()
-    torch.testing.assert_close(router_z_loss(routing.logits, is_token).double(), expected)
+    torch.testing.assert_close(router_z_loss(routing.logits, is_token), expected.float())
 
 
 def test_the_global_loss_uses_the_load_of_the_whole_step():
@@ -487,9 +492,12 @@ def test_stacked_experts_are_matrices_of_their_own_for_muon(shape):
     together.grad = torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None, None]
     for expert, grad in zip(alone, together.grad, strict=True):
         expert.grad = grad.clone()
+    before = together.detach().clone()
     for optimizer in optimizers:
         optimizer.step()
-    torch.testing.assert_close(together, torch.stack(list(alone)))
+    # The updates are products in bf16, of which one of 12 matrices and 12 of one may be rounded differently.
+    for ours, theirs, start in zip(together, alone, before, strict=True):
+        assert (ours - theirs).norm() <= 0.05 * (theirs - start).norm()
 
 
 def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(processor):

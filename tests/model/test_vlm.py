@@ -168,7 +168,9 @@ def test_logits_only_at_trained_positions_give_the_same_loss(model, processor, b
     full = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    assert next_token(model, batch).item() == pytest.approx(full.item(), rel=1e-6)
+    # Each term of the sum is added with a rounding of its own, and they may be added in another order.
+    rounding = len(batch.trained) * torch.finfo(torch.float32).eps
+    assert next_token(model, batch).item() == pytest.approx(full.item(), rel=rounding)
 
 
 @pytest.mark.parametrize("max_logits", [1, 3 * 11, 10**9], ids=["one by one", "chunks of 3", "at once"])
@@ -185,7 +187,7 @@ def test_loss_in_chunks_is_cross_entropy(backend, num, max_logits):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")
     (0.3 * expected).backward()
-    torch.testing.assert_close(loss.double(), expected)
+    torch.testing.assert_close(loss, expected.float())  # what is fp32 is as near as fp32 can be
     for ours, theirs in zip((hidden, weight), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
 
