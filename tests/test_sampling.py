@@ -134,11 +134,18 @@ def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, pena
     assert torch.allclose(drawn[0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.7, 2), (0.5, 1), (0.51, 2), (0.96, 4), (0.01, 1)])
+@pytest.mark.parametrize(("top_p", "kept"), [(0.7, 2), (0.49, 1), (0.51, 2), (0.96, 4), (0.01, 1)])
 def test_top_p_keeps_the_token_that_crosses(top_p, kept):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     config = SamplingConfig(temperature=1, top_p=top_p)
     assert int(filter_logits(logits, config).isfinite().sum()) == kept
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_a_sum_that_is_top_p_is_enough(top_p, kept):
+    """Quarters, which every processor computes exactly."""
+    config = SamplingConfig(temperature=1, top_p=top_p)
+    assert int(filter_logits(torch.zeros(1, 4), config).isfinite().sum()) == kept
 
 
 def test_the_smallest_temperature_is_greedy():
