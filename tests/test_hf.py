@@ -218,8 +218,8 @@ def test_attention_of_the_test_models_is_not_flat():
 @torch.inference_mode()
 @pytest.mark.parametrize("family", [*DECODERS, *VLMS])
 def test_bf16_differs_no_more_than_transformers_itself(family, tmp_path):
-    """Over five models, as the largest of many errors is a matter of luck in any one of them."""
-    ours_max, theirs_max, ours_squares, theirs_squares = [], [], [], []
+    """Over five models, as it is luck, and another on each processor, which of two is nearer in any one of them."""
+    largest, mean_square = [], []
     for seed in range(5):
         theirs = make_model(family, seed=seed)
         ours = load(theirs, tmp_path, torch.bfloat16)
@@ -229,13 +229,10 @@ def test_bf16_differs_no_more_than_transformers_itself(family, tmp_path):
         half = [{k: v if k == "input_ids" else v.bfloat16() for k, v in prompt.items()} for prompt in inputs]
         allowed = torch.cat([theirs(**prompt).logits for prompt in half]).float() - exact
         error = ours.logits(batch).float() - exact
-        ours_max.append(error.abs().max())
-        theirs_max.append(allowed.abs().max())
-        ours_squares.append(error.square().mean())
-        theirs_squares.append(allowed.square().mean())
-    if family not in ("mixtral", "qwen3_moe", "olmoe"):  # there the largest error is that of another expert, by chance
-        assert sum(ours_max) <= sum(theirs_max)
-    assert sum(ours_squares) <= sum(theirs_squares)
+        largest.append((error.abs().max() / allowed.abs().max()).log())
+        mean_square.append((error.square().mean() / allowed.square().mean()).log())
+    for ratios in (torch.stack(largest), torch.stack(mean_square)):
+        assert ratios.mean() <= 3 * ratios.std() / len(ratios) ** 0.5  # three standard errors
 
 
 @pytest.mark.parametrize("kind", ["encoder", "hub names", "both towers", "no head"])
