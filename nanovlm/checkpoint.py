@@ -10,6 +10,7 @@ run_dir/model/            config.json  model.safetensors  tokenizer.json  chat_t
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
@@ -258,9 +259,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def flush(path: Path):
-    """Ask the system to put a file or a folder on the disk now."""
+    """Ask the system to put a file or a folder on the disk now; some shared file systems can do so for files alone."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
