@@ -1,6 +1,7 @@
 """Command lines: which device, and a user's mistakes as one sentence."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -42,8 +43,11 @@ def watch_signals():
 def run(main: Callable):
     """Call main. A mistake that our own code reports is printed as one sentence and exits with status 2.
 
-    An error from anywhere else is a bug, and keeps its traceback.
+    An error from anywhere else is a bug, and keeps its traceback. What the terminal has no letters for is written as
+    an escape.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # whoever reads our output has seen enough

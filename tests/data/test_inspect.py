@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -236,8 +237,11 @@ def test_errors_are_one_sentence(show, options, problem):
 def test_the_command(folder):
     command = [sys.executable, "-m", "nanovlm.data.inspect", str(folder / "data.jsonl"), "--out"]
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run([*command, str(folder / "x.png")], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0 and not done.stderr and "\33" not in done.stdout and "⟦" in done.stdout
+    for encoding, bracket in (("utf-8", "⟦"), ("ascii", "\\u27e6")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        options = dict(capture_output=True, encoding=encoding, cwd=root, env=environment)
+        done = subprocess.run([*command, str(folder / "x.png")], **options)
+        assert done.returncode == 0 and not done.stderr and "\33" not in done.stdout and bracket in done.stdout
     assert Image.open(io.BytesIO((folder / "x.png").read_bytes())).width == WIDTH
     done = subprocess.run([*command, str(folder / "no" / "x.png")], capture_output=True, text=True, cwd=root)
     assert done.returncode == 2 and done.stderr.startswith("error: the picture cannot be written: ")
