@@ -334,7 +334,7 @@ SPECIAL = {"pad": "<|im_start|>", "bos": "<|im_start|>", "eos": "<end_of_utteran
 
 
 def edit(path, change):
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data))
 

@@ -49,7 +49,8 @@ def hub(tmp_path_factory):
     tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), 400, tokens)
     # A language model has no token for images.
-    (folder / "lm" / "tokenizer.json").write_text(tokenizer.to_str().replace('"<image>"', '"<|unused|>"'))
+    without = tokenizer.to_str().replace('"<image>"', '"<|unused|>"')
+    (folder / "lm" / "tokenizer.json").write_text(without, encoding="utf-8")
     ids = {f"{name}_token": token for name, token in zip(("pad", "bos", "eos"), tokens, strict=True)}
     (folder / "lm" / "tokenizer_config.json").write_text(json.dumps(ids | {"chat_template": CHATML_TEMPLATE}))
     return folder

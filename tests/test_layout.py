@@ -58,7 +58,7 @@ FORBIDDEN = {
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,7 +82,8 @@ def test_imports_point_down(path):
 
 def test_optional_packages_are_imported_where_they_are_used():
     for path in FILES:
-        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        top = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
         names = {alias.name for n in top if isinstance(n, ast.Import) for alias in n.names}
         names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
         assert not names & {"wandb", "datasets", "gguf", "transformers"}, path
@@ -119,5 +120,5 @@ def test_no_distribution_takes_the_place_of_our_kernels():
 
 def test_the_readme_shows_the_committed_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "scenes.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert format_results(results) in readme and format_runs(read_lines()) in readme

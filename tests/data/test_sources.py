@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import random
+import re
 import tarfile
 
 import datasets
@@ -160,8 +161,8 @@ def test_forked_processes_share_a_source(path):
         process = context.Process(target=_read, args=(source, order, queue))
         process.start()
         mine = [plain(source.raw(i)) for i in orders[0]]
-        assert queue.get(timeout=60) == [plain(RECORDS[i]) for i in order]
-        process.join(60)
+        assert queue.get(timeout=600) == [plain(RECORDS[i]) for i in order]
+        process.join(600)
         assert mine == [plain(RECORDS[i]) for i in orders[0]]
 
 
@@ -423,7 +424,7 @@ def test_cut_parquet(tmp_path):
     whole = file.read_bytes()
     for length in random.Random(0).sample(range(len(whole)), 100):
         file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"{file} is damaged or no parquet file"):
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged or no parquet file"):
             Parquet(file)
     source = (file.write_bytes(whole), Parquet(file))[1]
     file.write_bytes(whole[: len(whole) // 2])
@@ -504,7 +505,7 @@ def test_a_damaged_line_is_named_when_it_is_read(tmp_path):
     source = JsonLines(file)
     assert len(source) == 8 and plain(source.raw(0)) == plain(source.raw(7))
     for i in range(1, 7):
-        with pytest.raises(ValueError, match=f"line {i + 2} of {file}"):
+        with pytest.raises(ValueError, match=f"line {i + 2} of {re.escape(str(file))}"):
             source.raw(i)
 
 
