@@ -10,6 +10,8 @@ processor happens to add, and a kernel that adds in another order is not wrong f
 chosen by hand. NaN and infinities must be where the reference has them.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -163,6 +165,17 @@ def surround(x: Tensor, margin: int = 3) -> Tensor:
     larger = poison(torch.empty([size + 2 * margin for size in x.shape], dtype=x.dtype, device=x.device))
     inner = larger[tuple(slice(margin, margin + size) for size in x.shape)]
     return inner.copy_(x)
+
+
+def reserve(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return memory of the CPU, more than the machine may have: it is there only where something is written.
+
+    The system is asked to reserve nothing for it: by default Linux refuses more at once than there is.
+    """
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # a name of Python 3.13, the number of x86 and of Arm
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def poison(x: Tensor) -> Tensor:

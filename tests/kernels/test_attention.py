@@ -4,14 +4,13 @@ import contextlib
 import itertools
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovlm.model.attention import make_mask
-from tests.kernels.oracle import check, check_gradients, surround
+from tests.kernels.oracle import check, check_gradients, reserve, surround
 
 pytest.importorskip("triton")
 from kernels import attention as kernels
@@ -258,7 +257,7 @@ def test_offsets_beyond_32_bits(device):
     grad = inputs.pop("grad")
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     expected = attention(**leaves, causal=True)[0]
-    far = torch.from_numpy(np.empty(3 * 2**30 + 3 * 32, np.float16))
+    far = reserve((3 * 2**30 + 3 * 32,), torch.float16)
     apart = {
         n: far[32 * i :].as_strided((1, 4, 1, 16), (0, 2**30, 16, 1)).copy_(x.detach()).requires_grad_()
         for i, (n, x) in enumerate(leaves.items())

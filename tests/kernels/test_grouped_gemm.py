@@ -1,6 +1,5 @@
 """The experts' kernels against the loop in fp64: outputs and all gradients, over routings, shapes and layouts."""
 
-import mmap
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels import grouped_gemm
 from kernels.grouped_gemm import grouped_experts, grouped_experts_ref, plan_rows, tile_sizes
-from tests.kernels.oracle import check_gradients, surround
+from tests.kernels.oracle import check_gradients, reserve, surround
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -208,17 +207,11 @@ def test_the_tiles_hold_every_row_of_an_expert_once(data):
 FAR = 2**27  # rows of 16 numbers, beyond which an offset takes more than 31 bits
 
 
-def reserve(device, rows, columns=16, dtype="float16"):
-    """Memory; on the CPU it is not touched, and so not there, but where a kernel reads and writes.
-
-    The system is asked to reserve nothing for it: by default Linux refuses more at once than the machine has.
-    """
+def far_memory(device, rows, columns=16, dtype=torch.float16):
+    """Memory; on the CPU it is not touched, and so not there, but where a kernel reads and writes."""
     if device == "cuda":
-        return torch.empty(rows, columns, dtype=getattr(torch, dtype), device=device)
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # a name of Python 3.13, of x86 and of Arm
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    memory = mmap.mmap(-1, rows * columns * np.dtype(dtype).itemsize, flags=flags)
-    return torch.from_numpy(np.frombuffer(memory, dtype).reshape(rows, columns))
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    return reserve((rows, columns), dtype)
 
 
 @pytest.fixture
@@ -239,7 +232,7 @@ def at_program(monkeypatch, device):
 def far_rows(device):
     """order and tiles of three rows of expert FAR / 16, beginning at row FAR, of the tokens 2, 0 and 1, with k = 1."""
     torch.manual_seed(0)
-    order = reserve(device, FAR + 3, 1, "int32").flatten()
+    order = far_memory(device, FAR + 3, 1, torch.int32).flatten()
     order[FAR:] = torch.tensor([2, 0, 1])
     return order, torch.tensor([[FAR // 16, FAR, FAR + 3]], dtype=torch.int32, device=device)
 
@@ -249,8 +242,8 @@ SIZES = dict(D=16, W=16, BM=16, BN=16, BK=16)
 
 def test_far_rows_and_experts_forward(device):
     order, tiles = far_rows(device)
-    x = reserve(device, FAR + 1).as_strided((3, 16), (8 * FAR, 1)).copy_(torch.randn(3, 16))
-    gate, g, u, a = reserve(device, FAR + 16), *(reserve(device, FAR + 3) for _ in range(3))
+    x = far_memory(device, FAR + 1).as_strided((3, 16), (8 * FAR, 1)).copy_(torch.randn(3, 16))
+    gate, g, u, a = far_memory(device, FAR + 16), *(far_memory(device, FAR + 3) for _ in range(3))
     gate[FAR:] = torch.randn(16, 16)
     grouped_gemm.gate_up_kernel[(1,)](x, order, tiles, gate, gate, g, u, a, x.stride(0), 1, k=1, KEEP=True, **SIZES)
     expected = x[order[FAR:].long()].double() @ gate[FAR:].double().T
@@ -262,7 +255,7 @@ def test_far_rows_and_experts_forward(device):
 def test_far_rows_and_experts_scattered(device):
     order, tiles = far_rows(device)
     order[FAR:] += FAR
-    a, down, out = reserve(device, FAR + 3), reserve(device, FAR + 16), reserve(device, FAR + 3)
+    a, down, out = far_memory(device, FAR + 3), far_memory(device, FAR + 16), far_memory(device, FAR + 3)
     a[FAR:], down[FAR:] = torch.randn(3, 16), torch.randn(16, 16)
     grouped_gemm.scatter_kernel[(1,)](a, a, order, tiles, down, down, out, 1, 1, 16, TWO=True, **SIZES)
     expected = 2 * (a[FAR:].double() @ down[FAR:].double().T)[[1, 2, 0]]
@@ -271,7 +264,7 @@ def test_far_rows_and_experts_scattered(device):
 
 def test_far_tokens_combined(device, at_program):
     torch.manual_seed(0)
-    y, out, weights = reserve(device, 2 * FAR + 32), reserve(device, FAR + 16), reserve(device, FAR + 16, 2)
+    y, out, weights = far_memory(device, 2 * FAR + 32), far_memory(device, FAR + 16), far_memory(device, FAR + 16, 2)
     y[2 * FAR :], weights[FAR:] = torch.randn(32, 16), torch.randn(16, 2)
     at_program(FAR // 16, 0)
     grouped_gemm.combine_kernel[(1,)](y, weights, out, FAR + 16, k=2, D=16, WEIGHTED=True, BM=16, BN=16)
@@ -281,9 +274,9 @@ def test_far_tokens_combined(device, at_program):
 
 def test_far_rows_and_experts_backward(device):
     order, tiles = far_rows(device)
-    dout = reserve(device, FAR + 1).as_strided((3, 16), (8 * FAR, 1)).copy_(torch.randn(3, 16))
-    down, weights, dweights = reserve(device, FAR + 16), torch.ones(3, device=device), torch.empty(3, device=device)
-    g, u, dg, du, wa = (reserve(device, FAR + 3) for _ in range(5))
+    dout = far_memory(device, FAR + 1).as_strided((3, 16), (8 * FAR, 1)).copy_(torch.randn(3, 16))
+    down, weights, dweights = far_memory(device, FAR + 16), torch.ones(3, device=device), torch.empty(3, device=device)
+    g, u, dg, du, wa = (far_memory(device, FAR + 3) for _ in range(5))
     down[FAR:], g[FAR:], u[FAR:] = torch.randn(16, 16), torch.randn(3, 16), torch.randn(3, 16)
     grouped_gemm.through_down_kernel[(1,)](
         dout, order, tiles, down, weights, g, u, dg, du, wa, dweights, dout.stride(0), 1, 3, k=1, **SIZES
@@ -299,11 +292,11 @@ def test_far_rows_and_experts_backward(device):
 
 def test_far_rows_and_experts_of_matrix_gradients(device, at_program):
     order, _ = far_rows(device)
-    x = reserve(device, FAR + 1).as_strided((3, 16), (8 * FAR, 1)).copy_(torch.randn(3, 16))
+    x = far_memory(device, FAR + 1).as_strided((3, 16), (8 * FAR, 1)).copy_(torch.randn(3, 16))
     rows, out, bounds = (
-        reserve(device, FAR + 3),
-        reserve(device, FAR + 16),
-        reserve(device, FAR // 16 + 2, 1, "int32").flatten(),
+        far_memory(device, FAR + 3),
+        far_memory(device, FAR + 16),
+        far_memory(device, FAR // 16 + 2, 1, torch.int32).flatten(),
     )
     rows[FAR:] = torch.randn(3, 16)
     bounds[-2:] = torch.tensor([FAR, FAR + 3])
