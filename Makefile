@@ -11,8 +11,8 @@ demo: .venv/installed  ## train the default preset, then answer questions about 
 	  "describe the image." "how many objects are there?"
 	$(BIN)/python benchmarks/scenes.py compare runs/demo
 
-test: .venv/installed-test  ## every test that needs no GPU
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: .venv/installed-test  ## every test that needs no GPU, or some: make test TESTS=tests/data
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
