@@ -4,7 +4,8 @@
     python benchmarks/mutations.py --only grouped_gemm   of one kernel
 
 A bug is a change of one line in a copy of the tree, with which the tests of that kernel run until the first fails.
-A result holds as long as the kernel and its tests stay as they are, so a run that was stopped goes on where it was.
+A result holds as long as the kernel, its tests and their judge (tests/kernels/oracle.py) stay as they are, so a run
+that was stopped goes on where it was.
 Writes benchmarks/results/mutations.json, and exits with 1 where fewer than 95 % were caught.
 """
 
@@ -482,7 +483,8 @@ def copy_tree(folder: Path):
 def check_kernel(root: Path, kernel: str, known: dict):
     """Yield a result for each bug of a kernel that has none for these sources."""
     source, tests = root / "kernels" / f"{kernel}.py", root / "tests" / "kernels" / f"test_{kernel}.py"
-    sources = hashlib.sha256(source.read_bytes() + tests.read_bytes()).hexdigest()[:12]
+    judge = root / "tests" / "kernels" / "oracle.py"
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in (source, tests, judge))).hexdigest()[:12]
     bugs = [bug for bug in MUTATIONS[kernel] if known.get((kernel, *bug[1:]), {}).get("sources") != sources]
     if not bugs:
         return

@@ -1,6 +1,6 @@
 """The mixture of experts on the scenes: against the dense model of equal active parameters, and balanced in four ways.
 
-    python benchmarks/scenes_moe.py compare runs/moe               scenes and scenes_moe, three seeds each
+    python benchmarks/scenes_moe.py compare runs/moe               scenes and scenes_moe, five seeds each
     python benchmarks/scenes_moe.py balance runs/moe               scenes_moe with every way of balancing
 
 Two runs go side by side on a thread each; runs that are there are continued or reused. Writes
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovlm import checkpoint, cli
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 BALANCE = ("none", "loss", "global_loss", "bias")
 
 
@@ -72,7 +72,7 @@ def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
     run_dir = folder(config, preset, seed, balance)
     command = [sys.executable, str(ROOT / "train.py"), preset, "--run-dir", str(run_dir), "--seed", str(seed)]
     command += ["--optim.steps", str(config.steps), "--eval-scenes", str(config.eval_scenes), "--threads", "1"]
-    command += ["--precision", "bf16", "--sample-every", "0"]
+    command += ["--sample-every", "0"]
     if preset == "scenes_moe":
         command += ["--model.decoder.moe.balance", balance]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

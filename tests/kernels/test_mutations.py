@@ -23,6 +23,7 @@ def test_caught_and_survived(tmp_path, monkeypatch, capsys):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "tests" / "kernels").mkdir(parents=True)
     (tmp_path / "kernels" / "__init__.py").touch()
+    (tmp_path / "tests" / "kernels" / "oracle.py").touch()
     (tmp_path / "kernels" / "twice.py").write_text("def twice(x):\n    return 2 * x\n")
     test = tmp_path / "tests" / "kernels" / "test_twice.py"
     test.write_text("from kernels.twice import twice\n\n\ndef test_twice():\n    assert twice(2) == 4\n")
