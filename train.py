@@ -365,6 +365,8 @@ def parse_config(args: list[str]) -> TrainConfig:
     if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help", "-h")) for a in args):
         decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
+    if any(arg.split("=")[0] == "--data.sources" for arg in args):  # the preset's lessons are of its own sources
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lessons=()))
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
     return tyro.cli(

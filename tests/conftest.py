@@ -21,10 +21,6 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.vlm import VLM
 
-# A cluster may say in these that whoever runs the tests is a rank of a job.
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    os.environ.pop(name, None)
-
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not HAS_GPU:
@@ -44,6 +40,12 @@ TINY = VLMConfig(
         head_dim=8,
     ),
 )
+
+
+def pytest_configure():
+    """Forget that whoever runs the tests may be a rank of a job; the ranks that tests start import this file too."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items):

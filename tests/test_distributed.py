@@ -400,7 +400,8 @@ def test_data_that_end_earlier_on_one_rank_end_the_run_on_all(tmp_path):
     record = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me, " * 60}]}
     (tmp_path / "own.jsonl").write_text("\n".join([json.dumps(record)] * 9))
     changes = f"""{{"data": dataclasses.replace(
-        PARALLEL_RUN.data, sources=({str(tmp_path / "own.jsonl")!r},), batch_rows=1, num_epochs=1, row_length=400
+        PARALLEL_RUN.data, sources=({str(tmp_path / "own.jsonl")!r},), lessons=(),
+        batch_rows=1, num_epochs=1, row_length=400
     )}}"""
     finish(start(tmp_path, tmp_path / "run", changes=textwrap.dedent(changes)))
     lines = metrics(tmp_path / "run")
@@ -445,7 +446,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop_the_run(tmp
         assert weights == {1: False, 2: False, 3: True, 4: False, 5: False}
     else:
         message = (
-            r"step 3: the loss or a gradient is not finite, .* = 0 allows; the step's documents: scenes, sample \d"
+            r"step 3: the loss or a gradient is not finite, .* = 0 allows; the step's documents: scenes:\S+, sample \d"
         )
         with pytest.raises(ValueError, match=message):
             train.main(config)

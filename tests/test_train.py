@@ -414,7 +414,9 @@ def test_own_data_beside_the_scenes(tmp_path, capsys):
     record = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]}
     (tmp_path / "own.jsonl").write_text("\n".join([*[json.dumps(record)] * 4, "{damaged"]))
     sources = ("scenes", str(tmp_path / "own.jsonl"))
-    data = dataclasses.replace(SMALL.data, sources=sources, weights=(1, 1), max_bad_fraction=1.0, num_workers=1)
+    data = dataclasses.replace(
+        SMALL.data, sources=sources, lessons=(), weights=(1, 1), max_bad_fraction=1.0, num_workers=1
+    )
     results = run(tmp_path / "run", data=data, eval_scenes=6, optim=dataclasses.replace(SMALL.optim, steps=4))
     assert results["test"]["kinds"]
     last = metrics(tmp_path / "run")[-1]
@@ -429,7 +431,7 @@ def test_text_alone(tmp_path):
     """No image in a whole batch."""
     lines = (json.dumps({"texts": [{"user": f"what is {i}?", "assistant": str(i)}]}) for i in range(50))
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
-    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), shuffle=True)
+    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), shuffle=True)
     run(tmp_path / "run", data=data)
     first, *_, last = metrics(tmp_path / "run")
     assert last["loss"] < 0.97 * first["loss"] and last["packed"] > 100 and last["corrupt"] == 0
@@ -438,7 +440,7 @@ def test_text_alone(tmp_path):
 def test_text_alone_where_the_projector_alone_learns(tmp_path):
     """Nothing to learn from, and no error: data with images may have batches without."""
     (tmp_path / "own.jsonl").write_text(json.dumps({"texts": [{"user": "what?", "assistant": "that"}]}))
-    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),))
+    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=())
     rules = (ParamRule(r"^(vision|decoder)\.", lr_scale=None), ParamRule(""))
     run(tmp_path / "run", data=data, optim=dataclasses.replace(SMALL.optim, steps=2, rules=rules))
     assert [line["grad_norm"] for line in metrics(tmp_path / "run")] == [0, 0]
@@ -507,6 +509,17 @@ def test_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit):
         cli.run(lambda: PRESET.__class__(seed=-1).validate())
     assert capsys.readouterr().err == "error: seed = -1 must be at least 0\n"
+
+
+def test_other_sources_leave_the_lessons_of_the_preset():
+    assert train.parse_config(["scenes"]).data.lessons
+    assert train.parse_config(["scenes", "--data.sources", "a.jsonl"]).validate().data.lessons == ()
+    config = train.parse_config(["--data.sources", "a.jsonl", "b.jsonl", "--data.lessons", "100"]).validate()
+    assert (config.data.sources, config.data.lessons) == (("a.jsonl", "b.jsonl"), (100,))
+    with pytest.raises(
+        ValueError, match=r"data.lessons has 1 entries; it needs one for each of the 1 data.sources but"
+    ):
+        train.parse_config(["--data.sources", "a.jsonl", "--data.lessons", "100"]).validate()
 
 
 def test_what_is_registered_can_be_named_on_the_command_line(tmp_path, monkeypatch):
