@@ -176,6 +176,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     assign_rules(model, config.optim)
     threads = config.threads or choose_threads(device)
     precision = choose_precision(device) if config.precision == "auto" else config.precision
+    threads, precision = distributed.gather((threads, precision))[0]  # all ranks as the first, whatever they run on
     if checkpoints:  # a run goes on as it began, on another processor too
         precision = checkpoint.read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision)

@@ -56,7 +56,10 @@ class SpeedConfig:
 def main(config: SpeedConfig):
     preset = pick(PRESETS, config.preset, "preset")()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_sources(preset.data.sources[-1:])  # of a curriculum its last lesson, which most steps are like
+    sources = (
+        preset.data.sources[-1:] if preset.data.lessons else preset.data.sources
+    )  # most steps are the last lesson's
+    source = open_sources(sources, preset.data.weights)
     torch.manual_seed(0)
     model, processor = init.start(preset, sample_texts(source, 1000))
     model.to(device)

@@ -148,7 +148,7 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
     ours = TrainConfig(model=model.config, optim=optim)
     recipes = {"ours": ours, "plain": dataclasses.replace(ours, objective="plain")}
     replica = parallelize(model, ParallelConfig(**parallel), device, precision)
-    state = train.TrainState(model, replica, make_optimizers(model, optim), [], config.threads, precision)
+    state = train.TrainState(model, replica, make_optimizers(model, optim, precision), [], config.threads, precision)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         expected = plain_next_token(model, batch.to(device)).item() / len(batch.trained)
     if device.type == "cuda":

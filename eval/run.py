@@ -156,8 +156,8 @@ class EvalConfig:
     model: Annotated[Path, tyro.conf.Positional]
     # Held-out scenes a split.
     scenes: int = 512
-    # The first so many training scenes are searched for the held-out ones and give the commonest answers: name as
-    # many as the model was trained on (`samples` in the last line of metrics.jsonl).
+    # So many training scenes give the commonest answers and are searched for the held-out ones. (At the end of a run
+    # train.py takes those that the run has seen.)
     training_scenes: int = 50_000
     # Print one JSON object in place of the table.
     json: bool = False

@@ -288,7 +288,8 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Where the samples come from: scenes, a .jsonl file, .parquet or .tar files, a folder, or hub:owner/name.
+    # Where the samples come from: scenes (scenes:color,cells for questions of these kinds alone), a .jsonl file,
+    # .parquet or .tar files, a folder, or hub:owner/name.
     sources: tuple[str, ...] = ("scenes",)
     # How often each source is read, relative to the others; without weights each sample once an epoch.
     weights: tuple[float, ...] = ()
@@ -399,9 +400,9 @@ class TrainConfig:
     seed: int = 0
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
-    # Precision of matrix products: bf16 (autocast), fp32, or auto (bf16 where the device multiplies it, else fp32).
+    # Precision of matrix products: bf16 (autocast), fp32, or auto: bf16 on a GPU and on x86 with AVX512_BF16 or AMX.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # CPU threads; 0 for the physical cores, shared out among the ranks of a machine, and for one with a GPU.
+    # CPU threads; 0 takes the physical cores, divided by the ranks on the machine, and one thread with a GPU.
     threads: int = 0
     # Steps between checkpoints; one is always written at the end.
     checkpoint_every: int = 200

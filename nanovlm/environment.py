@@ -22,25 +22,29 @@ def choose_threads(device: torch.device) -> int:
 
 
 def count_cores() -> int:
-    """Count the physical cores that this process may run on; two processors of one core are one."""
+    """Count the physical cores that this process may run on; where the system does not tell, its processors."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = set()
     for number in allowed:
         try:
             topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
             siblings.add(topology.read_text())
-        except OSError:  # another system, or a sandbox that hides it
+        except OSError:  # another system, or not shown in a container
             siblings.add(number)
     return min(len(siblings), cpu_quota())
 
 
 def cpu_quota() -> float:
     """Return how many processors a container may use by its control group, at least 1; infinity without a limit."""
+    new, old = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
+        if new.exists():
+            quota, period = new.read_text().split()
+        else:
+            quota, period = ((old / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    except OSError:
         return float("inf")
-    return float("inf") if quota == "max" else max(1, int(quota) // int(period))
+    return float("inf") if quota in ("max", "-1") else max(1, int(quota) // int(period))
 
 
 def choose_precision(device: torch.device) -> str:

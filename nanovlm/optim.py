@@ -30,10 +30,11 @@ def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf16") -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers that have parameters, by name. Raises ValueError as `assign_rules` does.
 
-    `precision` is that of the run: Muon multiplies in it.
+    `precision` is that of the run. Muon multiplies in bf16 but in an fp32 run on a CPU, which may have no
+    instructions for bf16 and then needs twenty times as long.
     An optimizer with `found_inf`, a tensor, leaves out a step where that is 1, without waiting for the device.
     """
     rules = assign_rules(model, config)
@@ -54,13 +55,12 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "fp3
         optimizers["adamw"] = torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)
         optimizers["adamw"].grad_scale = None
     if muon := of("muon"):
-        optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum, dtype=DTYPES[precision])
+        is_slow = precision == "fp32" and next(model.parameters()).device.type == "cpu"
+        dtype = torch.float32 if is_slow else torch.bfloat16
+        optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum, dtype=dtype)
     if not optimizers:
         raise ValueError("optim.rules freeze every parameter, so nothing would learn: leave one lr_scale a number")
     return optimizers
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Muon(torch.optim.Optimizer):
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
     Nesterov momentum, decoupled weight decay, and the update scaled to the root mean square that AdamW's has,
     0.2, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon does the same
     one matrix at a time; matrices of one shape go together here, which is faster where they are small. `dtype` is that
-    of the products: a processor without instructions for bf16 needs twenty times as long for them in bf16.
+    of the products.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """What a run computes with follows from the machine by rule."""
 
-import types
-
 import pytest
 import torch
 
@@ -30,7 +28,6 @@ def test_bf16_is_chosen_where_the_processor_multiplies_it(flags, capability, pre
 
 def test_threads_are_the_physical_cores_shared_by_ranks(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # it changes nothing
     monkeypatch.setattr(environment, "count_cores", lambda: 6)
     assert environment.choose_threads(CPU) == 6
     assert environment.choose_threads(torch.device("cuda")) == 1
@@ -46,19 +43,32 @@ def test_two_processors_of_a_core_are_one_and_a_container_may_have_fewer(tmp_pat
     }
 
     def path(name):
-        (tmp_path / "text").write_text(files.get(name, ""))
-        return tmp_path / "text" if name in files else tmp_path / "missing"
+        return tmp_path / name.lstrip("/")
 
+    def write(name, text):
+        path(name).parent.mkdir(parents=True, exist_ok=True)
+        path(name).write_text(text)
+
+    for name, text in files.items():
+        write(name, text)
     monkeypatch.setattr(environment, "Path", path)
     assert environment.count_cores() == 3  # 0 and 2, 1 and 3, and 9, of which the system says nothing
     for limit, cores in (("200000 100000\n", 2), ("max 100000\n", 3), ("50000 100000", 1), ("900000 100000", 3)):
-        files["/sys/fs/cgroup/cpu.max"] = limit
+        write("/sys/fs/cgroup/cpu.max", limit)
+        assert environment.count_cores() == cores
+    path("/sys/fs/cgroup/cpu.max").unlink()
+    write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")  # the older control groups
+    for limit, cores in (("200000\n", 2), ("-1\n", 3)):
+        write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", limit)
         assert environment.count_cores() == cores
 
 
-def test_a_processor_without_a_name_has_its_machine(monkeypatch):
-    monkeypatch.setattr(environment, "Path", lambda name: types.SimpleNamespace(read_text=lambda: 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        environment.processor_field("flags")  # only what the system refuses is silent
-    monkeypatch.setattr(environment, "processor_field", lambda name: "")
-    assert environment.device_name(CPU)
+def test_fields_of_the_processor(tmp_path, monkeypatch):
+    text = tmp_path / "cpuinfo"
+    monkeypatch.setattr(environment, "Path", lambda name: text)
+    assert environment.processor_field("flags") == ""  # another system has no such file
+    text.write_text("processor\t: 0\nmodel name\t: A: B\nvmx flags\t: x\nflags\t\t: fpu avx2\n\nflags\t\t: none\n")
+    assert environment.processor_field("flags") == "fpu avx2"
+    assert environment.processor_field("model name") == environment.device_name(CPU) == "A: B"
+    text.write_text("processor : 0\n")
+    assert environment.processor_field("model name") == "" and environment.device_name(CPU)

@@ -218,7 +218,7 @@ def test_attention_of_the_test_models_is_not_flat():
 @torch.inference_mode()
 @pytest.mark.parametrize("family", [*DECODERS, *VLMS])
 def test_bf16_differs_no_more_than_transformers_itself(family, tmp_path):
-    """Over five models, as it is luck, and another on each processor, which of two is nearer in any one of them."""
+    """By a quarter at most, over five models: which of two is nearer in any one of them is luck."""
     largest, mean_square = [], []
     for seed in range(5):
         theirs = make_model(family, seed=seed)
@@ -230,9 +230,9 @@ def test_bf16_differs_no_more_than_transformers_itself(family, tmp_path):
         allowed = torch.cat([theirs(**prompt).logits for prompt in half]).float() - exact
         error = ours.logits(batch).float() - exact
         largest.append((error.abs().max() / allowed.abs().max()).log())
-        mean_square.append((error.square().mean() / allowed.square().mean()).log())
+        mean_square.append((error.square().mean() / allowed.square().mean()).log() / 2)
     for ratios in (torch.stack(largest), torch.stack(mean_square)):
-        assert ratios.mean() <= 3 * ratios.std() / len(ratios) ** 0.5  # three standard errors
+        assert ratios.mean().exp() <= 1.25
 
 
 @pytest.mark.parametrize("kind", ["encoder", "hub names", "both towers", "no head"])

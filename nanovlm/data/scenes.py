@@ -100,25 +100,33 @@ class Scene:
 def draw(split: str, index: int, kinds: Sequence[str] = ()) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    With `kinds`, of LESSON_KINDS, a scene has all its questions of these, and is another one than without. Else a
-    training scene is asked as PRACTICE says, a scene of another split one question of each kind that it allows.
+    With `kinds`, of LESSON_KINDS, it is another scene than without, one that allows such questions, and has them all.
+    Else a training scene is asked as PRACTICE says, a scene of another split one question of each kind that it allows.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    rng = random.Random(" ".join((split, *kinds, str(index))))
-    scene = _compose(rng, compositional=split == "compositional")
-    about = scene.objects[:1] if split == "compositional" else scene.objects
-    if kinds:
-        chosen = [(kind, *pair) for kind in kinds for pair in LESSON_KINDS[kind](rng, scene, about)]
-    else:
-        asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
-        chosen = []
-        for kind, pairs in asked.items():
-            mean = PRACTICE.get(kind, 1) if split == "train" else 1
-            number = int(mean) + (rng.random() < mean % 1)
-            chosen += [(kind, *pair) for pair in rng.sample(pairs, min(number, len(pairs)))]
+    rng, chosen = random.Random(" ".join((split, *kinds, str(index)))), []
+    while not chosen:
+        scene = _compose(rng, compositional=split == "compositional")
+        about = scene.objects[:1] if split == "compositional" else scene.objects
+        ask = _ask_lesson if kinds else _ask_everything
+        chosen = ask(rng, scene, about, kinds or split)
     texts = [{"user": question, "assistant": answer, "kind": kind} for kind, question, answer in chosen]
     return {"images": [_render(rng, scene)], "texts": texts, "independent": True}
+
+
+def _ask_lesson(rng, scene, about, kinds):
+    return [(kind, *pair) for kind in kinds for pair in LESSON_KINDS[kind](rng, scene, about)]
+
+
+def _ask_everything(rng, scene, about, split):
+    asked = {kind: pairs for kind, ask in QUESTIONS.items() if (pairs := ask(rng, scene, about))}
+    chosen = []
+    for kind, pairs in asked.items():
+        mean = PRACTICE.get(kind, 1) if split == "train" else 1
+        number = int(mean) + (rng.random() < mean % 1)
+        chosen += [(kind, *pair) for pair in rng.sample(pairs, min(number, len(pairs)))]
+    return chosen
 
 
 # --- what is in a scene ----------------------------------------------------------------------------------

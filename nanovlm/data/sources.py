@@ -712,7 +712,7 @@ def open_source(spec: str, split: str = "train", seed: int = 0, shuffle: bool = 
     `split` is of the drawn scenes and of the hub, `seed` and `shuffle` are of the hub.
     """
     if spec == "scenes" or spec.startswith("scenes:"):
-        return Scenes(split, kinds=tuple(spec.split(":")[1].split(",")) if ":" in spec else ())
+        return Scenes(split, kinds=tuple(spec.partition(":")[2].split(",")) if ":" in spec else ())
     if spec.startswith("hub:"):
         return Hub(spec, split, seed, shuffle)
     path, is_file = Path(spec), os.path.isfile(spec)
@@ -725,8 +725,8 @@ def open_source(spec: str, split: str = "train", seed: int = 0, shuffle: bool = 
         return FILES[path.suffix](spec)
     problem = "is of no kind that is understood" if is_file else "does not exist"
     raise ValueError(
-        f"the source {spec!r} {problem}: give scenes, a file .jsonl, a file or glob .parquet or .tar, "
-        "a folder of these or of images with .txt or .json beside them, or hub:owner/name"
+        f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, a file .jsonl, a file or glob .parquet or "
+        ".tar, a folder of these or of images with .txt or .json beside them, or hub:owner/name"
     )
 
 

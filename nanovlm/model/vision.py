@@ -94,8 +94,7 @@ def whitening_filters(num_filters: int, patch_size: int) -> Tensor:
     variances_of_colors = torch.tensor([2.6, 0.2, 0.2], dtype=torch.float64)
     variances = torch.kron(variances_of_colors, torch.kron(variances_along, variances_along))
     n = min(num_filters, len(variances))
-    # Rounded before they are sorted, so that those which are equal stay in their order on any processor.
-    first = variances.float().sort(descending=True, stable=True).indices[:n]
+    first = variances.sort(descending=True, stable=True).indices[:n]
     directions = torch.kron(colors, torch.kron(along, along))[:, first]
     whiten = (directions / (0.2 * (variances[first] + 0.01)).sqrt()).float()
     turn = nn.init.orthogonal_(torch.empty(num_filters, n)) * (num_filters / n) ** 0.5

@@ -767,6 +767,9 @@ def test_several_sources_are_a_mixture(tmp_path):
         (2, 10**9 - 8),
     ]
     assert lessons.locate(2, rank=1, num_ranks=3) == (1, 2)
+    assert all(open_source("scenes:relation").raw(i)["texts"] for i in range(50))  # not every scene allows one
+    with pytest.raises(ValueError, match=r"scenes:color:shape: unknown kind 'color:shape'"):
+        open_source("scenes:color:shape")
     with pytest.raises(ValueError, match=r"scenes:cell: unknown kind 'cell'; there are color, shape, .*, cells"):
         open_source("scenes:cell")
 

@@ -49,7 +49,10 @@ def judge(
     rounded = [x.detach()[finite] for x in rounded]
     ours, eager, exact = ours[finite], eager[finite], exact[finite]
     assert ours.isfinite().all(), f"{name}: {(~ours.isfinite()).sum()} of {ours.numel()} values are not finite"
-    assert eager.isfinite().all(), f"{name}: eager is not finite where the reference is, so it is no measure"
+    for measure in (eager, *rounded):
+        assert measure.isfinite().all(), (
+            f"{name}: what the reference is compared with is not finite, so it is no measure"
+        )
     if not ours.numel():
         return {f"{whose}{kind}": 0.0 for kind in ("max", "rms") for whose in ("", "eager_", "rounded_")}
     errors = {}
@@ -103,55 +106,120 @@ def round_often(function, dtype: torch.dtype) -> list:
 class Rounded(TorchDispatchMode):
     """Within it, fp64 results, those of backward passes too, are off by as much as rounding in `dtype` may make them.
 
-    Of n products, added up in any order, the result is off by at most about
+    A sum of n products is off by up to
 
-        2 * sqrt(n) * u * sum of |a| |b|,   u = eps / 2 of the dtype that sums are kept in, fp32,
+        2 u max(sum of |a| |b|, sqrt(n) |sum of a b|),   u = eps / 2 of fp32, in which sums are kept.
 
-    when the roundings are independent and have mean 0 (Higham & Mary 2019, "A new approach to probabilistic rounding
-    error analysis", theorem 2.4 with lambda = 2; the certain bound has n in place of 2 sqrt(n)). The same holds of
-    a sum, with b = 1. Here it is off by as much, up or down. Every result is rounded once more, by up to u of `dtype`
-    times itself. What is drawn is drawn by a seed; the errors go through the rest of the computation as real ones do.
+    When roundings are independent and have mean 0, their error grows as the root of n, with high probability (Higham &
+    Mary 2019, "A new approach to probabilistic rounding error analysis"); where the terms have mean 0 too it is a
+    multiple of u times their absolute sum (the same 2020, "Sharper probabilistic backward error analysis for basic
+    linear algebra kernels with random data"). Every result is rounded once more, by up to u of `dtype` times itself.
+    How far and which way each value is off is drawn by a seed; the errors go through the rest of the computation as
+    real ones do.
     """
 
-    EXACT = """_to_copy _unsafe_view abs cat clone copy_ detach expand fill_ gather index index_put index_select
-        masked_fill masked_fill_ neg new_zeros select_backward slice_backward stack where zeros zeros_like""".split()
-    PRODUCTS = ("mm", "bmm", "mv", "dot", "addmm", "baddbmm")
-    SUMS = ("sum", "mean", "cumsum")
-    SUMS_OF_EXPONENTIALS = ("_softmax", "logsumexp")
+    EXACT = """_to_copy _unsafe_view abs amax amin arange cat clone copy_ detach expand fill_ flip full full_like gather
+        index index_select masked_fill masked_fill_ max maximum minimum neg new_zeros ones ones_like relu scalar_tensor
+        select_backward slice_backward stack where zeros zeros_like""".split()
 
     def __init__(self, dtype: torch.dtype, seed: int = 0):
         super().__init__()
         self.unit, self.unit_of_sums = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generators = seed, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result, name = function(*args, **kwargs), function.overloadpacket.__name__
-        if function.is_view or name in self.EXACT:
+        if function.is_view or name in self.EXACT or (name == "index_put" and not any(args[3:4])):
             return result
-        sizes = tree_map_only(Tensor, lambda x: x.abs() if x.is_floating_point() else x, (args, kwargs))
-        if name in self.PRODUCTS:
-            terms, most = args[-1].shape[0 if args[-1].ndim == 1 else -2], function(*sizes[0], **sizes[1])
-        elif name in self.SUMS:
-            terms, most = args[0].numel() / max(1, result.numel()), function(*sizes[0], **sizes[1])
-        elif name in self.SUMS_OF_EXPONENTIALS:
-            # The exponentials are positive; an error of their sum is one of its logarithm, and of what it divides.
-            dim = args[1] if isinstance(args[1], int) else args[1][0]
-            terms, most = args[0].shape[dim], result.abs() if name == "_softmax" else torch.ones_like(result)
-        else:
-            terms, most = 0, None
-        return tree_map_only(Tensor, lambda x: self._round(x, terms, most), result)
+        if name in SUMS:
+            size = SUMS[name](function, args, kwargs, result)
+            return (
+                (self._round(result[0], size), *result[1:]) if isinstance(result, tuple) else self._round(result, size)
+            )
+        return tree_map_only(Tensor, self._round, result)
 
-    def _round(self, x: Tensor, terms: float, most: Tensor | None) -> Tensor:
+    def _round(self, x: Tensor, size: Tensor | float = 0.0) -> Tensor:
         if x.dtype != torch.float64:
             return x
-        off = self.unit * x.abs() * (2 * self._draw(x) - 1)
-        if most is not None:
-            off += 2 * terms**0.5 * self.unit_of_sums * most * (2 * self._draw(x).round() - 1)
+        off = self.unit * x.abs() * self._draw(x) + 2 * self.unit_of_sums * size * self._draw(x)
         return x.copy_(torch.where(x.isfinite() & off.isfinite(), x + off, x))
 
     def _draw(self, x: Tensor) -> Tensor:
-        return torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x.device)
+        """Numbers from -1 to 1."""
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        numbers = torch.rand(x.shape, generator=self.generators[x.device], dtype=torch.float64, device=x.device)
+        return 2 * numbers - 1
+
+
+# What adds: (function, args, kwargs, result) -> how large the error of the result's sums may be, over 2 u.
+
+
+def size_of_sum(num_terms: float, function, args, kwargs, result) -> Tensor:
+    absolute = tree_map_only(Tensor, lambda x: x.abs() if x.is_floating_point() else x, (args, kwargs))
+    most = function(*absolute[0], **absolute[1])
+    result, most = (x[0] if isinstance(x, tuple) else x for x in (result, most))
+    return torch.maximum(most.abs(), num_terms**0.5 * result.abs())
+
+
+def of_products(function, args, kwargs, result):
+    return size_of_sum(args[-1].shape[0 if args[-1].ndim == 1 else -2], function, args, kwargs, result)
+
+
+def of_elements(function, args, kwargs, result):
+    return size_of_sum(args[0].numel() / max(1, result.numel()), function, args, kwargs, result)
+
+
+def of_elements_so_far(function, args, kwargs, result):
+    return size_of_sum(args[0].shape[args[1]], function, args, kwargs, result)
+
+
+def of_labels(function, args, kwargs, result):
+    return size_of_sum(args[1].numel() / max(1, result[0].numel()), function, args, kwargs, result)
+
+
+def of_entries(function, args, kwargs, result):
+    source = next(x for x in reversed(args) if isinstance(x, Tensor) and x.is_floating_point())
+    return size_of_sum(1 + source.numel() / max(1, result.numel()), function, args, kwargs, result)
+
+
+def of_softmax(function, args, kwargs, result):
+    """Its sum of exponentials has only positive terms, and divides."""
+    return args[0].shape[args[1]] ** 0.5 * result.abs()
+
+
+def of_log_sum(function, args, kwargs, result):
+    """A relative error of the sum is an absolute one of its logarithm, which is taken of what the largest left."""
+    dim = args[1] if isinstance(args[1], int) else args[1][0]
+    largest = torch.where(args[0].isfinite(), args[0], 0.0).abs().amax(dim, keepdim=True)
+    size = args[0].shape[dim] ** 0.5 + largest
+    return size if result.ndim == size.ndim else size.squeeze(dim)
+
+
+def of_softmax_backward(function, args, kwargs, result):
+    """y (g - sum of g y), whose terms may cancel."""
+    grad, y, dim = args[0].abs(), args[1].abs(), args[2]
+    return y * (grad + (grad * y).sum(dim, keepdim=True))
+
+
+def of_log_softmax_backward(function, args, kwargs, result):
+    """g - exp(y) sum of g."""
+    grad, y, dim = args[0].abs(), args[1], args[2]
+    return grad + y.exp() * grad.sum(dim, keepdim=True)
+
+
+SUMS = {
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "addmm", "baddbmm"), of_products),
+    **dict.fromkeys(("sum", "mean"), of_elements),
+    "cumsum": of_elements_so_far,
+    "nll_loss_forward": of_labels,
+    **dict.fromkeys(("index_add", "index_put"), of_entries),
+    "_softmax": of_softmax,
+    **dict.fromkeys(("logsumexp", "_log_softmax"), of_log_sum),
+    "_softmax_backward_data": of_softmax_backward,
+    "_log_softmax_backward_data": of_log_softmax_backward,
+}
 
 
 # --- memory --------------------------------------------------------------------------------------------------

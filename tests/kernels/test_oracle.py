@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_errors_may_be_twice_those_of_eager():
     ours[0] += 2**-23
     with pytest.raises(AssertionError, match="the max error"):
         judge(ours, ones, ones.double())
+
+
+def test_a_measure_that_is_not_finite_is_none():
+    ones = torch.ones(3)
+    judge(ones, ones, ones.double(), [ones.double()])
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(AssertionError, match="is not finite"):
+            judge(5 * ones, ones, ones.double(), [bad * ones.double()])
 
 
 def test_nan_and_infinity_must_be_where_they_belong():
@@ -107,9 +116,10 @@ def attend(q, k, v):
     return (q @ k.T * q.shape[1] ** -0.5).softmax(-1) @ v
 
 
-def entropy(hidden, weight):
-    """The mean loss of the label 0, hidden [N, D], weight [V, D]."""
-    return (hidden @ weight.T).log_softmax(-1)[:, 0].mean()
+def entropy(hidden, weight, sure=0.0):
+    """The losses of the label 0, hidden [N, D], weight [V, D]; small ones, that are small differences, where sure."""
+    logits = (hidden @ weight.T) + sure * F.one_hot(torch.tensor(0), len(weight))
+    return F.cross_entropy(logits, torch.zeros(len(hidden), dtype=torch.long), reduction="none")
 
 
 def make_cases():
@@ -123,7 +133,8 @@ def make_cases():
         "one query": (attend, {"q": draw(1, 16), "k": draw(129, 16), "v": draw(129, 16)}),
         "many queries": (attend, {"q": draw(65, 72), "k": draw(63, 72), "v": draw(63, 72)}),
         "long sums": (F.linear, {"input": draw(3, 3000), "weight": draw(5, 3000)}),
-        "a loss": (entropy, {"hidden": draw(17, 24), "weight": draw(1000, 24)}),
+        "losses": (entropy, {"hidden": draw(17, 24), "weight": draw(1000, 24)}),
+        "a small loss": (partial(entropy, sure=12.0), {"hidden": draw(1, 8), "weight": draw(1000, 8)}),
     }
 
 
@@ -192,15 +203,20 @@ def shorten(x, num_bits):
     return x + (large - (large - x) - x).detach()
 
 
+def off(x):
+    return x * (1 + LAST_BITS[x.dtype] * EPSILON[x.dtype])
+
+
 # As in tf32, which a GPU may take for fp32, and in fp8 in place of bf16.
 LOST_BITS = {torch.float32: 13, torch.bfloat16: 4}
+LAST_BITS = {torch.float32: 40, torch.bfloat16: 4}  # by which a result is off; a sum in fp32 may be off by several
 WRONG = {
     "a key is missing": lambda q, k, v: attend(q, k[1:], v[1:]),
-    "another scale": lambda q, k, v: attend(q * (1 + 400 * EPSILON[q.dtype]), k, v),
+    "another scale": lambda q, k, v: attend(off(q), k, v),
     "products of fewer bits": lambda q, k, v: attend(shorten(q, LOST_BITS[q.dtype]), shorten(k, LOST_BITS[q.dtype]), v),
     "a gradient stops": lambda q, k, v: attend(q, k.detach() + 0 * k, v),
     "the last column is that before": lambda q, k, v: attend(q, k, torch.cat([v[:, :-1], v[:, -2:-1]], 1)),
-    "weights do not add up to 1": lambda q, k, v: attend(q, k, v) * (1 + 40 * EPSILON[q.dtype]),
+    "weights do not add up to 1": lambda q, k, v: off(attend(q, k, v)),
 }
 
 
