@@ -226,8 +226,8 @@ def format_results(results: dict) -> str:
     """Lay out eval.json as Markdown, in percent."""
     e = results["environment"]
     lines = [
-        f"One of them by kind of question ({e['device']}, {e['instructions']}, {e['threads']} threads, "
-        f"{e['precision']}, {e['date']}):",
+        f"One run by kind of question ({e['device']}, {e['instructions']}, {e['threads']} threads, {e['precision']}, "
+        f"commit {e['commit'][:7]}, {e['date']}):",
         "",
         f"| scenes | mean | grey | shuffled | majority | {' | '.join(KINDS)} | caption |",
         "|---" * (6 + len(KINDS)) + "|",

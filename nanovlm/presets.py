@@ -42,10 +42,15 @@ def scenes() -> TrainConfig:
                 tie_word_embeddings=False,
             ),
         ),
-        # What an image shows and where to look in it, then how to find by name, then everything (docs/log.md).
+        # What an image shows and where to look, then to find one object by name, then two, then all (docs/log.md).
         data=DataConfig(
-            sources=("scenes:cells,digits", "scenes:color,shape,position,digits", "scenes"),
-            lessons=(5_500, 7_000),
+            sources=(
+                "scenes:cells,digits",
+                "scenes:color,shape,position,digits",
+                "scenes:color,position,relation,digits",
+                "scenes",
+            ),
+            lessons=(5_500, 7_000, 5_000),
             row_length=192,
             batch_rows=12,
             tokenizer_size=512,
