@@ -49,10 +49,8 @@ def judge(
     rounded = [x.detach()[finite] for x in rounded]
     ours, eager, exact = ours[finite], eager[finite], exact[finite]
     assert ours.isfinite().all(), f"{name}: {(~ours.isfinite()).sum()} of {ours.numel()} values are not finite"
-    for measure in (eager, *rounded):
-        assert measure.isfinite().all(), (
-            f"{name}: what the reference is compared with is not finite, so it is no measure"
-        )
+    assert eager.isfinite().all(), f"{name}: eager is not finite where the reference is, so it is no measure"
+    rounded = [x for x in rounded if x.isfinite().all()]  # an exponential may overflow that the exact one does not
     if not ours.numel():
         return {f"{whose}{kind}": 0.0 for kind in ("max", "rms") for whose in ("", "eager_", "rounded_")}
     errors = {}
@@ -192,6 +190,8 @@ def of_softmax(function, args, kwargs, result):
 def of_log_sum(function, args, kwargs, result):
     """A relative error of the sum is an absolute one of its logarithm, which is taken of what the largest left."""
     dim = args[1] if isinstance(args[1], int) else args[1][0]
+    if not args[0].shape[dim]:
+        return torch.zeros_like(result)
     largest = torch.where(args[0].isfinite(), args[0], 0.0).abs().amax(dim, keepdim=True)
     size = args[0].shape[dim] ** 0.5 + largest
     return size if result.ndim == size.ndim else size.squeeze(dim)
