@@ -127,12 +127,22 @@ def nf4_values(device: torch.device) -> Tensor:
 
 
 @functools.cache
+def ends_of_parts(num: int) -> Tensor:
+    """fp32[num + 1]: the ends of equal parts of 0.1 to 1, as torch.linspace has them where a processor fuses products.
+
+    From both ends, with a step in fp32, each rounded once; that it is computed in fp64 gives all processors those bits.
+    """
+    first, last = torch.tensor([0.1, 1.0], device="cpu")
+    step, i = ((last - first) / num).double(), torch.arange(num + 1, device="cpu")
+    return torch.where(i < (num + 1) // 2, first + step * i, last - step * (num - i)).float()
+
+
 def dynamic_values(device: torch.device) -> Tensor:
     """fp32[256], ascending: 0, 1, and +-10**(e - 6) times the middles of 2**e equal parts of 0.1 to 1, e from 0 to 6.
 
     Dettmers et al. 2022, arXiv 2110.02861.
     """
-    parts = [torch.linspace(0.1, 1, 2**e + 1, device="cpu") for e in range(7)]
+    parts = [ends_of_parts(2**e) for e in range(7)]
     positive = torch.cat([10 ** (e - 6) * ((p[:-1] + p[1:]) / 2) for e, p in enumerate(parts)])
     return torch.cat((-positive, torch.tensor([0.0, 1.0], device="cpu"), positive)).sort().values.to(device)
 
