@@ -62,6 +62,15 @@ def device():
     return "cuda" if HAS_GPU else "cpu"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute in one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def skip_without_interpreter(backend):
     """Skip a test on the CPU of a backend that computes there only when Triton interprets."""
     if backend == "triton" and (HAS_GPU or not HAS_TRITON):

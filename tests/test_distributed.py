@@ -56,13 +56,8 @@ OPTIM = OptimConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the ranks have: with another number of threads the same product may be added up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# As the ranks have: with another number of threads the same product may be added up in another order.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_batches(processor):

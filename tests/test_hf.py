@@ -60,13 +60,8 @@ MOE = dict(num_experts_per_tok=2, num_local_experts=8, num_experts=8, moe_interm
 VLMS = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small take ten times as long when two threads share a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Models this small take ten times as long when two threads share a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- models of transformers, with random weights ----
