@@ -32,7 +32,14 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.sources import RATINGS, Mixture, Scenes, open_sources, sample_texts, to_sample
 from nanovlm.data.types import Batch
-from nanovlm.environment import choose_precision, choose_threads, describe_environment, device_name, git_commit
+from nanovlm.environment import (
+    choose_precision,
+    choose_threads,
+    describe_environment,
+    device_name,
+    git_commit,
+    keep_freed_memory,
+)
 from nanovlm.log import Log, import_wandb
 from nanovlm.metrics import RoutingStats, count_flops
 from nanovlm.model.vlm import VLM, Extras
@@ -152,6 +159,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
         return checkpoint.read_json(run_dir / "eval.json")
     config = share_micro_batches(config)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     wandb = import_wandb() if config.wandb and is_first else None
 

@@ -5,8 +5,8 @@
     python benchmarks/scenes.py publish runs/demo   its pictures and scores into the docs
 
 `seeds` goes on where it was stopped: a run with a line in benchmarks/results/scenes_seeds.jsonl is not made again as
-long as the recipe stays. Runs of one thread go two at a time, the others alone. Its table is in README.md. `publish`
-writes benchmarks/results/scenes.json (eval.json of the run), docs/samples.png, docs/curve.png and a table in README.md.
+long as the recipe stays. The runs go one after the other, as each is timed. Its table is in README.md. `publish` writes
+benchmarks/results/scenes.json (eval.json of the run), docs/samples.png, docs/curve.png and a table in README.md.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -140,14 +139,13 @@ def run_seeds(config: ScenesConfig) -> int:
     done = [Job(**line["job"]) for line in read_lines()]
     jobs = [job for job in JOBS if job not in done][: config.num or None]
     with tqdm(total=len(jobs), unit="run") as progress:
-        for threads, group in itertools.groupby(jobs, key=lambda job: job.threads):
-            with ThreadPoolExecutor(2 // threads) as pool:
-                for line in pool.map(lambda job: run(job, config.run_dir) | {"commit": commit}, group):
-                    with open(RESULTS, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
-                    write_between(MARKS_OF_RUNS, format_runs(read_lines()) + "\n")
-                    progress.update()
-                    progress.write(json.dumps(line))
+        for job in jobs:
+            line = run(job, config.run_dir) | {"commit": commit}
+            with open(RESULTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            write_between(MARKS_OF_RUNS, format_runs(read_lines()) + "\n")
+            progress.update()
+            progress.write(json.dumps(line))
     lines = read_lines()
     print(format_runs(lines))
     return int(len(lines) < len(JOBS) or any(misses(line) for line in lines))

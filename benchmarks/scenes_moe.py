@@ -40,7 +40,7 @@ class BenchmarkConfig:
     # Where the runs are.
     runs: Annotated[Path, tyro.conf.Positional]
     # Optimizer steps of every run.
-    steps: int = 1000
+    steps: int = 950
     # Held-out scenes a split.
     eval_scenes: int = 256
     # Runs side by side, with one thread each.

@@ -1,8 +1,10 @@
 """What a run computes with, threads and precision, and what a result was measured on."""
 
+import ctypes
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,6 +59,19 @@ def choose_precision(device: torch.device) -> str:
     flags = set(processor_field("flags").split())
     native = flags & {"avx512_bf16", "amx_bf16"} and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return "bf16" if native else "fp32"
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what the CPU frees: else it gives every large tensor back, and asks for it anew, page by page.
+
+    No mapping of its own for a large tensor, no memory given back, 64 MiB more than needed asked for at a time
+    (mallopt(3), with the numbers of malloc.h). On a system without glibc nothing happens.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 2**26)):
+            libc.mallopt(option, value)
 
 
 def processor_field(name: str) -> str:

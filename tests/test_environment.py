@@ -1,5 +1,10 @@
 """What a run computes with follows from the machine by rule."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -72,3 +77,32 @@ def test_fields_of_the_processor(tmp_path, monkeypatch):
     assert environment.processor_field("model name") == environment.device_name(CPU) == "A: B"
     text.write_text("processor : 0\n")
     assert environment.processor_field("model name") == "" and environment.device_name(CPU)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_memory_that_was_freed_is_used_again():
+    """Steps after the first take few new pages from the system."""
+    code = """
+import resource, sys, torch
+from nanovlm import environment
+if sys.argv[1] == "keep":
+    environment.keep_freed_memory()
+layers = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8)))
+def step():
+    layers(torch.ones(4096, 256)).square().mean().backward()
+    layers.zero_grad()
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def count_faults(word):
+        env = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUN", "LD_"))
+        }
+        ended = subprocess.run([sys.executable, "-c", code, word], env=env, capture_output=True, text=True, check=True)
+        return int(ended.stdout)
+
+    assert 2 * count_faults("keep") < count_faults("leave")

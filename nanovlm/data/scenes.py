@@ -38,7 +38,7 @@ from nanovlm import cli
 SPLITS = ("train", "test", "compositional")
 # So many questions of a kind has a training scene that allows them and is asked everything, on average at most, and
 # one of every other kind: what is learned late is asked often, what is known by then seldom.
-PRACTICE = {"relation": 3, "digits": 0.5, "caption": 0.3}
+PRACTICE = {"relation": 3, "digits": 0.5, "caption": 0.1}
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
 COLORS = {
