@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovlm import checkpoint, cli
+from nanovlm.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2, 3, 4)
@@ -40,7 +41,7 @@ class BenchmarkConfig:
     # Where the runs are.
     runs: Annotated[Path, tyro.conf.Positional]
     # Optimizer steps of every run.
-    steps: int = 950
+    steps: int = PRESETS["scenes"]().optim.steps
     # Held-out scenes a split.
     eval_scenes: int = 256
     # Runs side by side, with one thread each.

@@ -28,7 +28,7 @@ import train
 from nanovlm import cli, init
 from nanovlm.config import pick
 from nanovlm.data.sources import open_sources, sample_texts
-from nanovlm.environment import choose_precision, choose_threads, count_cores, describe_environment
+from nanovlm.environment import choose_precision, choose_threads, count_cores, describe_environment, keep_freed_memory
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
@@ -54,6 +54,7 @@ class SpeedConfig:
 
 
 def main(config: SpeedConfig):
+    keep_freed_memory()  # as train.py does
     preset = pick(PRESETS, config.preset, "preset")()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sources = (

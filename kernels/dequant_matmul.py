@@ -126,7 +126,6 @@ def nf4_values(device: torch.device) -> Tensor:
     # fmt: on
 
 
-@functools.cache
 def ends_of_parts(num: int) -> Tensor:
     """fp32[num + 1]: the ends of equal parts of 0.1 to 1, as torch.linspace has them where a processor fuses products.
 
@@ -137,6 +136,7 @@ def ends_of_parts(num: int) -> Tensor:
     return torch.where(i < (num + 1) // 2, first + step * i, last - step * (num - i)).float()
 
 
+@functools.cache
 def dynamic_values(device: torch.device) -> Tensor:
     """fp32[256], ascending: 0, 1, and +-10**(e - 6) times the middles of 2**e equal parts of 0.1 to 1, e from 0 to 6.
 

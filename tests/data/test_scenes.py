@@ -105,7 +105,7 @@ def test_training_scenes_practise_what_is_hard():
     assert numbers["relation"] == pytest.approx(possible["relation"], rel=0.02)
     assert numbers["existence"] == numbers["count"] == 600
     for kind, share in (("digits", 0.5), ("caption", 0.1)):
-        assert abs(numbers[kind] / 600 - share) < 0.08, kind
+        assert abs(numbers[kind] / 600 - share) < 0.05, kind
 
 
 def test_pictures_show_the_objects():
