@@ -55,7 +55,10 @@ def test_mistakes_in_rules_are_named(rules, message):
         make_optimizers(Net(), OptimConfig(rules=rules))
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 8, 40), (2, 40, 8)])
+SHAPES = [(3, 16, 16), (2, 8, 15), (2, 8, 16), (1, 8, 40), (2, 40, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_orthogonalize_keeps_directions_and_levels_singular_values(shape):
     """The result has the singular vectors of its input, and singular values between 0.6 and 1.3."""
     torch.manual_seed(0)
@@ -65,6 +68,26 @@ def test_orthogonalize_keeps_directions_and_levels_singular_values(shape):
     values = torch.diagonal(inner, dim1=1, dim2=2)
     assert (values > 0.6).all() and (values < 1.3).all()
     assert (inner - torch.diag_embed(values)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalize_is_jordans_polynomial_of_the_singular_values(shape, dtype):
+    """Five times 3.4445 s - 4.7750 s^3 + 2.0315 s^5 of values that are scaled to length 1, tiny ones among them.
+
+    A small value grows by 3.4445 a step, its square in a gram matrix by 3.4445^2, and so does a rounding there.
+    """
+    torch.manual_seed(0)
+    n = min(shape[1:])
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -6, n, dtype=torch.float64) * torch.tensor([3.0, 1e-3, 50.0])[: shape[0], None]
+    x = u @ torch.diag_embed(values) @ vh
+    expected = values / (values.norm(dim=1, keepdim=True) + 1e-7)
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    result = orthogonalize(x.to(dtype), dtype).double()
+    bound = torch.finfo(dtype).eps / 2 * 3.4445**8
+    torch.testing.assert_close(result, u @ torch.diag_embed(expected) @ vh, rtol=0, atol=bound)
 
 
 def test_muon_equals_torch_muon():
