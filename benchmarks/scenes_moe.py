@@ -3,7 +3,7 @@
     python benchmarks/scenes_moe.py compare runs/moe               scenes and scenes_moe, five seeds each
     python benchmarks/scenes_moe.py balance runs/moe               scenes_moe with every way of balancing
 
-Two runs go side by side on a thread each; runs that are there are continued or reused. Writes
+One run after the other, on one thread, as each is timed; runs that are there are continued or reused. Writes
 benchmarks/results/scenes_moe_compare.json and docs/routing.png (which expert serves what), or
 benchmarks/results/scenes_moe_balance.json and docs/moe_load.png (the largest load over the mean one, by step).
 """
@@ -13,7 +13,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,21 +41,15 @@ class BenchmarkConfig:
     runs: Annotated[Path, tyro.conf.Positional]
     # Optimizer steps of every run.
     steps: int = PRESETS["scenes"]().optim.steps
-    # Held-out scenes a split.
-    eval_scenes: int = 256
-    # Runs side by side, with one thread each.
-    parallel: int = 2
 
 
 def main(config: BenchmarkConfig):
-    # Dense and mixture of one seed run side by side, so that their seconds can be compared.
     jobs = {
         "compare": [(preset, seed, "loss") for seed in SEEDS for preset in ("scenes", "scenes_moe")],
         "balance": [("scenes_moe", 0, balance) for balance in BALANCE],
     }[config.what]
-    with ThreadPoolExecutor(config.parallel) as pool:
-        for job in tqdm([pool.submit(run, config, *job) for job in jobs], unit="run"):
-            job.result()
+    for job in tqdm(jobs, unit="run"):
+        run(config, *job)
     results = {"compare": compare, "balance": balance}[config.what](config)
     text = json.dumps({"steps": config.steps, **results}, indent=2) + "\n"
     checkpoint.write_file(ROOT / "benchmarks" / "results" / f"scenes_moe_{config.what}.json", text)
@@ -72,8 +65,7 @@ def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
     """Train one run in a process of its own. Raises ValueError with its last words when it fails."""
     run_dir = folder(config, preset, seed, balance)
     command = [sys.executable, str(ROOT / "train.py"), preset, "--run-dir", str(run_dir), "--seed", str(seed)]
-    command += ["--optim.steps", str(config.steps), "--eval-scenes", str(config.eval_scenes), "--threads", "1"]
-    command += ["--sample-every", "0"]
+    command += ["--optim.steps", str(config.steps), "--threads", "1"]
     if preset == "scenes_moe":
         command += ["--model.decoder.moe.balance", balance]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
