@@ -17,6 +17,7 @@ test: .venv/installed-test  ## every test that needs no GPU, or some: make test 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 # Without an NVIDIA GPU on Linux, a CPU build of torch: as a wheel named +cpu where one is offered, else through uv,
 # which knows where the CPU builds are. Everywhere else the usual build.

@@ -27,10 +27,10 @@ from nanovlm.config import QuantizationConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
+from nanovlm.infer.sampling import SamplingConfig, cut_at_end, stream
 from nanovlm.model.moe import expert_load
+from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM, Extras
-from nanovlm.quant import quantize
-from nanovlm.sampling import SamplingConfig, cut_at_end, stream
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class GenerateConfig:
     device: str = "auto"
     # Precision of the weights; auto for that of the file.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # Round the decoder's linear layers to so many bits; `python -m nanovlm.quant` writes a folder of such a model.
+    # Round the decoder's linear layers to so many bits; `python -m nanovlm.hub.quantize` writes a folder of such a
+    # model.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
 
 

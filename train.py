@@ -26,11 +26,14 @@ from torch import nn
 from eval.routing import draw_routing, measure_routing
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
-from nanovlm import checkpoint, cli, distributed, init, parallel, run_state
+from nanovlm import cli, distributed
 from nanovlm.config import MoEConfig, TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import RATINGS, Mixture, Scenes, open_sources, sample_texts, to_sample
+from nanovlm.data.mixture import Mixture
+from nanovlm.data.records import RATINGS, to_sample
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.data.types import Batch
 from nanovlm.environment import (
     choose_precision,
@@ -40,12 +43,15 @@ from nanovlm.environment import (
     git_commit,
     keep_freed_memory,
 )
-from nanovlm.log import Log, import_wandb
-from nanovlm.metrics import RoutingStats, count_flops
+from nanovlm.files import flush, lock, read_json, write_file
+from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import OBJECTIVES
-from nanovlm.optim import assign_rules, learning_rate, make_optimizers, set_learning_rate
 from nanovlm.presets import PRESETS
+from nanovlm.train import checkpoint, init, parallel
+from nanovlm.train.counting import RoutingStats, count_flops
+from nanovlm.train.log import Log, import_wandb
+from nanovlm.train.optim import assign_rules, learning_rate, make_optimizers, set_learning_rate
 
 RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants to be started again
 
@@ -68,26 +74,26 @@ class TrainState:
     skipped_steps: int = 0
     elapsed_s: float = 0.0
 
-    def save(self, run_dir: Path, keep: int) -> run_state.Saving:
+    def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
         """Begin to write a checkpoint, after which the newest `keep` stay."""
         if distributed.rank() == 0:
-            checkpoint.flush(run_dir / "metrics.jsonl")
+            flush(run_dir / "metrics.jsonl")
         names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
         numbers = {name: getattr(self, name) for name in names}
         states = distributed.gather([loader.state_dict() for loader in self.loaders])
         numbers["loaders"] = [state for together in zip(*states, strict=True) for state in together]
-        rng = distributed.gather(run_state.rng_state())
+        rng = distributed.gather(checkpoint.rng_state())
         rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
-        return run_state.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
+        return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
 
     def load(self, folder: Path):
         """Go on from a checkpoint, which any number of ranks may have written."""
-        numbers, rng = run_state.load_checkpoint(folder, self.model, self.optimizers)
+        numbers, rng = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
         states = numbers.pop("loaders")[distributed.rank() :: distributed.num_ranks()]
         for loader, state in zip(self.loaders, states, strict=True):
             loader.load_state_dict(state)
         mine = f"{distributed.rank()}."
-        run_state.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
+        checkpoint.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
         for name, value in numbers.items():
             setattr(self, name, value)
 
@@ -143,7 +149,7 @@ def main(config: TrainConfig) -> dict:
             with contextlib.redirect_stdout(None):
                 distributed.wait()  # until the first rank has the folder
                 return train(config, Path(config.run_dir), device)
-        with checkpoint.lock(Path(config.run_dir)) as run_dir:
+        with lock(Path(config.run_dir)) as run_dir:
             distributed.wait()
             return train(config, run_dir, device)
 
@@ -157,7 +163,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         config = check_same_config(run_dir / "config.json", config)
     if (run_dir / "eval.json").exists():
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
-        return checkpoint.read_json(run_dir / "eval.json")
+        return read_json(run_dir / "eval.json")
     config = share_micro_batches(config)
     keep_freed_memory()
     torch.manual_seed(config.seed)
@@ -167,7 +173,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     data = config.data
     source = open_sources(data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle)
     # As the first rank sees them: a disk on the network may show the others older ones.
-    checkpoints = distributed.gather(run_state.list_checkpoints(run_dir))[0]
+    checkpoints = distributed.gather(checkpoint.list_checkpoints(run_dir))[0]
     if checkpoints:
         model, processor = VLM(config.model), Processor.load(run_dir, config.model)
     else:
@@ -186,7 +192,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     precision = choose_precision(device) if config.precision == "auto" else config.precision
     threads, precision = distributed.gather((threads, precision))[0]  # all ranks as the first, whatever they run on
     if checkpoints:  # a run goes on as it began, on another processor too
-        precision = checkpoint.read_json(checkpoints[-1] / "state.json")["precision"]
+        precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision)
     state = TrainState(model, replica, make_optimizers(model, config.optim, precision), loaders, threads, precision)
     distributed.wait()  # until all have seen whether the run is new
@@ -195,7 +201,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
     elif is_first:
-        checkpoint.write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
+        write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
         processor.save(run_dir)
     torch.set_num_threads(state.threads)
     log = Log(config, run_dir, state, device, begin, wandb)
@@ -247,8 +253,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     weights = parallel.whole_tensors(model)
     if not is_first:
         return {}
-    checkpoint.save_model(run_dir / "model", model, processor, weights)
-    model, processor = checkpoint.load(run_dir / "model", device)
+    save_model(run_dir / "model", model, processor, weights)
+    model, processor = load_folder(run_dir / "model", device)
     results = {
         "train_seconds": round(state.elapsed_s, 1),
         "environment": describe_environment(device, state.threads, state.precision),
@@ -258,13 +264,13 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         results |= scores
         print("\n" + format_table(scores))
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
-        checkpoint.write_file(run_dir / "samples.png", png)
+        write_file(run_dir / "samples.png", png)
         print(f"Held-out scenes, drawn in {run_dir / 'samples.png'}:", *lines, sep="\n  ")
         if config.model.decoder.moe is not None:
             png = draw_routing(measure_routing(model, processor, tasks["test"]))
-            checkpoint.write_file(run_dir / "routing.png", png)
+            write_file(run_dir / "routing.png", png)
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
-    checkpoint.write_file(run_dir / "eval.json", json.dumps(results, indent=2))
+    write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
     return results
 
@@ -348,7 +354,7 @@ def check_same_config(path: Path, config: TrainConfig) -> TrainConfig:
 
     Raises ValueError that names the fields in which the two differ; a run may go on on other ranks, and be profiled.
     """
-    saved = checkpoint.read_json(path)
+    saved = read_json(path)
     if isinstance(saved, dict) and saved.pop("commit", None) != git_commit():
         print(f"note: {path.parent} was started at another commit")
     try:

@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
 from eval.run import MAX_NEW_TOKENS, answer
 from eval.tasks import SceneTask
-from nanovlm import checkpoint, cli, export
+from nanovlm import cli
 from nanovlm.environment import describe_environment
+from nanovlm.files import read_json, write_file
+from nanovlm.hub import export
 
 RESULT = Path(__file__).resolve().parent / "results" / "export.json"
 
@@ -52,10 +54,10 @@ def main(config: ExportBenchmarkConfig):
         "same answer": sum(a == b for a, b in zip(ours, theirs, strict=True)),
         "right": sum(a == b for a, b in zip(ours, truths, strict=True)),
         "right through transformers": sum(a == b for a, b in zip(theirs, truths, strict=True)),
-        "trained at commit": checkpoint.read_json(config.run_dir / "config.json")["commit"],
+        "trained at commit": read_json(config.run_dir / "config.json")["commit"],
         "environment": describe_environment(torch.device("cpu"), config.threads, "fp32"),
     }
-    checkpoint.write_file(RESULT, json.dumps(result, indent=2) + "\n")
+    write_file(RESULT, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

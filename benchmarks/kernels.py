@@ -370,7 +370,7 @@ def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case
 def dequantised(device: torch.device, format: str, M: int, N: int, K: int, group: int = 128) -> Case:
     """A linear layer of which the weight has 8 or 4 bits; above 1 against bf16 is what quantising gains."""
     from kernels.dequant_matmul import dequant_matmul, dequantize_ref
-    from nanovlm.quant import quantize_weight
+    from nanovlm.model.quantized import quantize_weight
 
     whole = torch.randn(N, K, device=device) / K**0.5
     w = quantize_weight(whole, format, group, search=False)
@@ -449,7 +449,7 @@ def experts(device: torch.device, R: int, E: int, k: int, D: int, W: int) -> Cas
 def head(device: torch.device, N: int, D: int, V: int) -> Case:
     """The output head with its loss, for large vocabularies."""
     from kernels.cross_entropy import linear_cross_entropy
-    from nanovlm.losses import CROSS_ENTROPY
+    from nanovlm.objectives.losses import CROSS_ENTROPY
 
     def plain(hidden, weight, labels):
         logits = hidden @ weight.T

@@ -27,7 +27,9 @@ from nanovlm.config import DataConfig, TilingConfig, VisionConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import decode_image, make_tiles, marker_tokens
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import Scenes, sample_texts, to_sample
+from nanovlm.data.records import to_sample
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Document
 from nanovlm.environment import describe_environment

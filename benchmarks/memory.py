@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.speed import append_lines
-from nanovlm import cli, hf
+from nanovlm import cli
 from nanovlm.environment import describe_environment
+from nanovlm.hub import configs, families, weights
 from nanovlm.model.vlm import VLM
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
@@ -112,8 +113,8 @@ def write_checkpoint(folder: Path, most: int) -> tuple[int, list[Path]]:
 def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
     """Return the names of the tensors on disk and their shapes."""
     with torch.device("meta"):
-        model = VLM(hf.read_config(folder))
-    destinations = hf.destinations(model, hf.IDEFICS3_NAMES)
+        model = VLM(configs.read_config(folder))
+    destinations = weights.destinations(model, families.IDEFICS3_NAMES)
     return {name: torch.cat(parts).shape for name, parts in destinations.items()}
 
 
@@ -146,14 +147,14 @@ def load(loader: str, folder: Path) -> tuple[int, float]:
 
     before, start = resident("VmRSS"), time.perf_counter()
     if loader == "nanovlm":
-        model = hf.load_model(folder, hf.read_config(folder))
+        model = weights.load_model(folder, configs.read_config(folder))
     else:
         model = Idefics3ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
     for tensor in model.state_dict().values():
         tensor.view(-1)[::1024].sum()  # a number of each page: a weight that is only mapped yet is not loaded
     peak, elapsed = resident("VmHWM") - before, time.perf_counter() - start
     tensors = {name: [tensor] for name, tensor in model.state_dict().items()}
-    tensors = hf.destinations(model, hf.IDEFICS3_NAMES) if loader == "nanovlm" else tensors
+    tensors = weights.destinations(model, families.IDEFICS3_NAMES) if loader == "nanovlm" else tensors
     for name in [*list(tensors)[::100], list(tensors)[-1]]:
         found = torch.cat(tensors[name])
         if not torch.equal(found, make_tensor(name, found.shape)):

@@ -28,7 +28,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from nanovlm import checkpoint, cli
+from nanovlm import cli
+from nanovlm.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "mutations.json"
@@ -441,7 +442,7 @@ def main(config: MutationConfig) -> int:
     kernels = [config.only] if config.only else list(MUTATIONS)
     known = {}
     if RESULTS.exists():
-        known = {identity(line): line for line in checkpoint.read_json(RESULTS)["mutations"]}
+        known = {identity(line): line for line in read_json(RESULTS)["mutations"]}
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
         for kernel in kernels:

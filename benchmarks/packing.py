@@ -21,9 +21,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanovlm import checkpoint, cli
-from nanovlm.data.packing import STRATEGIES, document_cost, pad
+from nanovlm import cli
+from nanovlm.data.packing import document_cost
+from nanovlm.data.packing_baselines import STRATEGIES, pad
 from nanovlm.environment import device_name, git_commit
+from nanovlm.files import write_file
 
 ROW_LENGTH, LIMITS, REPEATS = 2048, (None, 18), 3
 TEXT = """# Packing
@@ -83,7 +85,7 @@ def main():
     place = {"commit": git_commit(), "device": device_name(torch.device("cpu"))}
     place["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     results = {"least_rows": -(-sum(lengths) // ROW_LENGTH), **place, "strategies": lines}
-    checkpoint.write_file(cli.PROJECT / "benchmarks" / "results" / "packing.json", json.dumps(results, indent=2))
+    write_file(cli.PROJECT / "benchmarks" / "results" / "packing.json", json.dumps(results, indent=2))
     spread = {(line["strategy"], line["limit"]): line["cost_spread"] for line in lines}
     ratios = "Our spread as a share of that of first-fit\ndecreasing: " + ", ".join(
         f"{spread['ours', a] / spread['first-fit decreasing', b]:.2f} ({text})"
@@ -94,7 +96,7 @@ def main():
         f".\nNo packing in {lines[-1]['rows']} rows has a spread below {bound:.0f}: {alone} documents fill a row alone."
     )
     text = TEXT.format(table=table, ratios=ratios, **place)
-    checkpoint.write_file(cli.PROJECT / "docs" / "packing.md", text)
+    write_file(cli.PROJECT / "docs" / "packing.md", text)
     draw(drawn, lengths, cli.PROJECT / "docs" / "packing.png")
 
 

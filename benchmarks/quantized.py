@@ -23,9 +23,11 @@ import train
 from eval.metrics import accuracy_by_kind
 from eval.run import answer
 from eval.tasks import SceneTask
-from nanovlm import checkpoint, cli
+from nanovlm import cli
 from nanovlm.config import QuantizationConfig
-from nanovlm.quant import QuantizedLinear, quantize
+from nanovlm.files import read_json, write_file
+from nanovlm.hub.model_folder import save_model
+from nanovlm.model.quantized import QuantizedLinear, quantize
 
 RESULT = Path(__file__).resolve().parent / "results" / "quantized.json"
 # Most points of accuracy that a format may lose.
@@ -74,10 +76,10 @@ def main(config: QuantizedBenchmarkConfig):
         "scenes a split": config.scenes,
         "int4 group": config.group_size,
         "search": config.search,
-        "trained at commit": checkpoint.read_json(config.run_dir / "config.json")["commit"],
+        "trained at commit": read_json(config.run_dir / "config.json")["commit"],
         "environment": train.describe_environment(torch.device("cpu"), config.threads, "fp32"),
     }
-    checkpoint.write_file(RESULT, json.dumps(result, indent=2) + "\n")
+    write_file(RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def measure_size(model, processor) -> dict[str, float]:
@@ -85,7 +87,7 @@ def measure_size(model, processor) -> dict[str, float]:
     layers = [m for m in model.decoder.layers.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     weights = sum(m.weight.numel() if isinstance(m, nn.Linear) else m.shape[0] * m.shape[1] for m in layers)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_model(Path(folder) / "model", model, processor)
+        save_model(Path(folder) / "model", model, processor)
         file = (Path(folder) / "model" / "model.safetensors").stat().st_size
     return {
         "bytes a weight": sum(t.nbytes for m in layers for t in m.state_dict().values()) / weights,

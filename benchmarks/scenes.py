@@ -31,10 +31,12 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanovlm import checkpoint, cli
+from nanovlm import cli
 from nanovlm.config import TrainConfig, differences
-from nanovlm.data.sources import Scenes, open_source
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import open_source
 from nanovlm.environment import git_commit
+from nanovlm.files import read_json, write_file
 from nanovlm.presets import PRESETS
 
 RESULTS = cli.PROJECT / "benchmarks" / "results" / "scenes_seeds.jsonl"
@@ -87,7 +89,7 @@ def main(config: ScenesConfig) -> int:
     """Return the exit status."""
     if config.what == "seeds":
         return run_seeds(config)
-    results = checkpoint.read_json(config.run_dir / "eval.json")
+    results = read_json(config.run_dir / "eval.json")
     if "test" not in results:
         raise ValueError(f"{config.run_dir} was not evaluated: train it with --eval-scenes 512")
     if config.what == "compare":
@@ -160,7 +162,7 @@ def run(job: Job, folder: Path) -> dict:
     ended = subprocess.run(command, env=os.environ | job.settings, capture_output=True, text=True)
     if ended.returncode:
         raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
-    results = checkpoint.read_json(run_dir / "eval.json")
+    results = read_json(run_dir / "eval.json")
     steps = PRESETS["scenes"]().optim.steps
     about = {"recipe": recipe(), "job": dataclasses.asdict(job), "steps": steps}
     return figures(results) | about | results["environment"]
@@ -217,7 +219,7 @@ def write_between(marks: tuple[str, str], text: str):
     """Put a text between two marks of the README."""
     readme = cli.PROJECT / "README.md"
     before, _old, after = re.split("|".join(map(re.escape, marks)), readme.read_text("utf-8"))
-    checkpoint.write_file(readme, "".join([before, marks[0], "\n", text, marks[1], after]))
+    write_file(readme, "".join([before, marks[0], "\n", text, marks[1], after]))
 
 
 def format_results(results: dict) -> str:

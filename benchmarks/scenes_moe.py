@@ -25,7 +25,8 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanovlm import checkpoint, cli
+from nanovlm import cli
+from nanovlm.files import read_json, write_file
 from nanovlm.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ def main(config: BenchmarkConfig):
         run(config, *job)
     results = {"compare": compare, "balance": balance}[config.what](config)
     text = json.dumps({"steps": config.steps, **results}, indent=2) + "\n"
-    checkpoint.write_file(ROOT / "benchmarks" / "results" / f"scenes_moe_{config.what}.json", text)
+    write_file(ROOT / "benchmarks" / "results" / f"scenes_moe_{config.what}.json", text)
     print(text)
 
 
@@ -77,7 +78,7 @@ def compare(config: BenchmarkConfig) -> dict:
     """Return accuracy in percent and seconds over the seeds; copy the picture of the first seed's routing."""
     results = {"seeds": list(SEEDS), "accuracy": {}, "seconds": {}}
     for preset in ("scenes", "scenes_moe"):
-        scores = [checkpoint.read_json(folder(config, preset, seed, "loss") / "eval.json") for seed in SEEDS]
+        scores = [read_json(folder(config, preset, seed, "loss") / "eval.json") for seed in SEEDS]
         results["accuracy"][preset] = {
             split: spread([100 * score[split]["mean"] for score in scores]) for split in ("test", "compositional")
         }
@@ -94,7 +95,7 @@ def balance(config: BenchmarkConfig) -> dict:
     results = {}
     for name in BALANCE:
         run_dir = folder(config, "scenes_moe", 0, name)
-        loads, score = read_loads(run_dir), checkpoint.read_json(run_dir / "eval.json")
+        loads, score = read_loads(run_dir), read_json(run_dir / "eval.json")
         results[name] = {
             "max_load_of_each_layer_first_10_steps": [round(statistics.mean(layer[:10]), 3) for layer in loads],
             "max_load_of_each_layer_last_50_steps": [round(statistics.mean(layer[-50:]), 3) for layer in loads],

@@ -25,14 +25,15 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from nanovlm import cli, init
+from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.environment import choose_precision, choose_threads, count_cores, describe_environment, keep_freed_memory
+from nanovlm.infer.sampling import decode_one_token, prefill
 from nanovlm.model.kv_cache import KVCache
-from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
-from nanovlm.sampling import decode_one_token, prefill
+from nanovlm.train import init
+from nanovlm.train.optim import make_optimizers
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 

@@ -43,11 +43,11 @@ from nanovlm.config import (
 from nanovlm.data.loader import collate
 from nanovlm.data.types import IGNORE, Batch, Row
 from nanovlm.environment import describe_environment
-from nanovlm.metrics import count_flops, peak_flops
 from nanovlm.model.vlm import VLM
-from nanovlm.optim import make_optimizers
-from nanovlm.parallel import parallelize
 from nanovlm.presets import SMOLVLM_256M, scenes
+from nanovlm.train.counting import count_flops, peak_flops
+from nanovlm.train.optim import make_optimizers
+from nanovlm.train.parallel import parallelize
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.jsonl"
 SIGLIP_B = SMOLVLM_256M.vision

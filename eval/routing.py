@@ -12,9 +12,10 @@ import torch
 import tyro
 
 from eval.tasks import SceneTask
-from nanovlm import checkpoint, cli, load
+from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
+from nanovlm.files import write_file
 from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM, Extras
 
@@ -95,7 +96,7 @@ class RoutingConfig:
 def main(config: RoutingConfig):
     model, processor = load(config.model, cli.find_device("auto"))
     loads = measure_routing(model, processor, SceneTask("test", config.scenes))
-    checkpoint.write_file(config.png, draw_routing(loads))
+    write_file(config.png, draw_routing(loads))
     print(f"drawn in {config.png}")
 
 

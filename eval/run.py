@@ -23,9 +23,9 @@ from eval.metrics import accuracy_by_kind, exact_match
 from eval.tasks import Question, SceneTask, TrainingScan
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
-from nanovlm.data.sources import Scenes
+from nanovlm.data.scenes import Scenes
+from nanovlm.infer.sampling import SamplingConfig, generate
 from nanovlm.model.vlm import VLM
-from nanovlm.sampling import SamplingConfig, generate
 
 BATCH_ROWS = 128
 MAX_NEW_TOKENS = 48

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.sources import Scenes
+from nanovlm.data.scenes import Scenes
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,20 @@
 """nanovlm: build and study vision-language models in plain PyTorch.
 
-`model, processor = nanovlm.load("runs/scenes/model")` reads a trained model,
-`nanovlm.load("owner/name")` one of the hub.
+`model, processor = nanovlm.load("runs/scenes/model")` reads a trained model, `nanovlm.load("owner/name")` one of the
+hub, and `nanovlm.generate(model, processor(messages, images), max_new_tokens=32)` returns the tokens of an answer.
 """
 
-__all__ = ["load"]
+__all__ = ["generate", "load"]
 
 
 def __getattr__(name):
-    """Import `load` when it is first asked for, so that `python -m nanovlm.hf` runs a module that is not there yet."""
-    if name != "load":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nanovlm.hf import load
+    """Import what is asked for when it is first asked for: a command that needs no model starts without one."""
+    if name == "load":
+        from nanovlm.hub.read import load
 
-    return load
+        return load
+    if name == "generate":
+        from nanovlm.infer.sampling import generate
+
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,9 @@ from nanovlm.config import DecoderConfig, VisionConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
-from nanovlm.data.sources import Scenes, sample_texts, to_sample
+from nanovlm.data.records import to_sample
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.vlm import VLM

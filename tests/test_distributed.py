@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import nanovlm
 import train
-from nanovlm import distributed, parallel, run_state
+from nanovlm import distributed
 from nanovlm.config import MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import next_token
-from nanovlm.optim import make_optimizers
+from nanovlm.train import checkpoint, parallel
+from nanovlm.train.optim import make_optimizers
 from tests.conftest import TINY, make_batch, make_document
 from tests.test_train import SMALL, comparable, metrics
 
@@ -100,7 +101,7 @@ def take_bad_step(config, layout, batches):
 
     def step():
         is_bad = train.train_step(state, batches, 9, TrainConfig(model=config, optim=OPTIM))["is_bad"]
-        tensors = run_state.name_tensors(model, state.optimizers)
+        tensors = checkpoint.name_tensors(model, state.optimizers)
         return bool(is_bad), {name: whole(x).clone() for name, x in tensors.items()}
 
     was_bad, before = step()
@@ -151,7 +152,8 @@ WORKER = """
 import dataclasses, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from nanovlm import distributed, parallel, run_state
+from nanovlm import distributed
+from nanovlm.train import checkpoint, parallel
 from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY
@@ -178,13 +180,13 @@ with distributed.ranks(torch.device("cpu")):
         torch.manual_seed(0)
         model = VLM(TINY)
         parallel.parallelize(model, LAYOUTS["fsdp"][1], torch.device("cpu"), "fp32")
-        run_state.Saving(folder, model, {}, {"step": 1}, run_state.rng_state(), keep=1).finish()
+        checkpoint.Saving(folder, model, {}, {"step": 1}, checkpoint.rng_state(), keep=1).finish()
         distributed.wait()
         whole = parallel.whole_tensors(model)
         assert bool(whole) == (distributed.rank() == 0)
         again = VLM(TINY)
         parallel.parallelize(again, LAYOUTS["fsdp"][1], torch.device("cpu"), "fp32")
-        run_state.load_checkpoint(run_state.list_checkpoints(folder)[-1], again, {})
+        checkpoint.load_checkpoint(checkpoint.list_checkpoints(folder)[-1], again, {})
         for name, x in parallel.whole_tensors(again).items():
             assert torch.equal(x, whole[name]), name
         moe = dataclasses.replace(MIXTURE.decoder.moe, balance="bias", bias_rate=0.1)
@@ -260,7 +262,7 @@ def test_what_two_ranks_saved_one_reads(results):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    state, _rng = run_state.load_checkpoint(run_state.list_checkpoints(results)[-1], model, {})
+    state, _rng = checkpoint.load_checkpoint(checkpoint.list_checkpoints(results)[-1], model, {})
     assert state == {"step": 1}
     assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
 
@@ -363,7 +365,7 @@ def test_a_signal_saves_and_other_numbers_of_ranks_go_on(tmp_path, unbroken):
         start(tmp_path, tmp_path / "run", hook.format(rank=1, step=2, name="SIGTERM"), rare), expected=1
     )
     assert f"exitcode  : {train.RESTART}" in error
-    assert [path.name for path in run_state.list_checkpoints(tmp_path / "run")][-1] == "step_00000004"
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")][-1] == "step_00000004"
     hook = hook.format(rank=0, step=4, name="SIGUSR1")
     script = RUN.format(root=str(ROOT), hook=hook, run_dir=str(tmp_path / "run"), changes=rare)
     alone = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -385,7 +387,7 @@ def test_a_signal_to_all_processes_saves_too(tmp_path):
     assert "death signal" in error and "forcefully" not in error
     step = len(metrics(tmp_path / "run"))
     assert 3 <= step < 8
-    assert run_state.list_checkpoints(tmp_path / "run")[-1].name == f"step_{step:08d}", error
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == f"step_{step:08d}", error
     out, error = finish(start(tmp_path, tmp_path / "run", changes=changes))
     assert f"at step {step}" in out and "step 8: " in out + error
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
@@ -401,7 +403,7 @@ def test_data_that_end_earlier_on_one_rank_end_the_run_on_all(tmp_path):
     finish(start(tmp_path, tmp_path / "run", changes=textwrap.dedent(changes)))
     lines = metrics(tmp_path / "run")
     assert 1 <= len(lines) < 8
-    assert run_state.list_checkpoints(tmp_path / "run")[-1].name == f"step_{len(lines):08d}"
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == f"step_{len(lines):08d}"
     assert (tmp_path / "run" / "eval.json").exists() and (tmp_path / "run" / "model").is_dir()
 
 

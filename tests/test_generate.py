@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import generate
-from nanovlm import checkpoint
 from nanovlm.config import MoEConfig
 from nanovlm.data.chat import Processor
+from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 def folder(tmp_path_factory, processor):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("generate")
-    checkpoint.save_model(folder / "model", VLM(TINY), processor)
+    save_model(folder / "model", VLM(TINY), processor)
     noise(0).save(folder / "a.png")
     noise(1).convert("L").resize((500, 3)).save(folder / "b.png")
     return folder
@@ -133,7 +133,7 @@ def test_routing_of_one_answer(folder, processor):
     torch.manual_seed(0)
     moe = MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=16)
     model = VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe)))
-    checkpoint.save_model(folder / "mixture", model, processor)
+    save_model(folder / "mixture", model, processor)
     done = call(
         folder, "--model", "mixture", "--image", "a.png", "--prompt", "what?", "--show-routing", "--max-new-tokens", "5"
     )

@@ -8,8 +8,8 @@ import torch
 
 import train
 from nanovlm import config
+from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
-from nanovlm.quant import quantize
 from tests.conftest import TINY, make_batch, make_document
 from tests.test_train import SMALL, metrics
 

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanovlm
 import train
-from nanovlm import checkpoint, cli
+from nanovlm import cli
 from nanovlm.config import MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+from nanovlm.files import lock
 from nanovlm.model.attention import ATTENTION, attend_sdpa
 from nanovlm.model.vlm import VLM
-from nanovlm.optim import make_optimizers
 from nanovlm.presets import PRESETS
+from nanovlm.train.optim import make_optimizers
 from tests.conftest import TINY, make_batch, make_document
 
 PRESET = PRESETS["scenes"]()
@@ -70,7 +71,6 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 import train
-from nanovlm import checkpoint
 from tests.test_train import run
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 {hook}
@@ -89,15 +89,15 @@ train.train_step = train_step
 """
 KILL_IN_SAVE = """
 import io, time
-from nanovlm import run_state
-start, calls = run_state.dcp.async_save, []
+from nanovlm.train import checkpoint
+start, calls = checkpoint.dcp.async_save, []
 def async_save(*args, **kwargs):
     calls.append(start(*args, **kwargs))
     if len(calls) == {}:
         time.sleep({} / 1000)
         die()
     return calls[-1]
-run_state.dcp.async_save = async_save
+checkpoint.dcp.async_save = async_save
 """
 KILL_AT_RENAME = """
 rename, calls = Path.rename, []
@@ -221,7 +221,7 @@ def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(tmp_path, unbroke
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import train
-from nanovlm import checkpoint, cli
+from nanovlm import cli
 from tests.test_train import run
 save = train.TrainState.save
 def save_and_limit(state, *args):
@@ -254,7 +254,7 @@ def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--wandb needs the package wandb"):
         run(tmp_path / "new", wandb=True)
     assert not (tmp_path / "new").exists()
-    with checkpoint.lock(tmp_path / "taken"), pytest.raises(ValueError, match="another process is writing to"):
+    with lock(tmp_path / "taken"), pytest.raises(ValueError, match="another process is writing to"):
         run(tmp_path / "taken")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be made a folder"):

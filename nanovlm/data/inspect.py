@@ -26,8 +26,10 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.loader import Reader, Skipped
-from nanovlm.data.packing import STRATEGIES, pack, pad
-from nanovlm.data.sources import open_source, sample_texts, to_sample
+from nanovlm.data.packing import pack
+from nanovlm.data.packing_baselines import STRATEGIES, pad
+from nanovlm.data.records import to_sample
+from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.presets import scenes

@@ -320,6 +320,24 @@ def _box(left, top, right, bottom):
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
+class Scenes:
+    """The drawn scenes of one split, asked everything or a lesson: these kinds of question alone."""
+
+    damaged = ()
+
+    def __init__(self, split: str, length: int = 1_000_000, kinds: tuple[str, ...] = ()):
+        self.split, self.length, self.kinds = split, length, kinds
+        self.name = f"scenes:{','.join(kinds)}" if kinds else "scenes"
+        if unknown := [kind for kind in kinds if kind not in LESSON_KINDS]:
+            raise ValueError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(LESSON_KINDS)}")
+
+    def __len__(self):
+        return self.length
+
+    def raw(self, index: int) -> dict:
+        return draw(self.split, index, self.kinds)
+
+
 def main(
     folder: Annotated[Path, tyro.conf.Positional],
     split: Literal["train", "test", "compositional"] = "test",

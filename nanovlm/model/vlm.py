@@ -21,8 +21,6 @@ from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import Projector
 from nanovlm.model.vision import VisionEncoder, whitening_filters
-from nanovlm.quant import quantize
-from nanovlm.sampling import SamplingConfig, generate
 
 
 class Extras:
@@ -50,8 +48,6 @@ class VLM(nn.Module):
         # Go through the encoder without images too, as parallel.py decides.
         self.always_sees = False
         init_weights(self)
-        if config.quantization is not None:
-            quantize(self, config.quantization, search=False)
 
     def forward(self, batch: Batch, cache: KVCache | None = None, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D].
@@ -104,10 +100,6 @@ class VLM(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Return logits [B, T, V] at every position."""
         return self.head(self(batch))
-
-    def generate(self, batch: Batch, **options) -> list[list[int]]:
-        """Return the tokens of every row's answer, without the end of turn; options as in SamplingConfig."""
-        return generate(self, batch, SamplingConfig(**options))
 
     def count_parameters(self) -> tuple[int, int]:
         """Return the number of parameters, and of those that one token uses: of a mixture, k of its E experts."""

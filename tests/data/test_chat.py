@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovlm.data.chat import Processor
-from nanovlm.data.sources import to_sample
+from nanovlm.data.records import to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE
 from nanovlm.data.types import IGNORE, Sample
 from tests.conftest import TINY, make_document, make_raw, noise

@@ -15,7 +15,10 @@ from PIL import Image
 
 from nanovlm.config import DataConfig
 from nanovlm.data.loader import Loader
-from nanovlm.data.sources import JsonLines, Parquet, Tar, to_sample
+from nanovlm.data.records import to_sample
+from nanovlm.data.source_files import JsonLines
+from nanovlm.data.source_parquet import Parquet
+from nanovlm.data.source_tar import Tar
 from nanovlm.data.types import IGNORE
 from tests.conftest import noise
 

@@ -20,7 +20,8 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import WIDTH, describe, draw_histogram, draw_rows, draw_tiles, histogram, render
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.inspect import InspectConfig, main
-from nanovlm.data.sources import Scenes, sample_texts
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE
 from tests.conftest import TINY, make_document, noise

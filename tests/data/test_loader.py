@@ -11,8 +11,8 @@ import torch
 from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
 from nanovlm.data.loader import CHUNK, Loader, Skipped, collate, flatten, is_validation, unflatten
+from nanovlm.data.mixture import Mixture
 from nanovlm.data.packing import make_row
-from nanovlm.data.sources import Mixture
 from nanovlm.data.types import Document, Filtered
 
 CONFIG = DataConfig(row_length=64, batch_rows=3, pack_buffer=20)

@@ -9,16 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovlm.data.packing import (
-    _exchange_tiles,
-    document_cost,
-    first_fit_decreasing,
-    make_row,
-    pack,
-    pack_in_order,
-    pad,
-    pad_to_longest,
-)
+from nanovlm.data.packing import _exchange_tiles, document_cost, make_row, pack
+from nanovlm.data.packing_baselines import first_fit_decreasing, pack_in_order, pad, pad_to_longest
 from nanovlm.data.types import IGNORE, Document
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from nanovlm.data import scenes
-from nanovlm.data.scenes import COLORS, HELD_OUT, SEEN, SHAPES, SPLITS, draw
-from nanovlm.data.sources import Scenes
+from nanovlm.data.scenes import COLORS, HELD_OUT, SEEN, SHAPES, SPLITS, Scenes, draw
 from nanovlm.presets import PRESETS
 
 

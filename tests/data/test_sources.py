@@ -18,20 +18,15 @@ from PIL import Image
 
 from nanovlm.data import sources
 from nanovlm.data.images import decode_image
-from nanovlm.data.sources import (
-    Filtered,
-    Folder,
-    Hub,
-    JsonLines,
-    Mixture,
-    Parquet,
-    Scenes,
-    Tar,
-    open_source,
-    open_sources,
-    sample_texts,
-    to_sample,
-)
+from nanovlm.data.mixture import Mixture
+from nanovlm.data.records import to_sample
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.source_files import Folder, JsonLines
+from nanovlm.data.source_hub import Hub
+from nanovlm.data.source_parquet import Parquet
+from nanovlm.data.source_tar import Tar
+from nanovlm.data.sources import open_source, open_sources, sample_texts
+from nanovlm.data.types import Filtered
 from tests.conftest import noise
 
 TURNS = [{"user": "what is it?", "assistant": "noise"}, {"user": "sure?", "assistant": "yes"}]

@@ -24,7 +24,8 @@ def test_words_of_the_data_are_one_token_and_digits_are_apart(processor):
 
 
 def test_same_texts_same_tokenizer(processor):
-    from nanovlm.data.sources import Scenes, sample_texts
+    from nanovlm.data.scenes import Scenes
+    from nanovlm.data.sources import sample_texts
 
     again = train_tokenizer(sample_texts(Scenes("train"), 50), 512)
     assert again.to_str() == processor.tokenizer.to_str()

@@ -13,7 +13,7 @@ from eval.routing import draw_routing, measure_routing
 from eval.run import draw_contact_sheet, evaluate, format_table
 from eval.tasks import Question, SceneTask, TrainingScan
 from nanovlm.config import MoEConfig
-from nanovlm.data.sources import Scenes
+from nanovlm.data.scenes import Scenes
 from nanovlm.data.types import Sample
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY

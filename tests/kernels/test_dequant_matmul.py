@@ -23,7 +23,7 @@ from kernels.dequant_matmul import (
     split_k,
     unpack,
 )
-from nanovlm.quant import quantize_weight
+from nanovlm.model.quantized import quantize_weight
 from tests.conftest import HAS_GPU
 from tests.kernels.oracle import check, check_gradients, poison, surround
 

@@ -21,14 +21,14 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 import train
 from nanovlm.config import DecoderConfig, MoEConfig, VLMConfig
 from nanovlm.data.types import IGNORE
-from nanovlm.init import upcycle
-from nanovlm.losses import load_balancing_loss, router_loss, router_z_loss
-from nanovlm.metrics import RoutingStats
 from nanovlm.model.moe import EXPERTS, MoE, Routing, expert_load, fits_capacity
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import next_token
-from nanovlm.optim import Muon, make_optimizers
+from nanovlm.objectives.losses import load_balancing_loss, router_loss, router_z_loss
 from nanovlm.presets import PRESETS
+from nanovlm.train.counting import RoutingStats
+from nanovlm.train.init import upcycle
+from nanovlm.train.optim import Muon, make_optimizers
 from tests.conftest import HAS_GPU, HAS_TRITON, TINY, make_batch, make_document
 
 # These tests run on the CPU, where the kernels are interpreted if there is no GPU; tests/kernels has those for one.

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import nanovlm
 from nanovlm.config import MoEConfig, ParallelConfig
 from nanovlm.data.types import IGNORE
-from nanovlm.losses import CROSS_ENTROPY, next_token_loss
 from nanovlm.model.attention import ATTENTION, make_cache_mask, make_mask
 from nanovlm.model.vision import whitening_filters
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import next_token
-from nanovlm.parallel import parallelize
+from nanovlm.objectives.losses import CROSS_ENTROPY, next_token_loss
 from nanovlm.presets import scenes
+from nanovlm.train.parallel import parallelize
 from tests.conftest import TINY, make_batch, make_document, skip_without_interpreter
 
 TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
@@ -141,7 +142,10 @@ def test_every_backend_gives_the_same_gradients_and_answers(processor, device):
         decoder = dataclasses.replace(TINY.decoder, attention=backend, head_dim=16)  # flex takes no less on a GPU
         torch.manual_seed(0)
         model = VLM(dataclasses.replace(TINY, vision=vision, decoder=decoder)).to(device)
-        results[backend] = *loss_and_gradients(model, [batch]), model.generate(prompts.to(device), max_new_tokens=3)
+        results[backend] = (
+            *loss_and_gradients(model, [batch]),
+            nanovlm.generate(model, prompts.to(device), max_new_tokens=3),
+        )
     loss, gradients, answers = results.pop("sdpa")
     for other, others, theirs in results.values():
         assert other == pytest.approx(loss, rel=1e-5) and theirs == answers

@@ -1,0 +1,38 @@
+"""Every setting of a model and of a run, as frozen dataclasses.
+
+The comment above a field is its help text on the command line. Values that follow from others are
+properties. `validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
+"""
+
+from nanovlm.config.fields import differences, from_dict, pick
+from nanovlm.config.model import (
+    DecoderConfig,
+    MoEConfig,
+    ProjectorConfig,
+    QuantizationConfig,
+    RopeScalingConfig,
+    TilingConfig,
+    VisionConfig,
+    VLMConfig,
+)
+from nanovlm.config.run import DataConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "DecoderConfig",
+    "InitConfig",
+    "MoEConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ParamRule",
+    "ProjectorConfig",
+    "QuantizationConfig",
+    "RopeScalingConfig",
+    "TilingConfig",
+    "TrainConfig",
+    "VLMConfig",
+    "VisionConfig",
+    "differences",
+    "from_dict",
+    "pick",
+]

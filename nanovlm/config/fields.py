@@ -1,0 +1,77 @@
+"""Configs from JSON and against each other, and checks of their values."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Literal
+
+
+def pick(table: dict, key: str, field: str):
+    """Return `table[key]`, or raise ValueError that names the field, the value and the keys there are."""
+    if key not in table:
+        raise ValueError(f"{field} = {key!r} is unknown; there are {', '.join(table)}")
+    return table[key]
+
+
+def from_dict(cls, data, where: str = ""):
+    """Build the dataclass `cls` from parsed JSON.
+
+    Missing fields take their defaults. Raises ValueError that names the field and the nearest known
+    one for an unknown field, and the expected type for a value of another type.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where or cls.__name__} must be a JSON object, got {data!r}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted(data.keys() - known):
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown field {where + name!r}; the nearest known field is {where + nearest!r}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """List the dotted fields in which two configs of one class differ, with both values."""
+    lines = []
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
+            lines += differences(x, y, f"{where}{f.name}.")
+        elif x != y:
+            lines.append(f"{where}{f.name}: {x!r} against {y!r}")
+    return lines
+
+
+def _convert(hint, value, where):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where + ".")
+    if origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"{where} must have {len(args)} entries, got {value!r}")
+        return tuple(_convert(args[0], x, f"{where}[{i}]") for i, x in enumerate(value))
+    if origin is Literal and value in args:
+        return value
+    if origin is types.UnionType and value is None and type(None) in args:
+        return None
+    if origin is types.UnionType:
+        return _convert(args[0], value, where)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is hint:
+        return value
+    expected = f"one of {list(args)}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where} must be {expected}, got {value!r}")
+
+
+def integers(prefix, config):
+    return [(f"{prefix}.{k}", v) for k, v in vars(config).items() if type(v) is int]
+
+
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+def divides(name, divisor, other, number):
+    check(number % divisor == 0, f"{name} = {divisor} must divide {other} = {number}")

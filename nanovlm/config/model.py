@@ -1,0 +1,267 @@
+"""The settings of a model."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nanovlm.config.fields import check, divides, integers
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    # Side of the square tile that the encoder reads, in pixels.
+    image_size: int = 64
+    # Side of one square patch, in pixels.
+    patch_size: int = 8
+    # Width of the residual stream.
+    hidden_size: int = 128
+    # Width of the feed-forward layer.
+    intermediate_size: int = 512
+    # Number of transformer blocks.
+    num_hidden_layers: int = 4
+    # Number of attention heads.
+    num_attention_heads: int = 4
+    # Epsilon of the layer norms.
+    layer_norm_eps: float = 1e-6
+    # Attention backend, a key of nanovlm.model.attention.ATTENTION.
+    attention: str = "sdpa"
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile; pixels beyond the last are not seen, as in SigLIP (384 = 27 * 14 + 6)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    # Pixel shuffle: scale_factor x scale_factor neighbouring patches become one image token.
+    scale_factor: int = 2
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    # How images become tiles, a key of nanovlm.data.images.TILING: fit, aspect kept and as few tiles as carry the
+    # image's detail; idefics3, the rules of Idefics3 and SmolVLM; nanovlm, those of nanoVLM; or square, every image
+    # stretched to one tile.
+    policy: str = "fit"
+    # fit: most tiles of one image, not counting the view of the whole image that follows several tiles.
+    max_tiles: int = 1
+    # idefics3, nanovlm: the longest side of every image, in pixels, before it is cut (`size.longest_edge`).
+    longest_edge: int = 256
+    # nanovlm: bring images that are smaller to that side, too.
+    enlarge: bool = False
+    # nanovlm: show the whole image before its tiles.
+    has_global: bool = True
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    # How rotary frequencies are slowed down for longer contexts, a key of nanovlm.model.decoder.ROPE_SCALING: none,
+    # linear, llama3 or yarn.
+    type: str = "none"
+    # How many times longer the context becomes.
+    factor: float = 1.0
+    # llama3, yarn: the context that the frequencies were first trained for, in tokens.
+    original_max_position_embeddings: int = 8192
+    # llama3: frequencies that turn less often than this in the original context are slowed down by the whole factor.
+    low_freq_factor: float = 1.0
+    # llama3: those that turn more often than this are left alone.
+    high_freq_factor: float = 4.0
+    # yarn: frequencies that turn more often than this in the original context are left alone.
+    beta_fast: float = 32.0
+    # yarn: those that turn less often than this are slowed down by the whole factor.
+    beta_slow: float = 1.0
+    # yarn: factor on queries and keys; null (None) for 0.1 ln(factor) + 1.
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    # Number of experts.
+    num_experts: int = 8
+    # Experts that each token goes to.
+    num_experts_per_tok: int = 2
+    # Width of one expert.
+    intermediate_size: int = 144
+    # Experts that see every token beside the routed ones; together they are one layer of so many times the width.
+    num_shared_experts: int = 0
+    # Router scores: softmax (Mixtral, Qwen3-MoE, OLMoE) or sigmoid (DeepSeek-V3).
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    # Let the weights of a token's experts add up to 1 (Mixtral, DeepSeek-V3; not OLMoE).
+    norm_topk_prob: bool = True
+    # Factor on the weights.
+    routed_scaling_factor: float = 1.0
+    # In training, what the router sees is multiplied with random numbers within this of 1.
+    jitter: float = 0.0
+    # In training, most tokens of an expert, as a multiple of its fair share; 0 drops nothing.
+    capacity_factor: float = 0.0
+    # Backend, a key of nanovlm.model.moe.EXPERTS.
+    experts: str = "grouped"
+    # What keeps the load even: loss (Switch, over a micro-batch), global_loss (over the whole step so far), bias
+    # (DeepSeek-V3, no loss), or none.
+    balance: Literal["loss", "global_loss", "bias", "none"] = "loss"
+    # Weight of the balance loss.
+    balance_weight: float = 0.01
+    # Weight of the z-loss on the router's logits.
+    z_weight: float = 0.001
+    # bias: how far an expert's bias moves after a step.
+    bias_rate: float = 0.001
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    # Rows of the embedding table; at least the size of the tokenizer.
+    vocab_size: int = 640
+    # Width of the residual stream.
+    hidden_size: int = 128
+    # Width of the SwiGLU feed-forward layer.
+    intermediate_size: int = 384
+    # Mixture of experts in place of that layer; null (None) for none.
+    moe: MoEConfig | None = None
+    # Number of transformer blocks.
+    num_hidden_layers: int = 4
+    # Number of query heads.
+    num_attention_heads: int = 4
+    # Number of key/value heads; each serves num_attention_heads / num_key_value_heads query heads.
+    num_key_value_heads: int = 2
+    # Width of one head.
+    head_dim: int = 32
+    # Biases in the query, key and value projections.
+    qkv_bias: bool = False
+    # Bias in the output projection of attention.
+    o_bias: bool = False
+    # RMS norm of queries and keys: none, head (each by itself, as in Qwen3) or all (together, as in OLMoE).
+    qk_norm: Literal["none", "head", "all"] = "none"
+    # Base of the rotary position frequencies.
+    rope_theta: float = 10000.0
+    # Longer contexts by slower frequencies.
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    # Indices of the blocks whose attention has no positions.
+    layers_without_rope: tuple[int, ...] = ()
+    # Longest document that the positions were made for, in tokens.
+    max_position_embeddings: int = 8192
+    # Epsilon of the RMS norms.
+    rms_norm_eps: float = 1e-5
+    # Use the embedding table as output head.
+    tie_word_embeddings: bool = True
+    # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa, torch's; triton, kernels/attention.py; or
+    # flex, torch's other one.
+    attention: str = "sdpa"
+    # Backend of the output head with its loss, a key of nanovlm.objectives.losses.CROSS_ENTROPY: torch; or triton,
+    # kernels/cross_entropy.py.
+    cross_entropy: str = "torch"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    # Weights as int8 (a scale for each output), int4 (a scale and a zero point for each group) or nf4 (QLoRA's).
+    format: Literal["int8", "int4", "nf4"] = "int4"
+    # int4: weights in a group.
+    group_size: Literal[32, 64, 128] = 64
+    # Linear layers with names in which this regular expression is found; head and routers never are.
+    layers: str = r"^decoder\."
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    # Image encoder; null (None) for a language model that sees no images.
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    # Patch features to image tokens.
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    # Images to tiles.
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    # Language model.
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    # Linear layers in few bits, as nanovlm/model/quantized.py makes them of a trained model; null (None) for none.
+    quantization: QuantizationConfig | None = None
+    # Token id of padding.
+    pad_token_id: int = 0
+    # Token id over whose embeddings the image features are written; null (None) without an image encoder.
+    image_token_id: int | None = 1
+    # Token id that ends an assistant turn.
+    eos_token_id: int = 2
+    # Other token ids at which an answer ends.
+    stop_token_ids: tuple[int, ...] = ()
+    # Token id that the chat template writes as bos_token; null (None) where it writes none.
+    bos_token_id: int | None = None
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens that one tile fills."""
+        if self.vision is None:
+            return 0
+        return self.vision.num_patches // self.projector.scale_factor**2
+
+    def validate(self) -> "VLMConfig":
+        """Return self, or raise ValueError with both values of the first contradiction."""
+        v, d, scale = self.vision, self.decoder, self.projector.scale_factor
+        parts = {
+            "projector": self.projector,
+            "tiling": self.tiling,
+            "decoder": d,
+            "decoder.rope_scaling": d.rope_scaling,
+        }
+        parts |= {"vision": v} if v else {}
+        if d.moe is not None:
+            experts = d.moe.num_experts
+            check(
+                1 <= d.moe.num_experts_per_tok <= experts,
+                f"decoder.moe.num_experts_per_tok = {d.moe.num_experts_per_tok} must be between 1 and "
+                f"decoder.moe.num_experts = {experts}",
+            )
+            for name, least in (
+                ("num_experts", 1),
+                ("intermediate_size", 1),
+                ("num_shared_experts", 0),
+                ("jitter", 0),
+                ("capacity_factor", 0),
+                ("balance_weight", 0),
+                ("z_weight", 0),
+                ("bias_rate", 0),
+            ):
+                value = getattr(d.moe, name)
+                check(value >= least, f"decoder.moe.{name} = {value} must be at least {least}")
+            for name, width in (("hidden_size", d.hidden_size), ("moe.intermediate_size", d.moe.intermediate_size)):
+                check(
+                    d.moe.experts != "grouped" or width % 8 == 0,  # torch wants rows of a multiple of 16 bytes
+                    f"decoder.{name} = {width} must be a multiple of 8 for decoder.moe.experts = grouped",
+                )
+        for name, value in (pair for part, config in parts.items() for pair in integers(part, config)):
+            check(value >= 1, f"{name} = {value} must be at least 1")
+        divides(
+            "decoder.num_key_value_heads", d.num_key_value_heads, "decoder.num_attention_heads", d.num_attention_heads
+        )
+        divides("2 (rotary halves)", 2, "decoder.head_dim", d.head_dim)
+        for index in d.layers_without_rope:
+            check(
+                0 <= index < d.num_hidden_layers,
+                f"decoder.layers_without_rope names block {index}, but decoder.num_hidden_layers = "
+                f"{d.num_hidden_layers}",
+            )
+        check(d.rope_scaling.factor >= 1, f"decoder.rope_scaling.factor = {d.rope_scaling.factor} must be at least 1")
+        check(
+            (v is None) == (self.image_token_id is None),
+            f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
+        )
+        if v is not None:
+            check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
+            divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
+            divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
+            if self.tiling.policy == "nanovlm":
+                divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
+        ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}
+        ids_and_stops = [*ids.items(), *(("stop_token_ids", value) for value in self.stop_token_ids)]
+        for name, value in ids_and_stops:
+            check(
+                value is None or 0 <= value < d.vocab_size,
+                f"{name} = {value} is outside decoder.vocab_size = {d.vocab_size}",
+            )
+        for name in ("pad_token_id", "eos_token_id"):
+            check(
+                ids[name] != self.image_token_id,
+                f"{name} = {ids[name]} must differ from image_token_id = {self.image_token_id}",
+            )
+        return self

@@ -1,0 +1,235 @@
+"""The settings of a run: data, optimizer, ranks, and what it writes."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nanovlm.config.fields import check, integers
+from nanovlm.config.model import VLMConfig
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    # A whole model: a folder, such as the model/ of an earlier run, or a repository of the hub, owner/name[@revision].
+    model: str = ""
+    # Noise on experts that are copies of a dense layer, relative to its weights.
+    upcycle_noise: float = 0.0
+    # A SigLIP encoder for the image encoder, folder or repository.
+    vision: str = ""
+    # A language model for the decoder, folder or repository; its tokenizer is taken too, and made larger.
+    decoder: str = ""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # Where the samples come from: scenes (scenes:color,cells for questions of these kinds alone), a .jsonl file,
+    # .parquet or .tar files, a folder, or hub:owner/name.
+    sources: tuple[str, ...] = ("scenes",)
+    # How often each source is read, relative to the others; without weights each sample once an epoch.
+    weights: tuple[float, ...] = ()
+    # Read the sources one after the other, as lessons: so many samples of each before the next; the last has no number.
+    lessons: tuple[int, ...] = ()
+    # Tokens in a packed row; a longer document is skipped and counted.
+    row_length: int = 256
+    # Most image tiles in a packed row; 0 for any number.
+    max_tiles: int = 0
+    # Passes over the data before the run ends, if its steps do not end first; 0 for any number.
+    num_epochs: int = 0
+    # Processes that read samples beside the training, for each micro-batch; 0 reads in the training process.
+    num_workers: int = 0
+    # Share of the samples that a hash of their contents keeps out of training.
+    val_fraction: float = 0.0
+    # Least ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
+    min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)
+    # Stop when more than this share of the samples is corrupt or too long.
+    max_bad_fraction: float = 0.05
+    # Rows in a batch (a micro-batch, when gradients are accumulated).
+    batch_rows: int = 16
+    # Documents to choose from when rows are packed; more waste less and need more memory.
+    pack_buffer: int = 128
+    # Read each pass over the source in another order.
+    shuffle: bool = True
+    # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
+    tokenizer_size: int = 640
+    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES; empty for the tokenizer's own way.
+    chat_template: str = ""
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    # Regular expression searched in the parameter's name.
+    pattern: str
+    # Factor on optim.lr; null (None) freezes the parameter.
+    lr_scale: float | None = 1.0
+    # Decoupled weight decay.
+    weight_decay: float = 0.0
+    # Which optimizer updates it; muon takes matrices only.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    # With several ranks: ddp (each has all weights) or fsdp (each has a part of every weight).
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    # fsdp: ranks that hold the weights together; 0 for all, fewer make copies of such groups (hybrid sharding).
+    shard_ranks: int = 0
+    # fsdp: give a block's gathered weights back after the forward pass, and gather them again; less memory.
+    reshard_after_forward: bool = True
+    # Ranks that share out the experts of a mixture, to which tokens then travel.
+    expert_ranks: int = 1
+    # What blocks compute again in the backward pass instead of keeping it: nothing, all but matrix products, or all.
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    # Compile every block (torch.compile); pays on a GPU.
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    # Peak learning rate.
+    lr: float = 1e-3
+    # Optimizer steps of the whole run.
+    steps: int = 1000
+    # Steps of linear warm-up.
+    warmup_steps: int = 20
+    # How the rate falls after the warm-up: cosine, or wsd: held at the peak, then a line to the end.
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    # Where the line of wsd begins, as a fraction of the steps.
+    decay_start: float = 0.8
+    # The rate ends at this fraction of the peak.
+    min_lr_ratio: float = 0.02
+    # Gradients are scaled down to this global norm.
+    max_grad_norm: float = 1.0
+    # Micro-batches of a step, shared out evenly among the ranks; 0 for one on each rank.
+    micro_batches: int = 0
+    # Steps with a loss or gradient that is not finite are left out; more of them than this stop the run.
+    max_skipped_steps: int = 10
+    # AdamW: decay of the first and second moments.
+    betas: tuple[float, float] = (0.9, 0.99)
+    # Muon: momentum.
+    momentum: float = 0.95
+    # Parameter groups: the first rule whose pattern is found in a parameter's name holds.
+    rules: tuple[ParamRule, ...] = (
+        ParamRule(r"(norm|embed|embedding|bias)", weight_decay=0.0),
+        ParamRule(r"", weight_decay=0.01),
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # Where the run writes everything; started again with the same folder it continues.
+    run_dir: str = "runs/scenes"
+    # The model.
+    model: VLMConfig = field(default_factory=VLMConfig)
+    # Which weights the run starts from; random ones where nothing is named.
+    init: InitConfig = field(default_factory=InitConfig)
+    # The data.
+    data: DataConfig = field(default_factory=DataConfig)
+    # The optimizer and its schedule.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    # How the model lies on several ranks and what it trades for memory or speed.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES.
+    objective: str = "next_token"
+    # Seed of the weights and of the order of the data.
+    seed: int = 0
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
+    # Precision of matrix products: bf16 (autocast), fp32, or auto: bf16 on a GPU and on x86 with AVX512_BF16 or AMX.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # CPU threads; 0 takes the physical cores, divided by the ranks on the machine, and one thread with a GPU.
+    threads: int = 0
+    # Steps between checkpoints; one is always written at the end.
+    checkpoint_every: int = 200
+    # Newest checkpoints to keep.
+    keep_checkpoints: int = 2
+    # Steps between sample answers (about held-out scenes, so none with eval_scenes 0) on the terminal; 0 for none.
+    sample_every: int = 200
+    # Held-out scenes a split in the final evaluation; 0 skips it.
+    eval_scenes: int = 512
+    # First and last step to record with torch's profiler, into run_dir/trace.json (chrome://tracing); 0 0 for none.
+    profile: tuple[int, int] = (0, 0)
+    # Also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
+    wandb: bool = False
+
+    def validate(self) -> "TrainConfig":
+        """Return self, or raise ValueError with both values of the first contradiction."""
+        self.model.validate()
+        d, o = self.data, self.optim
+        check(
+            self.model.quantization is None,
+            f"model.quantization = {self.model.quantization} must be None: a model is quantised once it is trained",
+        )
+        for name, value, least in (
+            *(
+                (n, x, 0 if n in ("data.max_tiles", "data.num_epochs", "data.num_workers") else 1)
+                for n, x in integers("data", d)
+            ),
+            ("optim.steps", o.steps, 1),
+            ("optim.warmup_steps", o.warmup_steps, 0),
+            ("optim.micro_batches", o.micro_batches, 0),
+            ("optim.max_skipped_steps", o.max_skipped_steps, 0),
+            ("parallel.shard_ranks", self.parallel.shard_ranks, 0),
+            ("parallel.expert_ranks", self.parallel.expert_ranks, 1),
+            ("seed", self.seed, 0),
+            ("threads", self.threads, 0),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("keep_checkpoints", self.keep_checkpoints, 1),
+            ("sample_every", self.sample_every, 0),
+            ("eval_scenes", self.eval_scenes, 0),
+        ):
+            check(value >= least, f"{name} = {value} must be at least {least}")
+        for name, value in (("val_fraction", d.val_fraction), ("max_bad_fraction", d.max_bad_fraction)):
+            check(0 <= value <= 1, f"data.{name} = {value} must be between 0 and 1")
+        check(
+            len(d.weights) in (0, len(d.sources)),
+            f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",
+        )
+        check(
+            len(d.lessons) in (0, len(d.sources) - 1),
+            f"data.lessons has {len(d.lessons)} entries; it needs one for each of the {len(d.sources)} data.sources "
+            "but the last, or none",
+        )
+        check(not (d.lessons and d.weights), "data.lessons and data.weights exclude each other: give one of them")
+        check(all(length > 0 for length in d.lessons), f"data.lessons = {d.lessons} must be positive")
+        check(
+            not self.init.model or not (self.init.vision or self.init.decoder),
+            f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r} and "
+            f"init.decoder = {self.init.decoder!r} must be empty",
+        )
+        check(
+            not self.init.vision or self.model.vision is not None,
+            f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
+        )
+        first, last = self.profile
+        check(
+            0 < first <= last <= o.steps or first == last == 0,
+            f"profile = {first} {last} must name a first step and a last one, up to optim.steps = {o.steps}",
+        )
+        check(
+            self.parallel.strategy == "fsdp" or not self.parallel.shard_ranks,
+            f"parallel.shard_ranks = {self.parallel.shard_ranks} needs parallel.strategy = fsdp, "
+            f"not {self.parallel.strategy}",
+        )
+        check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
+        check(0 <= o.decay_start < 1, f"optim.decay_start = {o.decay_start} must be at least 0 and below 1")
+        check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
+        for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
+            check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
+        for rule in o.rules:
+            check(rule.weight_decay >= 0, f"the weight_decay {rule.weight_decay} of {rule.pattern!r} is negative")
+            try:
+                re.compile(rule.pattern)
+            except re.error as error:
+                raise ValueError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}") from error
+        check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
+        check(
+            self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,
+            f"data.tokenizer_size = {d.tokenizer_size} is above "
+            f"model.decoder.vocab_size = {self.model.decoder.vocab_size}",
+        )
+        check(
+            d.row_length > self.model.num_image_tokens,
+            f"data.row_length = {d.row_length} leaves no room for text beside one image "
+            f"of {self.model.num_image_tokens} tokens",
+        )
+        return self

@@ -1,0 +1,182 @@
+"""Raw records in files with images beside them: a .jsonl file, or a folder of images."""
+
+import glob
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from nanovlm.data.records import is_empty, kind_of
+
+# Of every image file that PIL reads; of some kinds it knows no more than that they are one.
+IMAGE_SUFFIXES = frozenset(
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")
+)
+# The question to a picture that has only a caption.
+CAPTION_QUESTION = "describe the image."
+
+
+class JsonLines:
+    """A text file with one JSON record a line; images are file names, relative to the file's folder.
+
+    Only the places of the lines are kept in memory.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.name, self.damaged = Path(path), str(path), []
+        self.starts, self.numbers = array("q"), array("q")  # of each line with content: byte offset, line number
+        offset = 0
+        try:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if not self.starts and self.path.suffix == ".json" and line.lstrip().startswith(b"["):
+                        raise ValueError(f"{path} is one JSON list; it must have one record (an object) a line")
+                    if not line.isspace():
+                        self.starts.append(offset)
+                        self.numbers.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not self.starts:
+            raise ValueError(f"{path} has no records")
+
+    def __len__(self):
+        return len(self.starts)
+
+    def raw(self, index: int) -> dict:
+        check_index(self, index)
+        where = f"line {self.numbers[index]} of {self.path}"
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.starts[index])
+                record = _read_json(file.readline(), where)
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        return fetch_images(record, lambda name: read_file(self.path.parent / name, where))
+
+
+class Folder:
+    """A folder of image files, each with a caption (same name, .txt) or a record (.json) beside it.
+
+    Where there is a metadata.jsonl, its lines are the records. An image that a record does not name is its only one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.name, self.damaged = Path(path), str(path), []
+        self.lines = JsonLines(self.path / "metadata.jsonl") if (self.path / "metadata.jsonl").is_file() else None
+        self.images = []
+        if self.lines is None:
+            found = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            self.images = [file for file in found if any(file.with_suffix(s).is_file() for s in (".json", ".txt"))]
+            if not self.images:
+                raise ValueError(f"{path} has no image file with a .txt or .json of its name")
+            if alone := len(found) - len(self.images):
+                self.damaged.append(f"{path}: {alone} of {len(found)} images have no .txt or .json beside them")
+
+    def __len__(self):
+        return len(self.images) if self.lines is None else len(self.lines)
+
+    def raw(self, index: int) -> dict:
+        check_index(self, index)
+        if self.lines is not None:
+            return self.lines.raw(index)
+        image = self.images[index]
+        beside = {s: read_file(file, str(file)) for s in (".json", ".txt") if (file := image.with_suffix(s)).is_file()}
+        record = read_record(beside.get(".json"), beside.get(".txt"), str(image), has_image=True)
+        if all(record.get(key) is None for key in ("images", "image")):
+            record["images"] = [image.name]
+        return fetch_images(record, lambda name: read_file(image.parent / name, str(image)))
+
+
+def _read_json(data: bytes, where: str) -> dict:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be a JSON object with texts or messages, not {kind_of(record)}")
+    return record
+
+
+def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_image: bool) -> dict:
+    """Make a record of a .json file that has one, else of a caption (then the .json has other things)."""
+    record = {} if json_data is None else _read_json(json_data, f"the .json of {where}")
+    if "texts" in record or "messages" in record:
+        return record
+    if caption is None:
+        raise ValueError(f"{where} needs a .json with texts or messages, or a .txt with a caption")
+    if not has_image:
+        raise ValueError(f"{where} has a caption and no image")
+    try:
+        return {"texts": [{"user": CAPTION_QUESTION, "assistant": caption.decode("utf-8-sig").strip()}]}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the .txt of {where} is not UTF-8 text: {error}") from error
+
+
+def fetch_images(record: dict, read: Callable[[str], bytes]) -> dict:
+    """Put file contents, which `read` returns, in place of file names in `images`, `image` and image parts."""
+
+    def fetch(image):
+        if isinstance(image, dict):
+            image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        return read(image) if isinstance(image, str) else image
+
+    record = dict(record)
+    image = record.pop("image", None)
+    images = record.get("images")
+    if images is None or (is_empty(images) and not is_empty(image)):
+        images = image
+    if images is not None:
+        record["images"] = [fetch(image) for image in (images if isinstance(images, list) else [images])]
+    if isinstance(record.get("messages"), list):
+        record["messages"] = [_fetch_parts(message, fetch) for message in record["messages"]]
+    return record
+
+
+def _fetch_parts(message, fetch):
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    content = []
+    for part in message["content"]:
+        if isinstance(part, dict) and part.get("type") == "image":
+            carried = part if part.get("image") is None else part["image"]
+            part = {"type": "image", "image": fetch(carried)}
+        content.append(part)
+    return {**message, "content": content}
+
+
+def read_file(path: Path, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} names a file that cannot be read: {error}") from error
+
+
+def find_files(paths: str | Path | Iterable[str | Path], suffix: str) -> list[Path]:
+    """The files that paths, globs and folders stand for, in the order of their names."""
+    files = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        if os.path.isdir(path):
+            found = sorted(Path(path).rglob(f"*{suffix}"))
+        else:
+            found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise ValueError(f"there is no {suffix} file {path}")
+        files += found
+    if not files:
+        raise ValueError(f"no {suffix} files were given")
+    return files
+
+
+def join_names(files: list[Path]) -> str:
+    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def check_index(source, index: int):
+    if not 0 <= index < len(source):
+        raise IndexError(f"{source.name} has {len(source)} records, there is no record {index}")

@@ -1,0 +1,69 @@
+"""Raw records in the rows of parquet files."""
+
+import bisect
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+
+from nanovlm.data.records import RATINGS
+from nanovlm.data.source_files import check_index, fetch_images, find_files, join_names, read_file
+
+
+class Parquet:
+    """Records in the rows of parquet files: a file, a glob, a folder, or a list of these.
+
+    Images are bytes or structs of bytes and path, one or a list, as FineVision and The Cauldron have them. The row
+    group that was read last stays in memory, so rows are read fast in an order that keeps to a row group for a while.
+    """
+
+    columns = ("images", "image", "texts", "messages", "independent", *RATINGS)
+
+    def __init__(self, paths: str | Path | Iterable[str | Path]):
+        parquet = _import_parquet()
+        self.files, self.damaged = find_files(paths, ".parquet"), []
+        self.name = join_names(self.files)
+        self.groups = []  # of each row group: file, number in the file
+        self.starts = self.blocks = array("q", [0])  # the first row of each row group, and the end
+        for file in self.files:
+            try:
+                metadata = parquet.read_metadata(file)
+                names = metadata.schema.to_arrow_schema().names
+            except (OSError, ValueError, NotImplementedError) as error:
+                raise ValueError(f"{file} is damaged or no parquet file: {error}") from error
+            if not {"texts", "messages"} & set(names):
+                raise ValueError(f"{file} needs a column texts or messages; it has {', '.join(names)}")
+            for number in range(metadata.num_row_groups):
+                self.groups.append((file, number))
+                self.starts.append(self.starts[-1] + metadata.row_group(number).num_rows)
+        if not len(self):
+            raise ValueError(f"{self.name} has no rows")
+        self.last = None  # (row group, its table)
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def raw(self, index: int) -> dict:
+        check_index(self, index)
+        group = bisect.bisect_right(self.starts, index) - 1
+        file, number = self.groups[group]
+        row = index - self.starts[group]
+        where = f"row {row} of row group {number} of {file}"
+        last = self.last
+        try:
+            if last is None or last[0] != group:
+                # One thread, as a forked process has no others.
+                with _import_parquet().ParquetFile(file) as opened:
+                    names = [name for name in opened.schema_arrow.names if name in self.columns]
+                    last = self.last = group, opened.read_row_group(number, columns=names, use_threads=False)
+            record = last[1].slice(row, 1).to_pylist()[0]
+        except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        return fetch_images(record, lambda name: read_file(file.parent / name, where))
+
+
+def _import_parquet():
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("parquet files need the package pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet

@@ -1,0 +1,142 @@
+"""Raw records in the members of tar files: WebDataset shards."""
+
+import re
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from nanovlm.data.records import is_empty
+from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, find_files, join_names, read_record
+
+
+class Tar:
+    """WebDataset shards: tar files in which the members with the same key are one sample, in whatever order.
+
+    The key is the member's name up to the first dot of its last part. Files that PIL reads are images, several in
+    the order of their names (`a.0.jpg a.1.jpg`); `.json` is the record, or `.txt` a caption. The headers are read
+    once, then each member by its place. Of a shard that is cut off, the whole samples before the cut remain: the last
+    of them if a header after it was readable or if an earlier sample has the same suffixes. Where the members of a
+    sample do not stand together, those remain that lack none of the suffixes of another.
+    """
+
+    def __init__(self, paths: str | Path | Iterable[str | Path]):
+        self.files, self.damaged = find_files(paths, ".tar"), []
+        self.name = join_names(self.files)
+        self.samples = []  # (file, key, [(suffix, offset, size), ...])
+        shapes, scattered = set(), False  # the suffixes of every whole sample; whether some do not stand together
+        for file in self.files:
+            members, damage = _scan_tar(file)
+            groups, comes_back = _group_members(members)
+            scattered |= comes_back
+            if scattered:
+                shapes |= {_shape(group) for _key, group in groups}
+            num_samples, alone = len(self.samples), []
+            for number, (key, group) in enumerate(groups, start=1):
+                shape = _shape(group)
+                if damage:
+                    is_last = number == len(groups) and shape not in shapes
+                    lacks = scattered and any(shape < other for other in shapes)
+                    if is_last or lacks or any(size is None for _suffix, _offset, size in group):
+                        continue
+                shapes.add(shape)
+                if shape & {"json", "txt"}:
+                    self.samples.append((file, key, group))
+                elif any(map(_is_image, shape)):
+                    alone.append(key)
+            if damage:
+                kept = len(self.samples) - num_samples
+                self.damaged.append(f"{file} {damage}: {kept} whole samples are before that")
+            if alone:
+                self.damaged.append(
+                    f"{file}: {len(alone)} samples have images and no .txt or .json, the first is {alone[0]}"
+                )
+        if not self.samples:
+            raise ValueError("; ".join(self.damaged) or f"{self.name} has no samples")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def raw(self, index: int) -> dict:
+        check_index(self, index)
+        file, key, members = self.samples[index]
+        where = f"sample {key} of {file}"
+        contents = {}
+        try:
+            with open(file, "rb") as opened:
+                for suffix, offset, size in members:
+                    if suffix in ("json", "txt") or _is_image(suffix):
+                        if suffix in contents:
+                            raise ValueError(f"{where} has two members .{suffix}")
+                        opened.seek(offset)
+                        contents[suffix] = opened.read(size)
+                        if len(contents[suffix]) != size:
+                            raise ValueError(f"{where} is cut off: the file became shorter since it was opened")
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
+        record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
+        for name in ("images", "image"):
+            named = record.pop(name, None)
+            num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
+            if num_named > len(images):
+                raise ValueError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
+        if images:
+            record["images"] = images
+        return record
+
+
+def _scan_tar(file: Path) -> tuple[list[tuple], str]:
+    """Read the headers of a tar file: (key, suffix, offset, size) of every member, and what is wrong with the file.
+
+    The size of a member that the file's end cuts is None.
+    """
+    members, damage = [], ""
+    try:
+        size = file.stat().st_size
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                folder, _, name = member.name.rpartition("/")
+                key, dot, suffix = name.partition(".")
+                if member.isreg() and key and dot:
+                    is_whole = member.offset_data + member.size <= size
+                    key = f"{folder}/{key}".lstrip("./")
+                    members.append((key, suffix.lower(), member.offset_data, member.size if is_whole else None))
+                tar.members.clear()  # it would grow with the file
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
+                damage = f"has no further header and no end mark at byte {tar.offset}"
+    except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError) as error:
+        damage = f"is cut off, damaged or compressed ({error})"
+    return members, damage
+
+
+def _group_members(members: list[tuple]) -> tuple[list[tuple], bool]:
+    """Group members by key, in the order of the first of each; tell whether a key comes back after others.
+
+    A key that comes back with a suffix that it has is another sample, as in shards that were joined.
+    """
+    groups, latest, comes_back, last = [], {}, False, None
+    for key, *member in members:
+        group = latest.get(key)
+        if group is None or (key != last and member[0] in _shape(group)):
+            group = latest[key] = []
+            groups.append((key, group))
+        elif key != last:
+            comes_back = True
+        group.append(tuple(member))
+        last = key
+    return groups, comes_back
+
+
+def _shape(group: list[tuple]) -> frozenset[str]:
+    return frozenset(suffix for suffix, _offset, _size in group)
+
+
+def _is_image(suffix: str) -> bool:
+    """Tell whether a member is an image: jpg, 0.jpg, left.jpg, jpg.0."""
+    return "." + re.sub(r"\.\d+$", "", suffix).rpartition(".")[2] in IMAGE_SUFFIXES
+
+
+def _natural_order(name: str) -> list:
+    """Sort key by which a 10 comes after a 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,109 @@
+"""Files and folders on disk, so that a kill at any moment loses nothing that was saved.
+
+A file or folder is written under a temporary name, flushed to the disk and renamed; what has its final name is whole.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """Yield a temporary folder to fill; it becomes `path` when all is well and is removed when not.
+
+    Raises OSError that names `path` when the disk is full or cannot be written.
+    """
+    temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        restore(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in (*temporary.iterdir(), temporary):
+            flush(file)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        flush(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(path: Path):
+    """Put back the folder that `new_folder` was replacing when it was killed between its two renames."""
+    replaced = path.with_name(f".{path.name}.old")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+
+
+@contextlib.contextmanager
+def lock(folder: Path):
+    """Make a folder, if need be, and keep it to this process; a new one that stays empty is removed again.
+
+    Raises ValueError while another process has the folder (a killed one has let go), and where it cannot be made.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder: {error}") from error
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}: wait for it, or use another folder") from None
+        yield folder
+    finally:
+        os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def write_file(path: Path, data: str | bytes):
+    """Write a file under a temporary name, flush it and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        flush(temporary)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file. Raises ValueError that names the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def flush(path: Path):
+    """Ask the system to put a file or a folder on the disk now; some shared file systems can do so for files alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""README.md of an exported model: what it is, how it was trained, what it scores."""
+
+import json
+from pathlib import Path
+
+from nanovlm.files import read_json
+from nanovlm.hub.families import find_family
+from nanovlm.model.vlm import VLM
+
+
+def model_card(name: str, model: VLM, run: Path | None) -> str:
+    """Return README.md: what the model is and, of a run directory, how it was trained and what it scores."""
+    config = model.config
+    sees = config.vision is not None
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{describe(model)[0].upper()}{describe(model)[1:]}, written by nanovlm.",
+        "",
+        "```python",
+        f"from transformers import {auto}, {'AutoProcessor' if sees else 'AutoTokenizer'}",
+        "",
+        f'model = {auto}.from_pretrained("{name}")',
+        f'{"processor = AutoProcessor" if sees else "tokenizer = AutoTokenizer"}.from_pretrained("{name}")',
+        "```",
+    ]
+    if run is not None:
+        lines += ["", *_describe_run(run)]
+    return "\n".join(lines) + "\n"
+
+
+def _describe_run(run):
+    """Say what config.json, metrics.jsonl and eval.json of a run directory hold."""
+    config = read_json(run / "config.json")
+    last = json.loads(((run / "metrics.jsonl").read_text().splitlines() or ["{}"])[-1])
+    results = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
+    where = results.get("environment", {})
+    facts = {
+        "data": ", ".join(config.get("data", {}).get("sources", [])),
+        "steps": last.get("step"),
+        "tokens": last.get("tokens"),
+        "samples": last.get("samples"),
+        "loss of the last step": f"{last['loss']:.4f}" if "loss" in last else None,
+        "seed": config.get("seed"),
+        "commit": config.get("commit"),
+        "trained on": where.get("device"),
+        "precision": where.get("precision"),
+        "seconds": results.get("train_seconds"),
+        "date": where.get("date"),
+    }
+    yield from ("## Training", "", "| | |", "|---|---|")
+    for fact, value in facts.items():
+        if value not in (None, ""):
+            yield f"| {fact} | {value:,} |" if type(value) is int else f"| {fact} | {value} |"
+    scores = {split: result for split, result in results.items() if isinstance(result, dict) and "kinds" in result}
+    if scores:
+        yield from ("", "## Scores", "", "Exact answers in percent.", "")
+        kinds = list(dict.fromkeys(kind for result in scores.values() for kind in result["kinds"]))
+        yield f"| split | mean | {' | '.join(kinds)} |"
+        yield "|---" * (len(kinds) + 2) + "|"
+        for split, result in scores.items():
+            cells = [f"{100 * result['kinds'][k]['accuracy']:.1f}" if k in result["kinds"] else "" for k in kinds]
+            yield f"| {split} | {100 * result['mean']:.1f} | {' | '.join(cells)} |"
+
+
+def describe(model: VLM) -> str:
+    """Say in a few words what a model is."""
+    size, config = sum(p.numel() for p in model.parameters()), model.config
+    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    family = find_family(config.decoder)
+    if config.vision is None:
+        return f"a {family} of {size / 1e6:.2f} M parameters in {dtype}"
+    return (
+        f"an Idefics3 with a {family} decoder, {size / 1e6:.2f} M parameters in {dtype}, tiles of "
+        f"{config.vision.image_size} pixels and {config.num_image_tokens} tokens"
+    )

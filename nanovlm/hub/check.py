@@ -1,0 +1,147 @@
+"""An exported folder -> what equals the model that it was made of, and what other programs may read differently."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nanovlm.data.chat import Processor
+from nanovlm.data.images import marker_tokens
+from nanovlm.data.tokenizer import SPECIAL_TOKENS
+from nanovlm.hub.families import IMAGE, find_family
+from nanovlm.hub.read import load
+from nanovlm.model.vlm import VLM
+from nanovlm.tensor_files import merge_numbers
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+def check(folder: Path, model: VLM):
+    """Read an exported folder, say what was compared, and name the traps that other programs have for it.
+
+    Raises ValueError where a tensor differs from the model's by a bit, or transformers computes something else.
+    """
+    written, _ = load(folder)
+    tensors, expected = written.state_dict(), model.state_dict()
+    different = [
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in expected or name not in tensors or not _same_bits(expected[name], tensors[name])
+    ]
+    if different:
+        raise ValueError(f"{folder} differs from the model in {', '.join(merge_numbers(different))}")
+    print(f"{len(tensors)} tensors are equal bit for bit")
+    del written, tensors
+    ours, processor = load(folder, dtype=torch.float32)
+    for trap in find_traps(processor):
+        print(f"note: {trap}")
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: nothing was compared with it")
+        return
+    for line in compare_with_transformers(folder, ours, processor):
+        print(line)
+
+
+def find_traps(processor: Processor) -> list[str]:
+    """Name what other programs may read differently; what would be wrong everywhere is refused or written right."""
+    config, tokenizer = processor.config, processor.tokenizer
+    d, traps = config.decoder, []
+    if d.head_dim not in VLLM_CPU_HEAD_SIZES:
+        known = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+        traps.append(f"vLLM on a CPU has no attention for decoder.head_dim = {d.head_dim}; it has {known}")
+    if [tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS):
+        traps.append(
+            "llama.cpp's converter knows tokenizers by a hash, and not one made here: name its pre-tokenizer, smollm"
+        )
+    if config.vision is None:
+        return traps
+    if (family := find_family(d)) != "llama":
+        traps.append(
+            f"the decoder is a {family}: vLLM (but for --model-impl transformers) and mlx-vlm read an Idefics3 with a "
+            "llama only, llama.cpp another one when its decoder is converted as a model of its own"
+        )
+    if len(tokenizer.encode("\n\n", add_special_tokens=False).ids) != 1:
+        traps.append('llama.cpp looks up the token "\\n\\n", which the tokenizer does not have')
+    if config.tiling.longest_edge <= config.vision.image_size:
+        traps.append(
+            f"tiling.longest_edge = {config.tiling.longest_edge} makes every image one tile of vision.image_size = "
+            f"{config.vision.image_size}: llama.cpp shows it twice, as a grid of one tile and as a whole"
+        )
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    plain = [token for token in marker_tokens(config) if token not in added]
+    if plain:
+        traps.append(f"the tokenizer has no tokens for {', '.join(plain)}: they are several tokens of plain text")
+    if _depends_on_content_type(processor):
+        traps.append("the chat template writes another text beside an image than beside the marker that llama.cpp sets")
+    return traps
+
+
+def _depends_on_content_type(processor):
+    """Whether the template's text differs between an image part and a text part that holds the image token."""
+    texts = set()
+    for first in ({"type": "image"}, {"type": "text", "text": IMAGE}):
+        messages = [{"role": "user", "content": [first, {"type": "text", "text": "?"}]}]
+        tokens = {
+            f"{name}_token": processor.tokenizer.id_to_token(i)
+            for name, i in (("bos", processor.config.bos_token_id), ("eos", processor.config.eos_token_id))
+            if i is not None
+        }
+        texts.add(processor.template.render(messages=messages, add_generation_prompt=True, **tokens))
+    return len(texts) > 1
+
+
+@torch.no_grad()
+def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> list[str]:
+    """Ask transformers and our model, both in fp32, the same; return what was compared and how far they differ.
+
+    Raises ValueError where tensors are missing, token ids differ, or logits by more than 1e-4 of the largest.
+    """
+    import transformers
+
+    sees = ours.config.vision is not None
+    auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    theirs, loading = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if wrong := {kind: sorted(keys) for kind, keys in loading.items() if keys}:
+        raise ValueError(f"transformers does not find its tensors in {folder}: {wrong}")
+    their_processor = (transformers.AutoProcessor if sees else transformers.AutoTokenizer).from_pretrained(folder)
+    lines = []
+    for width, height in ((128, 80), (60, 60), (40, 100)) if sees else ((0, 0),):
+        image = _gradient(width, height) if sees else None
+        content = [{"type": "image", "image": image}] if sees else []
+        question = {"type": "text", "text": "What is in this image, 1 or 2 things?"}
+        batch = processor([{"role": "user", "content": [question]}], [image] if sees else [])
+        if their_processor.chat_template is None:
+            inputs = their_processor(question["text"], add_special_tokens=False, return_tensors="pt")
+        else:
+            messages = [{"role": "user", "content": [*content, question] if sees else question["text"]}]
+            inputs = their_processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        what = f"an image of {width} x {height}" if sees else "a question"
+        if inputs["input_ids"].tolist() != batch.input_ids.tolist():
+            raise ValueError(
+                f"transformers gives {what} the tokens {inputs['input_ids'].tolist()[0]}, not "
+                f"{batch.input_ids.tolist()[0]}"
+            )
+        ours_logits, their_logits = ours.logits(batch), theirs(**inputs).logits
+        difference = (ours_logits - their_logits).abs().max() / their_logits.abs().max()
+        line = f"{what}: {batch.input_ids.shape[1]} equal tokens, "
+        if sees:
+            pixels = (inputs["pixel_values"].flatten(0, 1) - batch.pixel_values).abs().max()
+            line += f"{len(batch.pixel_values)} tiles whose pixels differ by at most {pixels:.1e}, "
+        lines.append(line + f"logits that differ from transformers' by at most {difference:.1e} of the largest")
+        if not difference <= 1e-4:
+            raise ValueError(lines[-1])
+    return lines
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _gradient(width, height):
+    """An image whose every pixel is different."""
+    row, col = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return Image.fromarray(torch.stack((2 * row, col, row + col), -1).clamp(0, 255).to(torch.uint8).numpy())

@@ -1,0 +1,271 @@
+"""config.json and what lies beside it in a folder of the hub -> our configs."""
+
+import dataclasses
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from nanovlm.config import (
+    DecoderConfig,
+    MoEConfig,
+    ProjectorConfig,
+    RopeScalingConfig,
+    TilingConfig,
+    VisionConfig,
+    VLMConfig,
+    from_dict,
+    pick,
+)
+from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.files import read_json
+from nanovlm.hub.families import (
+    DECODER_FIELDS,
+    DECODERS,
+    FIXED,
+    FIXED_VISION,
+    IDEFICS3_BAD_GRIDS,
+    IDEFICS3_TYPES,
+    IDEFICS3_VISION_DEFAULTS,
+    ROPE_FIELDS,
+    SIGLIP_DEFAULTS,
+    SIGLIP_TYPES,
+    VISION_FIELDS,
+)
+
+
+def read_siglip(folder: Path) -> VisionConfig:
+    """Read the config of a SigLIP encoder, alone or with its text tower."""
+    path = folder / "config.json"
+    data = read_json(path)
+    if data.get("model_type") not in SIGLIP_TYPES:
+        kind = data.get("model_type")
+        raise ValueError(f"{path}: model_type = {kind!r} is no image encoder that we have; there is siglip")
+    return read_vision(data.get("vision_config", data), SIGLIP_DEFAULTS, path)
+
+
+def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
+    """Read the config of a language model or of a whole VLM. Special tokens are those of the tokenizer's files.
+
+    Without a tokenizer it is for weights alone: a VLM's image settings may be missing.
+    Raises ValueError that names the file and the field.
+    """
+    path = folder / "config.json"
+    data = read_json(path)
+    check_kind(data, path)
+    if data["model_type"] in IDEFICS3_TYPES:
+        text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise ValueError(f"{path}: text_config and vision_config must be JSON objects")
+        text = {"model_type": "llama"} | text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
+        vision = read_vision(vision, IDEFICS3_VISION_DEFAULTS, path)
+        if vision.patch_size > 0 and vision.grid_size in IDEFICS3_BAD_GRIDS:
+            raise ValueError(
+                f"{path}: {vision.grid_size} patches a side are refused, as Idefics3 gives some of their neighbours "
+                "one position"
+            )
+        parts = {
+            "vision": vision,
+            "projector": _build(ProjectorConfig, {"scale_factor": data.get("scale_factor", 2)}, path),
+            "tiling": read_tiling(folder, vision, is_needed=tokenizer is not None),
+        }
+        image = data.get("image_token_id", 128257)
+    else:
+        text, parts, image = data, {"vision": None}, None
+    decoder = read_decoder(text, path)
+    tokens = _build(VLMConfig, {"image_token_id": image} | read_special_tokens(folder, text, tokenizer), path)
+    try:
+        return dataclasses.replace(tokens, decoder=decoder, **parts).validate()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
+    """Read the config of a SigLIP encoder, as Idefics3 has it too."""
+    check_fixed(data, FIXED_VISION, path)
+    data = defaults | data
+    return _build(VisionConfig, {field: data[field] for field in VISION_FIELDS}, path)
+
+
+def read_decoder(data: dict, path: Path) -> DecoderConfig:
+    """Read the config of a language model."""
+    family = pick(DECODERS, str(data.get("model_type")), f"{path}: model_type")
+    check_fixed(data, FIXED, path)
+    if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
+        raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
+    if data.get("model_type") == "mixtral" and data.get("sliding_window") is not None:
+        raise ValueError(f"{path}: sliding_window = {data['sliding_window']} is not supported; it must be null")
+    if "num_experts" in family.defaults and "num_local_experts" in data:  # two names of one field
+        data = {"num_experts": data["num_local_experts"]} | data
+    derived = ("head_dim", "num_key_value_heads")  # null stands for the value that follows from others
+    data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
+    fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
+    config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
+    theta, scaling = read_rope(data, path)
+    return dataclasses.replace(
+        config,
+        head_dim=fields.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
+        num_key_value_heads=fields.get("num_key_value_heads", config.num_attention_heads),
+        qkv_bias=family.qkv_bias or config.o_bias,
+        qk_norm=family.qk_norm,
+        moe=_build(MoEConfig, {ours: data[theirs] for theirs, ours in family.moe.items()}, path)
+        if family.moe
+        else None,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),
+    )
+
+
+def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
+    """Read which layers of SmolLM3 have no rotary positions: those whose entry in no_rope_layers is 0."""
+    if not (interval := data.get("no_rope_layer_interval")):
+        return ()
+    has_rope = data.get("no_rope_layers", [(i + 1) % interval for i in range(num_layers)])
+    if not isinstance(has_rope, list) or len(has_rope) < num_layers:
+        raise ValueError(f"{path}: no_rope_layers = {has_rope!r} must have an entry for each of {num_layers} layers")
+    return tuple(i for i in range(num_layers) if not has_rope[i])
+
+
+def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
+    """Read the base and the scaling of rotary positions, as older and newer configs write them."""
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
+    theta = {"rope_theta": rope.get("rope_theta", data["rope_theta"])}
+    kind = str(rope.get("rope_type", rope.get("type", "default"))).replace("default", "none")
+    if kind not in ROPE_FIELDS:
+        reason = ": it would change a document with the length of its neighbours" if kind == "dynamic" else ""
+        known = ", ".join(key for key in ROPE_FIELDS if key != "none")
+        raise ValueError(f"{path}: rope_type = {kind!r} is not supported{reason}; there are {known}")
+    known = {"rope_theta", "rope_type", "type", *ROPE_FIELDS[kind]}
+    harmless = {"partial_rotary_factor": 1.0, "truncate": True} | ({"mscale": 1.0} if kind == "none" else {})
+    for field, value in rope.items():
+        if field not in known and value is not None and value != harmless.get(field):
+            raise ValueError(f"{path}: {field} = {value!r} of rope_type {kind!r} is not supported")
+    values = {field: rope[field] for field in ROPE_FIELDS[kind] if rope.get(field) is not None}
+    if "original_max_position_embeddings" in ROPE_FIELDS[kind]:
+        values.setdefault("original_max_position_embeddings", data["max_position_embeddings"])
+    if kind != "none" and "factor" not in values:
+        raise ValueError(f"{path}: rope_type {kind!r} has no factor")
+    scaling = _build(RopeScalingConfig, {"type": kind} | values, path)
+    return _build(DecoderConfig, theta, path).rope_theta, scaling
+
+
+def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingConfig:
+    """Read the image settings of Idefics3; without any, where images are not needed, those that cut nothing."""
+    settings = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer, and goes first
+        data = read_json(folder / name) if (folder / name).is_file() else {}
+        if found := data if name.startswith("pre") else data.get("image_processor"):
+            settings, path = found, folder / name
+    if not settings and is_needed:
+        raise ValueError(f"{folder} has no preprocessor_config.json, nor image settings in a processor_config.json")
+    if not settings:
+        return TilingConfig(policy="idefics3", longest_edge=vision.image_size)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: image_processor must be a JSON object, got {settings!r}")
+    settings = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}} | settings
+    expected = {
+        "max_image_size": {"longest_edge": vision.image_size},
+        "do_image_splitting": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 1,
+    }
+    for field, value in expected.items():
+        if settings.get(field, value) != value:
+            raise ValueError(f"{path}: {field} = {settings[field]} is not supported; it must be {value}")
+    size = settings["size"]
+    if not isinstance(size, dict) or size.keys() != {"longest_edge"}:
+        raise ValueError(f"{path}: size = {size} is not supported; it must have longest_edge and nothing else")
+    return _build(TilingConfig, {"policy": "idefics3"} | size, path)
+
+
+def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Return the ids of padding, end of turn and begin, from the tokenizer's settings, else from the config.
+
+    The end of turn is the token of those at which generation stops that the chat template writes. Without a padding
+    token it pads too.
+    """
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+
+    def from_tokenizer(name):
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {name}_token = {token!r} must be a text")
+        return None if token is None or tokenizer is None else tokenizer.token_to_id(token)
+
+    def from_config(name):
+        ids = [source.get(f"{name}_token_id") for source in (generation, data)]
+        ids = [i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+        if wrong := [i for i in ids if type(i) is not int]:
+            raise ValueError(f"{folder}: {name}_token_id = {wrong[0]!r} must be a number")
+        return [i for i in ids if i >= 0]  # some configs say -1 for none
+
+    ends = [i for i in (from_tokenizer("eos"), *from_config("eos")) if i is not None]
+    if tokenizer is not None:
+        ends += [i for i in (tokenizer.token_to_id("<end_of_utterance>"),) if i is not None]
+        template = read_template(folder)
+        ends = [i for i in ends if (tokenizer.id_to_token(i) or "\0") in template] or ends
+    if not ends:
+        raise ValueError(f"{folder}: neither the tokenizer nor the config says which token ends a turn (eos_token)")
+    pads = [i for i in (from_tokenizer("pad"), *from_config("pad")) if i is not None]
+    begins = [i for i in (from_tokenizer("bos"), *from_config("bos")) if i is not None]
+    stops = generation.get("eos_token_id")
+    stops = [i for i in (stops if isinstance(stops, list) else []) if i != ends[0]]
+    return {
+        "pad_token_id": (pads or ends)[0],
+        "eos_token_id": ends[0],
+        "stop_token_ids": tuple(dict.fromkeys(stops)),
+        "bos_token_id": (begins or [None])[0],
+    }
+
+
+def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
+    """Return the chat template, wherever it is.
+
+    A base model gets one that goes on with the text, after what its tokenizer puts before every text.
+    """
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".jinja":
+            return path.read_text(encoding="utf-8")
+        template = read_json(path).get("chat_template")
+        if isinstance(template, list):
+            entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = entries[-1].get("template") if entries else None
+        if template and not isinstance(template, str):
+            raise ValueError(f"{path}: chat_template = {template!r} must be a text")
+        if template:
+            return template
+    encoding = tokenizer and tokenizer.encode("a")
+    begin = encoding.tokens[: encoding.special_tokens_mask.index(0)] if encoding else []
+    return "".join(begin) + COMPLETION_TEMPLATE
+
+
+def _build(cls, data, path):
+    """Make a config of ours. Raises ValueError that names the file, and a field whose value is of another type."""
+    try:
+        return from_dict(cls, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_kind(data, path):
+    known = [*IDEFICS3_TYPES, *DECODERS]
+    if (kind := data.get("model_type")) not in known:
+        raise ValueError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
+
+
+def check_fixed(data, fixed, path):
+    for field, value in fixed.items():
+        if data.get(field) not in (None, value):
+            raise ValueError(f"{path}: {field} = {data[field]!r} is not supported; it must be {value!r}")

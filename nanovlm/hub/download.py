@@ -1,0 +1,76 @@
+"""The name of a model -> a folder with its files, downloaded where it is a repository of the hub."""
+
+import re
+from pathlib import Path
+
+from nanovlm.files import read_json, restore
+
+# What is downloaded of a repository.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+)
+TOKENIZER_FILES = tuple(name for name in FILES if "safetensors" not in name)
+
+
+def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
+    """Return a folder: the one of this name, or the downloaded files of a repository `owner/name[@revision]`."""
+    restore(Path(name).resolve())
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = str(name).partition("@")
+    nowhere = f"there is no model folder {name}, and no repository on the hub can have that name"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(nowhere)
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{repository} is gated: accept its terms on the hub, then log in with hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"there is no folder and no public repository {repository}; for a private one log in with hf auth login"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{repository} has no revision {revision}") from error
+    except errors.HFValidationError as error:
+        raise ValueError(nowhere) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"there is no folder {name}, and the hub cannot be reached for a repository of that name: check the "
+            f"network, or give a folder that holds its files ({reason})"
+        ) from error
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """List the safetensors files of a folder. Raises ValueError that names what is missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise ValueError(
+            f"{folder} has no model.safetensors and no model.safetensors.index.json"
+            + (f"; {', '.join(others)} could run any code when read: convert it to safetensors" if others else "")
+        )
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} has no weight_map from tensors to files") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+    return [folder / name for name in names]

@@ -1,0 +1,258 @@
+"""Model -> folder in a layout of the hub, which transformers and llama.cpp read (docs/hub.md has what was tried).
+
+```
+run or model folder --load--> model, processor --check_exportable--> files under a temporary name --> OUT_DIR
+```
+
+A vision-language model becomes an Idefics3, a language model one of the family that has its features. All files are
+written by hand; fields that older and newer readers name differently are written in both ways. `transformers` is
+needed by `check` alone, and only where it is installed.
+
+    python -m nanovlm.hub.export runs/demo OUT_DIR --check
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from safetensors.torch import save_file
+
+from nanovlm import cli
+from nanovlm.config import RopeScalingConfig, VLMConfig
+from nanovlm.data.chat import Processor
+from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.files import new_folder
+from nanovlm.hub import families, weights
+from nanovlm.hub.card import describe, model_card
+from nanovlm.hub.check import check
+from nanovlm.hub.families import IDEFICS3_TOKENS, IMAGE, find_family
+from nanovlm.hub.read import load
+from nanovlm.infer.sampling import find_stops
+from nanovlm.model.vlm import VLM
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model in the layout of the hub: Idefics3, or for a language model that of its family."""
+
+    # Run directory, model folder, or repository of the hub.
+    source: tyro.conf.Positional[str]
+    # Folder to write; new or empty.
+    out: tyro.conf.Positional[Path]
+    # Read it again: compare all tensors, name the traps of other readers, compare with transformers where installed.
+    check: bool = False
+    # Precision of the weights; auto keeps that of the source.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # Size of the largest file of weights, in GB; a larger model becomes several files.
+    shard_size: float = 5.0
+
+
+def main(args: list[str] | None = None):
+    """Run the command line. Raises ValueError with one sentence for anything wrong with the input."""
+    config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export")
+    model = export(config.source, config.out, config.dtype, int(config.shard_size * 1e9))
+    print(f"wrote {config.out}: {describe(model)}")
+    if config.check:
+        check(config.out, model)
+
+
+def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes: int = 5_000_000_000) -> VLM:
+    """Write the model of a run directory, a model folder or a repository to the folder `out`; return it.
+
+    Raises ValueError, before anything is written, where `out` holds something and where the layout cannot hold the
+    model.
+    """
+    source, out = Path(source), Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: name a new one")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
+    folder = source / "model" if (source / "model" / "config.json").is_file() else source
+    model, processor = load(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    check_exportable(processor)
+    run = folder.resolve().parent if (folder.resolve().parent / "metrics.jsonl").is_file() else None
+    with new_folder(out) as temporary:
+        for name, content in make_files(model, processor).items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(out.name, model, run), encoding="utf-8")
+        processor.tokenizer.save(str(temporary / "tokenizer.json"))
+        write_weights(temporary, model, shard_bytes)
+    return model
+
+
+def check_exportable(processor: Processor):
+    """Raise ValueError that names the field that no layout can hold."""
+    config, tokenizer = processor.config, processor.tokenizer
+    if config.quantization is not None:
+        raise ValueError(
+            f"quantization.format = {config.quantization.format!r} cannot be exported: no other program reads it; "
+            "export the model that it was made of"
+        )
+    find_family(config.decoder)
+    if config.vision is None:
+        return
+    if config.tiling.policy != "idefics3":
+        raise ValueError(
+            f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "
+            "train with tiling.policy = idefics3"
+        )
+    if config.vision.grid_size in families.IDEFICS3_BAD_GRIDS:
+        raise ValueError(
+            f"vision.image_size / vision.patch_size = {config.vision.grid_size} cannot be exported: Idefics3 gives "
+            "some of so many patches a side one position"
+        )
+    added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+    missing = [token for token in IDEFICS3_TOKENS if token not in added]
+    if missing or added[IMAGE] != config.image_token_id:
+        raise ValueError(
+            f"the tokenizer cannot be exported: it needs the special tokens {', '.join(IDEFICS3_TOKENS)}, "
+            + (f"but lacks {', '.join(missing)}" if missing else f"but image_token_id = {config.image_token_id}")
+        )
+
+
+def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
+    """Return all files but weights, tokenizer and model card: JSON objects and texts by name."""
+    config, tokenizer = model.config, processor.tokenizer
+    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    tokens = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
+    never = sorted({config.pad_token_id, config.image_token_id} - {*find_stops(config), None})
+    template = {} if processor.chat_template == COMPLETION_TEMPLATE else {"chat_template": processor.chat_template}
+    files = {
+        "generation_config.json": {f"{name}_token_id": i for name, i in tokens.items()}
+        | ({"eos_token_id": find_stops(config)} if config.stop_token_ids else {})
+        # Padding and image tokens are never part of an answer, as in sampling.py.
+        | ({"suppress_tokens": never} if never else {}),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{f"{name}_token": tokenizer.id_to_token(i) for name, i in tokens.items() if i is not None},
+            "model_max_length": config.decoder.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+            **template,
+        },
+    }
+    if template:
+        files["chat_template.jinja"] = processor.chat_template
+    if config.vision is None:
+        files["config.json"] = make_text_config(config, dtype)
+        return files
+    files["config.json"] = make_idefics3_config(config, dtype)
+    files["tokenizer_config.json"] |= {
+        "processor_class": "Idefics3Processor",
+        "additional_special_tokens": list(IDEFICS3_TOKENS),
+    }
+    files["processor_config.json"] = {
+        "processor_class": "Idefics3Processor",
+        "image_seq_len": config.num_image_tokens,
+    }
+    files["preprocessor_config.json"] = {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "processor_class": "Idefics3Processor",
+        "do_convert_rgb": True,
+        "do_image_splitting": True,
+        "do_resize": True,
+        "size": {"longest_edge": config.tiling.longest_edge},
+        "max_image_size": {"longest_edge": config.vision.image_size},
+        "resample": 1,  # Lanczos
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        # With [0, 1] pixels a black tile would be all zeros, which Idefics3 takes for padding and drops.
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "do_pad": True,
+    }
+    return files
+
+
+def make_idefics3_config(config: VLMConfig, dtype: str) -> dict:
+    """Return the config.json of a vision-language model."""
+    return {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "model_type": "idefics3",
+        "image_token_id": config.image_token_id,
+        "pad_token_id": config.pad_token_id,
+        "scale_factor": config.projector.scale_factor,
+        "tie_word_embeddings": config.decoder.tie_word_embeddings,
+        "vision_config": {
+            "model_type": "idefics3_vision",
+            **{field: getattr(config.vision, field) for field in families.VISION_FIELDS},
+            **families.FIXED_VISION,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        },
+        "text_config": make_text_config(config, dtype),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def make_text_config(config: VLMConfig, dtype: str) -> dict:
+    """Return the config.json of a language model."""
+    d = config.decoder
+    family = find_family(d)
+    fields = {field: getattr(d, field) for field in families.DECODER_FIELDS}
+    if family not in ("llama", "qwen3") and d.head_dim * d.num_attention_heads == d.hidden_size:
+        del fields["head_dim"]  # which those families leave out
+    if family not in ("qwen2", "mixtral"):
+        fields["attention_bias"] = d.qkv_bias
+    if d.moe is not None:
+        fields |= {theirs: getattr(d.moe, ours) for theirs, ours in families.DECODERS[family].moe.items()}
+    if family == "smollm3":
+        fields["no_rope_layers"] = [int(i not in d.layers_without_rope) for i in range(d.num_hidden_layers)]
+    default = RopeScalingConfig()
+    scaling = {
+        field: getattr(d.rope_scaling, field)
+        for field in families.ROPE_FIELDS[d.rope_scaling.type]
+        if d.rope_scaling.type != "yarn"
+        or field in ("factor", "original_max_position_embeddings")
+        or getattr(d.rope_scaling, field) != getattr(default, field)
+    }
+    kind = {"rope_type": d.rope_scaling.type.replace("none", "default")}
+    return {
+        "architectures": [families.DECODERS[family].architecture],  # llama.cpp needs it in a text_config too
+        "model_type": family,
+        **fields,
+        "hidden_act": "silu",
+        # The newer fields, then the older ones, without which mlx-vlm takes a base of a million.
+        "rope_parameters": {**kind, "rope_theta": d.rope_theta, **scaling},
+        "rope_theta": d.rope_theta,
+        "rope_scaling": {**kind, **scaling} if scaling else None,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def write_weights(folder: Path, model: VLM, shard_bytes: int):
+    """Write model.safetensors, or several files of at most `shard_bytes` (but one tensor at least) and their index."""
+    names = families.find_names(find_family(model.config.decoder), model.config.vision is not None)
+    tensors = weights.destinations(model, names)
+    sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
+    shards, free = [], 0
+    for name, size in sizes.items():
+        if size > free or not shards:
+            shards.append([])
+            free = shard_bytes
+        shards[-1].append(name)
+        free -= size
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+    if len(shards) == 1:
+        files = {"model.safetensors": shards[0]}
+    else:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for file, shard in files.items():
+        whole = {name: tensors[name][0] if len(tensors[name]) == 1 else torch.cat(tensors[name]) for name in shard}
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / file, {"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,259 @@
+"""What layouts of the hub look like: name tables and the fields of configs, for import and export alike.
+
+A name table maps prefixes of their tensor names to ours, or to several of ours whose rows follow one another; what
+follows a prefix is the same on both sides, and nothing is permuted. `{}` is a number.
+"""
+
+import re
+from typing import NamedTuple
+
+from nanovlm.config import DecoderConfig
+from nanovlm.data.images import FAKE
+
+SIGLIP_NAMES = {
+    "embeddings.": "vision.",
+    "encoder.layers.": "vision.layers.",
+    "post_layernorm.": "vision.post_layernorm.",
+}
+LLAMA_NAMES = {"model.": "decoder.", "lm_head.": "decoder.lm_head."}
+HEAD = "lm_head.weight"
+# The mixtures, in addition: an expert's matrix is a slice of ours, so that their names have a number more.
+MIXTRAL_NAMES = {
+    "model.layers.{}.block_sparse_moe.gate.": "decoder.layers.{}.mlp.router.",
+    "model.layers.{}.block_sparse_moe.experts.{}.w1.weight": "decoder.layers.{}.mlp.gate_proj",
+    "model.layers.{}.block_sparse_moe.experts.{}.w3.weight": "decoder.layers.{}.mlp.up_proj",
+    "model.layers.{}.block_sparse_moe.experts.{}.w2.weight": "decoder.layers.{}.mlp.down_proj",
+}
+QWEN_MOE_NAMES = {
+    "model.layers.{}.mlp.gate.": "decoder.layers.{}.mlp.router.",
+    **{
+        f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight": f"decoder.layers.{{}}.mlp.{x}_proj"
+        for x in ("gate", "up", "down")
+    },
+}
+IDEFICS3_NAMES = {
+    **{f"model.vision_model.{theirs}": ours for theirs, ours in SIGLIP_NAMES.items()},
+    "model.connector.modality_projection.": "projector.",
+}
+
+VISION_FIELDS = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_norm_eps",
+)
+DECODER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+ROPE_FIELDS = {  # those of RopeScalingConfig that each type has
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+}
+# What our modules compute; a config that says otherwise is refused.
+FIXED = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "attention_multiplier": 1.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "clip_qkv": None,
+}
+FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+SIGLIP_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-6,
+}
+IDEFICS3_VISION_DEFAULTS = SIGLIP_DEFAULTS | {"patch_size": 32, "hidden_size": 1152, "num_attention_heads": 16}
+# Grids of up to 128 patches a side at which Idefics3 gives some neighbours the same position, as it rounds fractions.
+# fmt: off
+IDEFICS3_BAD_GRIDS = (
+    19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62, 67, 68, 71, 72, 73, 74, 76, 77, 80, 82, 83, 84,
+    86, 87, 93, 94, 97, 98, 99, 100, 101, 103, 107, 108, 109, 110, 111, 113, 115, 116, 118, 121, 122, 123, 124, 127,
+)
+# fmt: on
+
+
+class Family(NamedTuple):
+    """A kind of language model: its class, the values that its config.json may leave out, and what it has."""
+
+    architecture: str
+    defaults: dict
+    qkv_bias: bool = False
+    qk_norm: str = "none"
+    # Of a mixture: names of its tensors, and its fields for fields of MoEConfig.
+    names: dict | None = None
+    moe: dict | None = None
+
+
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+QWEN_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+SMOLLM3_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 2000000.0,
+    "tie_word_embeddings": True,
+    "no_rope_layer_interval": 4,
+}
+MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+}
+QWEN3_MOE_DEFAULTS = QWEN_DEFAULTS | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+}
+OLMOE_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.01,
+}
+# Their fields of a mixture -> those of MoEConfig.
+MIXTRAL_FIELDS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "intermediate_size": "intermediate_size",
+    "router_aux_loss_coef": "balance_weight",
+    "router_jitter_noise": "jitter",
+}
+QWEN3_MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "intermediate_size",
+    "router_aux_loss_coef": "balance_weight",
+    "norm_topk_prob": "norm_topk_prob",
+}
+OLMOE_FIELDS = {theirs.removeprefix("moe_"): ours for theirs, ours in QWEN3_MOE_FIELDS.items()}
+DECODERS = {
+    "llama": Family("LlamaForCausalLM", LLAMA_DEFAULTS),
+    "smollm3": Family("SmolLM3ForCausalLM", SMOLLM3_DEFAULTS),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN_DEFAULTS, qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", QWEN_DEFAULTS | {"head_dim": 128}, qk_norm="head"),
+    "mixtral": Family("MixtralForCausalLM", MIXTRAL_DEFAULTS, False, "none", MIXTRAL_NAMES, MIXTRAL_FIELDS),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", QWEN3_MOE_DEFAULTS, qk_norm="head", names=QWEN_MOE_NAMES, moe=QWEN3_MOE_FIELDS
+    ),
+    "olmoe": Family("OlmoeForCausalLM", OLMOE_DEFAULTS, False, "all", QWEN_MOE_NAMES, OLMOE_FIELDS),
+}
+IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")
+
+
+def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
+    """Return the name table of a language model of DECODERS, or of an Idefics3 around one."""
+    names = LLAMA_NAMES | (DECODERS[family].names or {})
+    if not has_vision:
+        return names
+    return IDEFICS3_NAMES | {re.sub(r"^model\.", "model.text_model.", theirs): ours for theirs, ours in names.items()}
+
+
+# transformers' Idefics3Processor looks for these, and would add what is missing with ids beyond the vocabulary.
+IMAGE, IDEFICS3_TOKENS = "<image>", (FAKE, "<image>", "<end_of_utterance>")
+
+
+def find_family(decoder: DecoderConfig) -> str:
+    """Return the key of DECODERS whose layout has all that this decoder has.
+
+    Raises ValueError for a combination of features that no family has.
+    """
+    d = decoder
+    if d.layers_without_rope:
+        family = "smollm3"
+    elif d.moe is not None:
+        family = {"none": "mixtral", "head": "qwen3_moe", "all": "olmoe"}[d.qk_norm]
+    elif d.qk_norm != "none":
+        family = "qwen3"
+    else:
+        family = "qwen2" if d.qkv_bias and not d.o_bias else "llama"
+    has_both = bool(d.layers_without_rope) and (d.qk_norm != "none" or d.moe is not None)
+    wrong_bias = (d.qkv_bias != d.o_bias and family != "qwen2") or (d.qkv_bias and family == "mixtral")
+    if has_both or wrong_bias or (d.qk_norm == "all" and family != "olmoe"):
+        raise ValueError(
+            f"no family of language models has decoder.qkv_bias = {d.qkv_bias}, o_bias = {d.o_bias}, qk_norm = "
+            f"{d.qk_norm} and layers_without_rope = {d.layers_without_rope}{' in a mixture' if d.moe else ''}: llama, "
+            "qwen3 (qk_norm = head) and smollm3 (layers_without_rope) have both biases or none, qwen2 the first alone; "
+            "of the mixtures mixtral has no bias, qwen3_moe (qk_norm = head) and olmoe (all) both or none"
+        )
+    if d.moe is not None:
+        expected = {"scores": "softmax", "num_shared_experts": 0, "routed_scaling_factor": 1.0, "capacity_factor": 0.0}
+        expected |= {"norm_topk_prob": True} if family == "mixtral" else {"jitter": 0.0}
+        for field, value in expected.items():
+            if getattr(d.moe, field) != value:
+                raise ValueError(
+                    f"decoder.moe.{field} = {getattr(d.moe, field)} cannot be exported: {family} has {value}"
+                )
+        if d.moe.balance == "bias":
+            raise ValueError(f"decoder.moe.balance = bias cannot be exported: {family} has no bias of experts")
+        if family == "olmoe" and d.moe.intermediate_size != d.intermediate_size:
+            raise ValueError(
+                f"decoder.moe.intermediate_size = {d.moe.intermediate_size} cannot be exported: olmoe has one width, "
+                f"decoder.intermediate_size = {d.intermediate_size}"
+            )
+    if family == "llama" and d.hidden_size % d.num_attention_heads:
+        raise ValueError(
+            f"decoder.num_attention_heads = {d.num_attention_heads} must divide decoder.hidden_size = {d.hidden_size}: "
+            "transformers reads no other Llama"
+        )
+    return family

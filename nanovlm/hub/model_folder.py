@@ -1,0 +1,59 @@
+"""Our own layout of a model on disk.
+
+```
+run_dir/model/            config.json  model.safetensors  tokenizer.json  chat_template.jinja
+```
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nanovlm.config import VLMConfig, from_dict
+from nanovlm.data.chat import Processor
+from nanovlm.files import new_folder, read_json, restore
+from nanovlm.model.build import empty_model
+from nanovlm.model.quantized import is_quantized
+from nanovlm.model.vlm import VLM
+from nanovlm.tensor_files import copy_tensors, file_dtype
+
+
+def save_model(folder: Path, model: VLM, processor: Processor, tensors: dict[str, torch.Tensor] | None = None):
+    """Write a model folder: all that `load` and generate.py need; `tensors` are the model's, if others than it has."""
+    with new_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
+        save_file(model.state_dict() if tensors is None else tensors, temporary / "model.safetensors")
+        processor.save(temporary)
+
+
+def load_folder(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[VLM, Processor]:
+    """Read a model folder; the model is in evaluation mode, in the dtype of its file unless another is given.
+
+    Raises ValueError that names what is missing, unknown, cut off or of another shape.
+    """
+    folder = Path(folder)
+    restore(folder.resolve())
+    if not folder.is_dir():
+        raise ValueError(f"there is no model folder {folder}")
+    if (folder / "model" / "config.json").exists():
+        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+    data = read_json(folder / "config.json")
+    try:
+        config = from_dict(VLMConfig, data).validate()
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    processor = Processor.load(folder, config)
+    file = folder / "model.safetensors"
+    model = empty_model(config, device, dtype or file_dtype([file], is_quantized))
+    load_weights(model, file)
+    return model.eval(), processor
+
+
+def load_weights(model: VLM, path: Path):
+    """Copy a safetensors file into the model; every tensor must be there with its shape, and no other."""
+    copy_tensors({name: [tensor] for name, tensor in model.state_dict().items()}, [path])

@@ -1,0 +1,50 @@
+"""A model -> a folder of the same model with weights in 8 or 4 bits, which loads like any other.
+
+python -m nanovlm.hub.quantize runs/demo/model OUT_DIR --format int4
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from nanovlm import cli
+from nanovlm.config import QuantizationConfig
+from nanovlm.hub.model_folder import save_model
+from nanovlm.hub.read import load
+from nanovlm.model.quantized import quantize
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Write a model folder with weights of few bits, which loads like any other."""
+
+    # Model folder, or whatever else generate.py reads.
+    source: tyro.conf.Positional[str]
+    # Folder to write; new or empty.
+    out: tyro.conf.Positional[Path]
+    # What becomes of which layers.
+    quantization: tyro.conf.OmitArgPrefixes[QuantizationConfig] = field(default_factory=QuantizationConfig)
+    # Precision of all other weights; auto for that of the source.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # Try smaller ranges for every group of weights; without, nearest codes in the whole range.
+    search: bool = True
+
+
+def main():
+    """Run the command line. Raises ValueError with one sentence for anything wrong with the input."""
+    config = tyro.cli(QuantizeConfig, prog="python -m nanovlm.hub.quantize")
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ValueError(f"{config.out} exists and is not an empty folder: name a new one")
+    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    model, processor = load(config.source, dtype=dtype)
+    before = sum(t.nbytes for t in model.state_dict().values())
+    save_model(config.out.resolve(), quantize(model, config.quantization, config.search), processor)
+    after = sum(t.nbytes for t in model.state_dict().values())
+    print(f"wrote {config.out}: {after / 1e6:.1f} MB, before {before / 1e6:.1f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,48 @@
+"""A name -> model and processor, from whatever layout: the one entry point `load`.
+
+```
+owner/name --download--> folder --config.json--> VLMConfig --> model without weights
+                           |--*.safetensors, by the name table ------> its weights, tensor by tensor into place
+                           |--tokenizer, template, image settings ---> Processor
+```
+"""
+
+from pathlib import Path
+
+import torch
+
+from nanovlm.data.chat import Processor
+from nanovlm.data.tokenizer import read_tokenizer
+from nanovlm.files import read_json
+from nanovlm.hub import gguf
+from nanovlm.hub.configs import check_kind, read_config, read_template
+from nanovlm.hub.download import find
+from nanovlm.hub.model_folder import load_folder
+from nanovlm.hub.nanovlm_layout import load_nanovlm
+from nanovlm.hub.weights import load_model
+from nanovlm.model.vlm import VLM
+
+
+def load(
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[VLM, Processor]:
+    """Read a model and its processor; the model is in evaluation mode.
+
+    `name` is a model folder of ours, a folder in a layout of the hub, or a repository there, `owner/name` or
+    `owner/name@revision`; also a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
+    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
+    beyond our modules.
+    """
+    if str(name) == "smollm2" or str(name).endswith(".gguf"):
+        return gguf.load(name, device, dtype)
+    folder = find(name)
+    data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "vit_hidden_dim" in data:
+        return load_nanovlm(folder, device, dtype)
+    if "model_type" not in data:
+        return load_folder(folder, device, dtype)
+    check_kind(data, folder / "config.json")
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    config = read_config(folder, tokenizer)
+    processor = Processor(tokenizer, read_template(folder, tokenizer), config)
+    return load_model(folder, config, device, dtype), processor

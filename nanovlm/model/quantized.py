@@ -1,0 +1,192 @@
+"""Linear layers -> the same layers with weights in 8 or 4 bits (formats and kernels: kernels/dequant_matmul.py).
+
+```
+model --quantize--> decoder's linear layers in codes and scales; encoder, projector, router, experts, norms, embeddings
+                    and head as they were
+```
+
+A weight is rounded to the nearest code. With `search` each group is also tried with its range cut to less, which rounds
+most weights finer and cuts off the largest: of 16 ranges the one with the least squared error is taken.
+"""
+
+import dataclasses
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.dequant_matmul import (
+    NUM_BITS,
+    QuantizedWeight,
+    dequant_matmul,
+    dequant_matmul_ref,
+    dynamic_values,
+    nf4_values,
+    pack,
+    triton,
+)
+from nanovlm.config import QuantizationConfig
+
+# Shares of a group's range that are tried, down to a half, close together near the whole. On normal weights 40 at even
+# distances find errors that differ by less than 1 %.
+CLIPS = [1 - (step / 22) ** 2 for step in range(16)]
+
+
+def quantize(model: nn.Module, config: QuantizationConfig, search: bool = True) -> nn.Module:
+    """Replace the linear layers that the config names, in place, and note the config in the model's own.
+
+    The head and routers are never replaced, nor the experts of a mixture, which are no linear layers but stacks that
+    run grouped. Raises ValueError where the model is quantised already, or no layer has such a name.
+    """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(f"the model is quantised already, to {model.config.quantization.format}")
+    try:
+        pattern = re.compile(config.layers)
+    except re.error as error:
+        raise ValueError(f"quantization.layers = {config.layers!r} is no regular expression: {error}") from error
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and pattern.search(name) and not name.endswith(("lm_head", "router"))
+    }
+    if not layers:
+        raise ValueError(f"quantization.layers = {config.layers!r} is found in the name of no linear layer")
+    for name, linear in layers.items():
+        parent, _, child = name.rpartition(".")
+        try:
+            layer = QuantizedLinear(linear, config, search)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be quantised: {error}") from error
+        setattr(model.get_submodule(parent), child, layer)
+    model.config = dataclasses.replace(model.config, quantization=config)
+    return model
+
+
+class QuantizedLinear(nn.Module):
+    """y = x @ W.T + bias, W in codes; frozen, but differentiable in x."""
+
+    def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
+        super().__init__()
+        w = quantize_weight(linear.weight, config.format, config.group_size, search)
+        self.format, self.shape, self.group = w.format, w.shape, w.group
+        for name in TENSORS:
+            self.register_buffer(name, getattr(w, name))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = QuantizedWeight(self.format, self.shape, self.group, *(getattr(self, name) for name in TENSORS))
+        return (dequant_matmul if x.is_cuda and triton else dequant_matmul_ref)(x, w, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        """Let scales keep their dtype where a model is cast: as integers they only move."""
+        as_bits, buffers = {4: torch.int32, 1: torch.uint8}, {id(t) for t in self.buffers()}
+        return super()._apply(
+            lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse
+        )
+
+
+# What the state of a quantised layer holds in place of a weight.
+TENSORS = ("codes", "scales", "nested_scales", "nested_offset")
+
+
+def is_quantized(name: str) -> bool:
+    """Say whether a tensor of this name belongs to a quantised weight."""
+    return name.endswith(tuple(f".{tensor}" for tensor in TENSORS))
+
+
+# ---- quantise ----
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: bool = True) -> QuantizedWeight:
+    """Weight float[N, K] -> codes and scales; `group_size` is that of int4.
+
+    Without `search` nf4 is what bitsandbytes makes of it. Raises ValueError for weights that are not finite.
+    """
+    if not weight.is_meta and not weight.isfinite().all():
+        raise ValueError("it has weights that are not finite")
+    N, K = weight.shape
+    padded = -(-K // 32) * 32
+    group = {"int8": padded, "nf4": 64}.get(format, group_size)
+    w_NGg = F.pad(weight.float(), (0, -K % group)).view(N, -1, group)
+    codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1])
+    codes = pack(codes.reshape(N, -1)[:, :padded], NUM_BITS[format])
+    return QuantizedWeight(format, (N, K), group, codes, *scales)
+
+
+def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
+    """Codes around 128, a scale for all of [N, 1, K]."""
+
+    def encode(clip):
+        scale = positive(clip * w.abs().amax(-1, keepdim=True) / 127)
+        codes = (w / scale).round().clamp(-127, 127)
+        return codes * scale, codes + 128, scale
+
+    codes, scale = least_error(w, encode, clips)
+    return codes, scale.squeeze(-1)
+
+
+def quantize_int4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
+    """Codes from 0 to 15, a scale in bf16 and the code of 0 for each group of [N, G, group]; 0 stays 0."""
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+
+    def encode(clip):
+        scale = positive((clip * (high - low) / 15).bfloat16().float())
+        zero = (-clip * low / scale).round().clamp(0, 15)
+        codes = ((w / scale).round() + zero).clamp(0, 15)
+        return (codes - zero) * scale, codes, scale, zero
+
+    codes, scale, zero = least_error(w, encode, clips)
+    return codes, scale.squeeze(-1).view(torch.int32) | zero.squeeze(-1).int()
+
+
+def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
+    """Codes of NF4 for [N, G, 64], the absmax in 8 bits around its mean with a scale for 256 of them, and that mean."""
+    values = nf4_values(w.device)
+
+    def nearest(table, x):
+        return torch.bucketize(x, (table[1:] + table[:-1]) / 2, out_int32=True)
+
+    def encode(clip):
+        absmax = clip * w.abs().amax(-1, keepdim=True)
+        codes = nearest(values, (w * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1))
+        return values[codes] * absmax, codes, absmax
+
+    codes, absmax = least_error(w, encode, clips)
+    offset = absmax.mean()
+    flat = (absmax - offset).flatten()
+    blocks = F.pad(flat, (0, -len(flat) % 256)).view(-1, 256)
+    scales = blocks.abs().amax(-1, keepdim=True)
+    table = dynamic_values(w.device)
+    nested = nearest(table, (blocks * (1 / scales.clamp(min=1e-38))).clamp(-1, 1))
+    if len(clips) > 1:  # the absmax has moved by its own rounding: round to what it is now
+        absmax = ((table[nested] * scales).flatten()[: len(flat)] + offset).view_as(absmax)
+        codes = nearest(values, w / positive(absmax))
+    nested = nested.flatten()[: len(flat)].view(absmax.shape[:2]).to(torch.uint8)
+    return codes, nested, scales.flatten(), offset
+
+
+QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4, "nf4": quantize_nf4}
+
+
+def least_error(w: Tensor, encode, clips: list[float]) -> list[Tensor]:
+    """Return what `encode` gives for the clip that is best for each group of w [N, G, group].
+
+    `encode(clip)` returns the values that the codes stand for, [N, G, group], and codes and scales.
+    """
+    best, least = None, None
+    for clip in clips:
+        values, *found = encode(clip)
+        error = (values - w).square().sum(-1, keepdim=True)
+        if best is None:
+            best, least = found, error
+            continue
+        best = [torch.where(error < least, new, old) for new, old in zip(found, best, strict=True)]
+        least = torch.minimum(error, least)
+    return best
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Give groups that are 0 throughout a scale to divide by."""
+    return torch.where(scale > 0, scale, 1)

@@ -1,0 +1,21 @@
+"""Batch -> sum of the losses of its trained tokens, each predicted from the tokens before it."""
+
+from torch import Tensor
+
+from nanovlm.data.types import Batch
+from nanovlm.model.vlm import VLM, Extras
+from nanovlm.objectives.losses import next_token_loss, router_loss
+
+
+def next_token(model: VLM, batch: Batch, extras: Extras | None = None) -> Tensor:
+    """Predict every trained token from the tokens before it; with a mixture of experts, keep its load even."""
+    extras = extras or Extras()
+    hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
+    labels, backend = batch.labels.flatten()[batch.trained], model.config.decoder.cross_entropy
+    loss = next_token_loss(hidden, labels, model.decoder.head_weight, backend=backend)
+    moe = model.config.decoder.moe
+    if moe is not None:
+        balance = len(batch.trained) * router_loss(extras, batch.doc_ids >= 0, moe)
+        extras.router_loss = extras.router_loss + balance.detach()
+        loss = loss + balance
+    return loss

@@ -1,0 +1,156 @@
+"""The numbers of a run -> metrics.jsonl, the progress bar, Weights & Biases."""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanovlm import distributed
+from nanovlm.config import TrainConfig
+from nanovlm.files import write_file
+from nanovlm.train.counting import peak_flops
+
+
+class Log:
+    """The numbers of a run, whose TrainState is `state`; the first rank writes them.
+
+    A GPU's are read one step late, when it has them, so that nobody waits.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, state, device: torch.device, begin: float, wandb):
+        self.config, self.state, self.begin, self.last = config, state, begin, time.perf_counter()
+        self.peak_flops = distributed.num_ranks() * (peak_flops(device) or float("nan"))
+        self.device, self.pending = device, None
+        self.is_first = distributed.rank() == 0
+        self.file = open_metrics(run_dir / "metrics.jsonl", state.step) if self.is_first else None
+        self.wandb = start_wandb(wandb, config, run_dir) if wandb else None
+        self.bar = tqdm(
+            total=config.optim.steps,
+            initial=state.step,
+            unit="step",
+            mininterval=1 if sys.stderr.isatty() else 15,
+            disable=not self.is_first,
+        )
+
+    def add(self, metrics: dict, totals: dict, data_wait_s: float):
+        """Take what `train_step` and `count` returned for a step; on a GPU, write the step before."""
+        self.settle()
+        self.state.tokens += totals["tokens"]
+        self.pending = metrics, totals, data_wait_s, [name for l in self.state.loaders for name in l.batch_names]
+        if self.device.type == "cpu":
+            self.settle()  # it is computed, and the time that it took is the time until now
+
+    def settle(self):
+        """Wait for the last step's numbers and write them.
+
+        Raises ValueError when more steps than `max_skipped_steps` had a loss or gradient that is not finite.
+        """
+        if self.pending is None:
+            return
+        (metrics, totals, data_wait_s, names), self.pending = self.pending, None
+        numbers = {
+            name: x.item() if isinstance(x, torch.Tensor) else x for name, x in metrics.items() if name != "routing"
+        }
+        numbers |= metrics["routing"].summary() if "routing" in metrics else {}
+        if numbers.pop("is_bad"):
+            self.skip(numbers["step"], names)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.state.elapsed_s = now - self.begin
+        numbers |= {
+            "tokens": self.state.tokens,
+            "samples": totals["samples read"],
+            **{
+                name.removeprefix("samples ").replace(" ", "_"): x
+                for name, x in totals.items()
+                if name.startswith("samples ") and name != "samples read"
+            },
+            "padding": 1 - totals["tokens"] / totals["places"],
+            "skipped_steps": self.state.skipped_steps,
+            "tokens_per_second": totals["tokens"] / seconds,
+            "trained_tokens_per_second": totals["trained_tokens"] / seconds,
+            "image_tokens_per_second": totals["image_tokens"] / seconds,
+            "flops_per_second": totals["flops"] / seconds,
+            "data_wait_s": data_wait_s,
+            "elapsed_s": self.state.elapsed_s,
+        }
+        shown = f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:.0f} tokens/s"
+        if self.device.type == "cuda":
+            numbers["mfu"] = totals["flops"] / seconds / self.peak_flops
+            numbers["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            shown += f", MFU {numbers['mfu']:.1%}, {numbers['memory_gb']:.1f} GB"
+        numbers = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in numbers.items()}
+        if self.is_first:
+            self.file.write(json.dumps(numbers, allow_nan=False) + "\n")
+            self.file.flush()
+            self.bar.update()
+            self.bar.set_postfix_str(shown, refresh=False)
+            if self.wandb:
+                self.wandb(numbers)
+
+    def skip(self, step: int, names: list[str]):
+        """Count a step that changed nothing, and say which."""
+        self.state.skipped_steps += 1
+        what = f"step {step}: the loss or a gradient is not finite"
+        if self.state.skipped_steps <= self.config.optim.max_skipped_steps:
+            self.say(f"{what}; the step changes nothing")
+            return
+        names = itertools.chain(*distributed.gather(names))
+        raise ValueError(
+            f"{what}, as in {self.state.skipped_steps - 1} steps before, more than optim.max_skipped_steps = "
+            f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(names)}"
+        )
+
+    def say(self, text: str):
+        """Print a line above the progress bar."""
+        if self.is_first:
+            self.bar.write(text)
+
+    def close(self):
+        """Write the last step, flush the file, and say what was read."""
+        self.settle()
+        self.bar.close()
+        if self.is_first:
+            self.file.close()
+
+
+def open_metrics(path: Path, step: int):
+    """Open metrics.jsonl to append after the line of `step`; what a killed run wrote beyond it goes."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if len(lines) < step:
+        raise ValueError(f"{path} has {len(lines)} lines, but the newest checkpoint is of step {step}")
+    write_file(path, "".join(lines[:step]))
+    return open(path, "a")
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the package wandb: pip install wandb") from None
+    return wandb
+
+
+def start_wandb(wandb, config: TrainConfig, run_dir: Path) -> Callable[[dict], None]:
+    """Start a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function.
+
+    Online, a resumed run goes on in the same W&B run; offline, each start is one of its own.
+    """
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if mode == "offline":
+        run = wandb.init(project="nanovlm", dir=run_dir, config=asdict(config), mode=mode)
+        return lambda metrics: run.log(metrics, step=metrics["step"])
+    if not (run_dir / "wandb_id").exists():
+        write_file(run_dir / "wandb_id", uuid.uuid4().hex)
+    name = (run_dir / "wandb_id").read_text()
+    run = wandb.init(project="nanovlm", id=name, resume="allow", dir=run_dir, config=asdict(config), mode=mode)
+    return lambda metrics: run.log(metrics, step=metrics["step"])

@@ -1,0 +1,47 @@
+"""What a step computes, counted by formula and by torch."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovlm.config import MoEConfig
+from nanovlm.model.attention import make_mask
+from nanovlm.model.vlm import VLM
+from nanovlm.objectives import next_token
+from nanovlm.train.counting import count_flops, count_pairs
+from tests.conftest import TINY, make_batch, make_document
+
+MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=24, num_shared_experts=1, experts="loop")
+TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
+
+
+def test_pairs_are_those_of_the_mask(processor):
+    documents = [make_document(processor, i, *TURNS[: 1 + i % 3], images=1, independent=i % 2 == 0) for i in range(5)]
+    batch = make_batch(documents, rows=2)
+    assert (batch.branch_ids > 1).any() and (batch.doc_ids < 0).any()
+    mask = make_mask(batch.doc_ids, batch.branch_ids)[:, 0]
+    assert count_pairs(batch) == int((mask & (batch.doc_ids >= 0)[:, :, None]).sum())
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "mixture"])
+@pytest.mark.parametrize(
+    "frozen", [(), ("vision",), ("vision", "decoder"), ("decoder",), ("vision", "projector")], ids=" ".join
+)
+def test_operations_are_those_that_torch_counts(processor, moe, frozen):
+    """One document that fills its row, without the padding and the masked pairs that torch computes and we do not."""
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))
+    model, document = VLM(config), make_document(processor, 0, ("what?", "a red circle"))
+    batch = make_batch([document], len(document))
+    trains = {}
+    for name, part in model.named_children():
+        trains[name] = name not in frozen
+        part.requires_grad_(trains[name])
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        next_token(model, batch).backward()
+    # torch computes all T x T pairs.
+    d, T = config.decoder, len(document)
+    masked_out = T * T - count_pairs(batch)
+    masked = 3 * 2 * 2 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * masked_out
+    assert counter.get_total_flops() == count_flops(config, batch, trains) + masked

@@ -1,0 +1,247 @@
+"""Runs that start from an encoder and a language model of the hub, in stages with frozen parts."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+import nanovlm
+import train
+from nanovlm.config import DecoderConfig, InitConfig, MoEConfig, TilingConfig, VisionConfig
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import sample_texts
+from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
+from nanovlm.hub.model_folder import save_model
+from nanovlm.model.moe import EXPERTS
+from nanovlm.model.vlm import VLM
+from nanovlm.objectives import next_token
+from nanovlm.presets import PRESETS
+from nanovlm.train import init
+from nanovlm.train.optim import make_optimizers
+
+STAGES = ("smolvlm_256m_stage1", "smolvlm_256m_stage2", "smolvlm_256m_stage3")
+VISION = dict(
+    image_size=16, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+)
+DECODER = dict(
+    vocab_size=400,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A SigLIP encoder and a language model with its tokenizer, as folders of the hub."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hub")
+    SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)).save_pretrained(folder / "siglip")
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = LlamaConfig(**DECODER, rope_parameters=rope, tie_word_embeddings=True, max_position_embeddings=512)
+    LlamaForCausalLM(config).save_pretrained(folder / "lm")
+    tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), 400, tokens)
+    # A language model has no token for images.
+    without = tokenizer.to_str().replace('"<image>"', '"<|unused|>"')
+    (folder / "lm" / "tokenizer.json").write_text(without, encoding="utf-8")
+    ids = {f"{name}_token": token for name, token in zip(("pad", "bos", "eos"), tokens, strict=True)}
+    (folder / "lm" / "tokenizer_config.json").write_text(json.dumps(ids | {"chat_template": CHATML_TEMPLATE}))
+    return folder
+
+
+def stage(number, hub, tmp_path, **changes):
+    """A stage's preset at the size of the tiny parts, on the scenes."""
+    config = PRESETS[STAGES[number - 1]]()
+    model = dataclasses.replace(
+        config.model,
+        vision=VisionConfig(**VISION),
+        projector=dataclasses.replace(config.model.projector, scale_factor=2),
+        tiling=TilingConfig(policy="idefics3", longest_edge=16),
+        decoder=DecoderConfig(**DECODER | {"vocab_size": 416}, max_position_embeddings=512),
+        pad_token_id=6,
+        bos_token_id=7,
+        eos_token_id=8,
+        image_token_id=400,
+    )
+    first = InitConfig(vision=str(hub / "siglip"), decoder=str(hub / "lm"))
+    later = InitConfig(model=str(tmp_path / str(number - 1) / "model"))
+    data = dataclasses.replace(config.data, sources=("scenes",), row_length=320, batch_rows=2, max_tiles=0)
+    optim = dataclasses.replace(config.optim, steps=3, warmup_steps=0, micro_batches=1)
+    config = dataclasses.replace(
+        config,
+        run_dir=str(tmp_path / str(number)),
+        model=model,
+        init=first if number == 1 else later,
+        data=data,
+        optim=optim,
+        threads=1,
+        precision="fp32",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_recipe_in_three_commands(hub, tmp_path, capsys):
+    """Each stage starts with the weights of the one before; what is frozen does not change by a bit."""
+    torch.manual_seed(0)  # as the run does
+    weights = [dict(init.start(stage(1, hub, tmp_path), ())[0].state_dict())]
+    for number in (1, 2, 3):
+        train.main(stage(number, hub, tmp_path))
+        weights.append(dict(nanovlm.load(tmp_path / str(number) / "model")[0].state_dict()))
+    moving = [("projector.",), ("projector.", "decoder."), ("projector.", "decoder.", "vision.")]
+    for before, after, parts in zip(weights[:-1], weights[1:], moving, strict=True):
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]) != name.startswith(parts), name
+    assert nanovlm.load(tmp_path / "3" / "model")[1].chat_template == CHATML_TEMPLATE
+
+
+def test_frozen_parts_cost_no_gradients_and_keep_no_activations(hub, tmp_path, batch):
+    def saved_bytes(config):
+        model, _processor = init.start(config, ())
+        make_optimizers(model, config.optim)
+        sizes = {}  # by memory: what several operations save is there once
+
+        def pack(tensor):
+            if not isinstance(tensor, torch.nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = next_token(model, batch)
+        loss.backward()
+        return model, sum(sizes.values())
+
+    projector_alone, few = saved_bytes(stage(1, hub, tmp_path))
+    assert [n for n, p in projector_alone.named_parameters() if p.grad is not None] == ["projector.proj.weight"]
+    first = stage(1, hub, tmp_path).init
+    everything, many = saved_bytes(stage(3, hub, tmp_path, init=first))
+    assert all(p.grad is not None for p in everything.parameters())
+    assert few < many
+    # Without the encoder's activations: what all of it keeps is at least its residual stream at every block.
+    tiles, patches, layers = len(batch.pixel_values), 16, VISION["num_hidden_layers"]
+    assert many - few > tiles * patches * VISION["hidden_size"] * 4 * layers
+
+
+@pytest.fixture
+def batch(hub, tmp_path):
+    config = stage(1, hub, tmp_path)
+    _model, processor = init.start(config, ())
+    loader = train.make_loader(Scenes("train", 50), processor, train.share_micro_batches(config), 0)
+    return next(loader)
+
+
+def test_new_tokens_begin_near_the_mean_of_the_old(hub, tmp_path):
+    model, processor = init.start(stage(1, hub, tmp_path), ())
+    table = model.decoder.embed_tokens.weight
+    old = LlamaForCausalLM.from_pretrained(hub / "lm").model.embed_tokens.weight
+    assert torch.equal(table[:400], old)
+    assert (table[400:] - old.mean(0)).abs().max() < 0.06 * old.std()
+    assert not torch.equal(table[400], table[401])
+    assert processor.tokenizer.id_to_token(400) == "<image>"
+    assert processor.tokenizer.token_to_id("<fake_token_around_image>") == 401
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(hidden_size=32), r"model.decoder.hidden_size: 24 against 32"),
+        (dict(rope_theta=5.0), r"model.decoder.rope_theta: 10000.0 against 5.0"),
+    ],
+)
+def test_a_decoder_that_differs_is_named(hub, tmp_path, change, message):
+    config = stage(1, hub, tmp_path)
+    model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, **change))
+    with pytest.raises(ValueError, match=message):
+        init.start(dataclasses.replace(config, model=model), ())
+
+
+def test_a_tied_decoder_with_a_head_of_its_own_is_refused(hub, tmp_path):
+    folder = shutil.copytree(hub / "lm", tmp_path / "lm")
+    tensors = load_file(folder / "model.safetensors")
+    config = stage(1, hub, tmp_path, init=InitConfig(decoder=str(folder)))
+    for shift in (0, 1):
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + shift}
+        save_file(tensors | head, folder / "model.safetensors")
+        if shift == 0:
+            init.start(config, ())
+    with pytest.raises(ValueError, match=r"lm_head.weight of its own, but the config says tie_word_embeddings = true"):
+        init.start(config, ())
+
+
+def test_parts_that_one_side_lacks_are_named(hub, tmp_path):
+    config = stage(1, hub, tmp_path)
+    model, processor = init.start(config, ())
+    save_model(tmp_path / "own", model, processor)
+    with pytest.raises(ValueError, match=r"own/config.json: model_type = 'None' is unknown; there are llama"):
+        init.start(dataclasses.replace(config, init=InitConfig(decoder=str(tmp_path / "own"))), ())
+    blind = dataclasses.replace(config.model, vision=None, image_token_id=None)
+    config = dataclasses.replace(config, model=blind, init=InitConfig(model=str(tmp_path / "own")))
+    with pytest.raises(ValueError, match=r"differs from the config: model.vision: VisionConfig\(.*\) against None"):
+        init.start(config, ())
+
+
+def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
+    """Upcycled with the noise of the config; of a mixture, how it is trained may change, and what it is may not."""
+    config = stage(1, hub, tmp_path)
+
+    def go_on(name, noise=0.0, **changes):
+        moe = MoEConfig(num_experts=3, intermediate_size=DECODER["intermediate_size"], **changes)
+        decoder = dataclasses.replace(config.model.decoder, moe=moe, attention="flex", cross_entropy="triton")
+        model = dataclasses.replace(config.model, decoder=decoder)
+        from_there = InitConfig(model=str(tmp_path / name), upcycle_noise=noise)
+        return init.start(dataclasses.replace(config, model=model, init=from_there), ())
+
+    dense, processor = init.start(config, ())
+    save_model(tmp_path / "dense", dense, processor)
+    matrix = dense.decoder.layers[0].mlp.gate_proj.weight
+    assert all(torch.equal(expert, matrix) for expert in go_on("dense")[0].decoder.layers[0].mlp.gate_proj)
+    mixture, _processor = go_on("dense", noise=0.1)
+    assert not any(torch.equal(expert, matrix) for expert in mixture.decoder.layers[0].mlp.gate_proj)
+    save_model(tmp_path / "mixture", mixture, processor)
+    again, _processor = go_on("mixture", experts="loop", balance_weight=0.5)
+    assert again.config.decoder.moe.balance_weight == 0.5
+    assert (again.config.decoder.attention, again.config.decoder.cross_entropy) == ("flex", "triton")
+    assert again.decoder.layers[0].mlp.run_experts is EXPERTS["loop"]
+    old, new = mixture.state_dict(), again.state_dict()
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    with pytest.raises(ValueError, match=r"decoder.moe.num_experts_per_tok: 2 against 1"):
+        go_on("mixture", num_experts_per_tok=1)
+
+
+def test_mistakes_are_named(hub, tmp_path):
+    config = stage(1, hub, tmp_path)
+    vision = dataclasses.replace(config.model.vision, patch_size=8)
+    with pytest.raises(
+        ValueError, match=r"siglip, which differs from the config: model.vision.patch_size: 4 against 8"
+    ):
+        init.start(dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision)), ())
+    with pytest.raises(ValueError, match="image_token_id = 405, but <image> is token 400 of the tokenizer"):
+        init.start(dataclasses.replace(config, model=dataclasses.replace(config.model, image_token_id=405)), ())
+    with pytest.raises(ValueError, match=r"lm/config.json: model_type = 'llama' is no image encoder"):
+        init.start(dataclasses.replace(config, init=InitConfig(vision=str(hub / "lm"))), ())
+    small = dataclasses.replace(config.model.decoder, vocab_size=399)
+    small = dataclasses.replace(config.model, decoder=small, image_token_id=9)
+    with pytest.raises(ValueError, match=r"has 400 tokens, more than decoder.vocab_size = 399"):
+        init.start(dataclasses.replace(config, model=small), ())
+    with pytest.raises(ValueError, match="there is no model folder"):
+        init.start(stage(2, hub, tmp_path), ())
+    with pytest.raises(ValueError, match=r"init.model = 'a' brings all parts: init.vision = 'b'"):
+        dataclasses.replace(config, init=InitConfig(model="a", vision="b")).validate()
+
+
+def test_the_presets_are_whole_and_their_layouts_exist():
+    for name in STAGES:
+        config = PRESETS[name]().validate()
+        with torch.device("meta"):
+            model = VLM(config.model)
+        assert sum(p.numel() for p in model.parameters()) == 228_099_648  # the head is tied, as SmolLM2's is
+        make_optimizers(model, config.optim)  # every rule holds for some parameter
