@@ -30,11 +30,10 @@ from nanovlm import cli, distributed
 from nanovlm.config import MoEConfig, TrainConfig, differences, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
-from nanovlm.data.mixture import Mixture
 from nanovlm.data.records import RATINGS, to_sample
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import Source
 from nanovlm.data.sources import open_sources, sample_texts
-from nanovlm.data.types import Batch
+from nanovlm.data.types import IGNORE, Batch
 from nanovlm.environment import (
     choose_precision,
     choose_threads,
@@ -58,15 +57,12 @@ RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants
 
 @dataclass
 class TrainState:
-    """Everything that a resumed run needs. `replica` is what training calls: the model, or what spreads it over ranks.
-
-    `loaders` has one for each micro-batch of this rank: rank r of R reads the micro-batches r, r + R, r + 2 R, ...
-    """
+    """Everything that a resumed run needs; `replica` is what training calls: the model, or what spreads it on ranks."""
 
     model: VLM
     replica: nn.Module
     optimizers: dict[str, torch.optim.Optimizer]
-    loaders: list[Loader]
+    loader: Loader
     threads: int
     precision: str
     step: int = 0
@@ -80,8 +76,8 @@ class TrainState:
             flush(run_dir / "metrics.jsonl")
         names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
         numbers = {name: getattr(self, name) for name in names}
-        states = distributed.gather([loader.state_dict() for loader in self.loaders])
-        numbers["loaders"] = [state for together in zip(*states, strict=True) for state in together]
+        states = distributed.gather(self.loader.state_dict())
+        numbers["slots"] = {number: state for of_rank in states for number, state in of_rank.items()}
         rng = distributed.gather(checkpoint.rng_state())
         rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
         return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
@@ -89,9 +85,7 @@ class TrainState:
     def load(self, folder: Path):
         """Go on from a checkpoint, which any number of ranks may have written."""
         numbers, rng = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
-        states = numbers.pop("loaders")[distributed.rank() :: distributed.num_ranks()]
-        for loader, state in zip(self.loaders, states, strict=True):
-            loader.load_state_dict(state)
+        self.loader.load_state_dict(numbers.pop("slots"))
         mine = f"{distributed.rank()}."
         checkpoint.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
         for name, value in numbers.items():
@@ -178,9 +172,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         model, processor = VLM(config.model), Processor.load(run_dir, config.model)
     else:
         model, processor = init.start(config, sample_texts(source, 1000))
-    slots = range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks())
-    loaders = [make_loader(source, processor, config, slot) for slot in slots]
-    num_scenes = config.eval_scenes if any(name.split(":")[0] == "scenes" for name in data.sources) else 0
+    loader = make_loader(source, processor, config)
+    num_scenes = config.eval_scenes if any(map(is_scenes, data.sources)) else 0
     tasks = {split: SceneTask(split, num_scenes) for split in ("test", "compositional")}
 
     # --- model, optimizers, state ------------------------------------------------------------------------
@@ -194,7 +187,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if checkpoints:  # a run goes on as it began, on another processor too
         precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision)
-    state = TrainState(model, replica, make_optimizers(model, config.optim, precision), loaders, threads, precision)
+    state = TrainState(model, replica, make_optimizers(model, config.optim, precision), loader, threads, precision)
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
         state.load(checkpoints[-1])
@@ -218,11 +211,13 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     with cli.watch_signals() as signals, profile(config, run_dir, state.step) as profile_step:
         while state.step < config.optim.steps:
             start = time.perf_counter()
-            batches = [next(loader, None) for loader in loaders]
+            batches = next(loader, [])
             data_wait_s = time.perf_counter() - start
             totals = distributed.add_up(count(batches, state, config) | {"signals": len(signals)})
-            if totals["batches"] < config.optim.micro_batches:  # the data are over, for one rank or for all
+            if not totals["batches"]:  # the data are over
                 break
+            if totals["batches"] < config.optim.micro_batches:  # over for some: ranks must still go the same way
+                batches = fill_up(batches, config)
             batches = [batch.to(device) for batch in batches]
             log.add(train_step(state, batches, totals["trained_tokens"], config), totals, data_wait_s)
             profile_step()
@@ -245,9 +240,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         saving.finish()
     if state.step > saved_step:
         state.save(run_dir, config.keep_checkpoints).finish()
-    places = [*itertools.chain(*distributed.gather([p for loader in loaders for p in loader.places_read()]))]
-    for loader in loaders:
-        loader.close()
+    scenes = [ref.key for ref in loader.refs_read() if is_scenes(ref.source)] if num_scenes else []
+    scenes = [*itertools.chain(*distributed.gather(scenes))]
+    loader.close()
 
     # --- end ---------------------------------------------------------------------------------------------
     weights = parallel.whole_tensors(model)
@@ -260,7 +255,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         "environment": describe_environment(device, state.threads, state.precision),
     }
     if num_scenes:
-        scores = evaluate(model, processor, tasks, TrainingScan(source, find_scenes(source, places)))
+        scores = evaluate(model, processor, tasks, TrainingScan(source, scenes))
         results |= scores
         print("\n" + format_table(scores))
         png, lines = draw_contact_sheet(model, processor, tasks["test"])
@@ -283,24 +278,31 @@ def share_micro_batches(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=num))
 
 
-def make_loader(source, processor: Processor, config: TrainConfig, slot: int) -> Loader:
-    """Return what reads one micro-batch of every step: no two of the `micro_batches` loaders read the same samples."""
+def make_loader(source: Source, processor: Processor, config: TrainConfig) -> Loader:
+    """Return what reads the micro-batches of this rank: rank r of R has r, r + R, r + 2 R, ..."""
     least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
     return Loader(
         source,
         lambda raw: processor.document(to_sample(raw, least)),
         config.data,
         config.model.pad_token_id,
-        config.seed,
-        rank=slot,
-        num_ranks=config.optim.micro_batches,
+        range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),
+        config.optim.micro_batches,
         num_epochs=config.data.num_epochs or None,
     )
 
 
-def count(batches: list[Batch | None], state: TrainState, config: TrainConfig) -> dict[str, int]:
-    """Count what this rank's batches hold, and what its loaders have read since the run began; None is no batch."""
-    batches = [batch for batch in batches if batch is not None]
+def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
+    """Add batches of nothing but padding, so that a rank has as many as the others."""
+    size = config.model.vision.image_size if config.model.vision else 0
+    ids = torch.full((1, config.data.row_length), config.model.pad_token_id)
+    nothing = torch.zeros_like(ids)
+    padding = Batch(ids, nothing + IGNORE, (nothing - 1).int(), nothing.int(), nothing, torch.zeros(0, 3, size, size))
+    return batches + [padding] * (config.optim.micro_batches // distributed.num_ranks() - len(batches))
+
+
+def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[str, int]:
+    """Count what this rank's batches hold, and what its loader has read since the run began."""
     trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in state.model.named_children()}
     return {
         "batches": len(batches),
@@ -309,13 +311,13 @@ def count(batches: list[Batch | None], state: TrainState, config: TrainConfig) -
         "image_tokens": sum(int((batch.input_ids == config.model.image_token_id).sum()) for batch in batches),
         "places": sum(batch.doc_ids.numel() for batch in batches),
         "flops": sum(count_flops(config.model, batch, trains) for batch in batches),
-        **{f"samples {name}": sum(loader.counts[name] for loader in state.loaders) for name in state.loaders[0].counts},
+        **{f"samples {name}": number for name, number in state.loader.counts.items()},
     }
 
 
-def find_scenes(source, places: list[int]) -> list[int]:
-    """Return the places, of those read from a source, where a drawn scene stands."""
-    return [i for i in places if isinstance(source.find(i)[0] if isinstance(source, Mixture) else source, Scenes)]
+def is_scenes(name: str) -> bool:
+    """Is this the name of a source of drawn scenes?"""
+    return name.partition(":")[0] == "scenes"
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def recipe() -> str:
     """Name the recipe by a hash of what the preset sets, and of some scenes and their questions."""
     config = PRESETS["scenes"]()
     sources = [open_source(name) for name in config.data.sources] + [Scenes("test"), Scenes("compositional")]
-    scenes = [source.raw(i) for source in sources for i in range(3)]
+    scenes = [source.read(i) for source in sources for i in range(3)]
     drawn = [(scene["images"][0].tobytes().hex(), scene["texts"]) for scene in scenes]
     return hashlib.sha256(json.dumps([differences(TrainConfig(), config), drawn]).encode()).hexdigest()[:12]
 

@@ -65,13 +65,13 @@ def main(config: SpeedConfig):
     torch.manual_seed(0)
     model, processor = init.start(preset, sample_texts(source, 1000))
     model.to(device)
-    loader = train.make_loader(source, processor, train.share_micro_batches(preset), 0)
+    loader = train.make_loader(source, processor, train.share_micro_batches(preset))
     threads, precision = config.threads or choose_threads(device), choose_precision(device)
     if config.what == "tune":
         return tune(model, loader, preset, config)
     torch.set_num_threads(threads)
     state = train.TrainState(
-        model, model, make_optimizers(model, preset.optim, precision), [loader], threads, precision
+        model, model, make_optimizers(model, preset.optim, precision), loader, threads, precision
     )
     lines = [time_training(state, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
@@ -89,7 +89,7 @@ def tune(model, loader, preset, config):
         model.load_state_dict(weights)
         loader.load_state_dict(position)
         state = train.TrainState(
-            model, model, make_optimizers(model, preset.optim, precision), [loader], threads, precision
+            model, model, make_optimizers(model, preset.optim, precision), loader, threads, precision
         )
         step_ms = time_training(state, preset, config)["step_ms"]
         seconds[f"--threads {threads} --precision {precision}"] = step_ms
@@ -108,11 +108,11 @@ def append_lines(path: Path, lines: list[dict], environment: dict):
 
 def time_training(state, preset, config):
     """Time whole steps as train.py takes them: data, forward, backward, optimizer."""
-    (loader,), device = state.loaders, next(state.model.parameters()).device
+    loader, device = state.loader, next(state.model.parameters()).device
     tokens, trained, images, seconds, data_seconds = [], [], [], [], []
     for _ in range(config.repeats + 3):
         start = time.perf_counter()
-        batch = next(loader)
+        [batch] = next(loader)
         data_seconds.append(time.perf_counter() - start)
         metrics = train.train_step(state, [batch.to(device)], len(batch.trained), preset)
         loss = metrics["loss"].item()
@@ -136,7 +136,7 @@ def time_training(state, preset, config):
 def time_decoding(model, processor, source, config, batch_size):
     """Time prefill and decode_one_token over a static cache, in fp32."""
     question = [{"role": "user", "content": "describe the image."}]
-    prompts = [processor.prompt(question, source.raw(i)["images"]) for i in range(batch_size)]
+    prompts = [processor.prompt(question, source.read(i)["images"]) for i in range(batch_size)]
     batch = processor.batch(prompts).to(next(model.parameters()).device)
     length = batch.input_ids.shape[1]
 

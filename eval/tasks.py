@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SceneTask:
     """The questions of one held-out split of the drawn scenes."""
 
     def __init__(self, split: str, num_scenes: int):
-        raw = [Scenes(split).raw(i) for i in range(num_scenes)]
+        raw = [Scenes(split).read(i) for i in range(num_scenes)]
         self.images = [scene["images"][0] for scene in raw]
         self.questions = [
             Question(i, turn["kind"], turn["user"], turn["assistant"])
@@ -41,12 +42,12 @@ class SceneTask:
 class TrainingScan:
     """What the training scenes alone give away: their pixels, and the commonest answer to each question."""
 
-    def __init__(self, source: Scenes, places: Iterable[int]):
-        """Read the samples of a source at these places."""
+    def __init__(self, source: Source, keys: Sequence):
+        """Read the records of a source by these keys."""
         self.digests = set()
         self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
-        for i in tqdm(places, desc="reading the training scenes", unit="scene", mininterval=1):
-            raw = source.raw(i)
+        for key in tqdm(keys, desc="reading the training scenes", unit="scene", mininterval=1):
+            raw = source.read(key)
             self.digests.add(digest(raw["images"][0]))
             for turn in raw["texts"]:
                 self.by_text[turn["user"]][turn["assistant"]] += 1

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -25,9 +26,9 @@ from nanovlm.config import DataConfig, TilingConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
 from nanovlm.data.images import marker_tokens
-from nanovlm.data.loader import Reader, Skipped
 from nanovlm.data.packing import pack
 from nanovlm.data.packing_baselines import STRATEGIES, pad
+from nanovlm.data.reader import Reader, Skipped
 from nanovlm.data.records import to_sample
 from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -127,8 +128,7 @@ def main(config: InspectConfig):
     if config.model is not None and config.image_tiles != 1:
         raise ValueError(f"--image-tiles {config.image_tiles} and --model {config.model} exclude each other")
     source = open_source(config.source)
-    is_stream = hasattr(source, "stream")
-    if not is_stream and config.index >= len(source):
+    if isinstance(source, Sized) and config.index >= len(source):
         raise ValueError(f"--index {config.index}: {source.name} has only {len(source)} samples")
     processor = make_processor(source, config.image_tiles) if config.model is None else load_processor(config.model)
 
@@ -136,8 +136,8 @@ def main(config: InspectConfig):
         return processor.document(to_sample(raw))
 
     try:
-        raw = next(source.stream(config.index, 0), None) if is_stream else source.raw(config.index)
-        document = None if raw is None else process(raw)
+        ref = next(itertools.islice(source.refs([0], 1), config.index, None))
+        document = process(source.read(ref.key)) if ref.epoch == 0 else None
     except (ValueError, OSError) as error:
         raise ValueError(f"{source.name}, sample {config.index}: {error}") from error
     if document is None:
@@ -145,13 +145,14 @@ def main(config: InspectConfig):
     print(f"{source.name}, sample {config.index}: {describe(document)}\n")
     print(render(document, processor, config.tokens, sys.stdout.isatty()) + "\n")
 
-    if is_stream:
-        tasks = enumerate(itertools.islice(source.stream(0, 0), config.num))
-    else:
+    if isinstance(source, Sized):
         chosen = np.random.default_rng(config.seed).choice(len(source), min(config.num, len(source)), replace=False)
-        tasks = ((i, i) for i in sorted(chosen.tolist()))
+        keys = ((i, i) for i in sorted(chosen.tolist()))
+    else:
+        refs = itertools.islice(source.refs([0], 1), config.num)
+        keys = ((ref.number, ref.key) for ref in refs if ref.epoch == 0)
     reader = Reader(source, process, DataConfig(row_length=config.row_length, max_tiles=config.max_tiles), "train")
-    results = [(index, reader.read(task)) for index, task in tasks]
+    results = [(index, reader.read(key)) for index, key in keys]
     documents = [result for _index, result in results if isinstance(result, Document)]
     skipped = [(index, result) for index, result in results if isinstance(result, Skipped)]
     print(report(source.name, documents, skipped, source.damaged, config))

@@ -1,87 +1,105 @@
-"""Several sources of raw records as one."""
+"""Several sources of raw records as one: one after the other, in turns by weights, or as lessons."""
 
 import bisect
 import itertools
 import math
 from array import array
+from collections.abc import Iterator, Sequence
 
-from nanovlm.data.source_files import check_index
+from nanovlm.data.source import IN_ORDER, Order, Ref, Source, deal
 
 
-class Mixture:
-    """Several sources of known size as one: in turns by their weights, as lessons, or each once, one after the other.
+def parts_of(source: Source) -> list[Source]:
+    """Return the sources that a source is made of; one that is not made of others is its own."""
+    return source.sources if isinstance(source, Concatenation | Mixture) else [source]
 
-    With weights a fixed schedule of 1000 places repeats, in which each source has its share, evenly spread. As lessons
-    each source has `lengths` samples before the next takes over, the last as many as are asked for. Both are endless;
-    a source that is over begins again.
-    """
 
-    num_slots = 1000
+class Concatenation:
+    """Sources of known size one after the other, each record once a pass; `blocks` are those of the sources."""
 
-    def __init__(self, sources: list, weights: list[float] | None = None, lengths: list[int] | None = None):
-        if not sources or (weights is not None and len(weights) != len(sources)):
-            num_weights = "no" if weights is None else len(weights)
-            raise ValueError(
-                f"a mixture needs sources and a weight for each; there are {len(sources)}, {num_weights} weights"
-            )
-        self.sources = list(sources)
+    def __init__(self, sources: list, order: Order = IN_ORDER):
+        self.sources, self.order = list(sources), order
         self.name = " + ".join(source.name for source in sources)
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         self.starts = [0, *itertools.accumulate(map(len, sources))]
-        self.weights, self.lengths = weights, lengths
-        self.is_scheduled = weights is not None or lengths is not None
-        if lengths is not None:
-            self.ends = [*itertools.accumulate(lengths), math.inf]
-        if any(hasattr(source, "blocks") for source in sources):
+        self.blocks = None
+        if any(source.blocks is not None for source in sources):
             parts = zip(self.starts, sources, strict=False)
-            blocks = (start + i for start, s in parts for i in getattr(s, "blocks", range(len(s) + 1))[:-1])
-            self.blocks = array("q", [*blocks, len(self)])
-        if weights is not None:
-            self.counts = self._count_slots(weights)
-            # The j-th place of a source with n places is wanted in the middle of the j-th of n equal parts.
-            wanted = [((j + 0.5) / n, k, j) for k, n in enumerate(self.counts) for j in range(n)]
-            # of each place: source, how many places before it in the schedule are of this source
-            self.schedule = [(k, j) for _middle, k, j in sorted(wanted)]
-
-    def _count_slots(self, weights):
-        """Round the shares to whole places that sum to num_slots, by the largest remainders."""
-        for source, weight in zip(self.sources, weights, strict=True):
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"the weight of {source.name} is {weight}; it must be positive")
-        shares = [weight / sum(weights) * self.num_slots for weight in weights]
-        counts = [math.floor(share) for share in shares]
-        by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
-        for k in by_remainder[: self.num_slots - sum(counts)]:
-            counts[k] += 1
-        for source, weight, count in zip(self.sources, weights, counts, strict=True):
-            if count == 0:
-                raise ValueError(f"the weight of {source.name} is {weight}, too little of {sum(weights)}: "
-                                 f"it must be at least 1/{self.num_slots} of the sum")  # fmt: skip
-        return counts
+            starts = (start + i for start, s in parts for i in (s.blocks or range(len(s) + 1))[:-1])
+            self.blocks = array("q", [*starts, len(self)])
 
     def __len__(self):
         return self.starts[-1]
 
-    def locate(self, position: int, rank: int = 0, num_ranks: int = 1) -> tuple[int, int]:
-        """Return which source a rank's position-th sample is of, and how many of it all ranks read before this one.
+    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
+        for ref in deal(self, slots, num_slots, start):
+            source, index = self.find(ref.key)
+            yield ref._replace(source=source.name, where=f"sample {index}")
 
-        By weights each rank has the schedule to itself, so that all see the same shares; lessons end for all at once.
-        """
-        if self.lengths is not None:
-            place = position * num_ranks + rank
-            number = bisect.bisect_right(self.ends, place)
-            return number, place - (self.ends[number - 1] if number else 0)
-        cycle, slot = divmod(position, self.num_slots)
-        number, before = self.schedule[slot]
-        return number, (cycle * self.counts[number] + before) * num_ranks + rank
-
-    def raw(self, index: int) -> dict:
-        """Return a record by its index when the sources stand one after the other."""
-        check_index(self, index)
-        source, place = self.find(index)
-        return source.raw(place)
+    def read(self, key: int) -> dict:
+        source, index = self.find(key)
+        return source.read(index)
 
     def find(self, index: int) -> tuple:
         """Return the source in which an index of the whole falls, and the index there."""
         number = bisect.bisect_right(self.starts, index) - 1
         return self.sources[number], index - self.starts[number]
+
+
+class Mixture:
+    """Several sources at once or as lessons, without end: a source that is over begins again.
+
+    With weights a fixed schedule of 1000 rounds repeats, in which each source has its share, evenly spread; so every
+    slot sees the same shares. As lessons each source has `lengths` records, rounded up to whole rounds, before the next
+    takes over. A pass is over when it is over for each source.
+    """
+
+    num_rounds = 1000
+
+    def __init__(self, sources: Sequence[Source], weights: list[float] | None = None, lengths: list[int] | None = None):
+        self.sources, self.weights, self.lengths = list(sources), weights, lengths
+        self.name = " + ".join(source.name for source in sources)
+        self.damaged = [sentence for source in sources for sentence in source.damaged]
+        if weights is not None:
+            self.counts = self._count_rounds(weights)
+            # The j-th round of a source with n rounds is wanted in the middle of the j-th of n equal parts.
+            wanted = [((j + 0.5) / n, k) for k, n in enumerate(self.counts) for j in range(n)]
+            self.schedule = [k for _middle, k in sorted(wanted)]
+
+    def refs(self, slots: Sequence[int], num_slots: int, start: dict | None = None) -> Iterator[Ref]:
+        start = start or {"number": 0, "parts": [None] * len(self.sources), "epochs": [0] * len(self.sources)}
+        after, epochs = list(start["parts"]), list(start["epochs"])
+        parts = [source.refs(slots, num_slots, after[k]) for k, source in enumerate(self.sources)]
+        for number in itertools.count(start["number"]):
+            k = self._choose(number, num_slots)
+            for ref in itertools.islice(parts[k], len(slots)):
+                after[k], epochs[k] = ref.after, ref.epoch
+                now = {"number": number + 1, "parts": list(after), "epochs": list(epochs)}
+                yield ref._replace(number=number, epoch=min(epochs), key=(k, ref.key), after=now)
+
+    def read(self, key: tuple) -> dict:
+        k, of_part = key
+        return self.sources[k].read(of_part)
+
+    def _choose(self, number: int, num_slots: int) -> int:
+        """Return which source a round is of."""
+        if self.lengths is None:
+            return self.schedule[number % self.num_rounds]
+        ends = itertools.accumulate(-(-length // num_slots) for length in self.lengths)
+        return next((k for k, end in enumerate(ends) if number < end), len(self.lengths))
+
+    def _count_rounds(self, weights):
+        """Round the shares to whole rounds that sum to num_rounds, by the largest remainders."""
+        for source, weight in zip(self.sources, weights, strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"the weight of {source.name} is {weight}; it must be positive")
+        shares = [weight / sum(weights) * self.num_rounds for weight in weights]
+        counts = [math.floor(share) for share in shares]
+        by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
+        for k in by_remainder[: self.num_rounds - sum(counts)]:
+            counts[k] += 1
+        for source, weight, count in zip(self.sources, weights, counts, strict=True):
+            if count == 0:
+                raise ValueError(f"the weight of {source.name} is {weight}, too little of {sum(weights)}: "
+                                 f"it must be at least 1/{self.num_rounds} of the sum")  # fmt: skip
+        return counts

@@ -23,7 +23,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ import tyro
 from PIL import Image, ImageDraw
 
 from nanovlm import cli
+from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 
 SPLITS = ("train", "test", "compositional")
 # So many questions of a kind has a training scene that allows them and is asked everything, on average at most, and
@@ -323,10 +324,10 @@ def _box(left, top, right, bottom):
 class Scenes:
     """The drawn scenes of one split, asked everything or a lesson: these kinds of question alone."""
 
-    damaged = ()
+    damaged, blocks = (), None
 
-    def __init__(self, split: str, length: int = 1_000_000, kinds: tuple[str, ...] = ()):
-        self.split, self.length, self.kinds = split, length, kinds
+    def __init__(self, split: str, length: int = 1_000_000, kinds: tuple[str, ...] = (), order: Order = IN_ORDER):
+        self.split, self.length, self.kinds, self.order = split, length, kinds, order
         self.name = f"scenes:{','.join(kinds)}" if kinds else "scenes"
         if unknown := [kind for kind in kinds if kind not in LESSON_KINDS]:
             raise ValueError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(LESSON_KINDS)}")
@@ -334,8 +335,11 @@ class Scenes:
     def __len__(self):
         return self.length
 
-    def raw(self, index: int) -> dict:
-        return draw(self.split, index, self.kinds)
+    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key: int) -> dict:
+        return draw(self.split, key, self.kinds)
 
 
 def main(

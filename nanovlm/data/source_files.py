@@ -4,12 +4,13 @@ import glob
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from nanovlm.data.records import is_empty, kind_of
+from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 
 # Of every image file that PIL reads; of some kinds it knows no more than that they are one.
 IMAGE_SUFFIXES = frozenset(
@@ -27,8 +28,10 @@ class JsonLines:
     Only the places of the lines are kept in memory.
     """
 
-    def __init__(self, path: str | Path):
-        self.path, self.name, self.damaged = Path(path), str(path), []
+    blocks = None
+
+    def __init__(self, path: str | Path, order: Order = IN_ORDER):
+        self.path, self.name, self.damaged, self.order = Path(path), str(path), [], order
         self.starts, self.numbers = array("q"), array("q")  # of each line with content: byte offset, line number
         offset = 0
         try:
@@ -48,12 +51,15 @@ class JsonLines:
     def __len__(self):
         return len(self.starts)
 
-    def raw(self, index: int) -> dict:
-        check_index(self, index)
-        where = f"line {self.numbers[index]} of {self.path}"
+    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key: int) -> dict:
+        check_index(self, key)
+        where = f"line {self.numbers[key]} of {self.path}"
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.starts[index])
+                file.seek(self.starts[key])
                 record = _read_json(file.readline(), where)
         except OSError as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
@@ -66,8 +72,10 @@ class Folder:
     Where there is a metadata.jsonl, its lines are the records. An image that a record does not name is its only one.
     """
 
-    def __init__(self, path: str | Path):
-        self.path, self.name, self.damaged = Path(path), str(path), []
+    blocks = None
+
+    def __init__(self, path: str | Path, order: Order = IN_ORDER):
+        self.path, self.name, self.damaged, self.order = Path(path), str(path), [], order
         self.lines = JsonLines(self.path / "metadata.jsonl") if (self.path / "metadata.jsonl").is_file() else None
         self.images = []
         if self.lines is None:
@@ -81,11 +89,14 @@ class Folder:
     def __len__(self):
         return len(self.images) if self.lines is None else len(self.lines)
 
-    def raw(self, index: int) -> dict:
-        check_index(self, index)
+    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key: int) -> dict:
+        check_index(self, key)
         if self.lines is not None:
-            return self.lines.raw(index)
-        image = self.images[index]
+            return self.lines.read(key)
+        image = self.images[key]
         beside = {s: read_file(file, str(file)) for s in (".json", ".txt") if (file := image.with_suffix(s)).is_file()}
         record = read_record(beside.get(".json"), beside.get(".txt"), str(image), has_image=True)
         if all(record.get(key) is None for key in ("images", "image")):

@@ -1,26 +1,30 @@
 """Raw records of a dataset of the hub, as a stream."""
 
-from collections.abc import Iterator
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from nanovlm.data.source import IN_ORDER, Order, Ref
 from nanovlm.data.source_files import fetch_images
 
 
 class Hub:
     """A dataset of the hub, read as a stream: `hub:owner/name` or `hub:owner/name:config`.
 
-    Each epoch reads the files in another order, or with `shuffle` False in their own. Read it in one process: inside
-    a torch DataLoader, `datasets` would deal the files out to the workers.
+    Each pass reads the files in another order, or where `order` does not shuffle in their own. Where the files can be
+    shared out evenly, each slot reads its own alone; else every rank reads them all and keeps what its slots get.
     """
 
-    def __init__(self, spec: str, split: str = "train", seed: int = 0, shuffle: bool = True, **options):
+    def __init__(self, spec: str, split: str = "train", order: Order = IN_ORDER, **options):
         """Open the dataset; `options` go to `datasets.load_dataset`."""
         try:
             import datasets
         except ImportError:
             raise ValueError(f"{spec} needs the package datasets: pip install datasets") from None
-        self.name, self.seed, self.shuffle, self.damaged = spec, seed, shuffle, []
+        self.name, self.order, self.damaged = spec, order, []
         dataset, _, config = spec.removeprefix("hub:").partition(":")
         if not dataset:
             raise ValueError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
@@ -30,16 +34,64 @@ class Hub:
             raise ValueError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
         if self.dataset.features is not None:
             self.dataset = self.dataset.decode(False)  # images as the bytes of their files
+        # It warns that a shuffle buffer is lost when one goes on; ours holds one record, which was handed out.
+        logging.getLogger("datasets.iterable_dataset").addFilter(_is_no_warning_of_a_lost_buffer)
 
-    def stream(self, start: int, epoch: int) -> Iterator[dict]:
-        """Yield the records of a pass from the start-th on. An image that cannot be read is left for `to_sample`."""
+    def refs(self, slots: Sequence[int], num_slots: int, start: dict | None = None) -> Iterator[Ref]:
+        """Deal the records, which are their own keys; `after` holds the positions that `datasets` gives."""
+        start = start or {"number": 0, "places": {}}
+        if num_slots > 1 and self.dataset.num_shards % num_slots == 0:
+            readers = {slot: self._read_on(start["places"].get(str(slot)), slot, num_slots) for slot in slots}
+        else:
+            readers = dict.fromkeys(range(num_slots), self._read_on(start["places"].get("0")))
+        for number in itertools.count(start["number"]):
+            records, places = {}, {}
+            for slot, reader in readers.items():
+                *records[slot], place = next(reader)
+                places[str(slot) if len(set(readers.values())) > 1 else "0"] = place
+            after = {"number": number + 1, "places": {name: place() for name, place in places.items()}}
+            for slot in slots:
+                record, epoch, count = records[slot]
+                yield Ref(slot, number, epoch, record, self.name, f"record {count} of pass {epoch}", after)
+
+    def read(self, key: dict) -> dict:
+        """Fetch the images of a record. One that cannot be read is left for `to_sample`."""
+        return fetch_images(key, _read_remote)
+
+    def _read_on(
+        self, place: dict | None, slot: int = 0, num_slots: int = 1
+    ) -> Iterator[tuple[dict, int, int, Callable]]:
+        """Yield record, pass, number in the pass, and what returns the place after it; begin at a place."""
+        epoch, count, state = (place or {"epoch": 0, "count": 0, "state": None}).values()
+        while True:
+            dataset = self._open(epoch, slot, num_slots)
+            if state is not None:
+                dataset.load_state_dict(state)
+            for record in dataset:
+                yield record, epoch, count, functools.partial(_place, epoch, count + 1, dataset)
+                count += 1
+            if not count:
+                raise ValueError(f"{self.name} has no records{f' for slot {slot}' if num_slots > 1 else ''}")
+            epoch, count, state = epoch + 1, 0, None
+
+    def _open(self, epoch: int, slot: int, num_slots: int):
+        """Return the dataset as a pass reads it, or a slot's share of its files."""
+        from datasets.distributed import split_dataset_by_node
+
         dataset = self.dataset
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch])
+        if self.order.shuffle:
+            seeds = [self.order.seed, epoch] + ([] if self.order.part is None else [self.order.part])
             # A buffer of one leaves the records of a file in their order, which is cheap to come back to.
-            dataset = dataset.shuffle(generator=order, buffer_size=1, max_buffer_input_shards=1)
-        for record in dataset.skip(start):
-            yield fetch_images(record, _read_remote)
+            dataset = dataset.shuffle(generator=np.random.default_rng(seeds), buffer_size=1, max_buffer_input_shards=1)
+        return split_dataset_by_node(dataset, slot, num_slots) if num_slots > 1 else dataset
+
+
+def _place(epoch, count, dataset) -> dict:
+    return {"epoch": epoch, "count": count, "state": dataset.state_dict()}
+
+
+def _is_no_warning_of_a_lost_buffer(record: logging.LogRecord) -> bool:
+    return "without the buffer content" not in record.getMessage()
 
 
 def _read_remote(name: str) -> bytes | str:

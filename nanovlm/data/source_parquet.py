@@ -2,10 +2,11 @@
 
 import bisect
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nanovlm.data.records import RATINGS
+from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import check_index, fetch_images, find_files, join_names, read_file
 
 
@@ -18,9 +19,9 @@ class Parquet:
 
     columns = ("images", "image", "texts", "messages", "independent", *RATINGS)
 
-    def __init__(self, paths: str | Path | Iterable[str | Path]):
+    def __init__(self, paths: str | Path | Iterable[str | Path], order: Order = IN_ORDER):
         parquet = _import_parquet()
-        self.files, self.damaged = find_files(paths, ".parquet"), []
+        self.files, self.damaged, self.order = find_files(paths, ".parquet"), [], order
         self.name = join_names(self.files)
         self.groups = []  # of each row group: file, number in the file
         self.starts = self.blocks = array("q", [0])  # the first row of each row group, and the end
@@ -42,11 +43,14 @@ class Parquet:
     def __len__(self):
         return self.starts[-1]
 
-    def raw(self, index: int) -> dict:
-        check_index(self, index)
-        group = bisect.bisect_right(self.starts, index) - 1
+    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key: int) -> dict:
+        check_index(self, key)
+        group = bisect.bisect_right(self.starts, key) - 1
         file, number = self.groups[group]
-        row = index - self.starts[group]
+        row = key - self.starts[group]
         where = f"row {row} of row group {number} of {file}"
         last = self.last
         try:

@@ -2,10 +2,11 @@
 
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nanovlm.data.records import is_empty
+from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, find_files, join_names, read_record
 
 
@@ -19,8 +20,10 @@ class Tar:
     sample do not stand together, those remain that lack none of the suffixes of another.
     """
 
-    def __init__(self, paths: str | Path | Iterable[str | Path]):
-        self.files, self.damaged = find_files(paths, ".tar"), []
+    blocks = None
+
+    def __init__(self, paths: str | Path | Iterable[str | Path], order: Order = IN_ORDER):
+        self.files, self.damaged, self.order = find_files(paths, ".tar"), [], order
         self.name = join_names(self.files)
         self.samples = []  # (file, key, [(suffix, offset, size), ...])
         shapes, scattered = set(), False  # the suffixes of every whole sample; whether some do not stand together
@@ -56,10 +59,13 @@ class Tar:
     def __len__(self):
         return len(self.samples)
 
-    def raw(self, index: int) -> dict:
-        check_index(self, index)
-        file, key, members = self.samples[index]
-        where = f"sample {key} of {file}"
+    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key: int) -> dict:
+        check_index(self, key)
+        file, name, members = self.samples[key]
+        where = f"sample {name} of {file}"
         contents = {}
         try:
             with open(file, "rb") as opened:

@@ -1,19 +1,15 @@
-"""Where samples come from: a name, a path or a glob -> a source of raw records (records.py).
-
-A source of known size has `name`, `__len__` and `raw(index)`; a stream has `name` and `stream(start, epoch)`, an
-iterator over raw records in a fixed order from the start-th on. Both have `damaged`: one sentence for each loss that
-was found when the source was opened. Sources keep no open file, so that forked processes can share them.
-"""
+"""A name, a path or a glob -> the source of raw records (source.py) that it stands for."""
 
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
-from nanovlm.data.mixture import Mixture
+from nanovlm.data.mixture import Concatenation, Mixture, parts_of
 from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import IN_ORDER, Order, Source
 from nanovlm.data.source_files import Folder, JsonLines
 from nanovlm.data.source_hub import Hub
 from nanovlm.data.source_parquet import Parquet
@@ -22,23 +18,21 @@ from nanovlm.data.source_tar import Tar
 FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": Tar}
 
 
-def open_source(spec: str, split: str = "train", seed: int = 0, shuffle: bool = True):
-    """Open the source that a name, a path or a glob stands for.
-
-    `split` is of the drawn scenes and of the hub, `seed` and `shuffle` are of the hub.
-    """
+def open_source(spec: str, split: str = "train", order: Order = IN_ORDER) -> Source:
+    """Open the source that a name, a path or a glob stands for; `split` is of the drawn scenes and of the hub."""
     if spec == "scenes" or spec.startswith("scenes:"):
-        return Scenes(split, kinds=tuple(spec.partition(":")[2].split(",")) if ":" in spec else ())
+        kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
+        return Scenes(split, kinds=kinds, order=order)
     if spec.startswith("hub:"):
-        return Hub(spec, split, seed, shuffle)
+        return Hub(spec, split, order)
     path, is_file = Path(spec), os.path.isfile(spec)
     if path.is_dir():
         for suffix in (".parquet", ".tar"):
             if not (path / "metadata.jsonl").is_file() and next(path.rglob(f"*{suffix}"), None):
-                return FILES[suffix](path)
-        return Folder(path)
+                return FILES[suffix](path, order)
+        return Folder(path, order)
     if path.suffix in FILES and (is_file or glob.glob(spec, recursive=True)):
-        return FILES[path.suffix](spec)
+        return FILES[path.suffix](spec, order)
     problem = "is of no kind that is understood" if is_file else "does not exist"
     raise ValueError(
         f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, a file .jsonl, a file or glob .parquet or "
@@ -53,29 +47,43 @@ def open_sources(
     split: str = "train",
     seed: int = 0,
     shuffle: bool = True,
-):
-    """Open one source, or several as a mixture, as DataConfig says."""
-    sources = [open_source(spec, split, seed, shuffle) for spec in specs]
-    if len(sources) == 1 and not weights:
-        return sources[0]
-    for source in sources:
-        if hasattr(source, "stream"):
-            raise ValueError(f"{source.name} is a stream of unknown size and cannot be mixed with other sources")
-    return Mixture(sources, list(weights) or None, list(lessons) or None)
+) -> Source:
+    """Open one source, or several as one, as DataConfig says."""
+    if len(specs) == 1 and not weights:
+        return open_source(specs[0], split, Order(seed, shuffle))
+    is_mixed = bool(weights or lessons)
+    orders = [Order(seed, shuffle, part if is_mixed else None) for part in range(len(specs))]
+    sources = [open_source(spec, split, order) for spec, order in zip(specs, orders, strict=True)]
+    if is_mixed:
+        return Mixture(sources, list(weights) or None, list(lessons) or None)
+    if streams := [source.name for source in sources if not isinstance(source, Sized)]:
+        raise ValueError(f"{streams[0]} is a stream of unknown size: mix it with other sources by data.weights")
+    return Concatenation(sources, Order(seed, shuffle))
 
 
-def sample_texts(source, num_samples: int) -> Iterator[str]:
-    """Yield the texts of samples from the whole source (the first of a stream), to make a tokenizer from."""
-    if hasattr(source, "stream"):
-        records = itertools.islice(source.stream(0, 0), num_samples)
+def sample_records(source: Source, num: int) -> Iterator[dict]:
+    """Yield about so many raw records from the whole source (the first of a stream), but what cannot be read."""
+    if len(parts := parts_of(source)) > 1:
+        for part in parts:
+            yield from sample_records(part, -(-num // len(parts)))
+        return
+    if isinstance(source, Sized):
+        keys = range(0, len(source), -(-len(source) // num))
     else:
-        records = map(source.raw, range(0, len(source), -(-len(source) // num_samples)))
-    while True:
+        keys = (ref.key for ref in itertools.islice(source.refs([0], 1), num))
+    for key in keys:
         try:
-            sample = to_sample(next(records))
-        except StopIteration:
-            return
+            yield source.read(key)
         except (ValueError, OSError):
             continue  # the loader counts and names it
+
+
+def sample_texts(source: Source, num_samples: int) -> Iterator[str]:
+    """Yield the texts of samples, to make a tokenizer from."""
+    for record in sample_records(source, num_samples):
+        try:
+            sample = to_sample(record)
+        except ValueError:
+            continue
         for message in sample.messages:
             yield from (part["text"] for part in content_parts(message["content"]) if part["type"] == "text")

@@ -45,7 +45,7 @@ class Log:
         """Take what `train_step` and `count` returned for a step; on a GPU, write the step before."""
         self.settle()
         self.state.tokens += totals["tokens"]
-        self.pending = metrics, totals, data_wait_s, [name for l in self.state.loaders for name in l.batch_names]
+        self.pending = metrics, totals, data_wait_s, list(self.state.loader.batch_names)
         if self.device.type == "cpu":
             self.settle()  # it is computed, and the time that it took is the time until now
 

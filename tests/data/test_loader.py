@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import json
 import os
 import signal
 
@@ -10,11 +11,14 @@ import torch
 
 from nanovlm.config import DataConfig
 from nanovlm.data.images import normalize
-from nanovlm.data.loader import CHUNK, Loader, Skipped, collate, flatten, is_validation, unflatten
-from nanovlm.data.mixture import Mixture
+from nanovlm.data.loader import Loader, collate
+from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.packing import make_row
+from nanovlm.data.reader import CHUNK, Skipped, flatten, is_validation, unflatten
+from nanovlm.data.source import Order, Ref, deal
 from nanovlm.data.types import Document, Filtered
 
+SHUFFLED = Order(0, shuffle=True)
 CONFIG = DataConfig(row_length=64, batch_rows=3, pack_buffer=20)
 WORKERS = [0, 1, 2, 3]
 
@@ -34,26 +38,43 @@ def record(number):
 class Records:
     """A source of records that say nothing but their number."""
 
-    name, damaged = "records", ()
+    damaged, blocks = (), None
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, order=SHUFFLED, name="records"):
+        self.length, self.order, self.name = length, order, name
+        self.reads = []
 
     def __len__(self):
         return self.length
 
-    def raw(self, index):
-        return record(index)
+    def refs(self, slots, num_slots, start=None):
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key):
+        self.reads.append(key)
+        return record(key)
 
 
 class Stream:
+    """Records in their order, as many as there are; what goes on knows how many were read."""
+
     name, damaged = "stream", ()
 
     def __init__(self, length):
-        self.length = length
+        self.length, self.opened = length, 0
 
-    def stream(self, start, epoch):
-        yield from (record(i) for i in range(start, self.length))
+    def refs(self, slots, num_slots, start=None):
+        self.opened += 1
+        if not self.length:
+            raise ValueError("stream has no records")
+        for number in itertools.count(start or 0):
+            for slot in range(num_slots):
+                epoch, i = divmod(number * num_slots + slot, self.length)
+                if slot in slots:
+                    yield Ref(slot, number, epoch, record(i), self.name, f"record {i} of pass {epoch}", number + 1)
+
+    def read(self, key):
+        return key
 
 
 @pytest.fixture(autouse=True)
@@ -67,15 +88,14 @@ def close_loaders():
 LOADERS = []
 
 
-def make_loader(source=None, process=None, seed=0, rank=0, num_ranks=1, split="train", num_epochs=None, **config):
+def make_loader(source=None, process=None, slots=(0,), num_slots=1, split="train", num_epochs=None, **config):
     loader = Loader(
         source or Records(10**6),
         process or (lambda raw: numbered(raw["number"])),
         DataConfig(**{**vars(CONFIG), **config}),
         pad_token_id=-5,
-        seed=seed,
-        rank=rank,
-        num_ranks=num_ranks,
+        slots=slots,
+        num_slots=num_slots,
         split=split,
         num_epochs=num_epochs,
     )
@@ -83,10 +103,14 @@ def make_loader(source=None, process=None, seed=0, rank=0, num_ranks=1, split="t
     return loader
 
 
-def documents(batches):
-    """The numbers of the documents in batches, which must be whole and have their own pixels."""
+def waiting(slot):
+    return [int(document.input_ids[0]) for _name, document in slot.buffer.values()]
+
+
+def documents(steps):
+    """The numbers of the documents in the batches of steps, which must be whole and have their own pixels."""
     seen = []
-    for batch in batches:
+    for batch in itertools.chain(*steps):
         for doc in range(int(batch.doc_ids.max()) + 1):
             tokens = batch.input_ids[batch.doc_ids == doc]
             assert len(tokens.unique()) == 1 and len(tokens) == len(numbered(int(tokens[0])))
@@ -96,7 +120,8 @@ def documents(batches):
 
 
 def same(first, second):
-    pairs = zip(first, second, strict=True)
+    """Are two lists of steps the same, bit for bit?"""
+    pairs = zip(itertools.chain(*first), itertools.chain(*second), strict=True)
     return all(torch.equal(x, y) for a, b in pairs for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
@@ -104,24 +129,21 @@ def test_every_document_once_and_none_waits_for_ever():
     loader = make_loader()
     seen = documents(next(loader) for _ in range(50))
     assert len(set(seen)) == len(seen)
-    waiting = [int(document.input_ids[0]) for document in loader.buffer.values()]
-    assert len(seen) + len(waiting) == loader.counts["read"] == len({*seen, *waiting})
-    assert min(loader.buffer) > (0, loader.next_place[1] - 80)
+    [slot] = loader.slots.values()
+    assert len(seen) + len(waiting(slot)) == loader.counts["read"] == len({*seen, *waiting(slot)})
+    assert min(slot.buffer) > slot.next - 80
     assert loader.counts["packed"] == len(seen)
 
 
 @pytest.mark.parametrize("make_source", [Records, Stream])
 @pytest.mark.parametrize("num_workers", WORKERS)
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_an_epoch_is_the_training_split_once_each(make_source, num_workers, num_ranks):
-    """Whatever the number of workers and ranks; what is held out is the rest, and is never trained."""
-    options = {"num_workers": num_workers, "num_ranks": num_ranks, "num_epochs": 1, "val_fraction": 0.2}
+@pytest.mark.parametrize("slots", [[(0,)], [(0,), (1,)], [(0, 1)], [(0, 2), (1, 3)]])
+def test_an_epoch_is_the_training_split_once_each(make_source, num_workers, slots):
+    """Whatever the number of workers, micro-batches and ranks; what is held out is the rest, and is never trained."""
+    num_slots = sum(map(len, slots))
+    options = {"num_workers": num_workers, "num_slots": num_slots, "num_epochs": 1, "val_fraction": 0.2}
     trained, held_out = (
-        [
-            i
-            for rank in range(num_ranks)
-            for i in documents(make_loader(make_source(301), rank=rank, split=split, **options))
-        ]
+        [i for mine in slots for i in documents(make_loader(make_source(301), slots=mine, split=split, **options))]
         for split in ("train", "val")
     )
     assert sorted(trained + held_out) == list(range(301))
@@ -136,54 +158,122 @@ def test_batches_do_not_depend_on_the_workers(num_workers):
     assert same(expected, [next(loader) for _ in range(25)])
 
 
+def drop_some(raw):
+    """Uneven slots: what one of them drops, the others do not."""
+    if raw["number"] % 7 == 3 or (raw["number"] % 4 == 1 and raw["number"] < 60):
+        raise Filtered
+    return numbered(raw["number"])
+
+
 @pytest.mark.parametrize("num_workers", WORKERS)
-@pytest.mark.parametrize("make_source", [Records, Stream])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_goes_on_where_it_was(num_workers, make_source, rank):
-    """With any number of workers, at any batch, across the end of an epoch."""
+@pytest.mark.parametrize("make_source", [Records, Stream, lambda n: mixed(n)])
+def test_batches_do_not_depend_on_how_slots_fall_on_ranks(make_source, num_workers):
+    steps = {}
+    for ranks in (1, 2, 4):
+        batches = [[] for _ in range(10)]
+        for rank in range(ranks):
+            options = {"slots": range(rank, 4, ranks), "num_slots": 4, "num_workers": num_workers}
+            loader = make_loader(make_source(200), drop_some, **options)
+            for step in batches:
+                step += zip(loader.slots, next(loader), strict=True)
+            loader.close()
+        steps[ranks] = [[batch for _slot, batch in sorted(step, key=lambda pair: pair[0])] for step in batches]
+    assert same(steps[1], steps[2]) and same(steps[1], steps[4])
+
+
+def mixed(length):
+    """Three records of a stream for every one of a shuffled source."""
+    return Mixture([Records(length), Stream(length // 2)], weights=[1, 3])
+
+
+def test_a_rank_reads_each_record_once():
+    source = Records(10**6)
+    loader = make_loader(source, slots=range(4), num_slots=4)
+    for _ in range(10):
+        assert len(next(loader)) == 4
+    assert len(source.reads) == len(set(source.reads)) == loader.counts["read"]
+    stream = Stream(1000)
+    loader = make_loader(stream, slots=range(4), num_slots=4)
+    for _ in range(10):
+        next(loader)
+    assert stream.opened == 1
+
+
+def test_what_is_left_in_one_slot_is_trained():
+    """Sorted data: one slot ends long before the others."""
 
     def process(raw):
-        if raw["number"] % 7 == 3:
+        if raw["number"] % 2 and raw["number"] < 350:
             raise Filtered
         return numbered(raw["number"])
 
-    options = {"rank": rank, "num_ranks": 2, "num_workers": num_workers, "process": process}
-    for num_batches in (0, 1, 6, 7):
+    loader = make_loader(Records(400, Order()), process, slots=(0, 1), num_slots=2, num_epochs=1)
+    steps = list(loader)
+    assert sorted(documents(steps)) == [i for i in range(400) if not i % 2 or i >= 350]
+    assert [len(step) for step in steps] == sorted((len(step) for step in steps), reverse=True)
+    assert len(steps[-1]) == 1
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("make_source", [Records, Stream, mixed])
+@pytest.mark.parametrize("slots", [(0,), (1,), (0, 1)])
+def test_goes_on_where_it_was(num_workers, make_source, slots):
+    """With any number of workers, at any batch, across the end of an epoch."""
+    options = {"slots": slots, "num_slots": 2, "num_workers": num_workers, "process": drop_some}
+    for num_steps in (0, 1, 6, 7):
         loader = make_loader(make_source(120), **options)
-        for _ in range(num_batches):
+        for _ in range(num_steps):
             next(loader)
-        state = loader.state_dict()
+        state = json.loads(json.dumps(loader.state_dict()))
         expected = [next(loader) for _ in range(8)]
-        assert loader.next_place[0] >= 1
         resumed = make_loader(make_source(120), **{**options, "num_workers": (num_workers + 2) % 4})
         resumed.load_state_dict(state)
         assert same(expected, [next(resumed) for _ in range(8)])
         assert resumed.state_dict() == loader.state_dict()
 
 
-def epochs(shuffle, seed=0):
-    """The documents of three epochs, in the order in which they are read."""
-    loader = make_loader(Records(40), shuffle=shuffle, seed=seed)
-    return [[task for _place, task in itertools.islice(loader._tasks(epoch, 0), 40)] for epoch in range(3)]
+@pytest.mark.parametrize("make_source", [Records, Stream, mixed])
+def test_goes_on_with_other_ranks(make_source):
+    """Four micro-batches of one rank, then of two, then of one again."""
+    whole = make_loader(make_source(120), drop_some, slots=range(4), num_slots=4)
+    expected = [next(whole) for _ in range(12)]
+    first = make_loader(make_source(120), drop_some, slots=range(4), num_slots=4)
+    seen = [next(first) for _ in range(3)]
+    ranks = [make_loader(make_source(120), drop_some, slots=mine, num_slots=4) for mine in ((0, 2), (1, 3))]
+    for loader in ranks:
+        loader.load_state_dict(first.state_dict())
+    for _ in range(5):
+        (a, c), (b, d) = (next(loader) for loader in ranks)
+        seen.append([a, b, c, d])
+    last = make_loader(make_source(120), drop_some, slots=range(4), num_slots=4)
+    last.load_state_dict(ranks[0].state_dict() | ranks[1].state_dict())
+    assert same(seen + [next(last) for _ in range(4)], expected)
+    assert last.counts == whole.counts
+
+
+def passes(order, num=3):
+    """The numbers of so many passes, in the order in which they are read."""
+    refs = itertools.islice(Records(40, order).refs([0], 1), num * 40)
+    return [[ref.key for ref in group] for _epoch, group in itertools.groupby(refs, lambda ref: ref.epoch)]
 
 
 def test_every_pass_shows_everything_in_another_order():
-    first, second, third = epochs(shuffle=True)
+    first, second, third = passes(Order(0, shuffle=True))
     assert sorted(first) == sorted(second) == sorted(third) == list(range(40))
     assert first != second != third != first
-    assert epochs(shuffle=True, seed=1)[0] != first
+    assert passes(Order(1, shuffle=True))[0] != first != passes(Order(0, shuffle=True, part=1))[0]
 
 
 def test_blocks_stay_together():
-    """Of a source that reads whole blocks (row groups), alone and in a mixture."""
+    """Of a source that reads whole blocks (row groups), alone and after another one."""
     source = Records(100)
     source.blocks = [0, 7, 50, 51, 100]
-    order = [int(i) for i in make_loader(source)._order(0)]
+    order = [ref.key for ref in itertools.islice(source.refs([0], 1), 100)]
     assert sorted(order) == list(range(100)) and order != list(range(100))
     block_of = [bisect.bisect_right(source.blocks, i) for i in order]
     assert len(list(itertools.groupby(block_of))) == 4
-    mixture = Mixture([Records(30), source])
-    order = [int(i) for i in make_loader(mixture)._order(0)]
+    both = Concatenation([Records(30), source], SHUFFLED)
+    order = [ref.key for ref in itertools.islice(both.refs([0], 1), 130)]
     assert sorted(order) == list(range(130))
     block_of = [bisect.bisect_right(source.blocks, i - 30) for i in order if i >= 30]
     assert len(list(itertools.groupby(block_of))) == 4
@@ -191,88 +281,64 @@ def test_blocks_stay_together():
 
 
 def test_without_shuffle_the_order_is_kept():
-    assert epochs(shuffle=False) == 3 * [[*range(40)]]
+    assert passes(Order()) == 3 * [[*range(40)]]
 
 
 def test_it_knows_what_it_has_read():
-    for shuffle in (False, True):
-        loader = make_loader(Records(40), shuffle=shuffle)
-        batch = next(loader)
-        waiting = {int(document.input_ids[0]) for document in loader.buffer.values()}
-        assert set(loader.places_read()) == set(documents([batch])) | waiting
-        while loader.next_place[0] < 2:
+    for order in (SHUFFLED, Order()):
+        loader = make_loader(Records(40, order))
+        [slot] = loader.slots.values()
+        seen = documents([next(loader)])
+        assert {ref.key for ref in loader.refs_read()} == {*seen, *waiting(slot)}
+        while slot.next < 90:
             next(loader)
-        assert sorted(loader.places_read()) == [*range(40)]
+        assert sorted(ref.key for ref in loader.refs_read()) == [*range(40)]
 
 
-class Weighted:
+def a_and_b(**options):
     """Two sources, of which the second is read three times as often."""
-
-    name, damaged, is_scheduled = "a + b", (), True
-    starts = (0, 10, 17)
-
-    def __init__(self):
-        self.sources = [Records(10), Records(7)]
-        self.sources[0].name, self.sources[1].name = "a", "b"
-
-    def __len__(self):
-        return 17
-
-    def find(self, index):
-        return (self.sources[0], index) if index < 10 else (self.sources[1], index - 10)
-
-    def locate(self, position, rank, num_ranks):
-        cycle, slot = divmod(position, 4)
-        part, count = (0, cycle) if slot == 0 else (1, 3 * cycle + slot - 1)
-        return part, count * num_ranks + rank
-
-    def raw(self, index):
-        return {"number": index}
+    return Mixture([Records(10, Order(0, True, 0), "a"), Records(7, Order(0, True, 1), "b")], **options)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_a_mixture_keeps_its_proportions_on_every_rank_and_each_source_its_epochs(num_ranks):
-    counts = [0] * 17
-    for rank in range(num_ranks):
-        loader = make_loader(Weighted(), rank=rank, num_ranks=num_ranks)
-        tasks = [task for _place, task in itertools.islice(loader._tasks(0, 0), 560 // num_ranks)]
-        assert sum(task >= 10 for task in tasks) == 0.75 * len(tasks)
-        for task in tasks:
-            counts[task] += 1
-    assert counts[:10] == [14] * 10 and counts[10:] == [60] * 7
-    loader = make_loader(Weighted())
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+def test_a_mixture_keeps_its_proportions_in_every_slot_and_each_source_its_epochs(num_slots):
+    counts = {"a": [0] * 10, "b": [0] * 7}
+    for slot in range(num_slots):
+        refs = list(itertools.islice(a_and_b(weights=[1, 3]).refs([slot], num_slots), 4000 // num_slots))
+        assert sum(ref.source == "b" for ref in refs) == 0.75 * len(refs)
+        for ref in refs:
+            counts[ref.source][ref.key[1]] += 1
+    assert counts["a"] == [100] * 10 and set(counts["b"]) <= {428, 429}
+    loader = make_loader(a_and_b(weights=[1, 3]))
     for _ in range(20):
         next(loader)
     share = loader.counts["documents of b"] / loader.counts["documents"]
     assert abs(share - 0.75) < 0.01
-    with pytest.raises(ValueError, match=r"a \+ b is read by weights or as lessons, so it has no epochs"):
-        make_loader(Weighted(), num_epochs=1)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_lessons_end_for_all_ranks_at_once(num_ranks, shuffle):
-    """Twelve samples of a, which has ten, then five of b, and then c without end; each sample once an epoch."""
-    parts = [Records(10), Records(7), Records(9)]
-    for name, part in zip("abc", parts, strict=True):
-        part.name = name
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+def test_lessons_end_for_all_slots_at_once(num_slots, shuffle):
+    """Twelve records of a, which has ten, then five of b, rounded up to whole rounds, and then c without end."""
     seen = {}
-    for rank in range(num_ranks):
-        loader = make_loader(Mixture(parts, lengths=[12, 5]), rank=rank, num_ranks=num_ranks, shuffle=shuffle)
-        for (epoch, number), task in itertools.islice(loader._tasks(0, 0), 80 // num_ranks):
-            assert epoch == 0
-            seen[number * num_ranks + rank] = task
-    tasks = [seen[place] for place in range(80)]
-    assert sorted(tasks[:10]) == [*range(10)] and all(task < 10 for task in tasks[:12])
-    assert len({*tasks[12:17]}) == 5 and all(10 <= task < 17 for task in tasks[12:17])
-    assert sorted(tasks[17:26]) == sorted(tasks[26:35]) == [*range(17, 26)] and min(tasks[17:]) == 17
-    assert (tasks[:10] != [*range(10)]) == shuffle
+    for slot in range(num_slots):
+        lengths = {"a": 10, "b": 7, "c": 9}
+        parts = [Records(n, Order(0, shuffle, k), name) for k, (name, n) in enumerate(lengths.items())]
+        for ref in itertools.islice(Mixture(parts, lengths=[12, 5]).refs([slot], num_slots), 80 // num_slots):
+            seen[ref.number * num_slots + slot] = ref.source, ref.key[1]
+    order = [seen[place] for place in range(80)]
+    of_b = {1: 5, 2: 6, 4: 8}[num_slots]
+    assert [name for name, _ in order[: 12 + of_b]] == ["a"] * 12 + ["b"] * of_b
+    assert {name for name, _ in order[12 + of_b :]} == {"c"}
+    assert sorted(order[:10]) == [("a", i) for i in range(10)]
+    first = [i for _, i in order[12 + of_b :][:9]]
+    assert sorted(first) == [*range(9)]
+    assert ([i for _, i in order[:10]] != [*range(10)]) == shuffle
 
 
 def test_a_resumed_lesson_goes_on():
     def make(workers):
-        parts = [Records(10), Records(50)]
-        parts[0].name, parts[1].name = "a", "b"
+        parts = [Records(10, SHUFFLED, "a"), Records(50, SHUFFLED, "b")]
         return make_loader(Mixture(parts, lengths=[25]), num_workers=workers)
 
     whole = make(0)
@@ -288,12 +354,12 @@ def test_a_resumed_lesson_goes_on():
 
 def test_a_bad_sample_of_a_mixture_is_named_in_its_own_source(capsys):
     def process(raw):
-        if raw["number"] == 13:
+        if raw["number"] == 8:
             raise ValueError("broken")
         return numbered(raw["number"])
 
-    next(make_loader(Weighted(), process))
-    assert "skipped as corrupt: b, sample 3: broken" in capsys.readouterr().out
+    next(make_loader(a_and_b(weights=[3, 1]), process))
+    assert "skipped as corrupt: a, sample 8: broken" in capsys.readouterr().out
 
 
 def poisoned(error):
@@ -317,7 +383,7 @@ def test_a_bad_sample_is_counted_and_named_once_and_training_goes_on(num_workers
 
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_a_bug_in_a_worker_reaches_the_training(num_workers):
-    loader = make_loader(process=poisoned(KeyError("the original error")), num_workers=num_workers, shuffle=False)
+    loader = make_loader(Records(10**6, Order()), poisoned(KeyError("the original error")), num_workers=num_workers)
     with pytest.raises(KeyError, match="the original error"):
         documents(loader)
 
@@ -329,7 +395,7 @@ def test_a_killed_worker_stops_the_run():
         return numbered(raw["number"])
 
     with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
-        documents(make_loader(process=process, num_workers=2, shuffle=False))
+        documents(make_loader(Records(10**6, Order()), process, num_workers=2))
 
 
 def test_too_many_bad_samples_stop_the_run_with_a_list():
@@ -341,7 +407,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_list():
     with pytest.raises(
         ValueError, match=r"2\d of 1\d\d samples are unusable.*0\.1 allows.*sample 0: broken; .*sample 5: broken"
     ):
-        documents(make_loader(process=process, max_bad_fraction=0.1, shuffle=False))
+        documents(make_loader(Records(10**6, Order()), process, max_bad_fraction=0.1))
     loader = make_loader(Records(300), process, max_bad_fraction=0.3, num_epochs=1)
     assert len(documents(loader)) == 240 and loader.counts["corrupt"] == 60
 
@@ -359,7 +425,7 @@ def test_too_long_and_too_many_tiles_are_counted(capsys):
 
     loader = make_loader(Records(30), process, max_tiles=2, max_bad_fraction=1.0, num_epochs=1)
     most = 0
-    for batch in loader:
+    for [batch] in loader:
         for ids in batch.input_ids:
             tiles = sum(1 + i % 3 for i in ids.unique().tolist() if i >= 0)
             most = max(most, tiles)
@@ -374,9 +440,7 @@ def test_a_source_without_a_usable_sample_says_so():
 
     with pytest.raises(ValueError, match="no sample of records could be used: 50 filtered, 50 read"):
         next(make_loader(Records(50), process))
-    with pytest.raises(ValueError, match="records has too few samples: none for rank 1"):
-        next(make_loader(Records(1), rank=1, num_ranks=2))
-    with pytest.raises(ValueError, match="stream has too few samples"):
+    with pytest.raises(ValueError, match="stream has no records"):
         next(make_loader(Stream(0)))
 
 
@@ -385,7 +449,7 @@ def test_nothing_usable_is_said_for_every_kind_of_source():
         raise Filtered
 
     with pytest.raises(ValueError, match=r"no sample of a \+ b could be used: \d+ filtered"):
-        next(make_loader(Weighted(), process))
+        next(make_loader(a_and_b(weights=[1, 3]), process))
     with pytest.raises(ValueError, match="no sample of stream could be used: 5 filtered, 5 read"):
         next(make_loader(Stream(5), process))
 
@@ -403,19 +467,22 @@ def test_other_data_is_not_taken_for_the_same():
     next(loader)
     state = loader.state_dict()
     for other, message in (
-        (make_loader(Records(30)), "the run was started with samples = 120, now it is 30"),
-        (make_loader(Records(120), seed=1), "seed = 0, now it is 1"),
-        (make_loader(Records(120), num_ranks=2), "num_ranks = 1, now it is 2"),
+        (make_loader(Records(120), num_slots=2), "micro_batches = 1, now it is 2"),
         (make_loader(Stream(120)), "source = records, now it is stream"),
     ):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
+    changed = make_loader(Records(120), lambda raw: numbered(raw["number"] + 1))
+    for other in (make_loader(Records(30)), make_loader(Records(120, Order(1, shuffle=True))), changed):
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"records, sample \d+ is not what it was when the run was stopped"):
+            next(other)
 
 
 def test_a_waiting_document_that_is_gone_is_counted():
     loader = make_loader(Records(120))
     next(loader)
-    gone = int(next(iter(loader.buffer.values())).input_ids[0])
+    gone = waiting(loader.slots[0])[0]
 
     def process(raw):
         if raw["number"] == gone:
@@ -424,8 +491,8 @@ def test_a_waiting_document_that_is_gone_is_counted():
 
     resumed = make_loader(Records(120), process)
     resumed.load_state_dict(loader.state_dict())
-    assert resumed.counts["corrupt"] == 1 and len(resumed.buffer) == len(loader.buffer) - 1
-    next(resumed)
+    assert gone not in documents([next(resumed)])
+    assert resumed.counts["corrupt"] == 1
 
 
 def test_damage_of_the_source_is_counted(capsys):
@@ -456,7 +523,7 @@ def test_documents_travel_whole():
 
 
 def test_a_large_batch_of_a_small_source():
-    batch = next(make_loader(Records(4), pack_buffer=2, batch_rows=6))
+    [batch] = next(make_loader(Records(4), pack_buffer=2, batch_rows=6))
     assert set(batch.input_ids.unique().tolist()) == {0, 1, 2, 3, -5}
 
 
@@ -464,7 +531,7 @@ def test_with_a_gpu_batches_are_page_locked(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    batch = next(make_loader())
+    [batch] = next(make_loader())
     assert len(pinned) == len(vars(batch)) == 7
     assert all(a is b for a, b in zip(pinned, vars(batch).values(), strict=True))
 

@@ -1,0 +1,135 @@
+"""A raw record -> Document, or why not: in the training process, or in worker processes beside it."""
+
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nanovlm.config import DataConfig
+from nanovlm.data.source import Ref, Source
+from nanovlm.data.types import Document, Filtered
+
+CHUNK = 16  # records that a worker turns into documents at a time
+
+
+class Skipped(NamedTuple):
+    """Why a record is no document: filtered, other split, too long or corrupt; or what a source is damaged by."""
+
+    kind: str
+    reason: str = ""
+
+
+class Reader(Dataset):
+    """What a worker does. `process(raw)` makes the Document; a ValueError of it means a corrupt record."""
+
+    def __init__(self, source: Source, process: Callable[[dict], Document], config: DataConfig, split: str):
+        if split not in ("train", "val"):
+            raise ValueError(f"unknown split {split!r}; there are train and val")
+        self.source, self.process, self.config, self.split = source, process, config, split
+
+    def __getitem__(self, keys: list) -> tuple:
+        """Read a chunk."""
+        return flatten([self.read(key) for key in keys])
+
+    def read(self, key) -> Document | Skipped:
+        """Read the record of a ref's key."""
+        row_length, max_tiles = self.config.row_length, self.config.max_tiles
+        try:
+            raw = self.source.read(key)
+            if self.config.val_fraction and is_validation(raw, self.config.val_fraction) != (self.split == "val"):
+                return Skipped("other split")
+            document = self.process(raw)
+        except Filtered as error:
+            return Skipped("filtered", str(error))
+        except (ValueError, OSError) as error:
+            return Skipped("corrupt", str(error))
+        if len(document) > row_length:
+            return Skipped("too long", f"{len(document)} tokens, more than data.row_length = {row_length}")
+        if max_tiles and len(document.tiles) > max_tiles:
+            return Skipped("too long", f"{len(document.tiles)} tiles, more than data.max_tiles = {max_tiles}")
+        return document
+
+    def read_all(self, refs: Iterable[Ref]) -> Iterator[tuple[Ref, Document | Skipped]]:
+        """Read refs in their order, here or with `num_workers` processes."""
+        if not self.config.num_workers:
+            yield from ((ref, self.read(ref.key)) for ref in refs)
+            return
+        refs = iter(refs)
+        chunks, sent = itertools.tee(iter(lambda: list(itertools.islice(refs, CHUNK)), []))
+        results = DataLoader(
+            self,
+            sampler=([ref.key for ref in chunk] for chunk in chunks),
+            batch_size=None,
+            collate_fn=lambda flat: flat,
+            num_workers=self.config.num_workers,
+            multiprocessing_context="fork",  # the processor need not be pickled
+            worker_init_fn=start_worker,
+        )
+        for chunk, flat in zip(sent, results, strict=True):
+            yield from zip(chunk, unflatten(flat), strict=True)
+
+
+def start_worker(_number: int):
+    """Let nobody but the process that reads from this one end it, and end with that one, however it ends.
+
+    A scheduler and torchrun send SIGTERM to all there are, and a worker that is gone would end the run before it is
+    saved. One that outlived a killed run would hold its lock, and the run could not start again at once.
+    """
+    if sys.platform != "linux":
+        return
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ends = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+
+    def wait():
+        while signal.sigwaitinfo(ends).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def is_validation(raw: dict, fraction: float) -> bool:
+    """Decide by a hash of a record's conversation and pixels (encoded bytes where they are encoded) alone."""
+    images = raw.get("images") or []
+    digest = hashlib.blake2b(digest_size=8)
+    turns = raw.get("texts") or raw.get("messages") or []
+    said = [
+        turn.get(key) for turn in turns if isinstance(turn, dict) for key in ("user", "assistant", "role", "content")
+    ]
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode(errors="replace"))
+    for image in images if isinstance(images, list) else [images]:
+        digest.update(image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")())
+    return int.from_bytes(digest.digest()) < fraction * 2**64
+
+
+def flatten(results: list[Document | Skipped]) -> tuple:
+    """Join documents into few tensors, as each tensor that goes from one process to another costs a file handle."""
+    documents = [result for result in results if isinstance(result, Document)]
+    skipped = [None if isinstance(result, Document) else result for result in results]
+    if not documents:
+        return skipped, [], [], None
+    lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
+    fields = ("input_ids", "labels", "branch_ids", "tiles")
+    return skipped, lengths, num_tiles, [torch.cat([getattr(d, name) for d in documents]) for name in fields]
+
+
+def unflatten(flat: tuple) -> list[Document | Skipped]:
+    """Undo `flatten`."""
+    skipped, lengths, num_tiles, joined = flat
+    if joined is None:
+        return skipped
+    *texts, tiles = joined
+    pieces = [tensor.split(lengths) for tensor in texts]
+    documents = map(Document, *pieces, tiles.split(num_tiles))
+    return [next(documents) if reason is None else reason for reason in skipped]
