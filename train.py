@@ -16,123 +16,40 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from torch import nn
 
 from eval.routing import draw_routing, measure_routing
 from eval.run import answer, draw_contact_sheet, evaluate, format_table
 from eval.tasks import SceneTask, TrainingScan
 from nanovlm import cli, distributed
-from nanovlm.config import MoEConfig, TrainConfig, differences, from_dict, pick
+from nanovlm.config import MoEConfig, TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.records import RATINGS, to_sample
 from nanovlm.data.source import Source
 from nanovlm.data.sources import open_sources, sample_texts
-from nanovlm.data.types import IGNORE, Batch
 from nanovlm.environment import (
     choose_precision,
     choose_threads,
     describe_environment,
     device_name,
-    git_commit,
     keep_freed_memory,
 )
-from nanovlm.files import flush, lock, read_json, write_file
+from nanovlm.files import lock, read_json, write_file
 from nanovlm.hub.model_folder import load_folder, save_model
-from nanovlm.model.vlm import VLM, Extras
-from nanovlm.objectives import OBJECTIVES
+from nanovlm.model.vlm import VLM
 from nanovlm.presets import PRESETS
 from nanovlm.train import checkpoint, init, parallel
-from nanovlm.train.counting import RoutingStats, count_flops
 from nanovlm.train.log import Log, import_wandb
-from nanovlm.train.optim import assign_rules, learning_rate, make_optimizers, set_learning_rate
+from nanovlm.train.optim import assign_rules, make_optimizers
+from nanovlm.train.resume import check_same_config, share_micro_batches, write_config
+from nanovlm.train.state import TrainState
+from nanovlm.train.step import autocast, count, fill_up, train_step
 
 RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants to be started again
-
-
-@dataclass
-class TrainState:
-    """Everything that a resumed run needs; `replica` is what training calls: the model, or what spreads it on ranks."""
-
-    model: VLM
-    replica: nn.Module
-    optimizers: dict[str, torch.optim.Optimizer]
-    loader: Loader
-    threads: int
-    precision: str
-    step: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    elapsed_s: float = 0.0
-
-    def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
-        """Begin to write a checkpoint, after which the newest `keep` stay."""
-        if distributed.rank() == 0:
-            flush(run_dir / "metrics.jsonl")
-        names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
-        numbers = {name: getattr(self, name) for name in names}
-        states = distributed.gather(self.loader.state_dict())
-        numbers["slots"] = {number: state for of_rank in states for number, state in of_rank.items()}
-        rng = distributed.gather(checkpoint.rng_state())
-        rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
-        return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
-
-    def load(self, folder: Path):
-        """Go on from a checkpoint, which any number of ranks may have written."""
-        numbers, rng = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
-        self.loader.load_state_dict(numbers.pop("slots"))
-        mine = f"{distributed.rank()}."
-        checkpoint.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
-        for name, value in numbers.items():
-            setattr(self, name, value)
-
-
-def train_step(state: TrainState, batches: list[Batch], num_trained: int, config: TrainConfig) -> dict:
-    """Run one optimizer step over this rank's micro-batches; return its metrics, some still on the device.
-
-    The loss is the mean over the `num_trained` trained tokens of all ranks, however they fall into micro-batches. A
-    step whose loss or gradient is not finite changes nothing.
-    """
-    device = next(state.model.parameters()).device
-    lr = learning_rate(state.step, config.optim)
-    set_learning_rate(state.optimizers, lr)
-    loss, extras, stats = torch.zeros((), device=device), Extras(), RoutingStats()
-    for i, batch in enumerate(batches):
-        with parallel.gradient_sync(state.replica, is_last=i + 1 == len(batches)):
-            with autocast(state):
-                loss_sum = OBJECTIVES[config.objective](state.replica, batch, extras) / max(1, num_trained)
-            (loss_sum * distributed.num_ranks()).backward()  # as the ranks' gradients are averaged
-        loss += loss_sum.detach()
-        if extras.routing:
-            stats.update(extras.routing, batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
-    parallel.finish_gradients(state.model)
-    loss = distributed.add_up_tensor(loss)
-    grad_norm = parallel.clip_gradients(list(state.model.parameters()), config.optim.max_grad_norm)
-    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
-    for optimizer in state.optimizers.values():
-        optimizer.found_inf = is_bad.float()
-        optimizer.step()
-        optimizer.zero_grad()
-    metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "trained_tokens": num_trained, "is_bad": is_bad}
-    if extras.routing:
-        stats.add_up()
-        state.model.decoder.update_expert_bias(stats.load * ~is_bad)
-        metrics["routing"] = stats
-    if isinstance(extras.router_loss, torch.Tensor):
-        metrics["router_loss"] = distributed.add_up_tensor(extras.router_loss) / max(1, num_trained)
-    state.step += 1
-    return {"step": state.step} | metrics
-
-
-def autocast(state: TrainState) -> torch.autocast:
-    """Compute matrix products in the run's precision."""
-    device = next(state.model.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16")
 
 
 def main(config: TrainConfig) -> dict:
@@ -154,7 +71,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     begin = time.perf_counter()
     is_first = distributed.rank() == 0
     if (run_dir / "config.json").exists():
-        config = check_same_config(run_dir / "config.json", config)
+        config = check_same_config(run_dir, config)
     if (run_dir / "eval.json").exists():
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
         return read_json(run_dir / "eval.json")
@@ -193,9 +110,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         state.load(checkpoints[-1])
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
-    elif is_first:
-        write_file(run_dir / "config.json", json.dumps({"commit": git_commit(), **asdict(config)}, indent=2))
-        processor.save(run_dir)
+    if is_first:
+        write_config(run_dir / "config.json", config)
+        if not checkpoints:
+            processor.save(run_dir)
     torch.set_num_threads(state.threads)
     log = Log(config, run_dir, state, device, begin, wandb)
     if not checkpoints:
@@ -270,14 +188,6 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     return results
 
 
-def share_micro_batches(config: TrainConfig) -> TrainConfig:
-    """Return the config with the number of micro-batches of a step, one for each rank where it is left open."""
-    num, ranks = config.optim.micro_batches or distributed.num_ranks(), distributed.num_ranks()
-    if num % ranks:
-        raise ValueError(f"optim.micro_batches = {num} cannot be shared out evenly among {ranks} ranks")
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=num))
-
-
 def make_loader(source: Source, processor: Processor, config: TrainConfig) -> Loader:
     """Return what reads the micro-batches of this rank: rank r of R has r, r + R, r + 2 R, ..."""
     least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
@@ -290,29 +200,6 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig) -> Lo
         config.optim.micro_batches,
         num_epochs=config.data.num_epochs or None,
     )
-
-
-def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
-    """Add batches of nothing but padding, so that a rank has as many as the others."""
-    size = config.model.vision.image_size if config.model.vision else 0
-    ids = torch.full((1, config.data.row_length), config.model.pad_token_id)
-    nothing = torch.zeros_like(ids)
-    padding = Batch(ids, nothing + IGNORE, (nothing - 1).int(), nothing.int(), nothing, torch.zeros(0, 3, size, size))
-    return batches + [padding] * (config.optim.micro_batches // distributed.num_ranks() - len(batches))
-
-
-def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[str, int]:
-    """Count what this rank's batches hold, and what its loader has read since the run began."""
-    trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in state.model.named_children()}
-    return {
-        "batches": len(batches),
-        "trained_tokens": sum(len(batch.trained) for batch in batches),
-        "tokens": sum(int((batch.doc_ids >= 0).sum()) for batch in batches),
-        "image_tokens": sum(int((batch.input_ids == config.model.image_token_id).sum()) for batch in batches),
-        "places": sum(batch.doc_ids.numel() for batch in batches),
-        "flops": sum(count_flops(config.model, batch, trains) for batch in batches),
-        **{f"samples {name}": number for name, number in state.loader.counts.items()},
-    }
 
 
 def is_scenes(name: str) -> bool:
@@ -349,29 +236,6 @@ def sample_answers(state: TrainState, processor: Processor, task: SceneTask, num
         answers = answer(model, processor, images, [question.text for question in chosen])
     model.train()
     return [f"{q.text} {said!r} (truth {q.truth!r})" for q, said in zip(chosen, answers, strict=True)]
-
-
-def check_same_config(path: Path, config: TrainConfig) -> TrainConfig:
-    """Return the config with what a run's config.json decides where `config` leaves it open.
-
-    Raises ValueError that names the fields in which the two differ; a run may go on on other ranks, and be profiled.
-    """
-    saved = read_json(path)
-    if isinstance(saved, dict) and saved.pop("commit", None) != git_commit():
-        print(f"note: {path.parent} was started at another commit")
-    try:
-        saved = from_dict(TrainConfig, saved)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    micro_batches = config.optim.micro_batches or saved.optim.micro_batches
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=micro_batches))
-    free = {name: getattr(config, name) for name in ("run_dir", "parallel", "profile")}
-    if changed := differences(dataclasses.replace(saved, **free), config):
-        raise ValueError(
-            f"{path.parent} was started with another config ({'; '.join(changed)}): "
-            "use the same values to continue it, or another --run-dir"
-        )
-    return config
 
 
 def parse_config(args: list[str]) -> TrainConfig:

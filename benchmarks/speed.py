@@ -70,9 +70,7 @@ def main(config: SpeedConfig):
     if config.what == "tune":
         return tune(model, loader, preset, config)
     torch.set_num_threads(threads)
-    state = train.TrainState(
-        model, model, make_optimizers(model, preset.optim, precision), loader, threads, precision
-    )
+    state = train.TrainState(model, model, make_optimizers(model, preset.optim, precision), loader, threads, precision)
     lines = [time_training(state, preset, config)]
     lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
     environment = describe_environment(device, state.threads, state.precision)

@@ -84,10 +84,17 @@ def processor_field(name: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this checkout, with a + when files are changed; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    """Return the commit of this checkout, with a + when files are changed; None where this is no checkout."""
+
+    def git(*command):
+        return subprocess.run(
+            ["git", *command], cwd=cli.PROJECT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=cli.PROJECT, capture_output=True, text=True, check=True).stdout.strip()
+        if Path(git("rev-parse", "--show-toplevel")) != cli.PROJECT:  # installed into somebody else's repository
+            return None
+        return git("describe", "--always", "--abbrev=40", "--dirty=+")
     except (OSError, subprocess.CalledProcessError):
         return None
 

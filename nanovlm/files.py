@@ -47,6 +47,12 @@ def restore(path: Path):
         replaced.rename(path)
 
 
+def find_folder(path: Path) -> Path:
+    """Return `path`, or what `new_folder` is replacing or was when it was killed; nothing is renamed."""
+    replaced = path.resolve().with_name(f".{path.resolve().name}.old")
+    return replaced if replaced.exists() and not path.exists() else path
+
+
 @contextlib.contextmanager
 def lock(folder: Path):
     """Make a folder, if need be, and keep it to this process; a new one that stays empty is removed again.
@@ -64,6 +70,10 @@ def lock(folder: Path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {folder}: wait for it, or use another folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
+            print(f"note: {folder} cannot be locked ({error.strerror}): let no other process write to it")
         yield folder
     finally:
         os.close(descriptor)
@@ -73,12 +83,13 @@ def lock(folder: Path):
 
 
 def write_file(path: Path, data: str | bytes):
-    """Write a file under a temporary name, flush it and rename it."""
+    """Write a file under a temporary name, flush it, rename it and flush its folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         flush(temporary)
         temporary.rename(path)
+        flush(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}") from error

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -303,6 +304,52 @@ def test_another_config_is_named(tmp_path):
         run(tmp_path, seed=5)
     with pytest.raises(ValueError, match=r"optim.lr: .* against 0.5"):
         run(tmp_path, optim=dataclasses.replace(SMALL.optim, lr=0.5))
+
+
+def stop_after(monkeypatch, steps):
+    """Let a run be stopped by a signal so many steps after it went on."""
+    step, taken = train.train_step, []
+
+    def train_step(*args):
+        taken.append(1)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def test_what_changes_no_loss_may_change(tmp_path, monkeypatch, unbroken):
+    stop_after(monkeypatch, 5)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    monkeypatch.undo()
+    data = dataclasses.replace(SMALL.data, num_workers=2)
+    run(tmp_path, data=data, threads=0, checkpoint_every=4, keep_checkpoints=1, sample_every=0, device="auto")
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["data"]["num_workers"] == 2 and config["checkpoint_every"] == 4
+
+
+def test_steps_may_grow_until_the_rate_falls(tmp_path, monkeypatch):
+    longer = dataclasses.replace(SMALL.optim, steps=16)
+    run(tmp_path / "whole", optim=longer)
+    stop_after(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "grown")
+    monkeypatch.undo()
+    run(tmp_path / "grown", optim=longer)
+    assert comparable(metrics(tmp_path / "grown")) == comparable(metrics(tmp_path / "whole"))
+    stop_after(monkeypatch, 8)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "late")
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=r"optim.steps = 16: .*late is at step 8, and its rate began to fall after step"
+    ):
+        run(tmp_path / "late", optim=longer)
+    with pytest.raises(ValueError, match=r"optim.steps: 12 against 11"):
+        run(tmp_path / "late", optim=dataclasses.replace(SMALL.optim, steps=11))
 
 
 def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(processor):

@@ -228,6 +228,11 @@ class TrainConfig:
             f"model.decoder.vocab_size = {self.model.decoder.vocab_size}",
         )
         check(
+            d.row_length <= self.model.decoder.max_position_embeddings,
+            f"data.row_length = {d.row_length} is above model.decoder.max_position_embeddings = "
+            f"{self.model.decoder.max_position_embeddings}",
+        )
+        check(
             d.row_length > self.model.num_image_tokens,
             f"data.row_length = {d.row_length} leaves no room for text beside one image "
             f"of {self.model.num_image_tokens} tokens",

@@ -197,10 +197,10 @@ def plan_idefics3(width: int, height: int, config: VLMConfig) -> TilePlan:
     aspect = width / height
     if width >= height:
         width = math.ceil(width / side) * side
-        height = math.ceil(int(width / aspect) / side) * side
+        height = max(1, math.ceil(int(width / aspect) / side)) * side
     else:
         height = math.ceil(height / side) * side
-        width = math.ceil(int(height * aspect) / side) * side
+        width = max(1, math.ceil(int(height * aspect) / side)) * side
     rows, cols = height // side, width // side
     return TilePlan(width, height, rows, cols, rows * cols > 1)
 

@@ -30,6 +30,7 @@ from nanovlm.data.packing import pack
 from nanovlm.data.packing_baselines import STRATEGIES, pad
 from nanovlm.data.reader import Reader, Skipped
 from nanovlm.data.records import to_sample
+from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE, Document
@@ -136,8 +137,8 @@ def main(config: InspectConfig):
         return processor.document(to_sample(raw))
 
     try:
-        ref = next(itertools.islice(source.refs([0], 1), config.index, None))
-        document = process(source.read(ref.key)) if ref.epoch == 0 else None
+        ref = next(itertools.islice(first_pass(source), config.index, None), None)
+        document = None if ref is None else process(source.read(ref.key))
     except (ValueError, OSError) as error:
         raise ValueError(f"{source.name}, sample {config.index}: {error}") from error
     if document is None:
@@ -149,8 +150,7 @@ def main(config: InspectConfig):
         chosen = np.random.default_rng(config.seed).choice(len(source), min(config.num, len(source)), replace=False)
         keys = ((i, i) for i in sorted(chosen.tolist()))
     else:
-        refs = itertools.islice(source.refs([0], 1), config.num)
-        keys = ((ref.number, ref.key) for ref in refs if ref.epoch == 0)
+        keys = ((ref.number, ref.key) for ref in itertools.islice(first_pass(source), config.num))
     reader = Reader(source, process, DataConfig(row_length=config.row_length, max_tiles=config.max_tiles), "train")
     results = [(index, reader.read(key)) for index, key in keys]
     documents = [result for _index, result in results if isinstance(result, Document)]

@@ -58,6 +58,11 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Source], weights: list[float] | None = None, lengths: list[int] | None = None):
         self.sources, self.weights, self.lengths = list(sources), weights, lengths
+        if not sources or (weights is not None and len(weights) != len(sources)):
+            num_weights = "no" if weights is None else len(weights)
+            raise ValueError(
+                f"a mixture needs sources and a weight for each; there are {len(sources)}, {num_weights} weights"
+            )
         self.name = " + ".join(source.name for source in sources)
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         if weights is not None:

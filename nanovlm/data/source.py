@@ -76,6 +76,11 @@ class Order:
 IN_ORDER = Order()
 
 
+def first_pass(source: Source) -> Iterator[Ref]:
+    """Yield the records of a source once each."""
+    return itertools.takewhile(lambda ref: ref.epoch == 0, source.refs([0], 1))
+
+
 def deal(source, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
     """Deal the records of a source that has a length, an `order` and maybe `blocks`; the keys are indices."""
     length, blocks = len(source), getattr(source, "blocks", None)

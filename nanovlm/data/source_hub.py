@@ -1,5 +1,6 @@
 """Raw records of a dataset of the hub, as a stream."""
 
+import copy
 import functools
 import itertools
 import logging
@@ -40,15 +41,16 @@ class Hub:
     def refs(self, slots: Sequence[int], num_slots: int, start: dict | None = None) -> Iterator[Ref]:
         """Deal the records, which are their own keys; `after` holds the positions that `datasets` gives."""
         start = start or {"number": 0, "places": {}}
-        if num_slots > 1 and self.dataset.num_shards % num_slots == 0:
+        is_shared_out = num_slots > 1 and self.dataset.num_shards % num_slots == 0
+        if is_shared_out:
             readers = {slot: self._read_on(start["places"].get(str(slot)), slot, num_slots) for slot in slots}
         else:
-            readers = dict.fromkeys(range(num_slots), self._read_on(start["places"].get("0")))
+            readers = dict.fromkeys(range(num_slots), self._read_on(start["places"].get("all")))
         for number in itertools.count(start["number"]):
             records, places = {}, {}
             for slot, reader in readers.items():
                 *records[slot], place = next(reader)
-                places[str(slot) if len(set(readers.values())) > 1 else "0"] = place
+                places[str(slot) if is_shared_out else "all"] = place
             after = {"number": number + 1, "places": {name: place() for name, place in places.items()}}
             for slot in slots:
                 record, epoch, count = records[slot]
@@ -78,7 +80,7 @@ class Hub:
         """Return the dataset as a pass reads it, or a slot's share of its files."""
         from datasets.distributed import split_dataset_by_node
 
-        dataset = self.dataset
+        dataset = copy.deepcopy(self.dataset)  # it keeps its place
         if self.order.shuffle:
             seeds = [self.order.seed, epoch] + ([] if self.order.part is None else [self.order.part])
             # A buffer of one leaves the records of a file in their order, which is cheap to come back to.

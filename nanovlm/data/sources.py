@@ -9,7 +9,7 @@ from pathlib import Path
 from nanovlm.data.mixture import Concatenation, Mixture, parts_of
 from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
-from nanovlm.data.source import IN_ORDER, Order, Source
+from nanovlm.data.source import IN_ORDER, Order, Source, first_pass
 from nanovlm.data.source_files import Folder, JsonLines
 from nanovlm.data.source_hub import Hub
 from nanovlm.data.source_parquet import Parquet
@@ -70,7 +70,7 @@ def sample_records(source: Source, num: int) -> Iterator[dict]:
     if isinstance(source, Sized):
         keys = range(0, len(source), -(-len(source) // num))
     else:
-        keys = (ref.key for ref in itertools.islice(source.refs([0], 1), num))
+        keys = (ref.key for ref in itertools.islice(first_pass(source), num))
     for key in keys:
         try:
             yield source.read(key)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nanovlm.files import read_json, restore
+from nanovlm.files import find_folder, read_json
 
 # What is downloaded of a repository.
 FILES = (
@@ -24,9 +24,8 @@ TOKENIZER_FILES = tuple(name for name in FILES if "safetensors" not in name)
 
 def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
     """Return a folder: the one of this name, or the downloaded files of a repository `owner/name[@revision]`."""
-    restore(Path(name).resolve())
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := find_folder(Path(name))).is_dir():
+        return folder
     repository, _, revision = str(name).partition("@")
     nowhere = f"there is no model folder {name}, and no repository on the hub can have that name"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):

@@ -32,6 +32,7 @@ from nanovlm.hub.families import IDEFICS3_TOKENS, IMAGE, find_family
 from nanovlm.hub.read import load
 from nanovlm.infer.sampling import find_stops
 from nanovlm.model.vlm import VLM
+from nanovlm.tensor_files import merge_numbers
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,8 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
 def write_weights(folder: Path, model: VLM, shard_bytes: int):
     """Write model.safetensors, or several files of at most `shard_bytes` (but one tensor at least) and their index."""
     names = families.find_names(find_family(model.config.decoder), model.config.vision is not None)
+    if unknown := weights.unknown_tensors(model, names):
+        raise ValueError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
     tensors = weights.destinations(model, names)
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
     shards, free = [], 0

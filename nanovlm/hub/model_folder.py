@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
-from nanovlm.files import new_folder, read_json, restore
+from nanovlm.files import find_folder, new_folder, read_json
 from nanovlm.model.build import empty_model
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM
@@ -36,8 +36,7 @@ def load_folder(
 
     Raises ValueError that names what is missing, unknown, cut off or of another shape.
     """
-    folder = Path(folder)
-    restore(folder.resolve())
+    folder = find_folder(Path(folder))
     if not folder.is_dir():
         raise ValueError(f"there is no model folder {folder}")
     if (folder / "model" / "config.json").exists():

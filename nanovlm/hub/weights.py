@@ -73,7 +73,7 @@ def load_decoder(model: VLM, folder: Path):
 def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[str, list[torch.Tensor]]:
     """Say for each of their tensor names which tensors of the model its rows are: import fills them, export reads.
 
-    Parts of the model that the table does not know are left out.
+    Tensors of the model that the table does not know are left out (see `unknown_tensors`).
     """
     prefixes = [
         (re.compile(re.escape(prefix).replace(r"\{\}", r"(\d+)")), theirs, part)
@@ -90,6 +90,16 @@ def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[st
                 full = theirs.format(*match.groups(), *number) + name[match.end() :]
                 found.setdefault(full, {})[part] = slice
     return {name: [parts[part] for part in sorted(parts)] for name, parts in found.items()}
+
+
+def unknown_tensors(model: VLM, names: dict[str, str | tuple[str, ...]]) -> list[str]:
+    """List the model's tensors for which the table has no name."""
+    prefixes = [
+        re.compile(re.escape(prefix).replace(r"\{\}", r"\d+"))
+        for ours in names.values()
+        for prefix in ([ours] if isinstance(ours, str) else ours)
+    ]
+    return [name for name in model.state_dict() if not any(prefix.match(name) for prefix in prefixes)]
 
 
 def tensor_names(path):

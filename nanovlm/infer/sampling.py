@@ -30,7 +30,7 @@ class SamplingConfig:
     min_p: float = 0.0
     # Above 1: make tokens that occurred in the prompt or the answer less likely.
     repetition_penalty: float = 1.0
-    # Seed of the random choices.
+    # Seed of the random choices, of every row by itself.
     seed: int = 0
 
     def validate(self) -> "SamplingConfig":
@@ -72,15 +72,16 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
         device=lengths.device,
         dtype=model.decoder.embed_tokens.weight.dtype,
     )
-    generator = torch.Generator(device=lengths.device).manual_seed(config.seed)
+    generators = [torch.Generator().manual_seed(config.seed) for _ in lengths]
     seen = torch.zeros(len(lengths), model.config.decoder.vocab_size, dtype=torch.bool, device=lengths.device)
-    seen.scatter_(1, batch.input_ids, batch.doc_ids >= 0)
+    # In the places of padding, whose token may be one of the prompt too, the first token once more.
+    seen.scatter_(1, torch.where(batch.doc_ids >= 0, batch.input_ids, batch.input_ids[:, :1]), True)
     ended = torch.zeros_like(lengths, dtype=torch.bool)
     logits = prefill(model, batch, cache)
     for i in range(config.max_new_tokens):
         logits = logits.float()
         logits[:, never] = -torch.inf
-        tokens = choose(logits, seen, config, generator).masked_fill(ended, pad)
+        tokens = choose(logits, seen, config, generators).masked_fill(ended, pad)
         yield tokens
         ended = ended | torch.isin(tokens, stops)
         if i + 1 == config.max_new_tokens or bool(ended.all()):
@@ -127,18 +128,25 @@ def decode_one_token(model: VLM, tokens: Tensor, cache: KVCache) -> Tensor:
     return model.head(hidden[:, 0])
 
 
-def choose(logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, seen: Tensor, config: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
     """Choose a token a row from logits fp32[B, V]: penalty, then greedy, or temperature, top-k, top-p, min-p, draw.
 
-    `seen` bool[B, V] marks the tokens that the repetition penalty is for. Returns int64[B].
+    `seen` bool[B, V] marks the tokens that the repetition penalty is for. Each row draws from a generator of its own,
+    so that an answer does not depend on its neighbours. Returns int64[B].
     """
     if config.repetition_penalty != 1:
-        factor = torch.where(logits > 0, 1 / config.repetition_penalty, config.repetition_penalty)
-        logits = torch.where(seen, logits * factor, logits)
+        logits = penalize(logits, seen, config.repetition_penalty)
     if config.temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits, config).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    sums = filter_logits(logits, config).double().softmax(-1).cumsum(-1)
+    drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    # The first token whose sum is above the drawn share of the whole: one of no probability adds nothing to it.
+    return torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make what was seen less likely: divide a positive logit by the penalty, multiply a negative one."""
+    return torch.where(seen, logits * torch.where(logits > 0, 1 / penalty, penalty), logits)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:

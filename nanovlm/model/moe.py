@@ -125,10 +125,14 @@ def fits_capacity(choice: Tensor, is_token: Tensor, config: MoEConfig) -> Tensor
     An expert has room for capacity_factor times its fair share of the tokens (GShard, arXiv 2006.16668).
     """
     R, k = choice.shape
-    chosen = F.one_hot(choice.T.flatten(), config.num_experts)  # [k R, E], in order of precedence
-    chosen = chosen * is_token.repeat(k)[:, None]
-    place = (chosen.cumsum(0) * chosen).sum(-1)  # 1, 2, ... among the rows of the same expert; 0 for padding
-    return (place <= config.capacity_factor * is_token.sum() * k / config.num_experts).view(k, R).T
+    # In order of precedence; padding goes to an expert of its own, the last one.
+    expert = torch.where(is_token, choice.T, config.num_experts).flatten()
+    order = expert.argsort(stable=True)
+    sizes = expert.new_zeros(config.num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
+    place = torch.empty_like(expert)  # 1, 2, ... among the rows of the same expert
+    place[order] = torch.arange(1, k * R + 1, device=expert.device) - (sizes.cumsum(0) - sizes)[expert[order]]
+    fits = place <= config.capacity_factor * is_token.sum() * k / config.num_experts
+    return (fits | (expert == config.num_experts)).view(k, R).T
 
 
 # A backend computes sum over j of weights[:, j] * expert(choice[:, j])(x):

@@ -19,8 +19,10 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, extend_tokenizer, read_tokenizer, train_tokenizer
 from nanovlm.files import read_json
-from nanovlm.hub import configs, download
+from nanovlm.hub.configs import read_decoder, read_siglip, read_template
+from nanovlm.hub.download import find
 from nanovlm.hub.read import load
+from nanovlm.hub.weights import load_decoder, load_vision
 from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM
 
@@ -63,26 +65,26 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
         return model, processor
     model = VLM(wanted)
     if init.vision:
-        folder = download.find(init.vision)
-        theirs = dataclasses.replace(configs.read_siglip(folder), attention=wanted.vision.attention)
+        folder = find(init.vision)
+        theirs = dataclasses.replace(read_siglip(folder), attention=wanted.vision.attention)
         _check_same(init.vision, theirs, wanted.vision, "vision.")
-        weights.load_vision(model, folder)
+        load_vision(model, folder)
     if not init.decoder:
         tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
         return model, Processor(tokenizer, _template(config, "roles"), wanted)
-    folder = download.find(init.decoder)
-    theirs = configs.read_decoder(read_json(folder / "config.json"), folder / "config.json")
+    folder = find(init.decoder)
+    theirs = read_decoder(read_json(folder / "config.json"), folder / "config.json")
     if theirs.vocab_size > wanted.decoder.vocab_size:
         raise ValueError(
             f"{init.decoder} has {theirs.vocab_size} tokens, more than decoder.vocab_size = {wanted.decoder.vocab_size}"
         )
     same = {field: getattr(wanted.decoder, field) for field in ("vocab_size", *BACKENDS)}
     _check_same(init.decoder, dataclasses.replace(theirs, **same), wanted.decoder, "decoder.")
-    weights.load_decoder(model, folder)
+    load_decoder(model, folder)
     tokenizer = extend_tokenizer(
         read_tokenizer(folder / "tokenizer.json"), marker_tokens(wanted), wanted.image_token_id
     )
-    return model, Processor(tokenizer, _template(config, configs.read_template(folder)), wanted)
+    return model, Processor(tokenizer, _template(config, read_template(folder)), wanted)
 
 
 @torch.no_grad()

@@ -63,12 +63,11 @@ def train_all(source, processor, num_workers):
         lambda raw: processor.document(to_sample(raw)),
         DataConfig(**{**vars(CONFIG), "num_workers": num_workers}),
         processor.config.pad_token_id,
-        seed=0,
         num_epochs=1,
     )
     seen = Counter()
     try:
-        for batch in loader:
+        for [batch] in loader:
             num_tokens = (batch.input_ids == processor.config.image_token_id).sum()
             assert num_tokens == len(batch.pixel_values) * processor.config.num_image_tokens
             for document in range(int(batch.doc_ids.max()) + 1):
@@ -80,7 +79,7 @@ def train_all(source, processor, num_workers):
     skipped = counts["filtered"] + counts["too long"] + counts["corrupt"]
     assert counts["damaged"] == len(source.damaged)
     assert counts["read"] == len(source) == counts["documents"] + skipped
-    assert counts["documents"] == counts["packed"] == seen.total() and not loader.buffer
+    assert counts["documents"] == counts["packed"] == seen.total() and not loader.slots[0].buffer
     return counts, seen
 
 

@@ -21,6 +21,7 @@ from nanovlm.data.drawing import WIDTH, describe, draw_histogram, draw_rows, dra
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.inspect import InspectConfig, main
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import Ref
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE
@@ -201,8 +202,13 @@ def test_streams(show, monkeypatch):
     class Stream:
         name, damaged = "stream", ["a shard is lost"]
 
-        def stream(self, start, epoch):
-            yield from ({"texts": [{"user": f"{i}?", "assistant": str(i)}]} for i in range(start, 6))
+        def refs(self, slots, num_slots, start=None):
+            for i in itertools.count():
+                record = {"texts": [{"user": f"{i % 6}?", "assistant": str(i % 6)}]}
+                yield Ref(0, i, i // 6, record, self.name, f"record {i}", i + 1)
+
+        def read(self, key):
+            return key
 
     monkeypatch.setattr(inspect, "open_source", lambda spec: Stream())
     text, _picture = show(index=5, num=4)

@@ -176,7 +176,7 @@ def test_a_lesson_asks_its_kinds_alone():
     for source in PRESETS["scenes"]().data.sources[:-1]:
         lesson = tuple(source.removeprefix("scenes:").split(","))
         assert kinds("train", lesson) == set(lesson)
-        assert Scenes("train", kinds=lesson).raw(3)["texts"] == draw("train", 3, lesson)["texts"]
+        assert Scenes("train", kinds=lesson).read(3)["texts"] == draw("train", 3, lesson)["texts"]
         assert draw("train", 3, lesson)["images"][0] != draw("train", 3)["images"][0]
 
 

@@ -1,6 +1,7 @@
 """Real files of every kind give the records that were written; damage is one clear sentence."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import random
@@ -18,9 +19,10 @@ from PIL import Image
 
 from nanovlm.data import sources
 from nanovlm.data.images import decode_image
-from nanovlm.data.mixture import Mixture
+from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import Order, deal
 from nanovlm.data.source_files import Folder, JsonLines
 from nanovlm.data.source_hub import Hub
 from nanovlm.data.source_parquet import Parquet
@@ -114,7 +116,7 @@ def plain(record):
 
 
 def read_all(source):
-    return [plain(source.raw(i)) for i in range(len(source))]
+    return [plain(source.read(i)) for i in range(len(source))]
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -127,35 +129,35 @@ def test_what_was_written_is_read(path):
     again = open_source(str(path[0]))
     assert type(again) is path[1] and read_all(again) == read_all(source)
     for record, i in zip(RECORDS, range(len(source)), strict=True):
-        sample = to_sample(source.raw(i))
+        sample = to_sample(source.read(i))
         assert [np.asarray(image).tolist() for image in sample.images] == [
             np.asarray(decode_image(data)).tolist() for data in record["images"]
         ]
     for index in (-1, len(source)):
         with pytest.raises(IndexError, match=f"has 23 records, there is no record {index}"):
-            source.raw(index)
+            source.read(index)
 
 
 def test_any_order_reads_the_same(path):
     source = path[1](path[0])
     order = random.Random(0).choices(range(len(source)), k=100)
-    assert [plain(source.raw(i)) for i in order] == [plain(RECORDS[i]) for i in order]
+    assert [plain(source.read(i)) for i in order] == [plain(RECORDS[i]) for i in order]
 
 
 def _read(source, order, queue):
-    queue.put([plain(source.raw(i)) for i in order])
+    queue.put([plain(source.read(i)) for i in order])
 
 
 def test_forked_processes_share_a_source(path):
     source = path[1](path[0])
-    source.raw(3)
+    source.read(3)
     context = multiprocessing.get_context("fork")
     orders = [random.Random(seed).choices(range(len(source)), k=200) for seed in range(3)]
     for order in orders:
         queue = context.Queue()
         process = context.Process(target=_read, args=(source, order, queue))
         process.start()
-        mine = [plain(source.raw(i)) for i in orders[0]]
+        mine = [plain(source.read(i)) for i in orders[0]]
         assert queue.get(timeout=600) == [plain(RECORDS[i]) for i in order]
         process.join(600)
         assert mine == [plain(RECORDS[i]) for i in orders[0]]
@@ -186,7 +188,7 @@ def test_parquet_images_of_every_kind(image, tmp_path):
         pq.write_table(pa.table({column[image][0]: column[image][1], "texts": [TURNS] * 4, "source": ["x"] * 4}), file)
     source = Parquet(file)
     expected = [data[0]] * 4 if image == "path" else data
-    decoded = [to_sample(source.raw(i)).images[0].tobytes() for i in range(4)]
+    decoded = [to_sample(source.read(i)).images[0].tobytes() for i in range(4)]
     assert decoded == [decode_image(x).tobytes() for x in expected]
     if image in ("struct", "datasets"):
         rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True, cache_dir=str(tmp_path))
@@ -239,13 +241,13 @@ def test_tar_members(tmp_path):
         add_member(tar, "f.txt", b"2")
     source = Tar([tmp_path / "a.tar"])
     assert len(source) == 5 and source.damaged == []
-    assert source.raw(0)["images"] == small and len(to_sample(source.raw(0)).images) == 12
-    assert source.raw(1) == {"images": small[:1], "texts": [{"user": "describe the image.", "assistant": "Größe"}]}
+    assert source.read(0)["images"] == small and len(to_sample(source.read(0)).images) == 12
+    assert source.read(1) == {"images": small[:1], "texts": [{"user": "describe the image.", "assistant": "Größe"}]}
     with pytest.raises(ValueError, match=r"sample d of .*a.tar needs a .json with texts or messages, or a .txt"):
-        source.raw(2)
-    assert to_sample(source.raw(3)).images == []
+        source.read(2)
+    assert to_sample(source.read(3)).images == []
     with pytest.raises(ValueError, match=r"sample f of .*a.tar has two members .txt"):
-        source.raw(4)
+        source.read(4)
 
 
 def write_members(path, **members):
@@ -261,7 +263,7 @@ def test_tar_images_of_every_format(tmp_path):
         format = {"jp2": "JPEG2000", "ppm": "PPM", "jfif": "JPEG", "tif": "TIFF", "left.tga": "TGA"}.get(suffix)
         data = encode(i, format or suffix.strip(".0"))
         write_members(tmp_path / "a.tar", **{f"a.{suffix}": data, "a.txt": b"noise", "a.mpg": b"", "b.json": b"{}"})
-        record = Tar(tmp_path / "a.tar").raw(0)
+        record = Tar(tmp_path / "a.tar").read(0)
         assert record["images"] == [data] and to_sample(record).images[0].size == noise(i).size
 
 
@@ -298,9 +300,9 @@ def test_tar_samples_that_lack_their_image(tmp_path):
         ]
     ):
         with pytest.raises(ValueError, match=sentence):
-            source.raw(index)
-    assert source.raw(6) == {"images": [image], "texts": TURNS}
-    assert source.raw(7) == source.raw(8) == {"texts": TURNS}
+            source.read(index)
+    assert source.read(6) == {"images": [image], "texts": TURNS}
+    assert source.read(7) == source.read(8) == {"texts": TURNS}
 
 
 def test_tar_images_without_text_are_counted(tmp_path):
@@ -348,7 +350,7 @@ def test_tar_keys_that_come_again_are_other_samples(tmp_path):
             for key in "ab":
                 add_member(tar, f"{key}.png", encode(part))
                 add_member(tar, f"{key}.txt", f"{key}{part}".encode())
-    answers = [record["texts"][0]["assistant"] for record in map(Tar(tmp_path / "a.tar").raw, range(4))]
+    answers = [record["texts"][0]["assistant"] for record in map(Tar(tmp_path / "a.tar").read, range(4))]
     assert answers == ["a0", "b0", "a1", "b1"]
 
 
@@ -358,7 +360,7 @@ def test_folder_images_of_every_format(tmp_path):
         (tmp_path / f"{i}.txt").write_text("noise")
         (tmp_path / f"alone-{i}.{suffix}").write_bytes(encode(i, format))
     source = Folder(tmp_path)
-    assert [len(to_sample(source.raw(i)).images) for i in range(len(source))] == [1, 1, 1]
+    assert [len(to_sample(source.read(i)).images) for i in range(len(source))] == [1, 1, 1]
     assert source.damaged == [f"{tmp_path}: 3 of 6 images have no .txt or .json beside them"]
 
 
@@ -379,7 +381,7 @@ def test_folder(tmp_path):
     ]
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(ValueError, match=r"the .json of .*c.webp must be a JSON object .* not an empty list"):
-        source.raw(1)
+        source.read(1)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"image": "b.png", "texts": TURNS}))
     assert read_all(open_source(str(tmp_path))) == [([encode(0)], TURNS)]
 
@@ -424,7 +426,7 @@ def test_cut_parquet(tmp_path):
     source = (file.write_bytes(whole), Parquet(file))[1]
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"row 0 of row group 0 of .*data.parquet cannot be read"):
-        source.raw(0)
+        source.read(0)
 
 
 def test_cut_tar(tmp_path):
@@ -480,7 +482,7 @@ def test_damaged_tar(tmp_path):
             continue
         for i in range(len(source)):
             try:
-                to_sample(source.raw(i))
+                to_sample(source.read(i))
             except ValueError:
                 continue
 
@@ -498,10 +500,10 @@ def test_a_damaged_line_is_named_when_it_is_read(tmp_path):
     ]
     file.write_bytes(good + b"\n\n" + b"\n".join(bad) + b"\r\n" + good)
     source = JsonLines(file)
-    assert len(source) == 8 and plain(source.raw(0)) == plain(source.raw(7))
+    assert len(source) == 8 and plain(source.read(0)) == plain(source.read(7))
     for i in range(1, 7):
         with pytest.raises(ValueError, match=f"line {i + 2} of {re.escape(str(file))}"):
-            source.raw(i)
+            source.read(i)
 
 
 WORDS = "images image texts messages independent user assistant role content type text path bytes relevance_ratings"
@@ -552,7 +554,7 @@ def folder(tmp_path_factory):
 def test_any_json_is_a_sample_or_a_value_error(folder, value):
     (folder / "data.jsonl").write_text(json.dumps(value))
     try:
-        sample = to_sample(JsonLines(folder / "data.jsonl").raw(0), {"relevance_ratings": 3})
+        sample = to_sample(JsonLines(folder / "data.jsonl").read(0), {"relevance_ratings": 3})
     except ValueError as error:
         assert "\n" not in str(error).replace(str(value), "")
         return
@@ -637,7 +639,7 @@ def test_one_image_stands_for_images(tmp_path):
     )
     (tmp_path / "a.png").write_bytes(encode(0))
     (tmp_path / "a.jsonl").write_text(json.dumps({"images": [], "image": "a.png", "texts": TURNS}))
-    assert JsonLines(tmp_path / "a.jsonl").raw(0)["images"] == [encode(0)]
+    assert JsonLines(tmp_path / "a.jsonl").read(0)["images"] == [encode(0)]
 
 
 def test_parts_carry_their_images(tmp_path):
@@ -645,7 +647,7 @@ def test_parts_carry_their_images(tmp_path):
     parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "or"}, {"type": "image", "image": "a.png"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
-    sample = to_sample(JsonLines(tmp_path / "a.jsonl").raw(0))
+    sample = to_sample(JsonLines(tmp_path / "a.jsonl").read(0))
     assert (
         contents(sample) == ["#or#", "b"] and [image.tobytes() for image in sample.images] == [noise(0).tobytes()] * 2
     )
@@ -734,16 +736,16 @@ def test_turns_of_low_rating_are_dropped(tmp_path):
             kept({**raw, "relevance_ratings": ratings}, relevance_ratings=2)
     table = pa.Table.from_pylist([{**raw, "images": [encode(0)]}])
     pq.write_table(table, tmp_path / "a.parquet")
-    assert kept(Parquet(tmp_path / "a.parquet").raw(0), relevance_ratings=3) == ["a1", "a2", "a3"]
+    assert kept(Parquet(tmp_path / "a.parquet").read(0), relevance_ratings=3) == ["a1", "a2", "a3"]
 
 
 def test_scenes_are_records():
     source = open_source("scenes")
     assert isinstance(source, Scenes) and source.name == "scenes" and not source.damaged
-    assert to_sample(source.raw(30_000)).independent and len(source) == 1_000_000
+    assert to_sample(source.read(30_000)).independent and len(source) == 1_000_000
 
 
-def test_several_sources_are_a_mixture(tmp_path):
+def test_several_sources_are_one(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"texts": [{"user": "q", "assistant": "a"}]}\nno JSON\n')
     path = str(tmp_path / "a.jsonl")
     assert isinstance(open_sources([path]), JsonLines)
@@ -751,30 +753,37 @@ def test_several_sources_are_a_mixture(tmp_path):
     assert open_sources([path, "scenes"], [1, 3]).counts == [250, 750]
     assert list(sample_texts(open_sources([path]), 10)) == ["q", "a"]  # the damaged line is left to the loader
     assert len(list(sample_texts(open_sources(["scenes"]), 10))) > 40
-    lessons = open_sources(["scenes:cells", "scenes:color,count", "scenes"], lessons=[5, 3])
+    lessons = open_sources(["scenes:cells", "scenes:color,count", "scenes"], lessons=[5, 3], shuffle=False)
     assert [part.name for part in lessons.sources] == ["scenes:cells", "scenes:color,count", "scenes"]
-    assert [lessons.locate(i) for i in (0, 4, 5, 7, 8, 10**9)] == [
-        (0, 0),
-        (0, 4),
-        (1, 0),
-        (1, 2),
+    assert [ref.key for ref in itertools.islice(lessons.refs([0], 1), 9)] == [
+        *((0, i) for i in range(5)),
+        *((1, i) for i in range(3)),
         (2, 0),
-        (2, 10**9 - 8),
     ]
-    assert lessons.locate(2, rank=1, num_ranks=3) == (1, 2)
-    assert all(open_source("scenes:relation").raw(i)["texts"] for i in range(50))  # not every scene allows one
+    assert {text.split()[0] for text in sample_texts(lessons, 30)} >= {"what", "how"}  # of all of them
+    assert all(open_source("scenes:relation").read(i)["texts"] for i in range(50))  # not every scene allows one
     with pytest.raises(ValueError, match=r"scenes:color:shape: unknown kind 'color:shape'"):
         open_source("scenes:color:shape")
     with pytest.raises(ValueError, match=r"scenes:cell: unknown kind 'cell'; there are color, shape, .*, cells"):
         open_source("scenes:cell")
 
 
-def test_streams_are_not_mixed(hub, monkeypatch):
-    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split, seed, shuffle: hub)
+def test_streams_are_mixed_by_weights(hub, monkeypatch):
+    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split, order: hub)
     assert open_sources(["hub:a/b"]) is hub
     assert next(iter(sample_texts(hub, 2)))
-    with pytest.raises(ValueError, match="is a stream of unknown size and cannot be mixed"):
+    with pytest.raises(ValueError, match=r"hub:parquet is a stream of unknown size: mix it .* by data.weights"):
         open_sources(["scenes", "hub:a/b"])
+    mixture = open_sources(["scenes", "hub:a/b"], weights=[1, 1])
+    refs = list(itertools.islice(mixture.refs([0], 1), 80))
+    assert [ref.source for ref in refs[:4]] == 2 * ["scenes", "hub:parquet"]
+    of_stream = [ref for ref in refs if ref.source == "hub:parquet"]
+    assert sorted(repr(plain(mixture.read(ref.key))) for ref in of_stream[:23]) == sorted(
+        map(repr, map(plain, RECORDS))
+    )
+    for at in (0, 7, 40, 60):
+        again = itertools.islice(mixture.refs([0], 1, refs[at].after), 10)
+        assert [(ref.key, ref.number) for ref in again] == [(r.key, r.number) for r in refs[at + 1 : at + 11]]
 
 
 # --- mixtures ------------------------------------------------------------------------------------------------
@@ -783,7 +792,7 @@ def test_streams_are_not_mixed(hub, monkeypatch):
 class Numbers:
     """A source of known size whose records are numbers."""
 
-    damaged = ()
+    damaged, blocks, order = (), None, Order()
 
     def __init__(self, name, length):
         self.name, self.length = name, length
@@ -791,15 +800,21 @@ class Numbers:
     def __len__(self):
         return self.length
 
-    def raw(self, index):
-        assert 0 <= index < self.length
-        return {"number": (self.name, index)}
+    def refs(self, slots, num_slots, start=None):
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key):
+        assert 0 <= key < self.length
+        return {"number": (self.name, key)}
 
 
 def test_without_weights_sources_follow_each_other():
-    mixture = Mixture([Numbers("a", 3), Numbers("b", 1), Numbers("c", 2)])
+    both = Concatenation([Numbers("a", 3), Numbers("b", 1), Numbers("c", 2)])
     order = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("c", 0), ("c", 1)]
-    assert len(mixture) == 6 and [mixture.raw(i)["number"] for i in range(6)] == order
+    assert len(both) == 6 and [both.read(i)["number"] for i in range(6)] == order
+    assert [(ref.source, ref.where) for ref in itertools.islice(both.refs([0], 1), 7)] == [
+        (name, f"sample {i}") for name, i in [*order, order[0]]
+    ]
 
 
 @settings(max_examples=50, deadline=None)
@@ -810,15 +825,14 @@ def test_proportions_of_a_mixture(weights):
     mixture = Mixture([Numbers(str(k), 7 + k) for k in range(len(weights))], weights)
     shares = np.array(weights) / sum(weights)
     seen = np.zeros(len(weights), dtype=int)
-    for position in range(3000):
-        number, place = mixture.locate(position)
-        assert place == seen[number]  # each source goes on where it was
+    for position, ref in enumerate(itertools.islice(mixture.refs([0], 1), 3000)):
+        number, place = ref.key
+        assert place == seen[number] % (7 + number)  # each source goes on where it was
         seen[number] += 1
+        assert ref.epoch == min(max(0, n - 1) // (7 + k) for k, n in enumerate(seen))
         if (position + 1) % 1000 == 0:
             assert np.abs(seen / (position + 1) - shares).max() <= 0.001 + 1e-9
         assert np.abs(seen - shares * (position + 1)).max() <= 1.5 + len(weights) / 4 + position / 1000
-    assert mixture.locate(10**15)[1] == round(10**15 // 1000 * mixture.counts[mixture.locate(0)[0]])
-    assert mixture.raw(len(mixture) - 1)
 
 
 def test_mistakes_in_a_mixture_are_named():
@@ -848,18 +862,36 @@ def hub(tmp_path):
     return Hub("hub:parquet", data_files=str(tmp_path / "*.parquet"), cache_dir=str(tmp_path / "cache"))
 
 
+def read(source, num, start=None, slots=(0,), num_slots=1):
+    """So many records of a stream, plain."""
+    return [plain(source.read(ref.key)) for ref in itertools.islice(source.refs(slots, num_slots, start), num)]
+
+
 def test_hub_streams_the_bytes_of_files(hub):
-    order = [plain(record) for record in hub.stream(0, epoch=0)]
     written = [plain(record) for record in RECORDS]
-    assert sorted(order, key=repr) == sorted(written, key=repr)
-    assert len(to_sample(next(r for r in hub.stream(0, 0) if r["images"])).images) > 0
+    assert sorted(read(hub, 23), key=repr) == sorted(written, key=repr)
+    assert len(to_sample(next(r for ref in hub.refs([0], 1) if (r := hub.read(ref.key))["images"])).images) > 0
 
 
-def test_hub_goes_on_where_it_was(hub):
-    passes = [[plain(record) for record in hub.stream(0, epoch)] for epoch in range(4)]
-    assert any(one != passes[0] for one in passes)
-    for start in (0, 1, 8, 9, 22, 23):
-        assert [plain(record) for record in hub.stream(start, 1)] == passes[1][start:]
+@pytest.mark.parametrize(("slots", "num_slots"), [((0,), 1), ((0, 1), 2), ((1,), 2), ((2, 0), 3), ((1,), 3)])
+def test_hub_goes_on_where_it_was(hub, capfd, slots, num_slots):
+    """Three files: three slots have one each, of two each gets every second record."""
+    refs = list(itertools.islice(hub.refs(slots, num_slots), 80))
+    for at in (0, 1, 7, 21, 22, 23, 45):
+        at = at - at % len(slots) + len(slots) - 1
+        again = itertools.islice(hub.refs(slots, num_slots, json.loads(json.dumps(refs[at].after))), 20)
+        assert [ref[:6] for ref in again] == [ref[:6] for ref in refs[at + 1 : at + 21]]
+    assert "buffer" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+def test_hub_shares_every_record_out_once(hub, num_slots):
+    written = sorted(repr(plain(record)) for record in RECORDS)
+    first_pass = []
+    for slot in range(num_slots):
+        refs = itertools.takewhile(lambda ref: ref.epoch == 0, hub.refs([slot], num_slots))
+        first_pass += [repr(plain(hub.read(ref.key))) for ref in refs]
+    assert sorted(first_pass) == written
 
 
 def test_hub_order_is_of_the_seed_or_of_the_files(hub, tmp_path, monkeypatch):
@@ -869,16 +901,13 @@ def test_hub_order_is_of_the_seed_or_of_the_files(hub, tmp_path, monkeypatch):
         def __init__(self, *args):
             super().__init__(*args, **options)
 
-    def read(source, epoch=0):
-        return [plain(record) for record in source.stream(0, epoch)]
-
     monkeypatch.setattr("nanovlm.data.sources.Hub", LocalHub)
-    assert read(open_source("hub:parquet")) == read(hub) == read(open_sources(["hub:parquet"], seed=0))
-    assert any(read(open_sources(["hub:parquet"], seed=seed)) != read(hub) for seed in range(1, 5))
-    source = open_sources(["hub:parquet"], shuffle=False)
-    for epoch in range(4):
-        assert read(source, epoch) == [plain(record) for record in RECORDS]
-    assert [plain(record) for record in source.stream(11, 2)] == [plain(record) for record in RECORDS[11:]]
+    shuffled = open_sources(["hub:parquet"], seed=0)
+    passes = read(shuffled, 92)
+    assert any(passes[i : i + 23] != passes[:23] for i in (23, 46, 69))
+    assert any(read(open_sources(["hub:parquet"], seed=seed), 23) != passes[:23] for seed in range(1, 5))
+    written = [plain(record) for record in RECORDS]
+    assert read(open_sources(["hub:parquet"], shuffle=False), 92) == 4 * written == read(hub, 92)
 
 
 def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path):
@@ -886,7 +915,7 @@ def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path):
     images = [{"bytes": None, "path": str(tmp_path / name)} for name in ("a.png", "no.png")]
     pq.write_table(pa.table({"image": images, "texts": [TURNS] * 2}), tmp_path / "a.parquet")
     hub = Hub("hub:parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
-    good, bad = hub.stream(0, 0)
+    good, bad = (hub.read(ref.key) for ref in itertools.islice(hub.refs([0], 1), 2))
     assert to_sample(good).images[0].tobytes() == noise(0).tobytes()
     with pytest.raises(ValueError, match=r"image 0 must be .*, not only the name '.*no.png'"):
         to_sample(bad)

@@ -424,7 +424,7 @@ def test_check_finds_what_was_changed(tmp_path, exported, capsys, monkeypatch):
     export.export(exported[2], tmp_path / "hub")
     check.check(tmp_path / "hub", model)
     assert capsys.readouterr().out.count("equal tokens") == 3
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
     check.check(tmp_path / "hub", model)
     assert "transformers is not installed" in capsys.readouterr().out
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """Generation: the cache, batches, the end of a turn, and how a token is chosen."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -15,7 +16,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nanovlm.infer.sampling import SamplingConfig, choose, decode_one_token, filter_logits, generate, prefill, stream
+from nanovlm.infer.sampling import (
+    SamplingConfig,
+    choose,
+    decode_one_token,
+    filter_logits,
+    generate,
+    penalize,
+    prefill,
+    stream,
+)
 from nanovlm.model.kv_cache import KVCache
 from tests.conftest import noise
 
@@ -100,6 +110,22 @@ def test_seed_decides(model, processor, prompts):
     assert run(1) == run(1) != run(2)
 
 
+def test_a_drawn_answer_does_not_depend_on_its_neighbours(model, processor, prompts):
+    config = SamplingConfig(max_new_tokens=8, temperature=1.5, seed=3)
+    together = generate(model, processor.batch(prompts), config)
+    assert together == [generate(model, processor.batch([prompt]), config)[0] for prompt in prompts]
+
+
+def test_the_penalty_does_not_depend_on_padding(model, processor, prompts, monkeypatch):
+    """Also where padding and the end of a turn are one token, which then stands in every prompt."""
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, pad_token_id=model.config.eos_token_id))
+    processor = copy.copy(processor)
+    processor.config = model.config
+    config = SamplingConfig(max_new_tokens=8, repetition_penalty=1.7)
+    together = generate(model, processor.batch(prompts), config)
+    assert together == [generate(model, processor.batch([prompt]), config)[0] for prompt in prompts]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 10**6),
@@ -121,17 +147,11 @@ def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, pena
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
     ).validate()
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, history, True)
-    drawn = []
-
-    def record(probabilities, num, generator):
-        drawn.append(probabilities)
-        return probabilities.argmax(-1, keepdim=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", record)
-        choose(logits, seen, config, torch.Generator())
-    assert torch.equal(drawn[0] > 0, expected > 0)
-    assert torch.allclose(drawn[0], expected, atol=1e-6)
+    found = filter_logits(penalize(logits, seen, penalty), config).softmax(-1)
+    assert torch.equal(found > 0, expected > 0)
+    assert torch.allclose(found, expected, atol=1e-6)
+    chosen = choose(logits, seen, config, [torch.Generator().manual_seed(seed + i) for i in range(3)])
+    assert (expected.gather(1, chosen[:, None]) > 0).all()
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.7, 2), (0.49, 1), (0.51, 2), (0.96, 4), (0.01, 1)])
@@ -151,7 +171,7 @@ def test_a_sum_that_is_top_p_is_enough(top_p, kept):
 def test_the_smallest_temperature_is_greedy():
     logits = torch.tensor([[1.0, 80.0, -3.0]])
     config = SamplingConfig(temperature=1e-300)
-    assert choose(logits, torch.zeros_like(logits, dtype=torch.bool), config, torch.Generator()).tolist() == [1]
+    assert choose(logits, torch.zeros_like(logits, dtype=torch.bool), config, [torch.Generator()]).tolist() == [1]
 
 
 def test_temperature_comes_before_top_p():
@@ -161,14 +181,14 @@ def test_temperature_comes_before_top_p():
 
 
 def test_draws_follow_the_probabilities():
-    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20000, 3)
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(5000, 3)
     chosen = choose(
         logits,
         torch.zeros_like(logits, dtype=torch.bool),
         SamplingConfig(temperature=1),
-        torch.Generator().manual_seed(0),
+        [torch.Generator().manual_seed(i) for i in range(5000)],
     )
-    assert (chosen.bincount() / 20000 - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.02
+    assert (chosen.bincount() / 5000 - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.02
 
 
 def test_a_row_with_two_documents_is_no_prompt(model, processor, prompts):

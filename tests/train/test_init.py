@@ -134,8 +134,8 @@ def test_frozen_parts_cost_no_gradients_and_keep_no_activations(hub, tmp_path, b
 def batch(hub, tmp_path):
     config = stage(1, hub, tmp_path)
     _model, processor = init.start(config, ())
-    loader = train.make_loader(Scenes("train", 50), processor, train.share_micro_batches(config), 0)
-    return next(loader)
+    loader = train.make_loader(Scenes("train", 50), processor, train.share_micro_batches(config))
+    return next(loader)[0]
 
 
 def test_new_tokens_begin_near_the_mean_of_the_old(hub, tmp_path):

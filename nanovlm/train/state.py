@@ -1,0 +1,50 @@
+"""Everything that a run needs to go on, kept and brought back by every rank for itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanovlm import distributed
+from nanovlm.data.loader import Loader
+from nanovlm.files import flush
+from nanovlm.model.vlm import VLM
+from nanovlm.train import checkpoint
+
+
+@dataclass
+class TrainState:
+    """Everything that a resumed run needs; `replica` is what training calls: the model, or what spreads it on ranks."""
+
+    model: VLM
+    replica: nn.Module
+    optimizers: dict[str, torch.optim.Optimizer]
+    loader: Loader
+    threads: int
+    precision: str
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    elapsed_s: float = 0.0
+
+    def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
+        """Begin to write a checkpoint, after which the newest `keep` stay."""
+        if distributed.rank() == 0:
+            flush(run_dir / "metrics.jsonl")
+        names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
+        numbers = {name: getattr(self, name) for name in names}
+        states = distributed.gather(self.loader.state_dict())
+        numbers["slots"] = {number: state for of_rank in states for number, state in of_rank.items()}
+        rng = distributed.gather(checkpoint.rng_state())
+        rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
+        return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
+
+    def load(self, folder: Path):
+        """Go on from a checkpoint, which any number of ranks may have written."""
+        numbers, rng = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
+        self.loader.load_state_dict(numbers.pop("slots"))
+        mine = f"{distributed.rank()}."
+        checkpoint.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
+        for name, value in numbers.items():
+            setattr(self, name, value)
