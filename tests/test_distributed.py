@@ -113,6 +113,21 @@ def take_bad_step(config, layout, batches):
     return [name for name, x in before.items() if not torch.equal(x, after[name])]
 
 
+def take_text_step(config, layout, batches, processor):
+    """Let a step with images go, then one without; return what of the encoder and the projector the second moved."""
+    torch.manual_seed(0)
+    model = VLM(config)
+    replica = parallel.parallelize(model, layout, torch.device("cpu"), "fp32")
+    state = train.TrainState(model, replica, make_optimizers(model, OPTIM), [], threads=1, precision="fp32")
+    train.train_step(state, batches, 9, TrainConfig(model=config, optim=OPTIM))
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    text = make_batch([make_document(processor, distributed.rank(), ("what?", "that"), images=0)])
+    train.train_step(state, [text], 9, TrainConfig(model=config, optim=OPTIM))
+    moved = [name for name, p in model.named_parameters() if not torch.equal(whole(p), before[name])]
+    assert any(name.startswith("decoder.") for name in moved)
+    return [name for name in moved if not name.startswith("decoder.")]
+
+
 def dtypes_in_a_block(layout, batch):
     """Return the dtypes of a block's matrices and of the cosines and sines that reach it in a bf16 run."""
     model, seen = VLM(TINY), []
@@ -159,7 +174,7 @@ from nanovlm.model.vlm import VLM
 from tests.conftest import TINY
 from tests.test_distributed import (
     LAYOUTS, LAYOUTS_OF_FOUR, MIXTURE, dtypes_in_a_block, make_batches, take_bad_step, take_step,
-    take_the_same_step_twice, update_weights
+    take_text_step, take_the_same_step_twice, update_weights
 )
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
@@ -196,6 +211,10 @@ with distributed.ranks(torch.device("cpu")):
                 mine = make_batches(Processor.load(folder, TINY))[distributed.rank()::2]
                 changed = take_bad_step(config, layout, mine)
                 assert not changed, (layout, changed)
+        for config, layout in LAYOUTS.values():
+            mine = make_batches(Processor.load(folder, TINY))[distributed.rank()::2]
+            moved = take_text_step(config, layout, mine, Processor.load(folder, TINY))
+            assert not moved, (layout, moved)
 """
 
 

@@ -306,6 +306,12 @@ def test_another_config_is_named(tmp_path):
         run(tmp_path, optim=dataclasses.replace(SMALL.optim, lr=0.5))
 
 
+def load_weights(folder):
+    """The model's tensors of a checkpoint."""
+    files = sorted((folder / "tensors").glob("*.safetensors"))
+    return {name: x for file in files for name, x in load_file(file).items() if name.startswith("model.")}
+
+
 def stop_after(monkeypatch, steps):
     """Let a run be stopped by a signal so many steps after it went on."""
     step, taken = train.train_step, []
@@ -488,9 +494,11 @@ def test_text_alone_where_the_projector_alone_learns(tmp_path):
     """Nothing to learn from, and no error: data with images may have batches without."""
     (tmp_path / "own.jsonl").write_text(json.dumps({"texts": [{"user": "what?", "assistant": "that"}]}))
     data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=())
-    rules = (ParamRule(r"^(vision|decoder)\.", lr_scale=None), ParamRule(""))
+    rules = (ParamRule(r"^(vision|decoder)\.", lr_scale=None), ParamRule("", weight_decay=0.1))
     run(tmp_path / "run", data=data, optim=dataclasses.replace(SMALL.optim, steps=2, rules=rules))
     assert [line["grad_norm"] for line in metrics(tmp_path / "run")] == [0, 0]
+    first, last = (load_weights(tmp_path / "run" / "checkpoints" / f"step_0000000{step}") for step in (0, 2))
+    assert first and all(torch.equal(first[name], x) for name, x in last.items())
 
 
 def test_the_command_line():

@@ -1,7 +1,7 @@
 """The four kinds of data, in the order in which they are made.
 
 ```
-Sample     images: list[PIL.Image], messages: list[{role, content}]      data/sources.py
+Sample     images: list[PIL.Image], messages: list[{role, content}]      data/records.py
    |       chat template, image placeholders, loss mask
 Document   input_ids, labels int64[L]  branch_ids int32[L]               data/chat.py
    |       tiles uint8[n, C, H, W]

@@ -1,0 +1,1 @@
+"""Batch of prompts -> answers: sampling.py."""

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from nanovlm import distributed
 from nanovlm.config import ParallelConfig
 from nanovlm.data.types import Batch
 from nanovlm.distributed import num_ranks, rank
@@ -226,12 +227,24 @@ def finish_gradients(model: VLM):
                     grad /= num_ranks()
 
 
+def clear_unused(model: VLM, num_tiles: int):
+    """Leave encoder and projector without gradients in a step without images; `num_tiles` is this rank's.
+
+    They may have zeros, as every rank goes through them, and with zeros weight decay and momentum would move them.
+    """
+    if model.config.vision is not None and not distributed.add_up({"tiles": num_tiles})["tiles"]:
+        model.vision.zero_grad()
+        model.projector.zero_grad()
+
+
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to a global norm of `max_norm`; return the norm before, fp32 scalar."""
     by_mesh = {}
     for parameter in parameters:
         if parameter.grad is not None:
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    if not by_mesh:
+        return torch.zeros((), device=parameters[0].device)
     norms = []
     for group in by_mesh.values():
         norm = nn.utils.get_total_norm([parameter.grad for parameter in group])

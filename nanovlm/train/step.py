@@ -32,6 +32,7 @@ def train_step(state: TrainState, batches: list[Batch], num_trained: int, config
         if extras.routing:
             stats.update(extras.routing, batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
     parallel.finish_gradients(state.model)
+    parallel.clear_unused(state.model, sum(len(batch.pixel_values) for batch in batches))
     loss = distributed.add_up_tensor(loss)
     grad_norm = parallel.clip_gradients(list(state.model.parameters()), config.optim.max_grad_norm)
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
