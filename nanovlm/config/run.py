@@ -35,7 +35,7 @@ class DataConfig:
     max_tiles: int = 0
     # Passes over the data before the run ends, if its steps do not end first; 0 for any number.
     num_epochs: int = 0
-    # Processes that read samples beside the training, for each micro-batch; 0 reads in the training process.
+    # Processes of each rank that read samples beside the training; 0 reads in the training process.
     num_workers: int = 0
     # Share of the samples that a hash of their contents keeps out of training.
     val_fraction: float = 0.0
