@@ -22,7 +22,7 @@ import train
 from nanovlm import distributed
 from nanovlm.config import MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.model.vlm import VLM
-from nanovlm.objectives import next_token
+from nanovlm.objectives import OBJECTIVES, next_token
 from nanovlm.train import checkpoint, parallel
 from nanovlm.train.optim import make_optimizers
 from tests.conftest import TINY, make_batch, make_document
@@ -171,6 +171,7 @@ from nanovlm import distributed
 from nanovlm.train import checkpoint, parallel
 from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
+from nanovlm.objectives import OBJECTIVES
 from tests.conftest import TINY
 from tests.test_distributed import (
     LAYOUTS, LAYOUTS_OF_FOUR, MIXTURE, dtypes_in_a_block, make_batches, take_bad_step, take_step,
@@ -470,7 +471,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop_the_run(tmp
 
 @pytest.mark.parametrize(("added_to_loss", "gradient_factor"), [(float("inf"), 1.0), (0.0, float("nan"))])
 def test_a_loss_or_a_gradient_alone_makes_a_step_bad(processor, monkeypatch, added_to_loss, gradient_factor):
-    monkeypatch.setitem(train.OBJECTIVES, "next_token", lambda *args: next_token(*args) + added_to_loss)
+    monkeypatch.setitem(OBJECTIVES, "next_token", lambda *args: next_token(*args) + added_to_loss)
     model = VLM(TINY)
     model.decoder.norm.weight.register_hook(lambda grad: gradient_factor * grad)
     replica = parallel.parallelize(model, ParallelConfig(), torch.device("cpu"), "fp32")

@@ -351,7 +351,7 @@ def test_steps_may_grow_until_the_rate_falls(tmp_path, monkeypatch):
         run(tmp_path / "late")
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match=r"optim.steps = 16: .*late is at step 8, and its rate began to fall after step"
+        ValueError, match=r"optim.steps = 16: .*late is at step 9, and its rate began to fall after step"
     ):
         run(tmp_path / "late", optim=longer)
     with pytest.raises(ValueError, match=r"optim.steps: 12 against 11"):

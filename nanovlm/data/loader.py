@@ -289,8 +289,8 @@ class Loader:
 
 
 def fingerprint(document: Document) -> str:
-    """Name a document by its tokens and pixels."""
+    """Name a document by its tokens and every 64th of its pixels."""
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in (document.input_ids, document.labels, document.tiles):
+    for tensor in (document.input_ids, document.labels, document.tiles[..., ::8, ::8]):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

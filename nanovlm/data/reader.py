@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -74,8 +75,16 @@ class Reader(Dataset):
             multiprocessing_context="fork",  # the processor need not be pickled
             worker_init_fn=start_worker,
         )
-        for chunk, flat in zip(sent, results, strict=True):
-            yield from zip(chunk, unflatten(flat), strict=True)
+        try:
+            for chunk, flat in zip(sent, results, strict=True):
+                yield from zip(chunk, unflatten(flat), strict=True)
+        except RuntimeError as error:
+            if not re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(error)):
+                raise
+            raise ValueError(
+                "a process that reads samples was ended from outside, as a system does that runs out of memory: start "
+                f"the run again, with fewer data.num_workers ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def start_worker(_number: int):
