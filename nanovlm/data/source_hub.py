@@ -43,6 +43,11 @@ class Hub:
         start = start or {"number": 0, "places": {}}
         is_shared_out = num_slots > 1 and self.dataset.num_shards % num_slots == 0
         if is_shared_out:
+            if start["number"] and not set(map(str, slots)) <= start["places"].keys():
+                raise ValueError(
+                    f"the files of {self.name} are shared out among the micro-batches, and those of this rank were on "
+                    "several ranks: go on with as many ranks as before"
+                )
             readers = {slot: self._read_on(start["places"].get(str(slot)), slot, num_slots) for slot in slots}
         else:
             readers = dict.fromkeys(range(num_slots), self._read_on(start["places"].get("all")))

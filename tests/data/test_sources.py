@@ -884,6 +884,13 @@ def test_hub_goes_on_where_it_was(hub, capfd, slots, num_slots):
     assert "buffer" not in capfd.readouterr().err
 
 
+def test_hub_does_not_begin_anew_for_a_slot_of_another_rank(hub):
+    after = next(hub.refs([1], 3)).after
+    with pytest.raises(ValueError, match=r"hub:parquet are shared out .*: go on with as many ranks as before"):
+        next(hub.refs([0, 1], 3, after))
+    assert next(hub.refs([1], 3, next(hub.refs([0, 1, 2], 3)).after)).number == 1
+
+
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_hub_shares_every_record_out_once(hub, num_slots):
     written = sorted(repr(plain(record)) for record in RECORDS)
