@@ -106,8 +106,8 @@ class Loader:
     def __next__(self) -> list[Batch]:
         self.batch_names = []
         batches = [batch for slot in self.slots.values() if (batch := self._make_batch(slot)) is not None]
-        for number in [n for n in self.starts if n < self._oldest()]:
-            del self.starts[number]
+        oldest = self._oldest()
+        self.starts = {number: start for number, start in self.starts.items() if number >= oldest}
         if not batches:
             raise StopIteration
         return batches
