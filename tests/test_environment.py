@@ -106,3 +106,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         return int(ended.stdout)
 
     assert 2 * count_faults("keep") < count_faults("leave")
+
+
+def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
+    """Installed into somebody else's repository, the project does not take that one's commit for its own."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "a").write_text("a")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    monkeypatch.setattr(environment.cli, "PROJECT", tmp_path.resolve())
+    assert len(environment.git_commit()) == 40
+    monkeypatch.setattr(environment.cli, "PROJECT", tmp_path.resolve() / "inside")
+    assert environment.git_commit() is None

@@ -358,6 +358,12 @@ def test_steps_may_grow_until_the_rate_falls(tmp_path, monkeypatch):
         run(tmp_path / "late", optim=dataclasses.replace(SMALL.optim, steps=11))
 
 
+def test_rows_longer_than_the_positions_are_refused(tmp_path):
+    decoder = dataclasses.replace(SMALL.model.decoder, max_position_embeddings=255)
+    with pytest.raises(ValueError, match=r"data.row_length = 256 is above model.decoder.max_position_embeddings = 255"):
+        run(tmp_path, model=dataclasses.replace(SMALL.model, decoder=decoder))
+
+
 def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(processor):
     """Documents of very different lengths: a mean of means would be far off."""
     answers = ["red"] * 3 + ["a red circle at the top left, a blue star at the bottom and the number 42."]

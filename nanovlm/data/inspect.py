@@ -137,8 +137,11 @@ def main(config: InspectConfig):
         return processor.document(to_sample(raw))
 
     try:
-        ref = next(itertools.islice(first_pass(source), config.index, None), None)
-        document = None if ref is None else process(source.read(ref.key))
+        if isinstance(source, Sized):
+            key = config.index
+        else:
+            key = next((ref.key for ref in itertools.islice(first_pass(source), config.index, None)), None)
+        document = None if key is None else process(source.read(key))
     except (ValueError, OSError) as error:
         raise ValueError(f"{source.name}, sample {config.index}: {error}") from error
     if document is None:

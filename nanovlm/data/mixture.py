@@ -63,6 +63,8 @@ class Mixture:
             raise ValueError(
                 f"a mixture needs sources and a weight for each; there are {len(sources)}, {num_weights} weights"
             )
+        if (weights is None) == (lengths is None):
+            raise ValueError("a mixture needs either weights or the lengths of its lessons")
         self.name = " + ".join(source.name for source in sources)
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         if weights is not None:

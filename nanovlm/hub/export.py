@@ -74,6 +74,8 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
     model, processor = load(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
     check_exportable(processor)
+    if unknown := weights.unknown_tensors(model, find_layout(model)):
+        raise ValueError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
     run = folder.resolve().parent if (folder.resolve().parent / "metrics.jsonl").is_file() else None
     with new_folder(out) as temporary:
         for name, content in make_files(model, processor).items():
@@ -113,6 +115,11 @@ def check_exportable(processor: Processor):
             f"the tokenizer cannot be exported: it needs the special tokens {', '.join(IDEFICS3_TOKENS)}, "
             + (f"but lacks {', '.join(missing)}" if missing else f"but image_token_id = {config.image_token_id}")
         )
+
+
+def find_layout(model: VLM) -> dict[str, str | tuple[str, ...]]:
+    """Return the name table that the model is written with."""
+    return families.find_names(find_family(model.config.decoder), model.config.vision is not None)
 
 
 def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
@@ -232,10 +239,7 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
 
 def write_weights(folder: Path, model: VLM, shard_bytes: int):
     """Write model.safetensors, or several files of at most `shard_bytes` (but one tensor at least) and their index."""
-    names = families.find_names(find_family(model.config.decoder), model.config.vision is not None)
-    if unknown := weights.unknown_tensors(model, names):
-        raise ValueError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
-    tensors = weights.destinations(model, names)
+    tensors = weights.destinations(model, find_layout(model))
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
     shards, free = [], 0
     for name, size in sizes.items():

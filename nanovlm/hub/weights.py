@@ -75,11 +75,7 @@ def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[st
 
     Tensors of the model that the table does not know are left out (see `unknown_tensors`).
     """
-    prefixes = [
-        (re.compile(re.escape(prefix).replace(r"\{\}", r"(\d+)")), theirs, part)
-        for theirs, ours in names.items()
-        for part, prefix in enumerate([ours] if isinstance(ours, str) else ours)
-    ]
+    prefixes = _find_prefixes(names)
     found = {}
     for name, tensor in model.state_dict().items():
         fitting = [(match, theirs, part) for prefix, theirs, part in prefixes if (match := prefix.match(name))]
@@ -94,12 +90,17 @@ def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[st
 
 def unknown_tensors(model: VLM, names: dict[str, str | tuple[str, ...]]) -> list[str]:
     """List the model's tensors for which the table has no name."""
-    prefixes = [
-        re.compile(re.escape(prefix).replace(r"\{\}", r"\d+"))
-        for ours in names.values()
-        for prefix in ([ours] if isinstance(ours, str) else ours)
-    ]
+    prefixes = [prefix for prefix, _theirs, _part in _find_prefixes(names)]
     return [name for name in model.state_dict() if not any(prefix.match(name) for prefix in prefixes)]
+
+
+def _find_prefixes(names):
+    """List for each of our prefixes its regular expression, theirs, and which part of their rows it stands for."""
+    return [
+        (re.compile(re.escape(prefix).replace(r"\{\}", r"(\d+)")), theirs, part)
+        for theirs, ours in names.items()
+        for part, prefix in enumerate([ours] if isinstance(ours, str) else ours)
+    ]
 
 
 def tensor_names(path):

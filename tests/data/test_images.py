@@ -274,3 +274,12 @@ def test_mistakes_in_the_tiling_are_named():
         square(16, max_tiles=0).validate()
     with pytest.raises(ValueError, match=r"tiling.policy = 'anyres' is unknown; there are fit, idefics3"):
         plan_tiles(5, 5, square(16, policy="anyres"))
+
+
+def test_a_sliver_has_a_tile():
+    """8 x 15012 pixels at a longest edge of 1648: the short side is rounded to nothing, and becomes one tile."""
+    vision = dataclasses.replace(TINY.vision, image_size=16)
+    config = dataclasses.replace(TINY, vision=vision, tiling=TilingConfig(policy="idefics3", longest_edge=1648))
+    for size in ((8, 15012), (15012, 8)):
+        plan = plan_tiles(*size, config)
+        assert sorted((plan.rows, plan.cols)) == [1, 103]

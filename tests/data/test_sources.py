@@ -844,6 +844,8 @@ def test_mistakes_in_a_mixture_are_named():
         Mixture([a, b], [10_000, 1])
     with pytest.raises(ValueError, match="there are 2, 1 weights"):
         Mixture([a, b], [1])
+    with pytest.raises(ValueError, match="needs either weights or the lengths of its lessons"):
+        Mixture([a, b])
     with pytest.raises(ValueError, match="there are 0, no weights"):
         Mixture([])
 

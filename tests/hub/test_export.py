@@ -1,5 +1,6 @@
 """What is exported is what transformers reads, and importing it again gives the same folder."""
 
+import copy
 import dataclasses
 import json
 import signal
@@ -396,6 +397,16 @@ def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, exported):
     export.export(exported[2], tmp_path / "hub")
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
     assert len(nanovlm.load(tmp_path / "hub")[0].state_dict()) == len(exported[0].state_dict())
+
+
+def test_a_tensor_without_a_name_is_refused(tmp_path, exported, monkeypatch):
+    model, processor, _ = exported
+    more = copy.deepcopy(model)
+    more.adapter = torch.nn.Linear(2, 2, bias=False)
+    monkeypatch.setattr(export, "load", lambda *_args, **_options: (more, processor))
+    with pytest.raises(ValueError, match=r"the layout has no name for adapter.weight, which would be lost"):
+        export.export(tmp_path / "own", tmp_path / "hub")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path, exported, capsys):

@@ -215,3 +215,13 @@ def test_tied_and_untied_heads_are_saved(tmp_path, processor):
         config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, tie_word_embeddings=tied))
         save_model(tmp_path / "model", VLM(config), processor)
         assert ("decoder.lm_head.weight" in nanovlm.load(tmp_path / "model")[0].state_dict()) is not tied
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
+    def refuse(*_args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("nanovlm.files.fcntl.flock", refuse)
+    with lock(tmp_path / "run"):
+        pass
+    assert capsys.readouterr().out.count("cannot be locked") == 1
