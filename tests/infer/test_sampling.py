@@ -116,14 +116,18 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(model, processor, prom
     assert together == [generate(model, processor.batch([prompt]), config)[0] for prompt in prompts]
 
 
-def test_the_penalty_does_not_depend_on_padding(model, processor, prompts, monkeypatch):
-    """Also where padding and the end of a turn are one token, which then stands in every prompt."""
-    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, pad_token_id=model.config.eos_token_id))
-    processor = copy.copy(processor)
+def test_what_was_seen_does_not_depend_on_padding(model, processor, prompts, monkeypatch):
+    """Also where padding is a token that stands in every prompt, as it does where it is the end of a turn."""
+    first = int(prompts[0].input_ids[0])
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, pad_token_id=first))
+    processor, found = copy.copy(processor), []
     processor.config = model.config
-    config = SamplingConfig(max_new_tokens=8, repetition_penalty=1.7)
-    together = generate(model, processor.batch(prompts), config)
-    assert together == [generate(model, processor.batch([prompt]), config)[0] for prompt in prompts]
+    monkeypatch.setattr(
+        "nanovlm.infer.sampling.choose", lambda logits, seen, *a: found.append(seen.clone()) or choose(logits, seen, *a)
+    )
+    generate(model, processor.batch(prompts), GREEDY)
+    for row, prompt in zip(found[0], prompts, strict=True):
+        assert row.nonzero()[:, 0].tolist() == prompt.input_ids.unique().tolist()
 
 
 @settings(max_examples=150, deadline=None)
