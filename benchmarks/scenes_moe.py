@@ -3,16 +3,19 @@
     python benchmarks/scenes_moe.py compare runs/moe               scenes and scenes_moe, five seeds each
     python benchmarks/scenes_moe.py balance runs/moe               scenes_moe with every way of balancing
 
-One run after the other, on one thread, as each is timed; runs that are there are continued or reused. Writes
+On one thread; runs that are there are continued or reused. What a step takes is not read from them but measured at the
+end, in short runs of both presets by turns. Writes
 benchmarks/results/scenes_moe_compare.json and docs/routing.png (which expert serves what), or
 benchmarks/results/scenes_moe_balance.json and docs/moe_load.png (the largest load over the mean one, by step).
 """
 
+import itertools
 import json
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +34,7 @@ from nanovlm.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2, 3, 4)
+NUM_TIMED, TIMED_STEPS = 5, 80
 BALANCE = ("none", "loss", "global_loss", "bias")
 
 
@@ -75,19 +79,33 @@ def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
 
 
 def compare(config: BenchmarkConfig) -> dict:
-    """Return accuracy in percent and seconds over the seeds; copy the picture of the first seed's routing."""
-    results = {"seeds": list(SEEDS), "accuracy": {}, "seconds": {}}
+    """Return accuracy in percent over the seeds and seconds a step; copy the picture of the first seed's routing."""
+    results = {"seeds": list(SEEDS), "accuracy": {}}
     for preset in ("scenes", "scenes_moe"):
         scores = [read_json(folder(config, preset, seed, "loss") / "eval.json") for seed in SEEDS]
         results["accuracy"][preset] = {
             split: spread([100 * score[split]["mean"] for score in scores]) for split in ("test", "compositional")
         }
-        results["seconds"][preset] = spread([score["train_seconds"] for score in scores])
         results["environment"] = scores[0]["environment"]
-    dense, mixture = (results["seconds"][preset]["values"] for preset in ("scenes", "scenes_moe"))
-    results["seconds"]["ratio"] = spread([b / a for a, b in zip(dense, mixture, strict=True)])
+    seconds = {"scenes": [], "scenes_moe": []}
+    for _ in tqdm(range(NUM_TIMED), unit="pair"):
+        for preset, values in seconds.items():
+            values.append(step_seconds(preset))
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    results["seconds_a_step"] = {name: spread(values) for name, values in (seconds | {"ratio": ratios}).items()}
     shutil.copy(folder(config, "scenes_moe", SEEDS[0], "loss") / "routing.png", ROOT / "docs" / "routing.png")
     return results
+
+
+def step_seconds(preset: str) -> float:
+    """Return the median seconds of a step in a short run on one thread, the first steps left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), preset, "--run-dir", folder, "--threads", "1"]
+        command += ["--optim.steps", str(TIMED_STEPS), "--eval-scenes", "0"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    elapsed = [json.loads(line)["elapsed_s"] for line in lines][20:]
+    return statistics.median(after - before for before, after in itertools.pairwise(elapsed))
 
 
 def balance(config: BenchmarkConfig) -> dict:
@@ -107,9 +125,9 @@ def balance(config: BenchmarkConfig) -> dict:
 
 def spread(values: list[float]) -> dict:
     return {
-        "mean": round(statistics.mean(values), 2),
-        "standard_deviation": round(statistics.stdev(values), 2),
-        "values": [round(value, 2) for value in values],
+        "mean": round(statistics.mean(values), 3),
+        "standard_deviation": round(statistics.stdev(values), 3),
+        "values": [round(value, 3) for value in values],
     }
 
 
