@@ -7,12 +7,11 @@
     torchrun --nproc-per-node 8 train.py smolvlm_256m_stage3 --parallel.strategy fsdp      on 8 GPUs
 
 The run directory receives config.json, metrics.jsonl (a line a step), checkpoints/, and at the end model/
-(all that generate.py needs), eval.json and samples.png.
+(all that generate.py needs), curves.png, and what the tasks found: eval.json and samples.png.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import sys
 import time
@@ -21,13 +20,16 @@ from pathlib import Path
 import torch
 import tyro
 
+from eval.controls import TrainingScan
 from eval.routing import draw_routing, measure_routing
-from eval.run import answer, draw_contact_sheet, evaluate, format_table
-from eval.tasks import SceneTask, TrainingScan
+from eval.run import answer, evaluate, format_table
+from eval.sheet import choose, describe, draw_sheet
+from eval.tasks import Question, Task, open_task
 from nanovlm import cli, distributed
 from nanovlm.config import MoEConfig, TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
+from nanovlm.data.mixture import parts_of
 from nanovlm.data.records import RATINGS, to_sample
 from nanovlm.data.source import Source
 from nanovlm.data.sources import open_sources, sample_texts
@@ -41,14 +43,17 @@ from nanovlm.environment import (
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.vlm import VLM
+from nanovlm.objectives import OBJECTIVES
 from nanovlm.presets import PRESETS
 from nanovlm.train import checkpoint, init, parallel
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
 from nanovlm.train.resume import check_same_config, share_micro_batches, write_config
 from nanovlm.train.state import TrainState
-from nanovlm.train.step import autocast, count, fill_up, train_step
+from nanovlm.train.step import count, fill_up, train_step
+from nanovlm.train.validate import draw_curves, evaluating, read_held_out, validate
 
+SHOWN = 4  # questions whose answers are shown while a run goes on
 RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants to be started again
 
 
@@ -90,8 +95,13 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     else:
         model, processor = init.start(config, sample_texts(source, 1000))
     loader = make_loader(source, processor, config)
-    num_scenes = config.eval_scenes if any(map(is_scenes, data.sources)) else 0
-    tasks = {split: SceneTask(split, num_scenes) for split in ("test", "compositional")}
+    tasks = [open_task(name, config.eval.limit) for name in config.eval.tasks]
+    shown_task = open_task(config.eval.show, SHOWN) if config.eval.show else next(iter(tasks), None)
+    shown = choose(shown_task, SHOWN) if shown_task and config.eval.show_every else []
+    held_out = {}
+    if data.val_fraction and config.eval.every:
+        loaders = {part.name: make_loader(part, processor, config, "val") for part in parts_of(source)}
+        held_out = read_held_out(loaders, config)
 
     # --- model, optimizers, state ------------------------------------------------------------------------
     model.to(device)
@@ -104,7 +114,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if checkpoints:  # a run goes on as it began, on another processor too
         precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision)
-    state = TrainState(model, replica, make_optimizers(model, config.optim, precision), loader, threads, precision)
+    objective = pick(OBJECTIVES, config.objective, "objective")()
+    optimizers = make_optimizers(model, config.optim, precision)
+    state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
         state.load(checkpoints[-1])
@@ -136,12 +148,15 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
                 break
             if totals["batches"] < config.optim.micro_batches:  # over for some: ranks must still go the same way
                 batches = fill_up(batches, config)
-            batches = [batch.to(device) for batch in batches]
-            log.add(train_step(state, batches, totals["trained_tokens"], config), totals, data_wait_s)
+            numbers = train_step(state, batches, totals["units"], config)
+            if config.eval.every and state.step % config.eval.every == 0:
+                with log.paused():
+                    numbers |= look(state, processor, tasks, held_out)
+            log.add(numbers, totals, data_wait_s)
             profile_step()
-            if config.sample_every and num_scenes and state.step % config.sample_every == 0:
-                log.settle()
-                log.say(f"step {state.step}: " + "   ".join(sample_answers(state, processor, tasks["test"])))
+            if shown and state.step % config.eval.show_every == 0:
+                with log.paused():
+                    log.say(f"step {state.step}:\n  " + "\n  ".join(show(state, processor, shown)))
             if state.step % config.checkpoint_every == 0 or totals["signals"]:
                 log.settle()
                 if saving:
@@ -158,8 +173,14 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         saving.finish()
     if state.step > saved_step:
         state.save(run_dir, config.keep_checkpoints).finish()
-    scenes = [ref.key for ref in loader.refs_read() if is_scenes(ref.source)] if num_scenes else []
-    scenes = [*itertools.chain(*distributed.gather(scenes))]
+    results = {
+        "train_seconds": round(state.elapsed_s, 1),
+        "environment": describe_environment(device, state.threads, state.precision),
+    } | validate(state, held_out)
+    training = None
+    if tasks and config.eval.controls:
+        training = TrainingScan(source, (ref.key for ref in loader.refs_read()))
+        training.add_up()
     loader.close()
 
     # --- end ---------------------------------------------------------------------------------------------
@@ -168,28 +189,32 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         return {}
     save_model(run_dir / "model", model, processor, weights)
     model, processor = load_folder(run_dir / "model", device)
-    results = {
-        "train_seconds": round(state.elapsed_s, 1),
-        "environment": describe_environment(device, state.threads, state.precision),
-    }
-    if num_scenes:
-        scores = evaluate(model, processor, tasks, TrainingScan(source, scenes))
-        results |= scores
-        print("\n" + format_table(scores))
-        png, lines = draw_contact_sheet(model, processor, tasks["test"])
-        write_file(run_dir / "samples.png", png)
-        print(f"Held-out scenes, drawn in {run_dir / 'samples.png'}:", *lines, sep="\n  ")
+    if state.step:
+        write_file(run_dir / "curves.png", draw_curves(run_dir / "metrics.jsonl"))
+    if tasks:
+        controls = config.eval.controls
+        results["tasks"] = {
+            task.name: evaluate(model, processor, task, training, controls, title=task.name) for task in tasks
+        }
+        print("\n" + format_table(results["tasks"]))
+        questions = choose(tasks[0], num=12)
+        answers = answer(model, processor, questions)
+        write_file(run_dir / "samples.png", draw_sheet(questions, answers))
+        print(
+            f"Questions of {tasks[0].name}, drawn in {run_dir / 'samples.png'}:",
+            *map(describe, questions, answers),
+            sep="\n  ",
+        )
         if config.model.decoder.moe is not None:
-            png = draw_routing(measure_routing(model, processor, tasks["test"]))
-            write_file(run_dir / "routing.png", png)
+            write_file(run_dir / "routing.png", draw_routing(measure_routing(model, processor, tasks[0])))
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
     return results
 
 
-def make_loader(source: Source, processor: Processor, config: TrainConfig) -> Loader:
-    """Return what reads the micro-batches of this rank: rank r of R has r, r + R, r + 2 R, ..."""
+def make_loader(source: Source, processor: Processor, config: TrainConfig, split: str = "train") -> Loader:
+    """Return what reads the micro-batches of this rank, r, r + R, ... of R ranks; those that are held out, once."""
     least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
     return Loader(
         source,
@@ -198,13 +223,22 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig) -> Lo
         config.model.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),
         config.optim.micro_batches,
-        num_epochs=config.data.num_epochs or None,
+        split,
+        num_epochs=1 if split == "val" else config.data.num_epochs or None,
     )
 
 
-def is_scenes(name: str) -> bool:
-    """Is this the name of a source of drawn scenes?"""
-    return name.partition(":")[0] == "scenes"
+def look(state: TrainState, processor: Processor, tasks: list[Task], held_out: dict) -> dict[str, float]:
+    """Return the validation losses, and the mean accuracy of each task."""
+    losses = validate(state, held_out)
+    with evaluating(state):
+        return losses | {f"accuracy_{t.name}": evaluate(state.model, processor, t).get("mean") for t in tasks}
+
+
+def show(state: TrainState, processor: Processor, questions: list[Question]) -> list[str]:
+    """Return what the model answers to a few questions."""
+    with evaluating(state):
+        return list(map(describe, questions, answer(state.model, processor, questions)))
 
 
 @contextlib.contextmanager
@@ -225,19 +259,6 @@ def profile(config: TrainConfig, run_dir: Path, steps_done: int):
         yield profiler.step
 
 
-def sample_answers(state: TrainState, processor: Processor, task: SceneTask, num: int = 4) -> list[str]:
-    """Answer a few held-out questions of different kinds, in the precision of the training and without compiling."""
-    model = state.model
-    by_kind = {question.kind: question for question in reversed(task.questions)}
-    chosen = list(by_kind.values())[:: -(-len(by_kind) // num)]
-    images = [task.images[question.scene] for question in chosen]
-    model.eval()
-    with autocast(state), torch.compiler.set_stance("force_eager"):
-        answers = answer(model, processor, images, [question.text for question in chosen])
-    model.train()
-    return [f"{q.text} {said!r} (truth {q.truth!r})" for q, said in zip(chosen, answers, strict=True)]
-
-
 def parse_config(args: list[str]) -> TrainConfig:
     """Read `[preset] [--field value ...]`; the preset is scenes when none is named."""
     preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else ("scenes", args)
@@ -246,8 +267,9 @@ def parse_config(args: list[str]) -> TrainConfig:
     if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help", "-h")) for a in args):
         decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
-    if any(arg.split("=")[0] == "--data.sources" for arg in args):  # the preset's lessons are of its own sources
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lessons=()))
+    if any(arg.split("=")[0] == "--data.sources" for arg in args):  # the preset's lessons and tasks are of its own
+        data, judged = dataclasses.replace(recipe.data, lessons=()), dataclasses.replace(recipe.eval, tasks=())
+        recipe = dataclasses.replace(recipe, data=data, eval=judged)
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
     description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
     return tyro.cli(

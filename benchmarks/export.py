@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
 from eval.run import MAX_NEW_TOKENS, answer
-from eval.tasks import SceneTask
+from eval.tasks import open_task
 from nanovlm import cli
 from nanovlm.environment import describe_environment
 from nanovlm.files import read_json, write_file
@@ -42,13 +42,12 @@ class ExportBenchmarkConfig:
 def main(config: ExportBenchmarkConfig):
     torch.set_num_threads(config.threads)
     model, processor = nanovlm.load(config.run_dir / "model")
-    task = SceneTask("test", config.scenes)
-    images, questions = [task.images[q.scene] for q in task.questions], [q.text for q in task.questions]
-    ours = answer(model, processor, images, questions)
+    questions = list(open_task("scenes", config.scenes).questions())
+    ours = answer(model, processor, questions)
     with tempfile.TemporaryDirectory() as folder:
         export.export(config.run_dir, Path(folder) / "out")
-        theirs = ask_transformers(Path(folder) / "out", images, questions)
-    truths = [q.truth for q in task.questions]
+        theirs = ask_transformers(Path(folder) / "out", [q.images[0] for q in questions], [q.text for q in questions])
+    truths = [q.truth for q in questions]
     result = {
         "questions": len(questions),
         "same answer": sum(a == b for a, b in zip(ours, theirs, strict=True)),

@@ -7,6 +7,7 @@ of fp32, the bytes that a weight of the quantised layers takes, and the size of 
 """
 
 import json
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
 import train
-from eval.metrics import accuracy_by_kind
-from eval.run import answer
-from eval.tasks import SceneTask
+from eval.run import answer, average
+from eval.tasks import open_task
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig
 from nanovlm.files import read_json, write_file
@@ -50,7 +50,8 @@ class QuantizedBenchmarkConfig:
 
 def main(config: QuantizedBenchmarkConfig):
     torch.set_num_threads(config.threads)
-    tasks = {split: SceneTask(split, config.scenes) for split in ("test", "compositional")}
+    names = {"test": "scenes", "compositional": "scenes:compositional"}
+    tasks = {split: open_task(name, config.scenes) for split, name in names.items()}
     rows, fp32_answers = [], None
     for format in ("fp32", *GOALS):
         model, processor = nanovlm.load(config.run_dir / "model", dtype=torch.float32)
@@ -58,11 +59,11 @@ def main(config: QuantizedBenchmarkConfig):
             quantize(model, QuantizationConfig(format, config.group_size), config.search)
         row, answers = {"format": format} | measure_size(model, processor), []
         for split, task in tasks.items():
-            images = [task.images[question.scene] for question in task.questions]
-            answers.append(answer(model, processor, images, [question.text for question in task.questions], split))
-            kinds = accuracy_by_kind(task.questions, answers[-1])
-            row[f"{split} caption exact"] = kinds.pop("caption")
-            row[f"{split} mean"] = sum(kinds.values()) / len(kinds)
+            questions = list(task.questions())
+            answers.append(answer(model, processor, questions, title=split))
+            figures = average(task, questions, answers[-1])
+            row[f"{split} caption exact"] = figures["caption_exact"]["caption"]
+            row[f"{split} mean"] = statistics.mean(figures["accuracy"].values())
         fp32_answers = fp32_answers or answers
         same = [a == b for x, y in zip(answers, fp32_answers, strict=True) for a, b in zip(x, y, strict=True)]
         row["answers as in fp32"] = sum(same) / len(same)

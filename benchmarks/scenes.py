@@ -45,6 +45,7 @@ MARKS_OF_RUNS = "<!-- runs: written by benchmarks/scenes.py -->", "<!-- runs end
 KINDS = ("color", "shape", "count", "position", "relation", "existence", "digits")
 # What every run is to reach on two CPU cores: percent of exact answers (captions apart), seconds.
 BAR = {"mean": 90, "worst": 75, "compositional": 75, "seconds": 300}
+TASKS = {"test": "scenes", "compositional": "scenes:compositional"}
 NAMES = {"mean": "test mean", "worst": "test, worst kind", "compositional": "compositional mean", "seconds": "seconds"}
 
 # Instructions that torch, oneDNN and MKL may use; none for all that the processor has.
@@ -90,8 +91,8 @@ def main(config: ScenesConfig) -> int:
     if config.what == "seeds":
         return run_seeds(config)
     results = read_json(config.run_dir / "eval.json")
-    if "test" not in results:
-        raise ValueError(f"{config.run_dir} was not evaluated: train it with --eval-scenes 512")
+    if not set(TASKS.values()) <= results.get("tasks", {}).keys():
+        raise ValueError(f"{config.run_dir} was not evaluated: train it with --eval.tasks {' '.join(TASKS.values())}")
     if config.what == "compare":
         return compare(figures(results), read_lines())
     publish(config.run_dir, results)
@@ -100,13 +101,13 @@ def main(config: ScenesConfig) -> int:
 
 def figures(results: dict) -> dict:
     """Take what the bar is about from an eval.json, in percent and seconds."""
-    kinds = {kind: 100 * score["accuracy"] for kind, score in results["test"]["kinds"].items()}
+    kinds = {kind: 100 * score["accuracy"] for kind, score in results["tasks"]["scenes"]["kinds"].items()}
     worst = min(kinds, key=kinds.get)
     return {
-        "mean": 100 * results["test"]["mean"],
+        "mean": 100 * results["tasks"]["scenes"]["mean"],
         "worst": kinds[worst],
         "worst_kind": worst,
-        "compositional": 100 * results["compositional"]["mean"],
+        "compositional": 100 * results["tasks"]["scenes:compositional"]["mean"],
         "seconds": results["train_seconds"],
     }
 
@@ -125,7 +126,8 @@ def recipe() -> str:
     sources = [open_source(name) for name in config.data.sources] + [Scenes("test"), Scenes("compositional")]
     scenes = [source.read(i) for source in sources for i in range(3)]
     drawn = [(scene["images"][0].tobytes().hex(), scene["texts"]) for scene in scenes]
-    return hashlib.sha256(json.dumps([differences(TrainConfig(), config), drawn]).encode()).hexdigest()[:12]
+    asked = dataclasses.replace(TrainConfig(), eval=config.eval)  # which changes nothing that is learned
+    return hashlib.sha256(json.dumps([differences(asked, config), drawn]).encode()).hexdigest()[:12]
 
 
 def read_lines() -> list[dict]:
@@ -232,8 +234,8 @@ def format_results(results: dict) -> str:
         f"| scenes | mean | grey | shuffled | majority | {' | '.join(KINDS)} | caption |",
         "|---" * (6 + len(KINDS)) + "|",
     ]
-    for split in ("test", "compositional"):
-        r = results[split]
+    for split, task in TASKS.items():
+        r = results["tasks"][task]
         means = [f"{100 * r[name]:.1f}" for name in ("blank_mean", "shuffled_mean", "majority_mean")]
         kinds = [f"{100 * r['kinds'][kind]['accuracy']:.0f}" for kind in KINDS]
         cells = [split, f"**{100 * r['mean']:.1f}**", *means, *kinds, f"{100 * r['caption_exact']:.0f}"]

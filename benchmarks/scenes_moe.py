@@ -34,6 +34,7 @@ from nanovlm.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2, 3, 4)
+TASKS = {"test": "scenes", "compositional": "scenes:compositional"}
 NUM_TIMED, TIMED_STEPS = 5, 80
 BALANCE = ("none", "loss", "global_loss", "bias")
 
@@ -84,7 +85,7 @@ def compare(config: BenchmarkConfig) -> dict:
     for preset in ("scenes", "scenes_moe"):
         scores = [read_json(folder(config, preset, seed, "loss") / "eval.json") for seed in SEEDS]
         results["accuracy"][preset] = {
-            split: spread([100 * score[split]["mean"] for score in scores]) for split in ("test", "compositional")
+            split: spread([100 * score["tasks"][task]["mean"] for score in scores]) for split, task in TASKS.items()
         }
         results["environment"] = scores[0]["environment"]
     seconds = {"scenes": [], "scenes_moe": []}
@@ -101,7 +102,7 @@ def step_seconds(preset: str) -> float:
     """Return the median seconds of a step in a short run on one thread, the first steps left out."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), preset, "--run-dir", folder, "--threads", "1"]
-        command += ["--optim.steps", str(TIMED_STEPS), "--eval-scenes", "0"]
+        command += ["--optim.steps", str(TIMED_STEPS), "--eval.tasks"]
         subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     elapsed = [json.loads(line)["elapsed_s"] for line in lines][20:]
@@ -117,7 +118,7 @@ def balance(config: BenchmarkConfig) -> dict:
         results[name] = {
             "max_load_of_each_layer_first_10_steps": [round(statistics.mean(layer[:10]), 3) for layer in loads],
             "max_load_of_each_layer_last_50_steps": [round(statistics.mean(layer[-50:]), 3) for layer in loads],
-            "test_mean": round(100 * score["test"]["mean"], 2),
+            "test_mean": round(100 * score["tasks"]["scenes"]["mean"], 2),
         }
     draw_loads(config)
     return {"balance": results, "environment": score["environment"]}

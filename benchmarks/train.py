@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from nanovlm import cli, objectives
+from nanovlm import cli
 from nanovlm.config import (
     DecoderConfig,
     OptimConfig,
@@ -43,7 +43,8 @@ from nanovlm.config import (
 from nanovlm.data.loader import collate
 from nanovlm.data.types import IGNORE, Batch, Row
 from nanovlm.environment import describe_environment
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, Extras
+from nanovlm.objectives import NextToken
 from nanovlm.presets import SMOLVLM_256M, scenes
 from nanovlm.train.counting import count_flops, peak_flops
 from nanovlm.train.optim import make_optimizers
@@ -143,21 +144,20 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
     torch.manual_seed(0)
     model = VLM(SHAPES[shape]).to(device)
     batch = make_batch(model.config, rows, row_length)
-    objectives.OBJECTIVES["plain"] = plain_next_token
     optim = OptimConfig(rules=(ParamRule("norm|bias|embed"), ParamRule("", weight_decay=0.01)))
-    ours = TrainConfig(model=model.config, optim=optim)
-    recipes = {"ours": ours, "plain": dataclasses.replace(ours, objective="plain")}
+    recipe, ways = TrainConfig(model=model.config, optim=optim), {"ours": NextToken(), "plain": PlainNextToken()}
     replica = parallelize(model, ParallelConfig(**parallel), device, precision)
     state = train.TrainState(model, replica, make_optimizers(model, optim, precision), [], config.threads, precision)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        expected = plain_next_token(model, batch.to(device)).item() / len(batch.trained)
+        expected = ways["plain"].loss(model, batch.to(device), Extras()).item() / len(batch.trained)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     def step(way: str) -> tuple[float, float, float]:
         """Return the loss, the seconds and the CPU seconds of a step."""
         start, cpu_start = time.perf_counter(), time.process_time()
-        loss = train.train_step(state, [batch.to(device)], len(batch.trained), recipes[way])["loss"].item()
+        state.objective = ways[way]
+        loss = train.train_step(state, [batch], len(batch.trained), recipe)["loss"].item()
         return loss, time.perf_counter() - start, time.process_time() - cpu_start
 
     loss = step(way)[0]
@@ -198,10 +198,12 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
     }
 
 
-def plain_next_token(model, batch, extras=None):
+class PlainNextToken(NextToken):
     """The plain reading: logits [B, T, V] in fp32, cross-entropy over all, ignoring what has no label."""
-    logits = model.head(model(batch, extras=extras)).float()
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def loss(self, model, batch, extras):
+        logits = model.head(model(batch, extras=extras)).float()
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def make_batch(config: VLMConfig, num_rows: int, row_length: int) -> Batch:
@@ -234,6 +236,7 @@ def make_batch(config: VLMConfig, num_rows: int, row_length: int) -> Batch:
                 branch_ids=torch.zeros(row_length, dtype=torch.int32),
                 position_ids=torch.tensor([*position_ids, *[0] * missing]),
                 tiles=torch.randint(0, 256, (num_tiles, 3, size, size), generator=generator, dtype=torch.uint8),
+                tile_doc_ids=torch.arange(num_tiles, dtype=torch.int32),
             )
         )
     return collate(rows)

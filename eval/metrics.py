@@ -1,18 +1,6 @@
-"""Predictions and truths -> numbers."""
-
-from collections import defaultdict
-
-from eval.tasks import Question
+"""An answer and its references -> figures between 0 and 1."""
 
 
-def exact_match(prediction: str, truth: str) -> bool:
-    """Is the answer the truth, word for word? Only white space around it is forgiven."""
-    return prediction.strip() == truth
-
-
-def accuracy_by_kind(questions: list[Question], predictions: list[str]) -> dict[str, float]:
-    """Return the share of exact answers for each kind of question."""
-    hits = defaultdict(list)
-    for question, prediction in zip(questions, predictions, strict=True):
-        hits[question.kind].append(exact_match(prediction, question.truth))
-    return {kind: sum(found) / len(found) for kind, found in hits.items()}
+def exact_match(answer: str, references: tuple[str, ...]) -> bool:
+    """Is the answer one of the references, word for word? Only white space around it is forgiven."""
+    return answer.strip() in references

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from eval.tasks import SceneTask
+from eval.tasks import Task, open_task
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
@@ -21,7 +21,7 @@ from nanovlm.model.vlm import VLM, Extras
 
 
 @torch.no_grad()
-def measure_routing(model: VLM, processor: Processor, task: SceneTask, batch_rows: int = 64) -> dict[str, torch.Tensor]:
+def measure_routing(model: VLM, processor: Processor, task: Task, batch_rows: int = 64) -> dict[str, torch.Tensor]:
     """Count the tokens of every expert, fp32[L, E], for image tokens and for the text of each kind of question.
 
     Raises ValueError for a model without a mixture of experts.
@@ -31,15 +31,14 @@ def measure_routing(model: VLM, processor: Processor, task: SceneTask, batch_row
         raise ValueError("the model has no mixture of experts: its decoder.moe is None")
     loads: dict[str, torch.Tensor] = {}
     # Questions of one kind share batches.
-    questions = sorted(task.questions, key=lambda question: question.kind)
+    questions = sorted(task.questions(), key=lambda question: question.kind)
     for kind in dict.fromkeys(question.kind for question in questions):
         chosen = [question for question in questions if question.kind == kind]
         for start in range(0, len(chosen), batch_rows):
             documents = []
             for question in chosen[start : start + batch_rows]:
-                turns = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},)
-                turns += ({"role": "assistant", "content": question.truth},)
-                documents.append(processor.document(Sample([task.images[question.scene]], list(turns))))
+                turns = [*question.messages, {"role": "assistant", "content": question.truth}]
+                documents.append(processor.document(Sample(question.images, turns)))
             batch, extras = processor.batch(documents).to(device), Extras()
             model(batch, extras=extras)
             is_token = (batch.doc_ids >= 0).flatten()
@@ -89,13 +88,15 @@ class RoutingConfig:
     model: Annotated[Path, tyro.conf.Positional]
     # Where the picture goes.
     png: Annotated[Path, tyro.conf.Positional] = Path("routing.png")
-    # Held-out scenes.
-    scenes: int = 256
+    # What to ask: the name of a task, or a source of records.
+    task: str = "scenes"
+    # Records of it that are asked.
+    limit: int = 256
 
 
 def main(config: RoutingConfig):
     model, processor = load(config.model, cli.find_device("auto"))
-    loads = measure_routing(model, processor, SceneTask("test", config.scenes))
+    loads = measure_routing(model, processor, open_task(config.task, config.limit))
     write_file(config.png, draw_routing(loads))
     print(f"drawn in {config.png}")
 

@@ -1,29 +1,31 @@
-"""Evaluate a model on held-out scenes.
+"""Ask a model what a task asks, and average the scores.
 
-    python -m eval.run runs/scenes/model               the table of a trained model
-    python -m eval.run runs/scenes/model --scenes 64   faster
+    python -m eval.run runs/demo/model                            the table of a trained model on drawn scenes
+    python -m eval.run runs/demo/model --tasks mine.jsonl         on the questions of records of your own
+    python -m eval.run runs/demo/model --limit 64                 faster
 
-Beside the accuracy stand three controls: the answers to the same questions with a grey image (`blank`) and
-with another scene's image (`shuffled`), and the commonest training answer to the very same question, or to its kind
-where training never asks it (`majority`). All answers are generated greedily and count only when they are exact.
+All answers are generated greedily. Beside the scores stand controls: those of the answers to the same questions about a
+grey image (`blank`) and about another record's image (`shuffled`), and those of the commonest training answer to the
+very same question, or to its kind where training never asks it (`majority`).
 """
 
-import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
-from eval.metrics import accuracy_by_kind, exact_match
-from eval.tasks import Question, SceneTask, TrainingScan
+from eval.controls import TrainingScan, blank_images, shuffled_images
+from eval.tasks import TASKS, Question, Task, open_task
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
-from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import first_pass
+from nanovlm.data.sources import open_sources
 from nanovlm.infer.sampling import SamplingConfig, generate
 from nanovlm.model.vlm import VLM
 
@@ -32,147 +34,127 @@ MAX_NEW_TOKENS = 48
 
 
 def answer(
-    model: VLM, processor: Processor, images: list[Image.Image], texts: list[str], title: str | None = None
+    model: VLM,
+    processor: Processor,
+    questions: list[Question],
+    images: list[list[Image.Image]] | None = None,
+    title: str | None = None,
 ) -> list[str]:
-    """Generate the greedy answer to each text about the image at the same place; a title shows progress."""
-    device = next(model.parameters()).device
-    answers = []
-    for start in tqdm(range(0, len(texts), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):
-        prompts = [
-            processor.prompt([{"role": "user", "content": text}], [image])
-            for image, text in zip(images[start : start + BATCH_ROWS], texts[start : start + BATCH_ROWS], strict=True)
-        ]
+    """Generate the greedy answer to each question, about `images` in place of its own; a title shows progress."""
+    images = images or [question.images for question in questions]
+    device, answers = next(model.parameters()).device, []
+    for start in tqdm(range(0, len(questions), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):
+        rows = slice(start, start + BATCH_ROWS)
+        prompts = [processor.prompt(q.messages, shown) for q, shown in zip(questions[rows], images[rows], strict=True)]
         batch = processor.batch(prompts).to(device)
-        rows = generate(model, batch, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS))
-        answers += [processor.decode(row) for row in rows]
+        answers += [
+            processor.decode(ids) for ids in generate(model, batch, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS))
+        ]
     return answers
 
 
-def evaluate(model: VLM, processor: Processor, tasks: dict[str, SceneTask], training: TrainingScan) -> dict:
-    """Return `{split: {"mean", "blank_mean", "caption_exact", "dropped", "kinds": {kind: {...}}}}`.
+def evaluate(
+    model: VLM,
+    processor: Processor,
+    task: Task,
+    training: TrainingScan | None = None,
+    controls: bool = False,
+    title: str | None = None,
+) -> dict:
+    """Return `{"mean", "n", "dropped", "kinds": {kind: {"accuracy", "n"}}}` and every figure but accuracy by its name.
 
-    Shares between 0 and 1; the mean is over the kinds other than captions. Scenes whose pixels occur in
-    training are dropped first, and counted.
+    Shares between 0 and 1; the mean is over the kinds of question. With `controls` there are `blank` and `shuffled` for
+    each kind and their means, with `training` also `majority`, and questions about images of training are left out: the
+    number of their records is `dropped`.
     """
-    results = {}
-    for name, task in tasks.items():
-        dropped = task.without_scenes_of(training)
-        # Captions last, so that short answers never wait for them in a batch.
-        questions = sorted(task.questions, key=lambda question: question.kind == "caption")
-        texts = [question.text for question in questions]
-        shown = [task.images[question.scene] for question in questions]
-        blank = [Image.new("RGB", image.size, (128, 128, 128)) for image in shown]
-        other = [task.images[(question.scene + 1) % len(task.images)] for question in questions]
-        predictions = {
-            "accuracy": answer(model, processor, shown, texts, name),
-            "blank": answer(model, processor, blank, texts, f"{name}, blank images"),
-            "shuffled": answer(model, processor, other, texts, f"{name}, shuffled images"),
-            "majority": [training.guess(question) for question in questions],
-        }
-        scores = {column: accuracy_by_kind(questions, answers) for column, answers in predictions.items()}
-        counts = Counter(question.kind for question in questions)
-        kinds = {kind: {column: scores[column][kind] for column in scores} | {"n": n} for kind, n in counts.items()}
-        caption = kinds.pop("caption")
-
-        def mean(column, kinds=kinds):
-            return sum(kind[column] for kind in kinds.values()) / len(kinds)
-
-        results[name] = {
-            "mean": mean("accuracy"),
-            "blank_mean": mean("blank"),
-            "shuffled_mean": mean("shuffled"),
-            "majority_mean": mean("majority"),
-            "caption_exact": caption["accuracy"],
-            "dropped": dropped,
-            "kinds": kinds,
-        }
-    return results
+    questions = list(task.questions())
+    repeated = {question.record for question in questions if training and training.shows(question)}
+    # The short answers first, so that none waits for a long one of its batch.
+    questions = sorted((q for q in questions if q.record not in repeated), key=lambda question: len(question.truth))
+    if not questions:
+        raise ValueError(f"the task {task.name} has no questions{' that training does not show' if repeated else ''}")
+    columns = {"accuracy": answer(model, processor, questions, title=title)}
+    if controls:
+        for name, images in (("blank", blank_images(questions)), ("shuffled", shuffled_images(questions))):
+            columns[name] = answer(model, processor, questions, images, title and f"{title}, {name} images")
+    if training:
+        columns["majority"] = [training.guess(question) for question in questions]
+    scores = {column: average(task, questions, answers) for column, answers in columns.items()}
+    others, counts = scores["accuracy"], Counter(question.kind for question in questions)
+    by_kind = {column: figures.pop("accuracy", {}) for column, figures in scores.items()}
+    kinds = {kind: {c: by_kind[c][kind] for c in columns} | {"n": counts[kind]} for kind in by_kind["accuracy"]}
+    means = {column: mean(of_kind.values()) for column, of_kind in by_kind.items() if of_kind}
+    return {
+        **{"mean" if column == "accuracy" else f"{column}_mean": value for column, value in means.items()},
+        **{figure: mean(of_kind.values()) for figure, of_kind in others.items()},
+        "n": len(questions),
+        "dropped": len(repeated),
+        "kinds": kinds,
+    }
 
 
-def format_table(results: dict) -> str:
-    """Lay out what `evaluate` returned, in percent."""
+def average(task: Task, questions: list[Question], answers: list[str]) -> dict[str, dict[str, float]]:
+    """Score the answers; return the mean of each figure over the questions of each kind."""
+    values = defaultdict(lambda: defaultdict(list))
+    for question, said in zip(questions, answers, strict=True):
+        for figure, value in task.score(question, said).items():
+            values[figure][question.kind].append(value)
+    return {figure: {kind: mean(x) for kind, x in of_kind.items()} for figure, of_kind in values.items()}
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Lay out what `evaluate` returned for each task, in percent."""
     lines = []
-    for split, result in results.items():
-        lines += [f"{split:<14}  exact %   blank  shuffled  majority      n"]
-        for kind, row in result["kinds"].items():
-            shares = [100 * row[column] for column in ("accuracy", "blank", "shuffled", "majority")]
-            lines.append(
-                f"  {kind:<12} {shares[0]:8.1f} {shares[1]:7.1f} {shares[2]:9.1f} {shares[3]:9.1f} {row['n']:6}"
-            )
-        means = [100 * result[column] for column in ("mean", "blank_mean", "shuffled_mean", "majority_mean")]
-        lines.append(f"  {'MEAN':<12} {means[0]:8.1f} {means[1]:7.1f} {means[2]:9.1f} {means[3]:9.1f}")
-        lines.append(f"  whole caption exact {100 * result['caption_exact']:.1f}")
-        lines.append(f"  {result['dropped']} scenes left out because their pixels occur in training\n")
+    for name, result in results.items():
+        columns = [column for column in ("blank", "shuffled", "majority") if f"{column}_mean" in result]
+        width = max(14, len(name), *(len(kind) + 2 for kind in result["kinds"]))
+        lines.append(f"{name:<{width}} {'exact %':>8}{''.join(f'{c:>10}' for c in columns)}{'n':>7}")
+        for kind, row in sorted(result["kinds"].items()):
+            shares = "".join(f"{100 * row[column]:10.1f}" for column in columns)
+            lines.append(f"{'  ' + kind:<{width}} {100 * row['accuracy']:8.1f}{shares}{row['n']:7}")
+        if "mean" in result:
+            shares = "".join(f"{100 * result[f'{column}_mean']:10.1f}" for column in columns)
+            lines.append(f"{'  MEAN':<{width}} {100 * result['mean']:8.1f}{shares}")
+        known = {"mean", "n", "dropped", "kinds", *(f"{column}_mean" for column in columns)}
+        lines += [
+            f"  {figure.replace('_', ' ')} {100 * result[figure]:.1f}" for figure in result if figure not in known
+        ]
+        if columns:
+            lines.append(f"  {result['dropped']} records left out because their images occur in training")
+        lines.append("")
     return "\n".join(lines)
 
 
-def draw_contact_sheet(model: VLM, processor: Processor, task: SceneTask, num: int = 12) -> tuple[bytes, list[str]]:
-    """Show held-out images with a question, the model's answer and the truth, as a PNG file and as lines of text."""
-    chosen: list[Question] = []
-    kinds = list(dict.fromkeys(question.kind for question in task.questions))
-    for scene in range(min(num, len(task.images))):
-        asked = [question for question in task.questions if question.scene == scene]
-        wanted = [question for question in asked if question.kind == kinds[scene % len(kinds)]] or asked
-        chosen += wanted[:1]
-    images = [task.images[question.scene] for question in chosen]
-    answers = answer(model, processor, images, [question.text for question in chosen])
-    columns, side, gap, font = 4, 256, 12, ImageFont.load_default(15)
-    cells = []
-    for question, said in zip(chosen, answers, strict=True):
-        color = (0, 110, 40) if exact_match(said, question.truth) else (180, 0, 0)
-        lines = [(line, (0, 0, 0)) for line in _wrap(font, question.text, side)]
-        lines += [(line, color) for line in _wrap(font, f"answer: {said}", side)]
-        lines += [(line, (110, 110, 110)) for line in _wrap(font, f"truth: {question.truth}", side)]
-        cells.append(lines)
-    height = side + gap + 18 * max(len(lines) for lines in cells)
-    rows = -(-len(chosen) // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (height + gap) + gap), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for i, (image, lines) in enumerate(zip(images, cells, strict=True)):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * (height + gap)
-        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for number, (line, color) in enumerate(lines):
-            canvas.text((x, y + side + 2 + 18 * number), line, fill=color, font=font)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    texts = [
-        f"{'right' if exact_match(said, q.truth) else 'WRONG'}  {q.text} {said} (truth: {q.truth})"
-        for q, said in zip(chosen, answers, strict=True)
-    ]
-    return png.getvalue(), texts
-
-
-def _wrap(font, text, width):
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-    return lines
-
-
 @dataclass(frozen=True)
-class EvalConfig:
+class AskConfig:
     # A model folder.
     model: Annotated[Path, tyro.conf.Positional]
-    # Held-out scenes a split.
-    scenes: int = 512
-    # So many training scenes give the commonest answers and are searched for the held-out ones. (At the end of a run
-    # train.py takes those that the run has seen.)
-    training_scenes: int = 50_000
+    # What to ask: names of tasks, or sources of records.
+    tasks: tuple[str, ...] = tuple(TASKS)
+    # Records of a task that are asked, the first ones.
+    limit: int = 512
+    # What the model was trained on: its first 50,000 records give the commonest answers, and questions about their
+    # images are left out. (At the end of a run train.py takes those that the run has seen.)
+    training: tuple[str, ...] = ("scenes",)
     # Print one JSON object in place of the table.
     json: bool = False
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
 
 
-def main(config: EvalConfig):
+def main(config: AskConfig):
     """Print the scores of a model folder."""
-    for name, value in (("--scenes", config.scenes), ("--training-scenes", config.training_scenes)):
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
-    model, processor = load(config.model, cli.find_device("auto"))
-    tasks = {split: SceneTask(split, config.scenes) for split in ("test", "compositional")}
-    results = evaluate(model, processor, tasks, TrainingScan(Scenes("train"), range(config.training_scenes)))
+    if config.limit < 1:
+        raise ValueError(f"--limit {config.limit} must be at least 1")
+    tasks = [open_task(name, config.limit) for name in config.tasks]
+    model, processor = load(config.model, cli.find_device(config.device))
+    scan = None
+    if config.training:
+        source = open_sources(config.training, shuffle=False)
+        scan = TrainingScan(source, (ref.key for ref in first_pass(source)))
+    results = {task.name: evaluate(model, processor, task, scan, controls=True, title=task.name) for task in tasks}
     print(json.dumps(results) if config.json else format_table(results))
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(EvalConfig, description=__doc__)))
+    cli.run(lambda: main(tyro.cli(AskConfig, description=__doc__)))

@@ -1,64 +1,136 @@
-"""What to ask: each task is a list of questions about held-out images."""
+"""What a model is asked. A task has a name, questions, and a way to score an answer.
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+```
+scenes                  held-out drawn scenes
+scenes:compositional    drawn scenes with a pair of color and shape that training never shows
+questions.jsonl, ...    any source of records (nanovlm/data/sources.py): an answer counts when it is the record's
+```
+
+A new task is a class with `name`, `questions` and `score` and an entry of TASKS.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
+from eval.metrics import exact_match
+from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
-from nanovlm.data.source import Source
+from nanovlm.data.source import Source, first_pass
+from nanovlm.data.sources import open_source
 
 
 @dataclass(frozen=True)
 class Question:
-    scene: int  # index of its image in the task
+    """A conversation that ends with a user's turn, and the answers to it that are right."""
+
+    # Number of the record that it is of: its questions show the same images.
+    record: int
+    # Results are averaged over the questions of a kind, then over the kinds.
     kind: str
-    text: str
-    truth: str
+    images: list[Image.Image]
+    messages: list[dict]
+    references: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """What the user says in the last turn."""
+        return _text(self.messages[-1])
+
+    @property
+    def truth(self) -> str:
+        return self.references[0]
 
 
-class SceneTask:
-    """The questions of one held-out split of the drawn scenes."""
+class Task(Protocol):
+    """What a model is asked, and what its answers are worth."""
 
-    def __init__(self, split: str, num_scenes: int):
-        raw = [Scenes(split).read(i) for i in range(num_scenes)]
-        self.images = [scene["images"][0] for scene in raw]
-        self.questions = [
-            Question(i, turn["kind"], turn["user"], turn["assistant"])
-            for i, scene in enumerate(raw)
-            for turn in scene["texts"]
-        ]
+    name: str
 
-    def without_scenes_of(self, training: "TrainingScan") -> int:
-        """Drop scenes whose pixels occur in training, byte for byte; return how many."""
-        repeated = {i for i, image in enumerate(self.images) if digest(image) in training.digests}
-        self.questions = [question for question in self.questions if question.scene not in repeated]
-        return len(repeated)
+    def questions(self) -> Iterator[Question]:
+        """Yield the questions, always the same ones, those of a record one after the other."""
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        """Return figures by name, each between 0 and 1; `accuracy` is the one that the task's mean is of."""
 
 
-class TrainingScan:
-    """What the training scenes alone give away: their pixels, and the commonest answer to each question."""
+class Records:
+    """The questions of the first records of a source; an answer is right when it is the record's, word for word."""
 
-    def __init__(self, source: Source, keys: Sequence):
-        """Read the records of a source by these keys."""
-        self.digests = set()
-        self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
-        for key in tqdm(keys, desc="reading the training scenes", unit="scene", mininterval=1):
-            raw = source.read(key)
-            self.digests.add(digest(raw["images"][0]))
-            for turn in raw["texts"]:
-                self.by_text[turn["user"]][turn["assistant"]] += 1
-                self.by_kind[turn["kind"]][turn["assistant"]] += 1
+    def __init__(self, name: str, source: Source, limit: int):
+        self.name, self.source, self.limit = name, source, limit
 
-    def guess(self, question: Question) -> str:
-        """The commonest training answer to the question, or to its kind where training never asks it."""
-        counts = self.by_text.get(question.text) or self.by_kind[question.kind]
-        return counts.most_common(1)[0][0] if counts else ""
+    def questions(self) -> Iterator[Question]:
+        return read_questions(self.source, self.limit)
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        return {"accuracy": float(exact_match(answer, question.references))}
 
 
-def digest(image: Image.Image) -> bytes:
-    """Name an image by its pixels."""
-    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+class DrawnScenes:
+    """The drawn scenes of a held-out split; captions, which have many details to miss, are no part of the mean."""
+
+    def __init__(self, name: str, split: str, limit: int):
+        self.name, self.source, self.limit = name, Scenes(split), limit
+
+    def questions(self) -> Iterator[Question]:
+        return read_questions(self.source, self.limit)
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        figure = "caption_exact" if question.kind == "caption" else "accuracy"
+        return {figure: float(exact_match(answer, question.references))}
+
+
+def read_questions(source: Source, limit: int) -> Iterator[Question]:
+    """Yield the questions of the first records of a source."""
+    for number, ref in enumerate(islice(first_pass(source), limit)):
+        yield from ask(source.read(ref.key), number)
+
+
+def ask(raw: dict, number: int) -> list[Question]:
+    """Turn a raw record (nanovlm/data/records.py) into questions, one for each answer in it.
+
+    In a conversation the turns before are shown with their true answers. A turn of `texts` may name its `kind`.
+    """
+    sample, turns = to_sample(raw), raw.get("texts") or ()
+    answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
+    kinds = [turn.get("kind", "answer") for turn in turns] or ["answer"] * len(answers)
+    return [
+        Question(
+            number,
+            kind,
+            sample.images,
+            sample.messages[i - 1 : i] if sample.independent else sample.messages[:i],
+            (_text(sample.messages[i]).strip(),),
+        )
+        for i, kind in zip(answers, kinds, strict=True)
+    ]
+
+
+def _text(message: dict) -> str:
+    return "".join(part["text"] for part in content_parts(message["content"]) if part["type"] == "text")
+
+
+# (name, number of records) -> Task
+TASKS = {
+    "scenes": lambda name, limit: DrawnScenes(name, "test", limit),
+    "scenes:compositional": lambda name, limit: DrawnScenes(name, "compositional", limit),
+}
+
+
+def open_task(name: str, limit: int) -> Task:
+    """Return the task of this name, or the records of the source that it names (of the hub, those of its test split).
+
+    Raises ValueError for a name of neither.
+    """
+    if name in TASKS:
+        return TASKS[name](name, limit)
+    try:
+        return Records(name, open_source(name, split="test"), limit)
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r} is no task; there are {', '.join(TASKS)}, and sources of records: {error}"
+        ) from error

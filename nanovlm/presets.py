@@ -5,6 +5,7 @@ import dataclasses
 from nanovlm.config import (
     DataConfig,
     DecoderConfig,
+    EvalConfig,
     InitConfig,
     MoEConfig,
     OptimConfig,
@@ -66,6 +67,7 @@ def scenes() -> TrainConfig:
                 ParamRule(r"", lr_scale=2.0, weight_decay=1.0, optimizer="muon"),
             ),
         ),
+        eval=EvalConfig(tasks=("scenes", "scenes:compositional")),
     )
 
 
@@ -124,7 +126,6 @@ def smolvlm_256m_stage1() -> TrainConfig:
             chat_template="chatml",
         ),
         optim=OptimConfig(lr=1e-3, steps=2000, micro_batches=4, rules=(FROZEN_BACKBONES, PROJECTOR)),
-        eval_scenes=0,
     )
 
 

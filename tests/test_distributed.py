@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import nanovlm
 import train
 from nanovlm import distributed
-from nanovlm.config import MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+from nanovlm.config import EvalConfig, MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.model.vlm import VLM
-from nanovlm.objectives import OBJECTIVES, next_token
+from nanovlm.objectives import NextToken
 from nanovlm.train import checkpoint, parallel
 from nanovlm.train.optim import make_optimizers
 from tests.conftest import TINY, make_batch, make_document
@@ -86,7 +86,7 @@ def take_the_same_step_twice(config, batches):
     model, gradients = VLM(config), []
     replica = parallel.parallelize(model, ParallelConfig(), torch.device("cpu"), "fp32")
     for _ in range(2):
-        next_token(replica, batches[0]).backward()
+        NextToken().loss(replica, batches[0]).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         replica.zero_grad()
     return gradients
@@ -107,7 +107,7 @@ def take_bad_step(config, layout, batches):
     was_bad, before = step()
     assert not was_bad
     if distributed.rank() == 1:
-        batches[0].pixel_values[0, 0, 0, 0] = float("nan")
+        batches[0].pixel_values = torch.full(batches[0].pixel_values.shape, float("nan"))
     is_bad, after = step()
     assert is_bad
     return [name for name, x in before.items() if not torch.equal(x, after[name])]
@@ -312,6 +312,7 @@ sys.path.insert(0, {root!r})
 import train
 from nanovlm import cli, distributed
 from nanovlm.config import ParallelConfig
+from nanovlm.config import EvalConfig
 from tests.test_distributed import PARALLEL_RUN
 rank, first_start = int(os.environ.get("RANK", 0)), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 step = train.train_step
@@ -324,7 +325,7 @@ cli.run(lambda: train.main(dataclasses.replace(PARALLEL_RUN, run_dir={run_dir!r}
 PARALLEL_RUN = dataclasses.replace(
     SMALL,
     precision="fp32",
-    sample_every=0,
+    eval=EvalConfig(),
     checkpoint_every=2,
     optim=dataclasses.replace(SMALL.optim, steps=8, micro_batches=2),
     parallel=ParallelConfig(strategy="fsdp"),
@@ -400,7 +401,7 @@ def test_a_signal_saves_and_other_numbers_of_ranks_go_on(tmp_path, unbroken):
 
 def test_a_signal_to_all_processes_saves_too(tmp_path):
     """As Slurm sends it: to ranks, the workers of their loaders and torchrun, which sends it to all of them again."""
-    changes = """{"precision": "bf16", "sample_every": 1, "eval_scenes": 4, "checkpoint_every": 100,
+    changes = """{"precision": "bf16", "eval": EvalConfig(("scenes",), limit=4, show_every=1), "checkpoint_every": 100,
         "data": dataclasses.replace(PARALLEL_RUN.data, num_workers=1)}"""
     hook = "if state.step == 2: [os.kill(pid, signal.SIGTERM) for pid in (os.getpid(), os.getppid())]"
     _out, error = finish(start(tmp_path, tmp_path / "run", hook, changes), expected=1)
@@ -440,7 +441,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop_the_run(tmp
 
     def train_step(state, batches, *args):
         if state.step == 2:
-            batches[0].pixel_values[0, 0, 0, 0] = float("nan")
+            batches[0].pixel_values = torch.full(batches[0].pixel_values.shape, float("nan"))
         before = {name: x.clone() for name, x in state.model.state_dict().items()}
         moments = [{k: v.clone() for k, v in s.items()} for o in state.optimizers.values() for s in o.state.values()]
         result = step(state, batches, *args)
@@ -454,7 +455,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop_the_run(tmp
     optim = dataclasses.replace(SMALL.optim, steps=5, max_skipped_steps=limit)
     decoder = dataclasses.replace(SMALL.model.decoder, moe=moe)
     model = dataclasses.replace(SMALL.model, decoder=decoder)
-    config = dataclasses.replace(SMALL, run_dir=str(tmp_path / "run"), model=model, optim=optim, sample_every=0)
+    config = dataclasses.replace(SMALL, run_dir=str(tmp_path / "run"), model=model, optim=optim)
     if limit:
         train.main(config)
         lines = metrics(tmp_path / "run")
@@ -470,12 +471,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_stop_the_run(tmp
 
 
 @pytest.mark.parametrize(("added_to_loss", "gradient_factor"), [(float("inf"), 1.0), (0.0, float("nan"))])
-def test_a_loss_or_a_gradient_alone_makes_a_step_bad(processor, monkeypatch, added_to_loss, gradient_factor):
-    monkeypatch.setitem(OBJECTIVES, "next_token", lambda *args: next_token(*args) + added_to_loss)
+def test_a_loss_or_a_gradient_alone_makes_a_step_bad(processor, added_to_loss, gradient_factor):
+    class Spoilt(NextToken):
+        def loss(self, *args):
+            return super().loss(*args) + added_to_loss
+
     model = VLM(TINY)
     model.decoder.norm.weight.register_hook(lambda grad: gradient_factor * grad)
     replica = parallel.parallelize(model, ParallelConfig(), torch.device("cpu"), "fp32")
-    state = train.TrainState(model, replica, {}, [], threads=1, precision="fp32")
+    state = train.TrainState(model, replica, {}, [], threads=1, precision="fp32", objective=Spoilt())
     result = train.train_step(state, make_batches(processor)[:1], 9, TrainConfig(model=TINY, optim=OPTIM))
     assert result["is_bad"] and result["loss"].isfinite() == (added_to_loss == 0)
     assert result["grad_norm"].isfinite() == (gradient_factor == 1)

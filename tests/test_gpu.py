@@ -27,7 +27,9 @@ def losses(run_dir, device, backends, **changes):
         decoder=dataclasses.replace(SMALL.model.decoder, attention=attention, cross_entropy=cross_entropy, moe=moe),
     )
     optim = dataclasses.replace(SMALL.optim, steps=6)
-    settings = dict(model=model, optim=optim, precision="fp32", sample_every=0, device=device, run_dir=str(run_dir))
+    settings = dict(
+        model=model, optim=optim, precision="fp32", eval=config.EvalConfig(), device=device, run_dir=str(run_dir)
+    )
     train.main(dataclasses.replace(SMALL, **settings | changes))
     return [line["loss"] for line in metrics(run_dir)]
 

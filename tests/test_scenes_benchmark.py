@@ -15,7 +15,8 @@ def results(**kinds):
     kinds = {"color": 1.0, "position": 0.8} | kinds
     score = {kind: {"accuracy": value} for kind, value in kinds.items()}
     mean = sum(kinds.values()) / len(kinds)
-    return {"test": {"mean": mean, "kinds": score}, "compositional": {"mean": 0.76543}, "train_seconds": 123.4}
+    tasks = {"scenes": {"mean": mean, "kinds": score}, "scenes:compositional": {"mean": 0.76543}}
+    return {"tasks": tasks, "train_seconds": 123.4}
 
 
 def test_figures_of_a_run():

@@ -15,11 +15,12 @@ from nanovlm.config.model import (
     VisionConfig,
     VLMConfig,
 )
-from nanovlm.config.run import DataConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+from nanovlm.config.run import DataConfig, EvalConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 
 __all__ = [
     "DataConfig",
     "DecoderConfig",
+    "EvalConfig",
     "InitConfig",
     "MoEConfig",
     "OptimConfig",

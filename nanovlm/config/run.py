@@ -115,6 +115,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    # What the model is asked at the end of the run, and every so many steps: names of eval/tasks.py (scenes,
+    # scenes:compositional) or sources of records, whose answers count when they are the same word for word.
+    tasks: tuple[str, ...] = ()
+    # Records of a task that are asked, the first ones.
+    limit: int = 512
+    # At the end, also ask with grey images and with another record's, and compare with the commonest training answers.
+    controls: bool = True
+    # Steps between looks at the validation loss (of data.val_fraction, for each source) and the tasks; 0 for none.
+    every: int = 0
+    # Micro-batches that the validation loss of a source is of, at most; read once and kept.
+    val_batches: int = 16
+    # Steps between answers that are shown on the terminal; 0 for none.
+    show_every: int = 200
+    # A source of records whose first questions are shown; where none is named, some of the first task.
+    show: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     # Where the run writes everything; started again with the same folder it continues.
     run_dir: str = "runs/scenes"
@@ -126,6 +145,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     # The optimizer and its schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
+    # What the run is judged by.
+    eval: EvalConfig = field(default_factory=EvalConfig)
     # How the model lies on several ranks and what it trades for memory or speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES.
@@ -142,10 +163,6 @@ class TrainConfig:
     checkpoint_every: int = 200
     # Newest checkpoints to keep.
     keep_checkpoints: int = 2
-    # Steps between sample answers (about held-out scenes, so none with eval_scenes 0) on the terminal; 0 for none.
-    sample_every: int = 200
-    # Held-out scenes a split in the final evaluation; 0 skips it.
-    eval_scenes: int = 512
     # First and last step to record with torch's profiler, into run_dir/trace.json (chrome://tracing); 0 0 for none.
     profile: tuple[int, int] = (0, 0)
     # Also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
@@ -174,8 +191,10 @@ class TrainConfig:
             ("threads", self.threads, 0),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("keep_checkpoints", self.keep_checkpoints, 1),
-            ("sample_every", self.sample_every, 0),
-            ("eval_scenes", self.eval_scenes, 0),
+            ("eval.limit", self.eval.limit, 1),
+            ("eval.every", self.eval.every, 0),
+            ("eval.val_batches", self.eval.val_batches, 1),
+            ("eval.show_every", self.eval.show_every, 0),
         ):
             check(value >= least, f"{name} = {value} must be at least {least}")
         for name, value in (("val_fraction", d.val_fraction), ("max_bad_fraction", d.max_bad_fraction)):

@@ -130,11 +130,6 @@ def marker_tokens(config: VLMConfig) -> list[str]:
     return pick(TILING, config.tiling.policy, "tiling.policy").markers(config)
 
 
-def normalize(tiles: Tensor) -> Tensor:
-    """Bring uint8 pixels to float32 in [-1, 1] (mean and standard deviation 0.5, as SigLIP)."""
-    return tiles.float() / 127.5 - 1
-
-
 # ---- fit: aspect kept, as few tiles as carry the detail ----
 
 

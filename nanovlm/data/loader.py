@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from nanovlm.config import DataConfig
-from nanovlm.data.images import normalize
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.packing import make_row, pack
 from nanovlm.data.reader import Reader, Skipped
@@ -32,9 +31,10 @@ COUNTED = ("read", "documents", "packed", "filtered", "other split", *LOSSES)
 
 def collate(rows: list[Row]) -> Batch:
     """Stack rows and number their documents through, so that `doc_ids` are unique in the batch."""
-    doc_ids, first = [], 0
+    doc_ids, tile_doc_ids, first = [], [], 0
     for row in rows:
         doc_ids.append(torch.where(row.doc_ids < 0, row.doc_ids, row.doc_ids + first))
+        tile_doc_ids.append(row.tile_doc_ids + first)
         first += int(row.doc_ids.max()) + 1
     return Batch(
         input_ids=torch.stack([r.input_ids for r in rows]),
@@ -42,7 +42,8 @@ def collate(rows: list[Row]) -> Batch:
         doc_ids=torch.stack(doc_ids),
         branch_ids=torch.stack([r.branch_ids for r in rows]),
         position_ids=torch.stack([r.position_ids for r in rows]),
-        pixel_values=normalize(torch.cat([r.tiles for r in rows])),
+        pixel_values=torch.cat([r.tiles for r in rows]),
+        tile_doc_ids=torch.cat(tile_doc_ids),
     )
 
 

@@ -173,4 +173,5 @@ def make_row(documents: list[Document], row_length: int, pad_token_id: int) -> R
         branch_ids=join([d.branch_ids for d in documents], 0),
         position_ids=join([d.position_ids for d in documents], 0),
         tiles=torch.cat([d.tiles for d in documents]),
+        tile_doc_ids=torch.cat([torch.full((len(d.tiles),), i, dtype=torch.int32) for i, d in enumerate(documents)]),
     )

@@ -7,11 +7,11 @@ Document   input_ids, labels int64[L]  branch_ids int32[L]               data/ch
    |       tiles uint8[n, C, H, W]
    |       knapsack
 Row        input_ids, labels, position_ids int64[T]                      data/packing.py
-   |       doc_ids, branch_ids int32[T]  tiles uint8[n, C, H, W]
-   |       stack rows, number the documents through, normalise pixels
+   |       doc_ids, branch_ids int32[T]  tiles uint8[n, C, H, W]  tile_doc_ids int32[n]
+   |       stack rows, number the documents through
 Batch      input_ids, labels, position_ids int64[B, T]                   data/loader.py
            doc_ids, branch_ids int32[B, T]
-           pixel_values float32[I, C, H, W]  trained int64[N]
+           pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  trained int64[N]
 ```
 
 `doc_ids` is the only grouping: unique in a batch, -1 on padding. A document may be a shared prefix
@@ -86,11 +86,13 @@ class Row:
     branch_ids: Tensor
     position_ids: Tensor
     tiles: Tensor
+    # int32[n]: of each tile, the document that shows it.
+    tile_doc_ids: Tensor
 
 
 @dataclass
 class Batch:
-    """What the model sees."""
+    """What the model sees. It takes pixels as they are in an image, uint8, or as floats that are normalised already."""
 
     input_ids: Tensor
     labels: Tensor
@@ -98,6 +100,7 @@ class Batch:
     branch_ids: Tensor
     position_ids: Tensor
     pixel_values: Tensor
+    tile_doc_ids: Tensor
     # int64[N]: where the labels are, in all rows end to end. Found when the batch is made: a GPU would be waited for.
     trained: Tensor | None = None
 

@@ -12,6 +12,7 @@ from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import SPECIAL_TOKENS
 from nanovlm.hub.families import IMAGE, find_family
 from nanovlm.hub.read import load
+from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import merge_numbers
 
@@ -129,7 +130,7 @@ def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> 
         difference = (ours_logits - their_logits).abs().max() / their_logits.abs().max()
         line = f"{what}: {batch.input_ids.shape[1]} equal tokens, "
         if sees:
-            pixels = (inputs["pixel_values"].flatten(0, 1) - batch.pixel_values).abs().max()
+            pixels = (inputs["pixel_values"].flatten(0, 1) - normalize(batch.pixel_values)).abs().max()
             line += f"{len(batch.pixel_values)} tiles whose pixels differ by at most {pixels:.1e}, "
         lines.append(line + f"logits that differ from transformers' by at most {difference:.1e} of the largest")
         if not difference <= 1e-4:

@@ -12,6 +12,11 @@ from nanovlm.config import VisionConfig, pick
 from nanovlm.model.attention import ATTENTION
 
 
+def normalize(pixels: Tensor) -> Tensor:
+    """Bring uint8 pixels to float32 in [-1, 1] (mean and standard deviation 0.5, as SigLIP)."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
 class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()

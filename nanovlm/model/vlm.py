@@ -20,7 +20,7 @@ from nanovlm.model.decoder import Decoder
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import Projector
-from nanovlm.model.vision import VisionEncoder, whitening_filters
+from nanovlm.model.vision import VisionEncoder, normalize, whitening_filters
 
 
 class Extras:
@@ -67,24 +67,30 @@ class VLM(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Return token embeddings [B, T, D] with the image features in the placeholders' places, in order.
 
-        Raises ValueError when there are more or fewer placeholders than image features; on the CPU alone, as a GPU
-        would be waited for.
+        Raises ValueError when there are more or fewer placeholders than image features, or tiles of other documents
+        than theirs; on the CPU alone, as a GPU would be waited for.
         """
         x_BTD = self.decoder.embed_tokens(batch.input_ids)
         if self.config.vision is None:
             return x_BTD
         is_image = batch.input_ids == self.config.image_token_id
         num_features = len(batch.pixel_values) * self.config.num_image_tokens
-        if not is_image.is_cuda and not torch.compiler.is_compiling() and int(is_image.sum()) != num_features:
-            raise ValueError(
-                f"{int(is_image.sum())} image placeholders in input_ids, but {num_features} image features "
-                f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
-            )
+        if not is_image.is_cuda and not torch.compiler.is_compiling():
+            if int(is_image.sum()) != num_features:
+                raise ValueError(
+                    f"{int(is_image.sum())} image placeholders in input_ids, but {num_features} image features "
+                    f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
+                )
+            shown_in = batch.tile_doc_ids.repeat_interleave(self.config.num_image_tokens)
+            if not torch.equal(shown_in, batch.doc_ids[is_image]):
+                raise ValueError("the tiles of the batch are not in the order of the documents that show them")
         pixel_values = batch.pixel_values
         if num_features == 0:
             if not self.always_sees:
                 return x_BTD
             pixel_values = pixel_values.new_zeros(1, 3, *[self.config.vision.image_size] * 2)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize(pixel_values)
         pixel_values = pixel_values.to(self.vision.position_embedding.weight.dtype)
         features = self.projector(self.vision(pixel_values)).flatten(0, 1)
         if num_features == 0:

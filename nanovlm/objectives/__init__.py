@@ -1,9 +1,26 @@
-"""What a run learns: (model, batch, extras) -> sum of losses over trained tokens.
+"""What a run learns. A new objective is a file of its own and an entry of OBJECTIVES."""
 
-`train.py` divides by the number of trained tokens of the whole step, over all its micro-batches. `extras` lives as
-long as the step, for what the next micro-batch, the optimizer step or the metrics need.
-"""
+from typing import Protocol
 
-from nanovlm.objectives.next_token import next_token
+from torch import Tensor
 
-OBJECTIVES = {"next_token": next_token}
+from nanovlm.data.types import Batch
+from nanovlm.model.vlm import VLM, Extras
+from nanovlm.objectives.next_token import NextToken
+
+
+class Objective(Protocol):
+    """What a run learns. It is made without arguments, once a run, and may hold what it needs, such as a teacher.
+
+    The loss of a step is the sum over its micro-batches and ranks, divided by the units in all of them, so that it does
+    not depend on how documents fall into micro-batches.
+    """
+
+    def count(self, batch: Batch) -> int:
+        """Return the units of a batch that the loss is divided by: trained tokens, or pairs, or groups."""
+
+    def loss(self, model: VLM, batch: Batch, extras: Extras) -> Tensor:
+        """Return the sum of the losses of these units; `extras` lives as long as the step."""
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}

@@ -7,15 +7,20 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.losses import next_token_loss, router_loss
 
 
-def next_token(model: VLM, batch: Batch, extras: Extras | None = None) -> Tensor:
+class NextToken:
     """Predict every trained token from the tokens before it; with a mixture of experts, keep its load even."""
-    extras = extras or Extras()
-    hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
-    labels, backend = batch.labels.flatten()[batch.trained], model.config.decoder.cross_entropy
-    loss = next_token_loss(hidden, labels, model.decoder.head_weight, backend=backend)
-    moe = model.config.decoder.moe
-    if moe is not None:
-        balance = len(batch.trained) * router_loss(extras, batch.doc_ids >= 0, moe)
-        extras.router_loss = extras.router_loss + balance.detach()
-        loss = loss + balance
-    return loss
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.trained)
+
+    def loss(self, model: VLM, batch: Batch, extras: Extras | None = None) -> Tensor:
+        extras = extras or Extras()
+        hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
+        labels, backend = batch.labels.flatten()[batch.trained], model.config.decoder.cross_entropy
+        loss = next_token_loss(hidden, labels, model.decoder.head_weight, backend=backend)
+        moe = model.config.decoder.moe
+        if moe is not None and model.training:
+            balance = len(batch.trained) * router_loss(extras, batch.doc_ids >= 0, moe)
+            extras.router_loss = extras.router_loss + balance.detach()
+            loss = loss + balance
+        return loss

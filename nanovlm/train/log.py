@@ -1,5 +1,6 @@
 """The numbers of a run -> metrics.jsonl, the progress bar, Weights & Biases."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -67,6 +68,7 @@ class Log:
         seconds, self.last = now - self.last, now
         self.state.elapsed_s = now - self.begin
         numbers |= {
+            "trained_tokens": totals["trained_tokens"],
             "tokens": self.state.tokens,
             "samples": totals["samples read"],
             **{
@@ -109,6 +111,14 @@ class Log:
             f"{what}, as in {self.state.skipped_steps - 1} steps before, more than optim.max_skipped_steps = "
             f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(names)}"
         )
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave what happens within out of the seconds of a step; the step before is written first."""
+        self.settle()
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
 
     def say(self, text: str):
         """Print a line above the progress bar."""

@@ -96,9 +96,9 @@ def order_buckets(replica: Replica):
     config, device = replica.config, next(replica.parameters()).device
     zeros = torch.zeros(1, 2, dtype=torch.int64, device=device)
     size = 0 if config.vision is None else config.vision.image_size
-    pixel_values = torch.zeros(0, 3, size, size, device=device)
+    tiles = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=device)
     with torch.compiler.set_stance("force_eager"):
-        hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, pixel_values))
+        hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, tiles, zeros[0, :0].int()))
         (hidden.sum() + replica.decoder.head_weight.sum()).backward()
     replica.zero_grad()
 

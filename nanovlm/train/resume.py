@@ -19,8 +19,7 @@ FREE = (
     "device",
     "checkpoint_every",
     "keep_checkpoints",
-    "sample_every",
-    "eval_scenes",
+    "eval",
     "wandb",
 )
 

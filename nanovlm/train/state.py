@@ -1,6 +1,6 @@
 """Everything that a run needs to go on, kept and brought back by every rank for itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from nanovlm import distributed
 from nanovlm.data.loader import Loader
 from nanovlm.files import flush
 from nanovlm.model.vlm import VLM
+from nanovlm.objectives import NextToken, Objective
 from nanovlm.train import checkpoint
 
 
@@ -23,6 +24,7 @@ class TrainState:
     loader: Loader
     threads: int
     precision: str
+    objective: Objective = field(default_factory=NextToken)
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0

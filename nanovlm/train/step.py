@@ -6,27 +6,28 @@ from nanovlm import distributed
 from nanovlm.config import TrainConfig
 from nanovlm.data.types import IGNORE, Batch
 from nanovlm.model.vlm import Extras
-from nanovlm.objectives import OBJECTIVES
 from nanovlm.train import parallel
 from nanovlm.train.counting import RoutingStats, count_flops
 from nanovlm.train.optim import learning_rate, set_learning_rate
 from nanovlm.train.state import TrainState
 
 
-def train_step(state: TrainState, batches: list[Batch], num_trained: int, config: TrainConfig) -> dict:
+def train_step(state: TrainState, batches: list[Batch], num_units: int, config: TrainConfig) -> dict:
     """Run one optimizer step over this rank's micro-batches; return its metrics, some still on the device.
 
-    The loss is the mean over the `num_trained` trained tokens of all ranks, however they fall into micro-batches. A
-    step whose loss or gradient is not finite changes nothing.
+    The loss is the mean over the `num_units` units of the objective (trained tokens) of all ranks, however they fall
+    into micro-batches, which are moved to the device one at a time. A step whose loss or gradient is not finite changes
+    nothing.
     """
     device = next(state.model.parameters()).device
     lr = learning_rate(state.step, config.optim)
     set_learning_rate(state.optimizers, lr)
     loss, extras, stats = torch.zeros((), device=device), Extras(), RoutingStats()
     for i, batch in enumerate(batches):
+        batch = batch.to(device)
         with parallel.gradient_sync(state.replica, is_last=i + 1 == len(batches)):
             with autocast(state):
-                loss_sum = OBJECTIVES[config.objective](state.replica, batch, extras) / max(1, num_trained)
+                loss_sum = state.objective.loss(state.replica, batch, extras) / max(1, num_units)
             (loss_sum * distributed.num_ranks()).backward()  # as the ranks' gradients are averaged
         loss += loss_sum.detach()
         if extras.routing:
@@ -40,13 +41,13 @@ def train_step(state: TrainState, batches: list[Batch], num_trained: int, config
         optimizer.found_inf = is_bad.float()
         optimizer.step()
         optimizer.zero_grad()
-    metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "trained_tokens": num_trained, "is_bad": is_bad}
+    metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "is_bad": is_bad}
     if extras.routing:
         stats.add_up()
         state.model.decoder.update_expert_bias(stats.load * ~is_bad)
         metrics["routing"] = stats
     if isinstance(extras.router_loss, torch.Tensor):
-        metrics["router_loss"] = distributed.add_up_tensor(extras.router_loss) / max(1, num_trained)
+        metrics["router_loss"] = distributed.add_up_tensor(extras.router_loss) / max(1, num_units)
     state.step += 1
     return {"step": state.step} | metrics
 
@@ -62,6 +63,7 @@ def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[
     trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in state.model.named_children()}
     return {
         "batches": len(batches),
+        "units": sum(state.objective.count(batch) for batch in batches),
         "trained_tokens": sum(len(batch.trained) for batch in batches),
         "tokens": sum(int((batch.doc_ids >= 0).sum()) for batch in batches),
         "image_tokens": sum(int((batch.input_ids == config.model.image_token_id).sum()) for batch in batches),
@@ -76,5 +78,6 @@ def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
     size = config.model.vision.image_size if config.model.vision else 0
     ids = torch.full((1, config.data.row_length), config.model.pad_token_id)
     nothing = torch.zeros_like(ids)
-    padding = Batch(ids, nothing + IGNORE, (nothing - 1).int(), nothing.int(), nothing, torch.zeros(0, 3, size, size))
+    tiles, tile_doc_ids = torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32)
+    padding = Batch(ids, nothing + IGNORE, (nothing - 1).int(), nothing.int(), nothing, tiles, tile_doc_ids)
     return batches + [padding] * (config.optim.micro_batches // distributed.num_ranks() - len(batches))

@@ -16,11 +16,11 @@ from nanovlm.data.images import (
     decode_image,
     make_tiles,
     marker_tokens,
-    normalize,
     open_image,
     plan_tiles,
     to_rgb,
 )
+from nanovlm.model.vision import normalize
 from tests.conftest import TINY, noise
 
 

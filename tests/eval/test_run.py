@@ -1,20 +1,24 @@
-"""The evaluation counts what it says it counts: scores, controls, majority, dropped scenes."""
+"""The evaluation counts what it says it counts: scores, controls, majority, dropped records."""
 
 import dataclasses
 import io
+import json
 
 import pytest
 import torch
 from PIL import Image
 
 import eval.run
-from eval.metrics import accuracy_by_kind, exact_match
+from eval.controls import TrainingScan, shuffled_images
+from eval.metrics import exact_match
 from eval.routing import draw_routing, measure_routing
-from eval.run import draw_contact_sheet, evaluate, format_table
-from eval.tasks import Question, SceneTask, TrainingScan
+from eval.run import AskConfig, average, evaluate, format_table
+from eval.sheet import choose, describe, draw_sheet
+from eval.tasks import TASKS, Question, ask, open_task
 from nanovlm.config import MoEConfig
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.types import Sample
+from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY
 
@@ -24,61 +28,110 @@ from tests.conftest import TINY
     [("red", "red", True), (" red\n", "red", True), ("Red", "red", False), ("red.", "red", False), ("", "red", False)],
 )
 def test_exact_match(said, truth, expected):
-    assert exact_match(said, truth) is expected
+    assert exact_match(said, ("other", truth)) is expected
 
 
-def test_accuracy_by_kind():
-    questions = [Question(0, "a", "?", "1"), Question(0, "a", "?", "2"), Question(1, "b", "?", "3")]
-    assert accuracy_by_kind(questions, ["1", "1", "3"]) == {"a": 0.5, "b": 1.0}
+def question(record, kind="a", truth="1", images=(), text="?"):
+    return Question(record, kind, list(images), [{"role": "user", "content": text}], (truth,))
 
 
-class Oracle:
-    """Stands for a model: knows the answer when it is shown the question's own image."""
-
-    def __init__(self, task):
-        self.truth = {(task.images[q.scene].tobytes(), q.text): q.truth for q in task.questions}
-
-    def answer(self, model, processor, images, texts, title=None):
-        return [self.truth.get((image.tobytes(), text), "?") for image, text in zip(images, texts, strict=True)]
+def test_figures_are_averaged_by_kind():
+    questions = [question(0, truth="1"), question(0, truth="2"), question(1, "b", "3")]
+    assert average(open_task("scenes", 1), questions, ["1", "1", "3"]) == {"accuracy": {"a": 0.5, "b": 1.0}}
+    captions = [question(0, "caption", "1"), question(1, "caption", "2")]
+    assert average(open_task("scenes", 1), captions, ["1", "1"]) == {"caption_exact": {"caption": 0.5}}
 
 
-def test_scores_and_controls(monkeypatch):
-    task = SceneTask("test", 40)
-    monkeypatch.setattr(eval.run, "answer", Oracle(task).answer)
-    result = evaluate(None, None, {"test": task}, TrainingScan(Scenes("train"), range(300)))["test"]
+def ask_an_oracle(task):
+    """Return what stands for `answer`: it knows the answer when it is shown the question's own image."""
+    truth = {(q.images[0].tobytes(), q.text): q.truth for q in task.questions()}
+
+    def answer(model, processor, questions, images=None, title=None):
+        images = images or [q.images for q in questions]
+        return [truth.get((shown[0].tobytes(), q.text), "?") for q, shown in zip(questions, images, strict=True)]
+
+    return answer
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_scores_and_controls(monkeypatch, name):
+    task = open_task(name, 40)
+    monkeypatch.setattr(eval.run, "answer", ask_an_oracle(task))
+    result = evaluate(None, None, task, TrainingScan(Scenes("train"), range(300)), controls=True)
     assert result["mean"] == result["caption_exact"] == 1.0
     assert result["blank_mean"] == 0.0
     assert result["shuffled_mean"] < 0.1  # another scene may be asked the very same question
-    assert 0.05 < result["majority_mean"] < 0.5
+    assert result["majority_mean"] < 0.5
     assert result["dropped"] == 0 and sum(kind["n"] for kind in result["kinds"].values()) > 150
-    assert "MEAN            100.0     0.0" in format_table({"test": result})
+    assert format_table({name: result}).splitlines()[-3].split()[:3] == ["MEAN", "100.0", "0.0"]
+    alone = evaluate(None, None, task)
+    assert alone["kinds"]["color"] == {"accuracy": 1.0, "n": result["kinds"]["color"]["n"]}
 
 
-def test_scenes_of_the_training_set_are_dropped(monkeypatch):
-    task = SceneTask("test", 10)
-    monkeypatch.setattr(eval.run, "answer", Oracle(task).answer)
+def test_records_of_the_training_set_are_dropped(monkeypatch):
+    task = open_task("scenes", 10)
+    monkeypatch.setattr(eval.run, "answer", ask_an_oracle(task))
     training = TrainingScan(Scenes("train"), range(5))
     training.digests |= TrainingScan(Scenes("test"), range(3)).digests
-    result = evaluate(None, None, {"test": task}, training)["test"]
+    result = evaluate(None, None, task, training)
     assert result["dropped"] == 3
-    assert {question.scene for question in task.questions} == set(range(3, 10))
+    assert result["n"] == sum(q.record >= 3 for q in task.questions())
+    training.digests |= TrainingScan(Scenes("test"), range(10)).digests
+    with pytest.raises(ValueError, match="the task scenes has no questions that training does not show"):
+        evaluate(None, None, task, training)
 
 
 def test_majority_is_of_the_question_else_of_its_kind():
     training = TrainingScan(Scenes("train"), range(200))
-    asked = Question(0, "existence", "is there a red circle?", "")
+    asked = question(0, "existence", text="is there a red circle?")
     counts = training.by_text[asked.text]
     assert training.guess(asked) == max(counts, key=counts.get)
-    assert training.guess(Question(0, "existence", "is there a red star?", "")) in ("yes", "no")
+    assert training.guess(question(0, "existence", text="is there a red star?")) in ("yes", "no")
 
 
-def test_contact_sheet_shows_question_answer_and_truth(monkeypatch):
-    task = SceneTask("test", 12)
-    monkeypatch.setattr(eval.run, "answer", lambda m, p, images, texts, title=None: ["green"] * len(texts))
-    png, lines = draw_contact_sheet(None, None, task)
-    assert Image.open(io.BytesIO(png)).width == 4 * 268 + 12
+def test_shuffled_images_are_of_another_record_with_as_many():
+    red, blue, green = (Image.new("RGB", (4, 4), color) for color in ("red", "blue", "green"))
+    questions = [question(0, images=[red]), question(0, images=[red]), question(1, images=[blue, blue]), question(2),
+                 question(3, images=[green])]  # fmt: skip
+    assert shuffled_images(questions) == [[green], [green], [blue, blue], [], [red]]
+
+
+def test_a_conversation_is_asked_turn_by_turn_and_independent_questions_alone():
+    turns = [{"user": "where?", "assistant": " here "}, {"user": "why?", "assistant": "so", "kind": "reason"}]
+    asked = ask({"texts": turns}, 7)
+    assert [(q.record, q.kind, q.text, q.references) for q in asked] == [
+        (7, "answer", "where?", ("here",)),
+        (7, "reason", "why?", ("so",)),
+    ]
+    assert [len(q.messages) for q in asked] == [1, 3]
+    asked = ask({"texts": turns, "independent": True, "image": Image.new("RGB", (4, 4))}, 7)
+    assert [len(q.messages) for q in asked] == [1, 1] and all(len(q.images) == 1 for q in asked)
+
+
+def test_records_of_ones_own_are_a_task(tmp_path, processor, capsys):
+    lines = [{"texts": [{"user": f"what is {i}?", "assistant": str(i)}]} for i in range(5)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    name = str(tmp_path / "own.jsonl")
+    assert [q.truth for q in open_task(name, 3).questions()] == ["0", "1", "2"]
+    save_model(tmp_path / "model", VLM(TINY), processor)
+    eval.run.main(AskConfig(tmp_path / "model", (name,), training=(), json=True))
+    result = json.loads(capsys.readouterr().out)[name]
+    assert result["n"] == 5 and result["kinds"]["answer"]["n"] == 5 and "majority_mean" not in result
+    with pytest.raises(ValueError, match=r"'scene' is no task; there are scenes, .* does not exist"):
+        open_task("scene", 3)
+
+
+def test_the_sheet_shows_question_answer_and_truth():
+    questions = choose(open_task("scenes", 30), num=12)
+    assert [q.record for q in questions] == list(range(12)) and len({q.kind for q in questions}) > 5
+    answers = ["green"] * len(questions)
+    assert Image.open(io.BytesIO(draw_sheet(questions, answers))).width == 4 * 268 + 12
+    lines = list(map(describe, questions, answers))
     assert len(lines) == 12 and all(" green (truth: " in line for line in lines)
     assert any(line.startswith("WRONG") for line in lines)
+    wide = question(0, images=[Image.new("RGB", (600, 200), "red")])
+    sheet = Image.open(io.BytesIO(draw_sheet([wide], ["1"])))
+    assert sheet.getpixel((20, 20)) == (255, 255, 255) and sheet.getpixel((140, 140)) == (255, 0, 0)  # not stretched
 
 
 @pytest.fixture
@@ -101,21 +154,14 @@ def test_the_picture_of_routing_shows_shares_of_a_row(monkeypatch):
 
 
 def test_routing_counts_every_token_of_every_question_once(moe_model, processor):
-    task = SceneTask("test", 4)
+    task = open_task("scenes", 4)
+    questions = list(task.questions())
     loads = measure_routing(moe_model, processor, task, batch_rows=3)
-    assert set(loads) == {"image tokens", *(question.kind for question in task.questions)}
-    assert loads["image tokens"].sum(1).tolist() == [2 * len(task.questions) * TINY.num_image_tokens] * 2
+    assert set(loads) == {"image tokens", *(q.kind for q in questions)}
+    assert loads["image tokens"].sum(1).tolist() == [2 * len(questions) * TINY.num_image_tokens] * 2
     documents = [
-        processor.document(
-            Sample(
-                [task.images[question.scene]],
-                [
-                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
-                    {"role": "assistant", "content": question.truth},
-                ],
-            )
-        )
-        for question in task.questions
+        processor.document(Sample(q.images, [*q.messages, {"role": "assistant", "content": q.truth}]))
+        for q in questions
     ]
     assert sum(loads.values()).sum(1).tolist() == [2 * sum(map(len, documents))] * 2
     image = Image.open(io.BytesIO(draw_routing(loads)))

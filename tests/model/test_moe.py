@@ -23,7 +23,7 @@ from nanovlm.config import DecoderConfig, MoEConfig, VLMConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.model.moe import EXPERTS, MoE, Routing, expert_load, fits_capacity
 from nanovlm.model.vlm import VLM, Extras
-from nanovlm.objectives import next_token
+from nanovlm.objectives import NextToken
 from nanovlm.objectives.losses import load_balancing_loss, router_loss, router_z_loss
 from nanovlm.presets import PRESETS
 from nanovlm.train.counting import RoutingStats
@@ -324,7 +324,7 @@ def test_the_objective_weighs_them_as_a_mean_over_trained_tokens(processor):
     batch = make_batch([make_document(processor, 1, ("what?", "red"))])
     with_losses, without = moe_model(balance_weight=0.3), moe_model(balance="none", z_weight=0.0)
     extras = Extras()
-    difference = next_token(with_losses, batch, extras) - next_token(without, batch)
+    difference = NextToken().loss(with_losses, batch, extras) - NextToken().loss(without, batch)
     expected = router_loss(Extras(extras.routing), batch.doc_ids >= 0, with_losses.config.decoder.moe)
     torch.testing.assert_close(difference / (batch.labels != IGNORE).sum(), expected, rtol=1e-3, atol=0)
 
@@ -478,7 +478,7 @@ def test_upcycled_experts_grow_apart(processor):
     assert torch.equal(experts[0], experts[1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = make_batch([make_document(processor, seed, ("what?", "red")) for seed in (1, 2)])
-    next_token(model, batch, {}).backward()
+    NextToken().loss(model, batch).backward()
     optimizer.step()
     assert not torch.equal(experts[0], experts[1])
 

@@ -11,9 +11,9 @@ import nanovlm
 from nanovlm.config import MoEConfig, ParallelConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.model.attention import ATTENTION, make_cache_mask, make_mask
-from nanovlm.model.vision import whitening_filters
+from nanovlm.model.vision import normalize, whitening_filters
 from nanovlm.model.vlm import VLM, Extras
-from nanovlm.objectives import next_token
+from nanovlm.objectives import NextToken
 from nanovlm.objectives.losses import CROSS_ENTROPY, next_token_loss
 from nanovlm.presets import scenes
 from nanovlm.train.parallel import parallelize
@@ -108,7 +108,7 @@ def test_padding_never_reaches_a_document(model, processor):
 
 def loss_and_gradients(model, batches):
     model.zero_grad()
-    total = sum(next_token(model, batch) for batch in batches)
+    total = sum(NextToken().loss(model, batch) for batch in batches)
     (total / sum(int((b.labels != IGNORE).sum()) for b in batches)).backward()
     return total.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -158,7 +158,7 @@ def test_turns_of_a_conversation_do_see_each_other(model, processor):
     """The control of the test above: without `independent` a turn sees the earlier ones."""
     chat = make_batch([make_document(processor, 5, *TURNS)])
     alone = make_batch([make_document(processor, 5, turn) for turn in TURNS])
-    assert abs(next_token(model, chat).item() - next_token(model, alone).item()) > 1e-3
+    assert abs(NextToken().loss(model, chat).item() - NextToken().loss(model, alone).item()) > 1e-3
 
 
 @pytest.mark.parametrize("backend", CROSS_ENTROPY)
@@ -174,7 +174,7 @@ def test_logits_only_at_trained_positions_give_the_same_loss(model, processor, b
     )
     # Each term of the sum is added with a rounding of its own, and they may be added in another order.
     rounding = len(batch.trained) * torch.finfo(torch.float32).eps
-    assert next_token(model, batch).item() == pytest.approx(full.item(), rel=rounding)
+    assert NextToken().loss(model, batch).item() == pytest.approx(full.item(), rel=rounding)
 
 
 @pytest.mark.parametrize("max_logits", [1, 3 * 11, 10**9], ids=["one by one", "chunks of 3", "at once"])
@@ -210,7 +210,7 @@ def test_bf16_gradients_are_scaled_in_fp32():
 def test_a_batch_without_trained_tokens_has_no_loss_and_no_gradients(model, processor):
     batch = make_batch([make_document(processor, 0, *TURNS)])
     batch = dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE), trained=None)
-    loss = next_token(model, batch)
+    loss = NextToken().loss(model, batch)
     loss.backward()
     assert loss.item() == 0 and all(p.grad.abs().sum() == 0 for p in model.parameters())
 
@@ -221,7 +221,7 @@ def test_image_features_go_to_their_placeholders_in_order(model, processor):
     batch = make_batch(documents, rows=2)
     is_image = batch.input_ids == model.config.image_token_id
     embedded = model.embed(batch)
-    assert torch.equal(embedded[is_image], model.projector(model.vision(batch.pixel_values)).flatten(0, 1))
+    assert torch.equal(embedded[is_image], model.projector(model.vision(normalize(batch.pixel_values))).flatten(0, 1))
     assert torch.equal(embedded[~is_image], model.decoder.embed_tokens(batch.input_ids[~is_image]))
 
 
@@ -259,7 +259,7 @@ def test_a_training_step_has_no_graph_break(processor, moe):
     model.to(torch.bfloat16 if moe else torch.float32)  # torch cannot trace its grouped product in fp32
     batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
     torch._dynamo.reset()
-    explanation = torch._dynamo.explain(next_token)(model, batch, Extras())
+    explanation = torch._dynamo.explain(NextToken().loss)(model, batch, Extras())
     assert explanation.graph_count == 1 and explanation.graph_break_count == 0, explanation.break_reasons
 
 
@@ -275,7 +275,7 @@ def test_blocks_are_compiled_whole_and_once(processor, monkeypatch, checkpointin
     parallelize(model, ParallelConfig(compile=True, checkpointing=checkpointing), torch.device("cpu"), "fp32")
     batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
     for m in (model, plain):
-        next_token(m, batch).backward()
+        NextToken().loss(m, batch).backward()
     assert counter.frame_count == 2
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanovlm.config import MoEConfig
 from nanovlm.model.attention import make_mask
 from nanovlm.model.vlm import VLM
-from nanovlm.objectives import next_token
+from nanovlm.objectives import NextToken
 from nanovlm.train.counting import count_flops, count_pairs
 from tests.conftest import TINY, make_batch, make_document
 
@@ -39,7 +39,7 @@ def test_operations_are_those_that_torch_counts(processor, moe, frozen):
         trains[name] = name not in frozen
         part.requires_grad_(trains[name])
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        next_token(model, batch).backward()
+        NextToken().loss(model, batch).backward()
     # torch computes all T x T pairs.
     d, T = config.decoder, len(document)
     masked_out = T * T - count_pairs(batch)

@@ -18,7 +18,7 @@ from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.moe import EXPERTS
 from nanovlm.model.vlm import VLM
-from nanovlm.objectives import next_token
+from nanovlm.objectives import NextToken
 from nanovlm.presets import PRESETS
 from nanovlm.train import init
 from nanovlm.train.optim import make_optimizers
@@ -115,7 +115,7 @@ def test_frozen_parts_cost_no_gradients_and_keep_no_activations(hub, tmp_path, b
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = next_token(model, batch)
+            loss = NextToken().loss(model, batch)
         loss.backward()
         return model, sum(sizes.values())
 

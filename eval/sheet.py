@@ -1,0 +1,65 @@
+"""Questions and answers -> a picture to look at, and lines to read."""
+
+import io
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from eval.metrics import exact_match
+from eval.tasks import Question, Task
+
+COLUMNS, SIDE, GAP, LINE = 4, 256, 12, 18
+
+
+def choose(task: Task, num: int) -> list[Question]:
+    """Choose one question of each of the first records, the kinds by turns."""
+    by_record, kinds = {}, {}
+    for question in task.questions():
+        if question.record not in by_record and len(by_record) == num:
+            break
+        by_record.setdefault(question.record, []).append(question)
+        kinds.setdefault(question.kind)
+    kinds, chosen = list(kinds), []
+    for number, asked in enumerate(by_record.values()):
+        wanted = [question for question in asked if question.kind == kinds[number % len(kinds)]]
+        chosen.append((wanted or asked)[0])
+    return chosen
+
+
+def describe(question: Question, answer: str) -> str:
+    """Put question, answer and truth into one line."""
+    verdict = "right" if exact_match(answer, question.references) else "WRONG"
+    return f"{verdict}  {question.text} {answer} (truth: {question.truth})"
+
+
+def draw_sheet(questions: list[Question], answers: list[str]) -> bytes:
+    """Draw each question with its first image, the answer (green where it is right) and the truth, as a PNG file."""
+    font, cells = ImageFont.load_default(15), []
+    for question, said in zip(questions, answers, strict=True):
+        color = (0, 110, 40) if exact_match(said, question.references) else (180, 0, 0)
+        lines = [(line, (0, 0, 0)) for line in _wrap(font, question.text)]
+        lines += [(line, color) for line in _wrap(font, f"answer: {said}")]
+        lines += [(line, (110, 110, 110)) for line in _wrap(font, f"truth: {question.truth}")]
+        cells.append(lines)
+    height = SIDE + GAP + LINE * max(len(lines) for lines in cells)
+    rows = (len(cells) + COLUMNS - 1) // COLUMNS
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (question, lines) in enumerate(zip(questions, cells, strict=True)):
+        x, y = GAP + i % COLUMNS * (SIDE + GAP), GAP + i // COLUMNS * (height + GAP)
+        if question.images:
+            is_small = max(question.images[0].size) < SIDE
+            method = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.pad(question.images[0], (SIDE, SIDE), method, color="white"), (x, y))
+        for number, (line, color) in enumerate(lines):
+            canvas.text((x, y + SIDE + 2 + LINE * number), line, fill=color, font=font)
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    return png.getvalue()
+
+
+def _wrap(font, text):
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= SIDE else [*lines, word]
+    return lines

@@ -1,0 +1,76 @@
+"""The validation loss is the loss on held-out documents, and a look changes nothing of a run."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from nanovlm.config import EvalConfig
+from nanovlm.model.vlm import Extras
+from nanovlm.train.validate import draw_curves, read_held_out, validate
+from tests.test_train import SMALL, metrics, run
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two files of records; every answer of the second is the same."""
+    for name, answers in (("many", range(60)), ("one", [7] * 60)):
+        records = [
+            {"texts": [{"user": f"what is {i} of {name}?", "assistant": str(x)}]} for i, x in enumerate(answers)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("many", "one"))
+    return dataclasses.replace(SMALL.data, sources=sources, lessons=(), weights=(1, 1), val_fraction=0.2)
+
+
+def test_a_look_says_losses_and_accuracy_and_changes_nothing(tmp_path, own):
+    optim = dataclasses.replace(SMALL.optim, steps=8)
+    run(tmp_path / "plain", data=own, optim=optim, eval=EvalConfig())
+    look = EvalConfig(("scenes",), limit=2, every=3, controls=False)
+    results = run(tmp_path / "looked", data=own, optim=optim, eval=look)
+    plain, looked = metrics(tmp_path / "plain"), metrics(tmp_path / "looked")
+    assert [line["loss"] for line in plain] == [line["loss"] for line in looked]
+    names = {"val_loss", "accuracy_scenes", *(f"val_loss_{source}" for source in own.sources)}
+    assert [line["step"] for line in looked if names <= line.keys()] == [3, 6]
+    assert not any(names & line.keys() for line in looked if line["step"] % 3)
+    many, one = (looked[5][f"val_loss_{source}"] for source in own.sources)
+    assert one < looked[2][f"val_loss_{own.sources[1]}"] and one < many
+    assert min(one, many) < looked[5]["val_loss"] < max(one, many)
+    assert "val_loss" in results and "blank_mean" not in results["tasks"]["scenes"]
+
+
+def test_the_validation_loss_is_the_mean_over_the_held_out_units(tmp_path, own):
+    config = dataclasses.replace(SMALL, data=own, run_dir=str(tmp_path / "run"), precision="fp32")
+    config = train.share_micro_batches(config)
+    source = train.open_sources(own.sources, own.weights)
+    model, processor = train.init.start(config, ["what is 1 of many?"])
+    held_out = read_held_out({"many": train.make_loader(source.sources[0], processor, config, "val")}, config)
+    state = train.TrainState(model, model, {}, None, threads=1, precision="fp32")
+    batches = [batch for step in held_out["many"] for batch in step]
+    documents = sum(int(batch.doc_ids.max()) + 1 for batch in batches)
+    assert 4 < documents < 25  # about a fifth of 60
+    with torch.no_grad():
+        sums = [float(state.objective.loss(model, batch, Extras())) for batch in batches]
+    expected = sum(sums) / sum(len(batch.trained) for batch in batches)
+    assert validate(state, held_out) == pytest.approx({"val_loss_many": expected, "val_loss": expected})
+    assert model.training
+
+
+def test_the_picture_of_the_curves_has_a_panel_for_what_there_is(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    lines = [{"step": i, "loss": 1 / i, "lr": 1e-3, "tokens": 5} for i in range(1, 7)]
+    lines[2] |= {"val_loss": 0.5, "val_loss_scenes": 0.4, "accuracy_scenes": 0.1}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert Image.open(io.BytesIO(draw_curves(tmp_path / "metrics.jsonl"))).width == 800
+    axes = figures[0].axes
+    assert [axis.get_ylabel() for axis in axes] == ["loss", "accuracy", "learning rate"]
+    assert [line.get_label() for line in axes[0].lines] == ["loss", "val_loss", "val_loss_scenes"]
+    assert axes[0].lines[1].get_xydata().tolist() == [[3, 0.5]]
+    close(figures[0])
