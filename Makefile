@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -13,6 +13,15 @@ demo: .venv/installed  ## train the default preset, then answer questions about 
 
 test: .venv/installed-test  ## every test that needs no GPU, or some: make test TESTS=tests/data
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# Every part in under two minutes on two cores: layout and docs, data, packing, model, training step, optimizers.
+QUICK := tests/test_layout.py tests/test_docs.py tests/data/test_chat.py tests/data/test_packing.py \
+  tests/model/test_vlm.py tests/train/test_optim.py tests/train/test_checkpoint.py \
+  tests/test_train.py::test_accumulation_gives_the_loss_and_gradient_of_one_large_batch \
+  tests/test_train.py::test_a_step_asks_the_device_nothing
+
+quick: .venv/installed-test  ## some tests of every part, in under two minutes on two cores
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
