@@ -183,5 +183,10 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
         messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
 
 
-if __name__ == "__main__":
+def command():
+    """Run this file as a script, or the command nanovlm-generate."""
     cli.run(lambda: main(tyro.cli(GenerateConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()

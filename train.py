@@ -275,12 +275,17 @@ def parse_config(args: list[str]) -> TrainConfig:
     return tyro.cli(
         TrainConfig,
         args=args,
-        prog="train.py [preset]",
+        prog=f"{Path(sys.argv[0]).name} [preset]",
         default=recipe,
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
     )
 
 
-if __name__ == "__main__":
+def command():
+    """Run this file as a script, or the command nanovlm-train."""
     cli.run(lambda: main(parse_config(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    command()

@@ -156,5 +156,10 @@ def main(config: AskConfig):
     print(json.dumps(results) if config.json else format_table(results))
 
 
-if __name__ == "__main__":
+def command():
+    """Run `python -m eval.run`, or the command nanovlm-eval."""
     cli.run(lambda: main(tyro.cli(AskConfig, description=__doc__)))
+
+
+if __name__ == "__main__":
+    command()

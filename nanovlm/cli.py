@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parent.parent  # the checkout; site-packages where the wheel is installed
+OURS = ("nanovlm", "eval", "kernels", "benchmarks", "train.py", "generate.py")  # what in PROJECT is our own code
 
 
 def find_device(name: str) -> torch.device:
@@ -55,7 +56,7 @@ def run(main: Callable):
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raised_in = Path(last.filename).resolve()
-        is_ours = raised_in.is_relative_to(PROJECT) and "site-packages" not in raised_in.parts
+        is_ours = raised_in.is_relative_to(PROJECT) and raised_in.relative_to(PROJECT).parts[0] in OURS
         if not is_ours or not (last.line.startswith("raise ") or isinstance(error, OSError)):
             raise
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
