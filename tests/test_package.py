@@ -74,14 +74,14 @@ def test_help(elsewhere, name):
 
 
 def test_a_user_mistake_is_one_sentence(elsewhere):
-    done = elsewhere.call("nanovlm-eval", "model", "--scenes", 0)
-    assert (done.returncode, done.stderr) == (2, "error: --scenes 0 must be at least 1\n")
+    done = elsewhere.call("nanovlm-eval", "model", "--limit", 0)
+    assert (done.returncode, done.stderr) == (2, "error: --limit 0 must be at least 1\n")
 
 
 def test_draw_train_and_answer(elsewhere):
     drawn = elsewhere.call("python", "-m", "nanovlm.data.scenes", "pictures", "--num", 1)
     assert drawn.returncode == 0, drawn.stderr
-    options = ("--optim.steps", 2, "--data.batch-rows", 2, "--eval-scenes", 0, "--threads", 1, "--device", "cpu")
+    options = ("--optim.steps", 2, "--data.batch-rows", 2, "--eval.tasks", "--threads", 1, "--device", "cpu")
     trained = elsewhere.call("nanovlm-train", "scenes", "--run-dir", "run", *options)
     assert trained.returncode == 0, trained.stderr
     assert json.loads((elsewhere.empty / "run" / "config.json").read_text())["commit"] is None
