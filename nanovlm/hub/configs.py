@@ -185,7 +185,9 @@ def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingCo
     return _build(TilingConfig, {"policy": "idefics3"} | size, path)
 
 
-def read_special_tokens(folder: Path, data: dict, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+def read_special_tokens(
+    folder: Path, data: dict, tokenizer: Tokenizer | None
+) -> dict[str, int | tuple[int, ...] | None]:
     """Return the ids of padding, end of turn and begin, from the tokenizer's settings, else from the config.
 
     The end of turn is the token of those at which generation stops that the chat template writes. Without a padding

@@ -34,7 +34,7 @@ def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=[*files]))
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{repository} is gated: accept its terms on the hub, then log in with hf auth login"

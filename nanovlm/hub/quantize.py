@@ -41,7 +41,8 @@ def main():
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = load(config.source, dtype=dtype)
     before = sum(t.nbytes for t in model.state_dict().values())
-    save_model(config.out.resolve(), quantize(model, config.quantization, config.search), processor)
+    quantize(model, config.quantization, config.search)
+    save_model(config.out.resolve(), model, processor)
     after = sum(t.nbytes for t in model.state_dict().values())
     print(f"wrote {config.out}: {after / 1e6:.1f} MB, before {before / 1e6:.1f}")
 

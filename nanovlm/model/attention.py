@@ -87,9 +87,10 @@ def make_flex_cache_mask(position_ids: Tensor, num_slots: int) -> BlockMask:
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
     """torch's flex_attention, compiled on a GPU; on the CPU, where it has no gradients, they come from sdpa."""
     if not q.is_cuda and torch.is_grad_enabled():
+        dense = None
         if mask is not None:
-            mask = create_mask(mask.mask_mod, len(q), 1, q.shape[1], k.shape[1], device=q.device)
-        return attend_sdpa(q, k, v, mask)
+            dense = create_mask(mask.mask_mod, len(q), 1, q.shape[1], k.shape[1], device=q.device)
+        return attend_sdpa(q, k, v, dense)
     attend = compile_flex() if q.is_cuda else flex_attention
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
     return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
