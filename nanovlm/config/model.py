@@ -37,6 +37,8 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
+    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS.
+    type: str = "linear"
     # Pixel shuffle: scale_factor x scale_factor neighbouring patches become one image token.
     scale_factor: int = 2
 

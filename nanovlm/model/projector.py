@@ -1,4 +1,4 @@
-"""Patch features -> image tokens: pixel shuffle, then one linear map.
+"""Patch features -> image tokens: pixel shuffle, then a map to the decoder's width.
 
 Pixel shuffle gathers each square of scale_factor x scale_factor patches into one token, in the order of
 Idefics3 (rows of the square first), so that its projector weights fit:
@@ -24,7 +24,9 @@ def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
     return x.transpose(2, 3).reshape(I, P // scale**2, scale**2 * D)
 
 
-class Projector(nn.Module):
+class LinearProjector(nn.Module):
+    """One linear map without bias, as in Idefics3."""
+
     def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int):
         super().__init__()
         self.scale_factor = config.scale_factor
@@ -33,3 +35,7 @@ class Projector(nn.Module):
     def forward(self, x_IPD: Tensor) -> Tensor:
         """[I, P, vision D] -> [I, image tokens, decoder D]."""
         return self.proj(pixel_shuffle(x_IPD, self.scale_factor))
+
+
+# (config, width of the encoder, width of the decoder) -> module that makes P / scale_factor**2 tokens of P patches
+PROJECTORS = {"linear": LinearProjector}

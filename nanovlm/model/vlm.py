@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.config import VLMConfig
+from nanovlm.config import VLMConfig, pick
 from nanovlm.data.types import Batch
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.moe import MoE, Routing
-from nanovlm.model.projector import Projector
+from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import VisionEncoder, normalize, whitening_filters
 
 
@@ -43,7 +43,8 @@ class VLM(nn.Module):
         self.config = config.validate()
         if config.vision is not None:
             self.vision = VisionEncoder(config.vision)
-            self.projector = Projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
+            make_projector = pick(PROJECTORS, config.projector.type, "projector.type")
+            self.projector = make_projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
         # Go through the encoder without images too, as parallel.py decides.
         self.always_sees = False
@@ -136,7 +137,7 @@ def init_weights(model: VLM):
             std = 1 / math.sqrt(module.in_features)
             if name.endswith("lm_head"):
                 std *= 0.1
-            elif name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
+            elif ".layers." in name and name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
                 std /= math.sqrt(2 * depth[name.split(".")[0]])
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:

@@ -531,11 +531,14 @@ def test_with_a_gpu_batches_are_page_locked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     [batch] = next(make_loader())
-    assert len(pinned) == len(vars(batch)) == 7
+    assert len(pinned) == len(vars(batch)) == 8
     assert all(a is b for a, b in zip(pinned, vars(batch).values(), strict=True))
 
 
 def test_documents_are_numbered_through():
     rows = [make_row([numbered(0), numbered(1)], 40, 0), make_row([numbered(2)], 40, 0)]
-    doc_ids = collate(rows).doc_ids
+    batch = collate(rows)
+    doc_ids = batch.doc_ids
+    assert batch.tile_doc_ids.tolist() == [0, 1, 2] and batch.tile_doc_ids.dtype == torch.int32
+    assert batch.pixel_values.dtype == torch.uint8
     assert doc_ids[0].unique().tolist() == [-1, 0, 1] and doc_ids[1].unique().tolist() == [-1, 2]

@@ -231,6 +231,21 @@ def test_a_wrong_number_of_images_is_an_error(model, processor):
         model(dataclasses.replace(batch, pixel_values=batch.pixel_values[:1]))
 
 
+def test_tiles_of_another_document_are_an_error(model, processor):
+    """As many tiles as placeholders, but not those of the documents that show them."""
+    batch = make_batch([make_document(processor, i, ("what?", "red"), images=1 + i) for i in range(2)])
+    assert batch.tile_doc_ids.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="the tiles of the batch are not in the order of the documents"):
+        model(dataclasses.replace(batch, tile_doc_ids=torch.tensor([0, 0, 1], dtype=torch.int32)))
+
+
+def test_pixels_are_normalised_in_the_model(model, processor):
+    batch = make_batch([make_document(processor, 0, ("what?", "red"))])
+    floats = dataclasses.replace(batch, pixel_values=normalize(batch.pixel_values))
+    assert batch.pixel_values.dtype == torch.uint8 and torch.equal(model(batch), model(floats))
+    assert normalize(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
 def test_text_alone_works(model, processor):
     batch = make_batch([make_document(processor, 0, ("what?", "red"), images=0)])
     assert model.logits(batch).isfinite().all()

@@ -19,9 +19,7 @@ from tests.test_train import SMALL, metrics, run
 def own(tmp_path):
     """Two files of records; every answer of the second is the same."""
     for name, answers in (("many", range(60)), ("one", [7] * 60)):
-        records = [
-            {"texts": [{"user": f"what is {i} of {name}?", "assistant": str(x)}]} for i, x in enumerate(answers)
-        ]
+        records = [{"texts": [{"user": f"what is {i} of {name}?", "assistant": str(x)}]} for i, x in enumerate(answers)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     sources = tuple(str(tmp_path / f"{name}.jsonl") for name in ("many", "one"))
     return dataclasses.replace(SMALL.data, sources=sources, lessons=(), weights=(1, 1), val_fraction=0.2)
