@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.records import RATINGS, to_sample
 from nanovlm.data.source import Source
-from nanovlm.data.sources import open_sources, sample_texts
+from nanovlm.data.sources import open_sources, sample_records, sample_texts
 from nanovlm.environment import (
     choose_precision,
     choose_threads,
@@ -127,6 +128,11 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         if not checkpoints:
             processor.save(run_dir)
     torch.set_num_threads(state.threads)
+    most_steps = config.optim.steps
+    if data.num_epochs and isinstance(source, Sized) and (steps := estimate_steps(source, loader, config)) < most_steps:
+        print(f"data.num_epochs = {data.num_epochs} gives about {steps} steps, fewer than optim.steps = {most_steps}: "
+              f"the rate falls as for {steps}")  # fmt: skip
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=steps))
     log = Log(config, run_dir, state, device, begin, wandb)
     if not checkpoints:
         state.save(run_dir, config.keep_checkpoints).finish()
@@ -139,12 +145,14 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     model.train()
     saving, saved_step = None, state.step
     with cli.watch_signals() as signals, profile(config, run_dir, state.step) as profile_step:
-        while state.step < config.optim.steps:
+        while state.step < most_steps:
             start = time.perf_counter()
             batches = next(loader, [])
             data_wait_s = time.perf_counter() - start
             totals = distributed.add_up(count(batches, state, config) | {"signals": len(signals)})
-            if not totals["batches"]:  # the data are over
+            if not totals["batches"]:
+                read = f"{totals['samples read']} records in {data.num_epochs} passes over the data"
+                log.say(f"all was read after {state.step} steps: {read}")
                 break
             if totals["batches"] < config.optim.micro_batches:  # over for some: ranks must still go the same way
                 batches = fill_up(batches, config)
@@ -226,6 +234,19 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
         split,
         num_epochs=1 if split == "val" else config.data.num_epochs or None,
     )
+
+
+def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
+    """Estimate how many steps the passes over a source give, from the lengths of 200 of its records."""
+    lengths, data = [], config.data
+    for raw in sample_records(source, 200):
+        try:
+            length = len(loader.reader.process(raw))
+        except ValueError:
+            continue  # the loader counts and names it
+        lengths.append(length if length <= data.row_length else 0)
+    num_tokens = sum(lengths) / max(1, len(lengths)) * len(source) * data.num_epochs * (1 - data.val_fraction)
+    return max(1, round(num_tokens / (data.row_length * data.batch_rows * config.optim.micro_batches)))
 
 
 def look(state: TrainState, processor: Processor, tasks: list[Task], held_out: dict) -> dict[str, float]:

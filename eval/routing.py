@@ -92,10 +92,12 @@ class RoutingConfig:
     task: str = "scenes"
     # Records of it that are asked.
     limit: int = 256
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
 
 
 def main(config: RoutingConfig):
-    model, processor = load(config.model, cli.find_device("auto"))
+    model, processor = load(config.model, cli.find_device(config.device))
     loads = measure_routing(model, processor, open_task(config.task, config.limit))
     write_file(config.png, draw_routing(loads))
     print(f"drawn in {config.png}")

@@ -501,6 +501,22 @@ def test_text_alone(tmp_path):
     assert last["loss"] < 0.97 * first["loss"] and last["packed"] > 100 and last["corrupt"] == 0
 
 
+def test_a_run_whose_data_end_says_so_and_lets_the_rate_fall_by_then(tmp_path, capsys):
+    lines = (json.dumps({"texts": [{"user": f"what is {i}?", "assistant": str(i)}]}) for i in range(90))
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    data = dataclasses.replace(
+        SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), num_epochs=2, row_length=64
+    )
+    optim = dataclasses.replace(SMALL.optim, steps=1000, schedule="cosine", min_lr_ratio=0.0)
+    run(tmp_path / "run", data=data, optim=optim, eval=EvalConfig())
+    shown = capsys.readouterr()
+    planned = int(re.search(r"num_epochs = 2 gives about (\d+) steps, fewer than optim.steps = 1000", shown.out)[1])
+    seen = metrics(tmp_path / "run")
+    assert f"all was read after {len(seen)} steps: 180 records in 2 passes" in shown.err
+    assert abs(len(seen) - planned) <= 0.1 * planned and seen[-1]["packed"] == 180
+    assert seen[-1]["lr"] < 0.1 * optim.lr < seen[len(seen) // 2]["lr"]
+
+
 def test_text_alone_where_the_projector_alone_learns(tmp_path):
     """Nothing to learn from, and no error: data with images may have batches without."""
     (tmp_path / "own.jsonl").write_text(json.dumps({"texts": [{"user": "what?", "assistant": "that"}]}))

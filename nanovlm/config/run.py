@@ -107,6 +107,10 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     # Muon: momentum.
     momentum: float = 0.95
+    # Patterns: a parameter does not learn when one is found in its name, whatever the rules say.
+    freeze: tuple[str, ...] = ()
+    # Pairs of a pattern and a factor of the learning rate, beside that of the rules: the first one that is found holds.
+    lr_scales: tuple[tuple[str, float], ...] = ()
     # Parameter groups: the first rule whose pattern is found in a parameter's name holds.
     rules: tuple[ParamRule, ...] = (
         ParamRule(r"(norm|embed|embedding|bias)", weight_decay=0.0),
@@ -236,10 +240,18 @@ class TrainConfig:
             check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
         for rule in o.rules:
             check(rule.weight_decay >= 0, f"the weight_decay {rule.weight_decay} of {rule.pattern!r} is negative")
-            try:
-                re.compile(rule.pattern)
-            except re.error as error:
-                raise ValueError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}") from error
+        for pattern, scale in o.lr_scales:
+            check(scale > 0, f"optim.lr_scales: {scale} of {pattern!r} must be positive; freeze what should not learn")
+        for name, patterns in (
+            ("rules", [rule.pattern for rule in o.rules]),
+            ("freeze", o.freeze),
+            ("lr_scales", [pattern for pattern, _ in o.lr_scales]),
+        ):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"optim.{name}: {pattern!r} is no regular expression: {error}") from error
         check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
         check(
             self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -109,8 +110,7 @@ def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
     plan, side = plan_tiles(*image.size, config), config.vision.image_size
     tiles = []
     for drawn in pick(TILING, config.tiling.policy, "tiling.policy").draw(image, plan, config):
-        squares = np.asarray(drawn).reshape(drawn.height // side, side, drawn.width // side, side, 3)
-        tiles.append(squares.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side))
+        tiles.append(rearrange(np.asarray(drawn), "(row h) (column w) C -> (row column) C h w", h=side, w=side))
     return torch.from_numpy(np.concatenate(tiles))
 
 

@@ -7,6 +7,7 @@ T tokens, D hidden, N query heads, K key/value heads, H head size, F feed-forwar
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from nanovlm.config import DecoderConfig, pick
@@ -94,14 +95,14 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BTNH, k_BTKH, v_BTKH = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        q_BTNH, k_BTKH, v_BTKH = (rearrange(x, "B T (N H) -> B T N H", H=self.head_dim) for x in (q, k, v))
         if self.qk_norm == "head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.has_rope:
             q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
         if cache is not None:
             k_BTKH, v_BTKH = cache.update(self.index, k_BTKH, v_BTKH, position_ids)
-        return self.o_proj(self.attend(q_BTNH, k_BTKH, v_BTKH, mask).flatten(-2))
+        return self.o_proj(rearrange(self.attend(q_BTNH, k_BTKH, v_BTKH, mask), "B T N H -> B T (N H)"))
 
 
 class RMSNorm(nn.Module):

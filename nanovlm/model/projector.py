@@ -11,6 +11,9 @@ m n o p
 ```
 """
 
+import math
+
+from einops import rearrange
 from torch import Tensor, nn
 
 from nanovlm.config import ProjectorConfig
@@ -18,10 +21,8 @@ from nanovlm.config import ProjectorConfig
 
 def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
     """[I, P, D] of a square grid of patches -> [I, P / scale**2, D * scale**2]."""
-    I, P, D = x.shape
-    side = int(P**0.5)
-    x = x.view(I, side // scale, scale, side // scale, scale, D)
-    return x.transpose(2, 3).reshape(I, P // scale**2, scale**2 * D)
+    rows = math.isqrt(x.shape[1]) // scale
+    return rearrange(x, "I (y a x b) D -> I (y x) (a b D)", y=rows, x=rows, a=scale, b=scale)
 
 
 class LinearProjector(nn.Module):

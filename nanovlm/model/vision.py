@@ -6,6 +6,7 @@ Patch embedding, learned positions, pre-norm blocks with full attention, tanh-GE
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from nanovlm.config import VisionConfig, pick
@@ -42,8 +43,9 @@ class PatchEmbedding(nn.Conv2d):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """float[I, C, H, W] -> [I, P, D]; pixels beyond the last whole patch are not seen."""
         p = self.kernel_size[0]
-        x_ICYXhw = pixel_values.unfold(2, p, p).unfold(3, p, p)
-        patches_IPF = x_ICYXhw.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        height, width = (side // p * p for side in pixel_values.shape[2:])
+        whole = pixel_values[:, :, :height, :width]
+        patches_IPF = rearrange(whole, "I C (y h) (x w) -> I (y x) (C h w)", h=p, w=p)
         return F.linear(patches_IPF, self.weight.flatten(1), self.bias)
 
 
@@ -69,8 +71,9 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x_IPD: Tensor) -> Tensor:
-        q, k, v = (f(x_IPD).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(self.attend(q, k, v, None).flatten(-2))
+        q, k, v = (f(x_IPD) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(x, "I P (N H) -> I P N H", N=self.num_heads) for x in (q, k, v))
+        return self.out_proj(rearrange(self.attend(q, k, v, None), "I P N H -> I P (N H)"))
 
 
 class VisionMLP(nn.Module):

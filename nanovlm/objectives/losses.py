@@ -60,7 +60,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         hidden_grad, weight_grad = ctx.saved_tensors
-        weight_grad = None if weight_grad is None else weight_grad.mul_(grad).to(ctx.weight_dtype)
+        weight_grad = None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype)
         return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
 
 

@@ -1,5 +1,6 @@
 """Parameter groups, optimizers and the schedule."""
 
+import dataclasses
 import math
 import re
 
@@ -13,20 +14,29 @@ from nanovlm.config import OptimConfig, ParamRule
 def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    Raises ValueError for a parameter without a rule, a rule without a parameter, and a Muon parameter that is a vector.
+    `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises ValueError for a
+    parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
     """
-    groups = {rule: [] for rule in config.rules}
+    groups, used = {}, set()
     for name, parameter in model.named_parameters():
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), None)
         if rule is None:
             raise ValueError(f"no rule of optim.rules matches the parameter {name}")
         if rule.optimizer == "muon" and parameter.ndim < 2:
             raise ValueError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
+        frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]
+        scaled = [(pattern, scale) for pattern, scale in config.lr_scales if re.search(pattern, name)][:1]
+        used |= {("rules", rule.pattern), *(("freeze", p) for p in frozen), *(("lr_scales", p) for p, _ in scaled)}
+        if frozen:
+            rule = dataclasses.replace(rule, lr_scale=None)
+        elif scaled and rule.lr_scale is not None:
+            rule = dataclasses.replace(rule, lr_scale=rule.lr_scale * scaled[0][1])
         parameter.requires_grad_(rule.lr_scale is not None)
-        groups[rule].append(parameter)
-    for rule, parameters in groups.items():
-        if not parameters:
-            raise ValueError(f"optim.rules has a pattern {rule.pattern!r} that holds for no parameter")
+        groups.setdefault(rule, []).append(parameter)
+    given = [("rules", rule.pattern) for rule in config.rules] + [("freeze", pattern) for pattern in config.freeze]
+    for field, pattern in given + [("lr_scales", pattern) for pattern, _ in config.lr_scales]:
+        if (field, pattern) not in used:
+            raise ValueError(f"optim.{field} has a pattern {pattern!r} that holds for no parameter")
     return groups
 
 

@@ -177,6 +177,17 @@ def test_logits_only_at_trained_positions_give_the_same_loss(model, processor, b
     assert NextToken().loss(model, batch).item() == pytest.approx(full.item(), rel=rounding)
 
 
+def test_the_loss_can_be_differentiated_twice_through_one_graph():
+    """With other gradients: what the first backward pass used is not changed by it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    loss = next_token_loss(hidden, torch.arange(5), weight)
+    first = torch.autograd.grad(loss, (hidden, weight), torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.5))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a / 6, b, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("max_logits", [1, 3 * 11, 10**9], ids=["one by one", "chunks of 3", "at once"])
 @pytest.mark.parametrize("num", [0, 1, 7])
 @pytest.mark.parametrize("backend", CROSS_ENTROPY)

@@ -55,6 +55,20 @@ def test_mistakes_in_rules_are_named(rules, message):
         make_optimizers(Net(), OptimConfig(rules=rules))
 
 
+def test_freezing_and_scaling_beside_the_rules():
+    net, rules = Net(), (ParamRule("bias", lr_scale=0.5), ParamRule("", weight_decay=0.1))
+    config = OptimConfig(rules=rules, freeze=("^norm",), lr_scales=(("body", 0.1), ("weight", 7.0)))
+    groups = make_optimizers(net, config)["adamw"].param_groups
+    assert [(g["lr_scale"], g["weight_decay"]) for g in groups] == [(0.1, 0.1), (0.05, 0.0)]
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False, False]
+    for changes, message in (
+        ({"freeze": ("nrom",)}, "optim.freeze has a pattern 'nrom' that holds for no parameter"),
+        ({"lr_scales": (("nrom", 2.0),)}, "optim.lr_scales has a pattern 'nrom' that holds for no parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_optimizers(Net(), OptimConfig(rules=rules, **changes))
+
+
 SHAPES = [(3, 16, 16), (2, 8, 15), (2, 8, 16), (1, 8, 40), (2, 40, 8)]
 
 
