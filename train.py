@@ -31,6 +31,7 @@ from nanovlm.config import MoEConfig, TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
+from nanovlm.data.packing import pack
 from nanovlm.data.records import RATINGS, to_sample
 from nanovlm.data.source import Source
 from nanovlm.data.sources import open_sources, sample_records, sample_texts
@@ -237,16 +238,19 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
 
 
 def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
-    """Estimate how many steps the passes over a source give, from the lengths of 200 of its records."""
-    lengths, data = [], config.data
-    for raw in sample_records(source, 200):
+    """Estimate how many steps the passes over a source give, from the rows that 200 of its records fill."""
+    lengths, tiles, data = [], [], config.data
+    for num_records, raw in enumerate(sample_records(source, 200), start=1):
         try:
-            length = len(loader.reader.process(raw))
+            document = loader.reader.process(raw)
         except ValueError:
             continue  # the loader counts and names it
-        lengths.append(length if length <= data.row_length else 0)
-    num_tokens = sum(lengths) / max(1, len(lengths)) * len(source) * data.num_epochs * (1 - data.val_fraction)
-    return max(1, round(num_tokens / (data.row_length * data.batch_rows * config.optim.micro_batches)))
+        if len(document) <= data.row_length and len(document.tiles) <= (data.max_tiles or len(document.tiles)):
+            lengths.append(len(document))
+            tiles.append(len(document.tiles))
+    num_rows = len(pack(lengths, tiles, data.row_length, data.max_tiles or None)) if lengths else 0
+    num_rows *= len(source) / num_records * (1 - data.val_fraction) * data.num_epochs
+    return max(1, round(num_rows / (data.batch_rows * config.optim.micro_batches)))
 
 
 def look(state: TrainState, processor: Processor, tasks: list[Task], held_out: dict) -> dict[str, float]:

@@ -410,7 +410,7 @@ def test_a_signal_to_all_processes_saves_too(tmp_path):
     assert 3 <= step < 8
     assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == f"step_{step:08d}", error
     out, error = finish(start(tmp_path, tmp_path / "run", changes=changes))
-    assert f"at step {step}" in out and "step 8: " in out + error
+    assert f"at step {step}" in out and "step 8:" in out + error
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
 
 

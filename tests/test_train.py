@@ -512,7 +512,7 @@ def test_a_run_whose_data_end_says_so_and_lets_the_rate_fall_by_then(tmp_path, c
     shown = capsys.readouterr()
     planned = int(re.search(r"num_epochs = 2 gives about (\d+) steps, fewer than optim.steps = 1000", shown.out)[1])
     seen = metrics(tmp_path / "run")
-    assert f"all was read after {len(seen)} steps: 180 records in 2 passes" in shown.err
+    assert f"all was read after {len(seen)} steps: 180 records in 2 passes" in shown.out
     assert abs(len(seen) - planned) <= 0.1 * planned and seen[-1]["packed"] == 180
     assert seen[-1]["lr"] < 0.1 * optim.lr < seen[len(seen) // 2]["lr"]
 
