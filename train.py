@@ -44,7 +44,7 @@ from nanovlm.environment import (
 )
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.hub.model_folder import load_folder, save_model
-from nanovlm.model.vlm import VLM
+from nanovlm.model.build import meta_model
 from nanovlm.objectives import OBJECTIVES
 from nanovlm.presets import PRESETS
 from nanovlm.train import checkpoint, init, parallel
@@ -93,9 +93,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # As the first rank sees them: a disk on the network may show the others older ones.
     checkpoints = distributed.gather(checkpoint.list_checkpoints(run_dir))[0]
     if checkpoints:
-        model, processor = VLM(config.model), Processor.load(run_dir, config.model)
+        processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
     else:
-        model, processor = init.start(config, sample_texts(source, 1000))
+        processor, fill = init.prepare(config, sample_texts(source, 1000))
     loader = make_loader(source, processor, config)
     tasks = [open_task(name, config.eval.limit) for name in config.eval.tasks]
     shown_task = open_task(config.eval.show, SHOWN) if config.eval.show else next(iter(tasks), None)
@@ -106,7 +106,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         held_out = read_held_out(loaders, config)
 
     # --- model, optimizers, state ------------------------------------------------------------------------
-    model.to(device)
+    model = meta_model(config.model)  # of shape alone, until it is known which part of it this rank has
     total, active = model.count_parameters()
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     assign_rules(model, config.optim)
@@ -115,7 +115,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     threads, precision = distributed.gather((threads, precision))[0]  # all ranks as the first, whatever they run on
     if checkpoints:  # a run goes on as it began, on another processor too
         precision = read_json(checkpoints[-1] / "state.json")["precision"]
-    replica = parallel.parallelize(model, config.parallel, device, precision)
+    replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     objective = pick(OBJECTIVES, config.objective, "objective")()
     optimizers = make_optimizers(model, config.optim, precision)
     state = TrainState(model, replica, optimizers, loader, threads, precision, objective)

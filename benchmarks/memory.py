@@ -29,6 +29,7 @@ from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.environment import describe_environment
 from nanovlm.hub import configs, families, weights
+from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
@@ -114,7 +115,7 @@ def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
     """Return the names of the tensors on disk and their shapes."""
     with torch.device("meta"):
         model = VLM(configs.read_config(folder))
-    destinations = weights.destinations(model, families.IDEFICS3_NAMES)
+    destinations = weights.destinations(model.state_dict(), families.IDEFICS3_NAMES)
     return {name: torch.cat(parts).shape for name, parts in destinations.items()}
 
 
@@ -147,14 +148,17 @@ def load(loader: str, folder: Path) -> tuple[int, float]:
 
     before, start = resident("VmRSS"), time.perf_counter()
     if loader == "nanovlm":
-        model = weights.load_model(folder, configs.read_config(folder))
+        config = configs.read_config(folder)
+        dtype, fill = weights.open_weights(folder, config)
+        model = empty_model(config, "cpu", dtype)
+        fill(model.state_dict())
     else:
         model = Idefics3ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
     for tensor in model.state_dict().values():
         tensor.view(-1)[::1024].sum()  # a number of each page: a weight that is only mapped yet is not loaded
     peak, elapsed = resident("VmHWM") - before, time.perf_counter() - start
     tensors = {name: [tensor] for name, tensor in model.state_dict().items()}
-    tensors = weights.destinations(model, families.IDEFICS3_NAMES) if loader == "nanovlm" else tensors
+    tensors = weights.destinations(model.state_dict(), families.IDEFICS3_NAMES) if loader == "nanovlm" else tensors
     for name in [*list(tensors)[::100], list(tensors)[-1]]:
         found = torch.cat(tensors[name])
         if not torch.equal(found, make_tensor(name, found.shape)):

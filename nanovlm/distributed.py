@@ -7,10 +7,14 @@ torchrun there is one rank, and everything here is the identity.
 import contextlib
 import functools
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -78,3 +82,11 @@ def gather(value) -> list:
     if num_ranks() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return what `make` returns on the first rank, the only one that calls it; it is pickled for the others."""
+    values = [make() if rank() == 0 else None]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]

@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from nanovlm.sharded import Rows
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {torch.int32: "I32", torch.uint8: "U8"}
 
@@ -30,7 +32,7 @@ def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
 
 
 @torch.no_grad()
-def copy_tensors(destinations: dict[str, list[torch.Tensor]], files: list[Path], is_ignored=lambda name: False):
+def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list[Path], is_ignored=lambda name: False):
     """Copy safetensors files tensor by tensor into memory that is there already.
 
     `destinations` says, for each name in the files, which tensors its rows fill, one after the other. Names for which
@@ -96,6 +98,15 @@ def open_tensors(path: Path):
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
+
+
+def read_tensor(files: list[Path], name: str) -> torch.Tensor:
+    """Read one tensor, which is in one of the files."""
+    for path in files:
+        with open_tensors(path) as file:
+            if name in file.keys():
+                return file.get_tensor(name)
+    raise ValueError(f"{name} is in none of {', '.join(map(str, files))}")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -239,7 +239,7 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
 
 def write_weights(folder: Path, model: VLM, shard_bytes: int):
     """Write model.safetensors, or several files of at most `shard_bytes` (but one tensor at least) and their index."""
-    tensors = weights.destinations(model, find_layout(model))
+    tensors = weights.destinations(model.state_dict(), find_layout(model))
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
     shards, free = [], 0
     for name, size in sizes.items():

@@ -8,6 +8,7 @@ of query and key projections, where llama.cpp puts the two numbers of a rotated 
 halves of a head (decoder.rotate).
 """
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from nanovlm.config import DecoderConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
-from nanovlm.model.build import empty_model
-from nanovlm.model.vlm import VLM
+from nanovlm.hub.stored import Stored
+from nanovlm.sharded import Rows
 from nanovlm.tensor_files import merge_numbers
 
 # Their names -> ours, {} for the number of a block.
@@ -51,24 +52,31 @@ FIELDS = {
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type: special tokens, and others that are never split
 
 
-def load(
-    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[VLM, Processor]:
-    """Read a GGUF file, or SmolLM2-135M-Instruct under the name `smollm2`; fp32 unless another dtype is given.
+def open_model(name: str | Path) -> Stored:
+    """Read all but the weights of a GGUF file, or of SmolLM2-135M-Instruct under the name `smollm2`.
 
     Raises ValueError that names the package, file, field or tensor that is missing or beyond our modules.
     """
     path = find_smollm2() if str(name) == "smollm2" else Path(name)
     tensors, fields = open_gguf(path)
-    try:
+    with _naming(path):
         tokenizer = build_tokenizer(fields)
         config = build_config(fields, is_tied="output.weight" not in tensors)
         processor = Processor(tokenizer, fields.get("tokenizer.chat_template", COMPLETION_TEMPLATE), config)
-        model = empty_model(config, device, dtype or torch.float32)
-        copy_weights(model, tensors)
+
+    def fill(places):
+        with _naming(path):
+            copy_weights(places, config.decoder, tensors)
+
+    return Stored(config, processor, torch.float32, fill)
+
+
+@contextlib.contextmanager
+def _naming(path):
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return model.eval(), processor
 
 
 def find_smollm2() -> Path:
@@ -156,11 +164,11 @@ def build_tokenizer(fields: dict) -> Tokenizer:
 
 
 @torch.no_grad()
-def copy_weights(model: VLM, tensors: dict):
-    """Unpack tensor by tensor into the model. Raises ValueError that lists what is missing, unknown or does not fit."""
+def copy_weights(places: dict[str, torch.Tensor | Rows], config: DecoderConfig, tensors: dict):
+    """Unpack tensor by tensor into a model's. Raises ValueError that lists what is missing, unknown or does not fit."""
     from gguf.quants import dequantize
 
-    config, state = model.config.decoder, model.decoder.state_dict()
+    state = {name.removeprefix("decoder."): place for name, place in places.items()}
     wanted = {
         f"{theirs.format(i)}.weight": state[f"{ours.format(i)}.weight"]
         for i in range(config.num_hidden_layers)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.files import find_folder, new_folder, read_json
-from nanovlm.model.build import empty_model
+from nanovlm.hub.stored import Stored, read_model
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import copy_tensors, file_dtype
@@ -36,6 +36,11 @@ def load_folder(
 
     Raises ValueError that names what is missing, unknown, cut off or of another shape.
     """
+    return read_model(open_folder(folder), device, dtype)
+
+
+def open_folder(folder: str | Path) -> Stored:
+    """Read all of a model folder but the weights. Raises ValueError that names what is missing or cut off."""
     folder = find_folder(Path(folder))
     if not folder.is_dir():
         raise ValueError(f"there is no model folder {folder}")
@@ -48,11 +53,8 @@ def load_folder(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     processor = Processor.load(folder, config)
     file = folder / "model.safetensors"
-    model = empty_model(config, device, dtype or file_dtype([file], is_quantized))
-    load_weights(model, file)
-    return model.eval(), processor
 
+    def fill(places):
+        copy_tensors({name: [place] for name, place in places.items()}, [file])
 
-def load_weights(model: VLM, path: Path):
-    """Copy a safetensors file into the model; every tensor must be there with its shape, and no other."""
-    copy_tensors({name: [tensor] for name, tensor in model.state_dict().items()}, [path])
+    return Stored(config, processor, file_dtype([file], is_quantized), fill)

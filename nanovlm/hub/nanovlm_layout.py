@@ -14,9 +14,9 @@ from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.files import read_json
 from nanovlm.hub.configs import check_fixed, read_special_tokens, read_template
 from nanovlm.hub.download import TOKENIZER_FILES, find, find_weights
+from nanovlm.hub.stored import Stored
 from nanovlm.hub.weights import check_tied_head, destinations, tensor_names
-from nanovlm.model.build import empty_model
-from nanovlm.model.vlm import VLM
+from nanovlm.sharded import local_part
 from nanovlm.tensor_files import copy_tensors, file_dtype
 
 NANOVLM_NAMES = {
@@ -78,10 +78,8 @@ NANOVLM_TEMPLATE = """\
 {%- endfor -%}"""
 
 
-def load_nanovlm(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[VLM, Processor]:
-    """Read a checkpoint of github.com/huggingface/nanoVLM, so that the answers are those of its generate.py.
+def open_nanovlm(folder: Path) -> Stored:
+    """Read all but the weights of a checkpoint of github.com/huggingface/nanoVLM, whose answers ours are to equal.
 
     Tokens are equal, and pixels but for the rounding of the view of a whole image (images.draw_nanovlm).
     Its encoder reads pixels x from 0 to 1, ours 2x - 1: as W x + b = W/2 (2x - 1) + b + sum(W)/2, the difference goes
@@ -91,22 +89,24 @@ def load_nanovlm(
     files = find_weights(folder)
     names = {name for path in files for name in tensor_names(path)}
     processor = Processor(tokenizer, template, config)
-    model = empty_model(config, device, dtype or file_dtype(files))
-    wanted = destinations(model, NANOVLM_NAMES)
-    positions = "vision_encoder.patch_embedding.position_embedding"
-    wanted[positions] = [wanted[positions][0][None]]
-    embedding, head = "decoder.token_embedding.weight", "decoder.head.weight"
-    if config.decoder.tie_word_embeddings and embedding not in names:  # of two names for one tensor, a file has one
-        wanted[head] = wanted.pop(embedding)
-    ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
-    copy_tensors(wanted, files, ignored.__contains__)
-    if head in ignored:
-        check_tied_head(model.decoder.embed_tokens.weight, files, head)
-    patches = model.vision.patch_embedding
-    with torch.no_grad():
-        patches.bias.copy_(patches.bias.float() + patches.weight.float().sum((1, 2, 3)) / 2)
-        patches.weight.div_(2)
-    return model.eval(), processor
+
+    @torch.no_grad()
+    def fill(places):
+        wanted = destinations(places, NANOVLM_NAMES)
+        positions = "vision_encoder.patch_embedding.position_embedding"
+        wanted[positions] = [wanted[positions][0][None]]
+        embedding, head = "decoder.token_embedding.weight", "decoder.head.weight"
+        if config.decoder.tie_word_embeddings and embedding not in names:  # of two names for one tensor, a file has one
+            wanted[head] = wanted.pop(embedding)
+        ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
+        copy_tensors(wanted, files, ignored.__contains__)
+        if head in ignored:
+            check_tied_head(places["decoder.embed_tokens.weight"], files, head)
+        weight, bias = (local_part(places[f"vision.patch_embedding.{name}"]) for name in ("weight", "bias"))
+        bias.copy_(bias.float() + weight.float().sum((1, 2, 3)) / 2)  # a rank has the same rows of both
+        weight.div_(2)
+
+    return Stored(config, processor, file_dtype(files), fill)
 
 
 def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:

@@ -5,6 +5,8 @@ owner/name --download--> folder --config.json--> VLMConfig --> model without wei
                            |--*.safetensors, by the name table ------> its weights, tensor by tensor into place
                            |--tokenizer, template, image settings ---> Processor
 ```
+
+`find_model` reads all but the weights, which can then go to a model that is spread over ranks.
 """
 
 from pathlib import Path
@@ -17,9 +19,10 @@ from nanovlm.files import read_json
 from nanovlm.hub import gguf
 from nanovlm.hub.configs import check_kind, read_config, read_template
 from nanovlm.hub.download import find
-from nanovlm.hub.model_folder import load_folder
-from nanovlm.hub.nanovlm_layout import load_nanovlm
-from nanovlm.hub.weights import load_model
+from nanovlm.hub.model_folder import open_folder
+from nanovlm.hub.nanovlm_layout import open_nanovlm
+from nanovlm.hub.stored import Stored, read_model
+from nanovlm.hub.weights import open_weights
 from nanovlm.model.vlm import VLM
 
 
@@ -33,16 +36,21 @@ def load(
     unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
     beyond our modules.
     """
+    return read_model(find_model(name), device, dtype)
+
+
+def find_model(name: str | Path) -> Stored:
+    """Read all of a model but its weights, by a name that `load` takes; raise ValueError as it does."""
     if str(name) == "smollm2" or str(name).endswith(".gguf"):
-        return gguf.load(name, device, dtype)
+        return gguf.open_model(name)
     folder = find(name)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "vit_hidden_dim" in data:
-        return load_nanovlm(folder, device, dtype)
+        return open_nanovlm(folder)
     if "model_type" not in data:
-        return load_folder(folder, device, dtype)
+        return open_folder(folder)
     check_kind(data, folder / "config.json")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)
     processor = Processor(tokenizer, read_template(folder, tokenizer), config)
-    return load_model(folder, config, device, dtype), processor
+    return Stored(config, processor, *open_weights(folder, config))

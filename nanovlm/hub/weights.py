@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,25 +12,27 @@ from nanovlm.files import read_json
 from nanovlm.hub.configs import read_decoder
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.families import HEAD, SIGLIP_NAMES, find_names
-from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM
-from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors
+from nanovlm.sharded import Rows
+from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors, read_tensor
+
+Places = dict[str, torch.Tensor | Rows]
 
 
-def load_model(
-    folder: Path, config: VLMConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> VLM:
-    """Read the weights of a folder in a layout of the hub into a new model of `config`."""
+def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable[[Places], None]]:
+    """Return the dtype of the weights of a folder in a layout of the hub, and what copies them (see stored.py)."""
     files = find_weights(folder)
     data = read_json(folder / "config.json")
     family = (data if config.vision is None else data.get("text_config") or {}).get("model_type", "llama")
     names = find_names(family, config.vision is not None)
     is_ignored = _ignore(config.decoder)
-    model = empty_model(config, device, dtype or file_dtype(files, is_ignored))
-    copy_tensors(destinations(model, names), files, is_ignored)
-    if config.decoder.tie_word_embeddings:
-        check_tied_head(model.decoder.embed_tokens.weight, files, HEAD)
-    return model.eval()
+
+    def fill(places):
+        copy_tensors(destinations(places, names), files, is_ignored)
+        if config.decoder.tie_word_embeddings:
+            check_tied_head(places["decoder.embed_tokens.weight"], files, HEAD)
+
+    return file_dtype(files, is_ignored), fill
 
 
 def _ignore(config):
@@ -37,19 +40,19 @@ def _ignore(config):
     return lambda name: (config.tie_word_embeddings and name == HEAD) or name.endswith("rotary_emb.inv_freq")
 
 
-def load_vision(model: VLM, folder: Path):
-    """Read a SigLIP encoder, alone or with its text tower, into the encoder of a model."""
+def load_vision(places: Places, folder: Path):
+    """Read a SigLIP encoder, alone or with its text tower, into the encoder of a model (see stored.py)."""
     files = find_weights(folder)
     keys = {name for path in files for name in tensor_names(path)}
     root = "vision_model." if any(name.startswith("vision_model.") for name in keys) else ""
-    wanted = destinations(model, {root + theirs: ours for theirs, ours in SIGLIP_NAMES.items()})
+    wanted = destinations(places, {root + theirs: ours for theirs, ours in SIGLIP_NAMES.items()})
     unused = re.compile(rf"text_model\.|logit_(scale|bias)|{re.escape(root)}head\.")
     copy_tensors(wanted, files, unused.match)
     if left := [name for name in keys if unused.match(name)]:
         print(f"not used of {folder}: {', '.join(merge_numbers(left))}", file=sys.stderr)
 
 
-def load_decoder(model: VLM, folder: Path):
+def load_decoder(places: Places, folder: Path):
     """Read a language model into the decoder of a model, whose vocabulary may be larger than the file's.
 
     The rows of new tokens become the mean of the old ones, with a hundredth of their spread as noise: so the old
@@ -58,26 +61,28 @@ def load_decoder(model: VLM, folder: Path):
     files = find_weights(folder)
     data = read_json(folder / "config.json")
     config = read_decoder(data, folder / "config.json")
-    wanted = destinations(model, find_names(data.get("model_type", "llama"), has_vision=False))
+    wanted = destinations(places, find_names(data.get("model_type", "llama"), has_vision=False))
     tables = {name: wanted[name][0] for name in ("model.embed_tokens.weight", HEAD) if name in wanted}
     for name, table in tables.items():
         wanted[name] = [table[: config.vocab_size]]
     copy_tensors(wanted, files, _ignore(config))
     if config.tie_word_embeddings:
         check_tied_head(wanted["model.embed_tokens.weight"][0], files, HEAD)
-    for table in tables.values():
-        old, new = table[: config.vocab_size], table[config.vocab_size :]
-        new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn_like(new))
+    for name, table in tables.items():
+        new = table[config.vocab_size :]
+        old = read_tensor(files, name).to(table.dtype)  # whole, of which a rank may have some rows alone
+        new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn(new.shape, dtype=table.dtype))
 
 
-def destinations(model: VLM, names: dict[str, str | tuple[str, ...]]) -> dict[str, list[torch.Tensor]]:
-    """Say for each of their tensor names which tensors of the model its rows are: import fills them, export reads.
+def destinations(places: Places, names: dict[str, str | tuple[str, ...]]) -> dict[str, list[torch.Tensor | Rows]]:
+    """Say for each of their tensor names which tensors of a model its rows are: import fills them, export reads.
 
-    Tensors of the model that the table does not know are left out (see `unknown_tensors`).
+    `places` are these tensors by name: the model's state, or what of it this rank has. Those that the table does not
+    know are left out (see `unknown_tensors`).
     """
     prefixes = _find_prefixes(names)
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in places.items():
         fitting = [(match, theirs, part) for prefix, theirs, part in prefixes if (match := prefix.match(name))]
         if fitting:
             match, theirs, part = max(fitting, key=lambda fit: fit[0].end())  # the longest of our prefixes decides
@@ -108,9 +113,9 @@ def tensor_names(path):
         return list(file.keys())
 
 
-def check_tied_head(embedding, files, head):
+def check_tied_head(embedding: torch.Tensor | Rows, files: list[Path], head: str):
     """Raise ValueError where a file has a head of its own though the config says that it is tied."""
     for path in files:
         with open_tensors(path) as file:
-            if head in file.keys() and not torch.equal(file.get_tensor(head).to(embedding), embedding):
+            if head in file.keys() and not embedding.equal(file.get_tensor(head).to(embedding.device, embedding.dtype)):
                 raise ValueError(f"{path} has a {head} of its own, but the config says tie_word_embeddings = true")

@@ -8,6 +8,7 @@ input_ids ----> embed_tokens -----------------+--> decoder --> hidden states -->
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from nanovlm.config import VLMConfig, pick
 from nanovlm.data.types import Batch
 from nanovlm.model.attention import make_mask
-from nanovlm.model.decoder import Decoder
+from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import PROJECTORS
@@ -38,7 +39,7 @@ class Extras:
 
 class VLM(nn.Module):
     def __init__(self, config: VLMConfig):
-        """Build the model of a validated config; the weights are random (see init_weights)."""
+        """Build the model of a validated config; the weights are random (see initial_weights)."""
         super().__init__()
         self.config = config.validate()
         if config.vision is not None:
@@ -48,7 +49,9 @@ class VLM(nn.Module):
         self.decoder = Decoder(config.decoder)
         # Go through the encoder without images too, as parallel.py decides.
         self.always_sees = False
-        init_weights(self)
+        with torch.no_grad():
+            for tensor, values in initial_weights(self):
+                tensor.copy_(values)
 
     def forward(self, batch: Batch, cache: KVCache | None = None, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D].
@@ -118,10 +121,10 @@ class VLM(nn.Module):
         return total, active
 
 
-@torch.no_grad()
-def init_weights(model: VLM):
-    """Draw all weights, in one place; all are normal with mean 0 and these standard deviations.
+def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each tensor of a model and the values that it begins with, drawn whole, one at a time, in a fixed order.
 
+    All are normal with mean 0 and these standard deviations:
     - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
       residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
     - the patch embedding: whitening filters (vision.py)
@@ -131,6 +134,10 @@ def init_weights(model: VLM):
     - vision positions: 0.5, half the scale of the patches
     Biases are 0, norm weights 1.
     """
+
+    def normal(tensor, std):
+        return tensor, torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=std)
+
     depth = {name: len(part.layers) for name, part in model.named_children() if name in ("vision", "decoder")}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -139,23 +146,40 @@ def init_weights(model: VLM):
                 std *= 0.1
             elif ".layers." in name and name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
                 std /= math.sqrt(2 * depth[name.split(".")[0]])
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            yield normal(module.weight, std)
         elif isinstance(module, MoE):
             D, W = module.gate_proj.shape[2], module.gate_proj.shape[1]
-            nn.init.normal_(module.gate_proj, std=D**-0.5)
-            nn.init.normal_(module.up_proj, std=D**-0.5)
-            nn.init.normal_(module.down_proj, std=(W * 2 * depth["decoder"]) ** -0.5)
+            yield normal(module.gate_proj, D**-0.5)
+            yield normal(module.up_proj, D**-0.5)
+            yield normal(module.down_proj, (W * 2 * depth["decoder"]) ** -0.5)
+            if module.config.balance == "bias":
+                yield module.selection_bias, torch.zeros(module.selection_bias.shape)
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            yield module.weight, torch.ones(module.weight.shape)
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and module.bias is not None:
+            yield module.bias, torch.zeros(module.bias.shape)
     decoder = model.config.decoder
-    std = decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0
-    nn.init.normal_(model.decoder.embed_tokens.weight, std=std)
+    yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
     if model.config.vision is not None:
-        nn.init.normal_(model.vision.position_embedding.weight, std=0.5)
+        yield normal(model.vision.position_embedding.weight, 0.5)
         patches = model.vision.patch_embedding
-        nn.init.zeros_(patches.bias)
         if not patches.weight.is_meta:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # the factors of a matrix depend on it, and a seed should give the same weights
-            patches.weight.copy_(whitening_filters(patches.out_channels, patches.kernel_size[0]))
+            filters = whitening_filters(patches.out_channels, patches.kernel_size[0])
             torch.set_num_threads(threads)
+            yield patches.weight, filters
+
+
+def skip_constructors(model: VLM):
+    """Draw what the constructors of torch's layers draw on another device than meta, and drop it.
+
+    `initial_weights` replaces those numbers, but its own come after them: so a seed gives the same weights whether the
+    model was built on the meta device or not.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            torch.empty(module.weight.shape).normal_()
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                torch.empty(parameter.shape).uniform_()

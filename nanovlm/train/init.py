@@ -1,4 +1,4 @@
-"""TrainConfig -> the model and processor that a new run starts with: from nothing, from parts, or from a whole model.
+"""TrainConfig -> the processor and the weights that a new run starts with: from nothing, parts, or a whole model.
 
 ```
 nothing            random weights, a tokenizer made from the data
@@ -10,21 +10,24 @@ init.model         everything of another model, such as the one of an earlier st
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from tokenizers import Tokenizer
 
-from nanovlm.config import MoEConfig, TrainConfig, differences, pick
+from nanovlm import distributed
+from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VLMConfig, differences, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, extend_tokenizer, read_tokenizer, train_tokenizer
 from nanovlm.files import read_json
 from nanovlm.hub.configs import read_decoder, read_siglip, read_template
 from nanovlm.hub.download import find
-from nanovlm.hub.read import load
-from nanovlm.hub.weights import load_decoder, load_vision
+from nanovlm.hub.read import find_model
+from nanovlm.hub.weights import Places, load_decoder, load_vision
 from nanovlm.model.build import empty_model
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
+from nanovlm.sharded import Rows, local_part, places, writable
 
 # What a run may choose anew for the mixture of the model that it starts from: none changes what the weights mean.
 MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
@@ -32,73 +35,144 @@ MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weigh
 # And for its decoder, for the same reason.
 BACKENDS = ("attention", "cross_entropy")
 
+# The matrices of a mixture's experts, which a dense layer has once.
+STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
-def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
-    """Return a model with fp32 weights, and its processor; `texts` are for a new tokenizer.
 
+def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Callable[[VLM], None]]:
+    """Return the processor of a new run, and what fills an fp32 model of its config with the first weights.
+
+    `texts` are for a new tokenizer. The model may be spread over ranks: each goes through the same tensors in the same
+    order, has one of them whole at a time, and keeps its rows; so the weights are those of one rank, bit for bit.
     Raises ValueError that names the fields in which the config and what the run starts from differ.
     """
     init, wanted = config.init, config.model
     if init.model:
-        model, processor = load(init.model, dtype=torch.float32)
-        if model.config.quantization is not None:
-            format = model.config.quantization.format
-            raise ValueError(
-                f"the run cannot start from {init.model}, which is quantised, to {format}: "
-                "name the model that it was made from"
-            )
-        if wanted.decoder.moe is not None and model.config.decoder.moe is None:
-            model = upcycle(model, wanted.decoder.moe, init.upcycle_noise)
-        backends = {field: getattr(wanted.decoder, field) for field in BACKENDS}
-        decoder = dataclasses.replace(model.config.decoder, **backends)
-        vision = model.config.vision
-        if vision is not None and wanted.vision is not None:
-            vision = dataclasses.replace(vision, attention=wanted.vision.attention)
-        if decoder.moe is not None and wanted.decoder.moe is not None:
-            changes = {field: getattr(wanted.decoder.moe, field) for field in MOE_FIELDS_OF_TRAINING}
-            decoder = dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, **changes))
-        _check_same(init.model, dataclasses.replace(model.config, vision=vision, decoder=decoder), wanted)
-        weights, model = model.state_dict(), empty_model(wanted, "cpu", torch.float32)
-        model.load_state_dict(weights, assign=True)
-        if config.data.chat_template:
-            processor = Processor(processor.tokenizer, _template(config), wanted)
-        return model, processor
-    model = VLM(wanted)
+        return _prepare_from_model(config)
+    vision, decoder = (name and find(name) for name in (init.vision, init.decoder))
     if init.vision:
-        folder = find(init.vision)
-        theirs = dataclasses.replace(read_siglip(folder), attention=wanted.vision.attention)
+        theirs = dataclasses.replace(read_siglip(vision), attention=wanted.vision.attention)
         _check_same(init.vision, theirs, wanted.vision, "vision.")
-        load_vision(model, folder)
-    if not init.decoder:
-        tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
-        return model, Processor(tokenizer, _template(config, "roles"), wanted)
-    folder = find(init.decoder)
-    theirs = read_decoder(read_json(folder / "config.json"), folder / "config.json")
-    if theirs.vocab_size > wanted.decoder.vocab_size:
+    if init.decoder:
+        theirs = read_decoder(read_json(decoder / "config.json"), decoder / "config.json")
+        if theirs.vocab_size > wanted.decoder.vocab_size:
+            raise ValueError(
+                f"{init.decoder} has {theirs.vocab_size} tokens, "
+                f"more than decoder.vocab_size = {wanted.decoder.vocab_size}"
+            )
+        same = {field: getattr(wanted.decoder, field) for field in ("vocab_size", *BACKENDS)}
+        _check_same(init.decoder, dataclasses.replace(theirs, **same), wanted.decoder, "decoder.")
+
+    def make_processor():
+        if not init.decoder:
+            tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
+            return Processor(tokenizer, _template(config, "roles"), wanted)
+        tokenizer = read_tokenizer(decoder / "tokenizer.json")
+        tokenizer = extend_tokenizer(tokenizer, marker_tokens(wanted), wanted.image_token_id)
+        return Processor(tokenizer, _template(config, read_template(decoder)), wanted)
+
+    def fill(model):
+        draw(model)
+        if init.vision:
+            load_vision(places(model), vision)
+        if init.decoder:
+            load_decoder(places(model), decoder)
+
+    return share_processor(make_processor, wanted), fill
+
+
+def _prepare_from_model(config):
+    init, wanted = config.init, config.model
+    stored = find_model(init.model)
+    theirs = stored.config
+    if theirs.quantization is not None:
         raise ValueError(
-            f"{init.decoder} has {theirs.vocab_size} tokens, more than decoder.vocab_size = {wanted.decoder.vocab_size}"
+            f"the run cannot start from {init.model}, which is quantised, to {theirs.quantization.format}: "
+            "name the model that it was made from"
         )
-    same = {field: getattr(wanted.decoder, field) for field in ("vocab_size", *BACKENDS)}
-    _check_same(init.decoder, dataclasses.replace(theirs, **same), wanted.decoder, "decoder.")
-    load_decoder(model, folder)
-    tokenizer = extend_tokenizer(
-        read_tokenizer(folder / "tokenizer.json"), marker_tokens(wanted), wanted.image_token_id
-    )
-    return model, Processor(tokenizer, _template(config, read_template(folder)), wanted)
+    is_upcycled = wanted.decoder.moe is not None and theirs.decoder.moe is None
+    if is_upcycled:
+        check_upcycling(theirs.decoder, wanted.decoder.moe)
+        theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=wanted.decoder.moe))
+    decoder = dataclasses.replace(theirs.decoder, **{field: getattr(wanted.decoder, field) for field in BACKENDS})
+    vision = theirs.vision
+    if vision is not None and wanted.vision is not None:
+        vision = dataclasses.replace(vision, attention=wanted.vision.attention)
+    if decoder.moe is not None and wanted.decoder.moe is not None:
+        changes = {field: getattr(wanted.decoder.moe, field) for field in MOE_FIELDS_OF_TRAINING}
+        decoder = dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, **changes))
+    _check_same(init.model, dataclasses.replace(theirs, vision=vision, decoder=decoder), wanted)
+
+    def make_processor():
+        template = _template(config) if config.data.chat_template else stored.processor.chat_template
+        return Processor(stored.processor.tokenizer, template, wanted)
+
+    def fill(model):
+        if is_upcycled:
+            upcycle(model, stored.fill, init.upcycle_noise)
+        else:
+            stored.fill(places(model))
+
+    return share_processor(make_processor, wanted), fill
+
+
+def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
+    """Return the model that a run starts with, whole and in fp32 on this rank's CPU, and its processor (`prepare`)."""
+    processor, fill = prepare(config, texts)
+    model = empty_model(config.model, "cpu", torch.float32)
+    fill(model)
+    return model, processor
+
+
+def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Processor:
+    """Return the processor that `make` returns on the first rank, the only one that calls it."""
+    processor = make() if distributed.rank() == 0 else None
+    tokenizer, template = distributed.from_first(lambda: (processor.tokenizer.to_str(), processor.chat_template))
+    return processor or Processor(Tokenizer.from_str(tokenizer), template, config)
 
 
 @torch.no_grad()
-def upcycle(dense: VLM, moe: MoEConfig, noise: float = 0.0) -> VLM:
-    """Make every feed-forward layer of a trained model a mixture of copies of itself (arXiv 2212.05055).
+def draw(model: VLM):
+    """Fill a model with random weights: each tensor is drawn whole, of which a rank keeps its rows."""
+    skip_constructors(model)
+    for tensor, values in initial_weights(model):
+        writable(tensor).copy_(values)
+        del values  # before the next one is drawn
 
-    The router is random and the weights of a token's experts add up to 1, so that without noise the new model computes
-    what the old one does; as each expert sees other tokens, they grow apart in training. `noise` is the standard
-    deviation of what is added to the experts, relative to that of each matrix. Raises ValueError for a mixture that
-    could not compute the same: experts of another width, shared experts, weights that do not add up to 1.
+
+@torch.no_grad()
+def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0):
+    """Fill a mixture with copies of a dense model's feed-forward layers (arXiv 2212.05055), and all else as it is.
+
+    `fill` copies the dense model's weights (see stored.py). The router is random and the weights of a token's experts
+    add up to 1, so that without noise the mixture computes what the dense model does; as each expert sees other tokens,
+    they grow apart in training. `noise` is the standard deviation of what is added to the experts, relative to that of
+    each matrix.
     """
-    width = dense.config.decoder.intermediate_size
+    draw(model)
+    mixture = places(model)
+    stacks = {name: place for name, place in mixture.items() if name.endswith(STACKS)}
+    new = tuple(f"mlp.{name}" for name in ("router.weight", "selection_bias"))
+    dense = {name: place for name, place in mixture.items() if name not in stacks and not name.endswith(new)}
+    # A rank's first expert holds the dense matrix for a while; a rank without one of this layer takes none of its rows.
+    first = {name: stack[stack.start if isinstance(stack, Rows) else 0] for name, stack in stacks.items()}
+    fill(dense | {f"{name}.weight": place for name, place in first.items()})
+    for name, stack in stacks.items():
+        drawn = torch.randn(stack.shape, dtype=stack.dtype)
+        if isinstance(first[name], Rows):
+            continue
+        matrix = first[name].cpu()
+        mine = stack.part_of(drawn) if isinstance(stack, Rows) else drawn
+        local_part(stack).copy_(matrix + noise * matrix.std() * mine)
+
+
+def check_upcycling(decoder: DecoderConfig, moe: MoEConfig):
+    """Raise ValueError for a mixture that could not compute what a dense decoder does.
+
+    It has experts of another width, shared experts, or weights that do not add up to 1.
+    """
     for field, wanted in (
-        ("intermediate_size", width),
+        ("intermediate_size", decoder.intermediate_size),
         ("num_shared_experts", 0),
         ("norm_topk_prob", True),
         ("routed_scaling_factor", 1.0),
@@ -108,16 +182,6 @@ def upcycle(dense: VLM, moe: MoEConfig, noise: float = 0.0) -> VLM:
             raise ValueError(
                 f"a dense layer can become a mixture where decoder.moe.{field} = {wanted}, not {getattr(moe, field)}"
             )
-    config = dataclasses.replace(dense.config, decoder=dataclasses.replace(dense.config.decoder, moe=moe))
-    model = VLM(config).to(dense.decoder.embed_tokens.weight)
-    old = dense.state_dict()
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")):
-            matrix = old[f"{name}.weight"]
-            tensor.copy_(matrix + noise * matrix.std() * torch.randn_like(tensor))
-        elif name in old:
-            tensor.copy_(old[name])
-    return model.train(dense.training)
 
 
 def _template(config, otherwise=""):

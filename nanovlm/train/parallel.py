@@ -32,10 +32,18 @@ from nanovlm.model.moe import MoE
 from nanovlm.model.vlm import VLM
 
 
-def parallelize(model: VLM, config: ParallelConfig, device: torch.device, precision: str) -> nn.Module:
+def parallelize(
+    model: VLM,
+    config: ParallelConfig,
+    device: torch.device,
+    precision: str,
+    fill: Callable[[VLM], None] | None = None,
+) -> nn.Module:
     """Spread a model over the ranks, in place; return what is called in its stead in training.
 
-    All ranks have the same weights before. Raises ValueError when the ranks cannot be divided as the config says.
+    A model on the meta device is given memory here, once it is known which part of it a rank has, and `fill` writes to
+    that; without `fill` a checkpoint is to be read into it. Of any other model all ranks have the same weights before.
+    Raises ValueError when the ranks cannot be divided as the config says.
     """
     if num_ranks() % config.expert_ranks:
         raise ValueError(f"ranks = {num_ranks()} cannot form groups of parallel.expert_ranks = {config.expert_ranks}")
@@ -51,31 +59,49 @@ def parallelize(model: VLM, config: ParallelConfig, device: torch.device, precis
             block.compile()
     # Ranks that exchange gradients must use the same parameters; and what alone learns must be used in every batch.
     model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
-    if num_ranks() == 1:
+    is_sharded = num_ranks() > 1 and config.strategy == "fsdp"
+    if is_sharded:
+        shard(model, blocks, experts, shard_ranks, config.reshard_after_forward, device, precision)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+        if fill is not None:
+            fill(model)
+    if num_ranks() == 1 or is_sharded:
         return model
-    if config.strategy == "ddp":
-        names = [name for name, parameter in model.named_parameters() if parameter in experts]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-        replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        order_buckets(replica)
-        # It would cut what is compiled where its buckets end, and torch 2.11 cannot cut what is computed again.
-        torch._dynamo.config.optimize_ddp = False
-        return replica
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    order_buckets(replica)
+    # It would cut what is compiled where its buckets end, and torch 2.11 cannot cut what is computed again.
+    torch._dynamo.config.optimize_ddp = False
+    return replica
+
+
+def shard(
+    model: VLM,
+    blocks: list[nn.Module],
+    experts: set[nn.Parameter],
+    shard_ranks: int,
+    reshard_after_forward: bool,
+    device: torch.device,
+    precision: str,
+):
+    """Leave every rank a part of each weight but `experts`, and gather a block when its turn comes."""
     shape, names = (num_ranks() // shard_ranks, shard_ranks), ("replicas", "shards")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if precision == "bf16" else None
-    shard = functools.partial(
+    part = functools.partial(
         fully_shard,
         mesh=mesh if shape[0] > 1 else mesh["shards"],
-        reshard_after_forward=config.reshard_after_forward,
+        reshard_after_forward=reshard_after_forward,
         # What goes in is as autocast wants it; FSDP would round cosines and sines too.
         mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         ignored_params=experts,
     )
     for block in blocks:
-        shard(block)
+        part(block)
     # The rest is gathered once a step: the head is used after the forward pass, and the embeddings need not go before.
-    return shard(model, reshard_after_forward=False)
+    part(model, reshard_after_forward=False)
 
 
 class Replica(DistributedDataParallel):

@@ -1,0 +1,30 @@
+"""A model on disk whose weights are not read yet: its config, its processor, and what copies the weights."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovlm.config import VLMConfig
+from nanovlm.data.chat import Processor
+from nanovlm.model.build import empty_model
+from nanovlm.model.vlm import VLM
+from nanovlm.sharded import Rows
+
+
+class Stored(NamedTuple):
+    config: VLMConfig
+    processor: Processor
+    # The smallest that holds the weights exactly.
+    dtype: torch.dtype
+    # Copies the weights tensor by tensor into memory that is there already, given by the names of our model's state
+    # (sharded.py). Raises ValueError that names a tensor that is missing, unknown or of another shape.
+    fill: Callable[[dict[str, Tensor | Rows]], None]
+
+
+def read_model(stored: Stored, device: str | torch.device, dtype: torch.dtype | None) -> tuple[VLM, Processor]:
+    """Read the weights into a new model in evaluation mode, in the dtype of the files unless another is given."""
+    model = empty_model(stored.config, device, dtype or stored.dtype)
+    stored.fill(model.state_dict())
+    return model.eval(), stored.processor
