@@ -20,8 +20,10 @@ from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.hub.stored import read_model
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.vlm import VLM
+from nanovlm.sharded import Rows
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -115,3 +117,17 @@ def make_batch(documents, row_length=None, rows=1):
     dealt = [documents[i::rows] for i in range(rows)]
     row_length = row_length or max(sum(map(len, row)) for row in dealt)
     return collate([make_row(row, row_length, TINY.pad_token_id) for row in dealt])
+
+
+def assert_ranks_fill_their_rows(stored, num_ranks=3):
+    """Compare what each rank reads of a model on disk with the rows that it has of the model read whole."""
+    whole = read_model(stored, "cpu", None)[0].state_dict()
+    for rank in range(num_ranks):
+        places = {}
+        for name, tensor in whole.items():
+            size = (len(tensor) + num_ranks - 1) // num_ranks
+            rows = torch.full_like(tensor, 7)[rank * size : (rank + 1) * size]
+            places[name] = Rows(rows, tensor.shape, min(rank * size, len(tensor)))
+        stored.fill(places)
+        for name, rows in places.items():
+            assert rows.equal(whole[name]), (rank, name)

@@ -25,11 +25,12 @@ from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, COMPLETION_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 from nanovlm.hub import check, export
 from nanovlm.hub.model_folder import save_model
+from nanovlm.hub.read import find_model
 from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM
 from nanovlm.presets import PRESETS
 from nanovlm.train import init
-from tests.conftest import TINY, noise
+from tests.conftest import TINY, assert_ranks_fill_their_rows, noise
 from tests.data.chat_templates import SMOLVLM
 
 OWN = dataclasses.replace(
@@ -173,6 +174,7 @@ def test_round_trip(tmp_path, name, sees):
     x, y = tmp_path / "x", tmp_path / "y"
     write_theirs(x, name, sees, dtype)
     export.export(x, y)
+    assert_ranks_fill_their_rows(find_model(y))
     config = read_their_config(x)
     assert config == read_their_config(y)
     written = json.loads((y / "config.json").read_text())

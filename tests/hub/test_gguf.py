@@ -15,7 +15,9 @@ from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.hub import export
 from nanovlm.hub.gguf import NAMES, find_smollm2
+from nanovlm.hub.read import find_model
 from nanovlm.model.vlm import VLM
+from tests.conftest import assert_ranks_fill_their_rows
 
 gguf = pytest.importorskip("gguf")
 F32, F16, BF16, Q8_0, Q4_1, F64 = (
@@ -120,6 +122,7 @@ def test_a_file_equals_what_it_was_written_from(tmp_path, tokenizer, is_tied):
     model = make_model(is_tied)
     path = write(tmp_path / "tiny.gguf", model, tokenizer)
     found, processor = nanovlm.load(path)
+    assert_ranks_fill_their_rows(find_model(path))
     assert found.state_dict().keys() == model.state_dict().keys() and not found.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name

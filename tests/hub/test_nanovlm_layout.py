@@ -13,9 +13,10 @@ from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefi
 import nanovlm
 from nanovlm.config import TilingConfig
 from nanovlm.data.images import make_tiles, plan_tiles
+from nanovlm.hub.read import find_model
 from nanovlm.infer.sampling import SamplingConfig, generate
 from nanovlm.model.vision import normalize
-from tests.conftest import noise
+from tests.conftest import assert_ranks_fill_their_rows, noise
 from tests.data.test_images import square
 from tests.model.test_parity import assert_close, randomize
 
@@ -216,6 +217,7 @@ GRIDS = {"tiles": [(3, 4, False), (1, 1, False)], "global": [(3, 4, True), (4, 2
 def test_prompt_pixels_logits_and_answer(checkpoint, kind, tied):
     folder, words, idefics3 = checkpoint(kind, lm_tie_weights=tied)
     model, processor = nanovlm.load(str(folder))
+    assert_ranks_fill_their_rows(find_model(folder))
     images = [noise(i, 64).resize(size) for i, size in enumerate(SIZES[kind])]
     batch = processor([{"role": "user", "content": "what is this?"}], images)
     ids = torch.tensor([words.encode(TEXTS[kind]).ids])

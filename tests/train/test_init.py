@@ -16,12 +16,14 @@ from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
 from nanovlm.hub.model_folder import save_model
+from nanovlm.model.build import empty_model
 from nanovlm.model.moe import EXPERTS
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
 from nanovlm.presets import PRESETS
 from nanovlm.train import init
 from nanovlm.train.optim import make_optimizers
+from tests.conftest import TINY
 
 STAGES = ("smolvlm_256m_stage1", "smolvlm_256m_stage2", "smolvlm_256m_stage3")
 VISION = dict(
@@ -41,9 +43,12 @@ DECODER = dict(
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A SigLIP encoder and a language model with its tokenizer, as folders of the hub."""
+    return make_hub(tmp_path_factory.mktemp("hub"))
+
+
+def make_hub(folder):
+    """Write a SigLIP encoder and a language model with its tokenizer, as folders of the hub."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("hub")
     SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)).save_pretrained(folder / "siglip")
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = LlamaConfig(**DECODER, rope_parameters=rope, tie_word_embeddings=True, max_position_embeddings=512)
@@ -215,6 +220,26 @@ def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
     assert all(parameter.requires_grad for parameter in again.parameters())
     with pytest.raises(ValueError, match=r"decoder.moe.num_experts_per_tok: 2 against 1"):
         go_on("mixture", num_experts_per_tok=1)
+
+
+def test_memory_that_holds_anything_is_filled_as_a_new_model():
+    """Whatever a model has: biases, norms, experts, buffers."""
+    moe = MoEConfig(num_experts=4, intermediate_size=16, num_shared_experts=1, balance="bias")
+    wide = dict(qkv_bias=True, o_bias=True, qk_norm="head", tie_word_embeddings=False)
+    for changes in ({}, wide, dict(moe=moe)):
+        config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, **changes))
+        model = empty_model(config, "cpu", torch.float32)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.fill_(float("nan"))
+        torch.manual_seed(3)
+        init.draw(model)
+        rng = torch.get_rng_state()
+        torch.manual_seed(3)
+        expected = VLM(config).state_dict()
+        assert torch.equal(torch.get_rng_state(), rng)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
 
 
 def test_mistakes_are_named(hub, tmp_path):
