@@ -10,6 +10,7 @@ init.model         everything of another model, such as the one of an earlier st
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -133,11 +134,18 @@ def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Process
 
 @torch.no_grad()
 def draw(model: VLM):
-    """Fill a model with random weights: each tensor is drawn whole, of which a rank keeps its rows."""
+    """Fill a model with random weights: each tensor is drawn whole, of which a rank keeps its rows.
+
+    Raises ValueError that names tensors that would stay without values.
+    """
     skip_constructors(model)
+    left = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
     for tensor, values in initial_weights(model):
         writable(tensor).copy_(values)
+        left.pop(id(tensor))
         del values  # before the next one is drawn
+    if left:
+        raise ValueError(f"initial_weights (nanovlm/model/vlm.py) has no values for {', '.join(left.values())}")
 
 
 @torch.no_grad()

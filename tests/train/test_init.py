@@ -240,6 +240,9 @@ def test_memory_that_holds_anything_is_filled_as_a_new_model():
         assert torch.equal(torch.get_rng_state(), rng)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
+    model.decoder.scale = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"vlm.py\) has no values for decoder.scale$"):
+        init.draw(model)
 
 
 def test_mistakes_are_named(hub, tmp_path):
