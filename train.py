@@ -238,19 +238,21 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
 
 
 def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
-    """Estimate how many steps the passes over a source give, from the rows that 200 of its records fill."""
-    lengths, tiles, data = [], [], config.data
-    for num_records, raw in enumerate(sample_records(source, 200), start=1):
+    """Estimate, to about a fifth, how many steps the passes over a source give: from the rows that 200 records fill."""
+    data, documents, records = config.data, [], list(sample_records(source, 200))
+    for raw in records:
         try:
             document = loader.reader.process(raw)
         except ValueError:
             continue  # the loader counts and names it
         if len(document) <= data.row_length and len(document.tiles) <= (data.max_tiles or len(document.tiles)):
-            lengths.append(len(document))
-            tiles.append(len(document.tiles))
-    num_rows = len(pack(lengths, tiles, data.row_length, data.max_tiles or None)) if lengths else 0
-    num_rows *= len(source) / num_records * (1 - data.val_fraction) * data.num_epochs
-    return max(1, round(num_rows / (data.batch_rows * config.optim.micro_batches)))
+            documents.append((len(document), len(document.tiles)))
+    buffers = [documents[i : i + data.pack_buffer] for i in range(0, len(documents), data.pack_buffer)]
+    num_rows = sum(
+        len(pack(*map(list, zip(*b, strict=True)), data.row_length, data.max_tiles or None)) for b in buffers
+    )
+    passes = data.num_epochs * (1 - data.val_fraction) * len(source) / max(1, len(records))
+    return max(1, round(num_rows * passes / (data.batch_rows * config.optim.micro_batches)))
 
 
 def look(state: TrainState, processor: Processor, tasks: list[Task], held_out: dict) -> dict[str, float]:

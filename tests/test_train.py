@@ -505,7 +505,7 @@ def test_a_run_whose_data_end_says_so_and_lets_the_rate_fall_by_then(tmp_path, c
     lines = (json.dumps({"texts": [{"user": f"what is {i}?", "assistant": str(i)}]}) for i in range(90))
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
     data = dataclasses.replace(
-        SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), num_epochs=2, row_length=64
+        SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), num_epochs=2, row_length=64, pack_buffer=32
     )
     optim = dataclasses.replace(SMALL.optim, steps=1000, schedule="cosine", min_lr_ratio=0.0)
     run(tmp_path / "run", data=data, optim=optim, eval=EvalConfig())
@@ -513,7 +513,7 @@ def test_a_run_whose_data_end_says_so_and_lets_the_rate_fall_by_then(tmp_path, c
     planned = int(re.search(r"num_epochs = 2 gives about (\d+) steps, fewer than optim.steps = 1000", shown.out)[1])
     seen = metrics(tmp_path / "run")
     assert f"all was read after {len(seen)} steps: 180 records in 2 passes" in shown.out
-    assert abs(len(seen) - planned) <= 0.1 * planned and seen[-1]["packed"] == 180
+    assert abs(len(seen) - planned) <= 0.25 * planned and seen[-1]["packed"] == 180
     assert seen[-1]["lr"] < 0.1 * optim.lr < seen[len(seen) // 2]["lr"]
 
 
