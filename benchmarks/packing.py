@@ -8,6 +8,7 @@ benchmarks/results/packing.json, docs/packing.md and docs/packing.png.
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -84,7 +85,7 @@ def main():
     print(table)
     place = {"commit": git_commit(), "device": device_name(torch.device("cpu"))}
     place["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-    results = {"least_rows": -(-sum(lengths) // ROW_LENGTH), **place, "strategies": lines}
+    results = {"least_rows": math.ceil(sum(lengths) / ROW_LENGTH), **place, "strategies": lines}
     write_file(cli.PROJECT / "benchmarks" / "results" / "packing.json", json.dumps(results, indent=2))
     spread = {(line["strategy"], line["limit"]): line["cost_spread"] for line in lines}
     ratios = "Our spread as a share of that of first-fit\ndecreasing: " + ", ".join(
@@ -123,7 +124,7 @@ def draw(drawn: dict[str, list[list[int]]], lengths: list[int], path: Path, num_
     colors = plt.colormaps["tab20"].colors
     for axis, (strategy, rows) in zip(axes, drawn.items(), strict=True):
         widths = pad(strategy, rows, lengths, ROW_LENGTH)
-        for bar, number in enumerate(range(0, len(rows), -(-len(rows) // num_rows))):
+        for bar, number in enumerate(range(0, len(rows), math.ceil(len(rows) / num_rows))):
             axis.barh(bar, widths[number], color="0.85", height=0.9)
             left = 0
             for place, i in enumerate(rows[number]):

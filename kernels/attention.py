@@ -467,7 +467,7 @@ def backward_q_kernel(
     o_stat = (i_b * N + i_n) * T + o_t
     tl.store(p_delta + o_stat, b_delta, mask=m_t)
     b_lse = tl.load(p_lse + o_stat, mask=m_t, other=float("inf")) * LOG2E
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # who sees nothing: p = 0
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a query that sees no key: p = 0
     dq_a, dq_b = zero_parts(BM, HA, HB)
 
     lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM, MASK)

@@ -1,6 +1,7 @@
 """Show documents to people: one as marked text and as tiles, many as lengths and as packed rows."""
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -152,7 +153,7 @@ def draw_histogram(lengths: list[int]) -> Image.Image:
 
 
 def draw_rows(rows: list[list[int]], lengths: list[int], row_length: int) -> Image.Image:
-    shown = rows[:: -(-len(rows) // MOST_ROWS)]
+    shown = rows[:: math.ceil(len(rows) / MOST_ROWS)]
     title = f"packed rows of {row_length} tokens: {len(shown)} of {len(rows)}, a document a color, padding grey"
     sheet, canvas = _sheet(title, 16 * len(shown))
     scale = (WIDTH - 2 * MARGIN) / row_length

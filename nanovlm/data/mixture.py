@@ -92,7 +92,7 @@ class Mixture:
         """Return which source a round is of."""
         if self.lengths is None:
             return self.schedule[number % self.num_rounds]
-        ends = itertools.accumulate(-(-length // num_slots) for length in self.lengths)
+        ends = itertools.accumulate(math.ceil(length / num_slots) for length in self.lengths)
         return next((k for k, end in enumerate(ends) if number < end), len(self.lengths))
 
     def _count_rounds(self, weights):

@@ -10,6 +10,7 @@ row 1  [0 0 0 0 0 0 0 0 1 1 1 1 . . ]
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections import defaultdict
 
@@ -56,7 +57,7 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
         if tiles > limit:
             raise ValueError(f"document {i} has {tiles} tiles, more than max_tiles = {max_tiles}")
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -num_tiles[i], i))
-    least = max(-(-sum(lengths) // row_length), -(-sum(num_tiles) // max(1, limit)))
+    least = max(math.ceil(sum(lengths) / row_length), math.ceil(sum(num_tiles) / max(1, limit)))
     best = None
     for share in FITTED_SHARES:
         rows, left = [], longest_first
@@ -78,8 +79,8 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
 
 def _spread_and_fit(documents, lengths, num_tiles, row_length, limit, fitted_share):
     """Fill the fewest rows that these documents may need; return the rows and the documents that found no place."""
-    num_tokens = sum(lengths[i] for i in documents)
-    num_rows = max(-(-num_tokens // row_length), -(-sum(num_tiles[i] for i in documents) // max(1, limit)), 1)
+    num_tokens, tiles = (sum(numbers[i] for i in documents) for numbers in (lengths, num_tiles))
+    num_rows = max(math.ceil(num_tokens / row_length), math.ceil(tiles / max(1, limit)), 1)
     rows = [[] for _ in range(num_rows)]
     tokens_free, tiles_free = [row_length] * num_rows, [limit] * num_rows
     emptiest = [(0.0, row) for row in range(num_rows)]  # (share of tokens or tiles that is used, row)

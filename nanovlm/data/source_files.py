@@ -12,7 +12,7 @@ from PIL import Image
 from nanovlm.data.records import is_empty, kind_of
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 
-# Of every image file that PIL reads; of some kinds it knows no more than that they are one.
+# Of every image format that PIL decodes; a few it only recognises.
 IMAGE_SUFFIXES = frozenset(
     suffix
     for suffix, kind in Image.registered_extensions().items()

@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
@@ -65,10 +66,10 @@ def sample_records(source: Source, num: int) -> Iterator[dict]:
     """Yield about so many raw records from the whole source (the first of a stream), but what cannot be read."""
     if len(parts := parts_of(source)) > 1:
         for part in parts:
-            yield from sample_records(part, -(-num // len(parts)))
+            yield from sample_records(part, math.ceil(num / len(parts)))
         return
     if isinstance(source, Sized):
-        keys = range(0, len(source), -(-len(source) // num))
+        keys = range(0, len(source), math.ceil(len(source) / num))
     else:
         keys = (ref.key for ref in itertools.islice(first_pass(source), num))
     for key in keys:

@@ -10,6 +10,7 @@ most weights finer and cuts off the largest: of 16 ranges the one with the least
 """
 
 import dataclasses
+import math
 import re
 
 import torch
@@ -107,7 +108,7 @@ def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: b
     if not weight.is_meta and not weight.isfinite().all():
         raise ValueError("it has weights that are not finite")
     N, K = weight.shape
-    padded = -(-K // 32) * 32
+    padded = math.ceil(K / 32) * 32
     group = {"int8": padded, "nf4": 64}.get(format, group_size)
     w_NGg = F.pad(weight.float(), (0, -K % group)).view(N, -1, group)
     codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1])

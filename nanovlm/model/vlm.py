@@ -27,7 +27,7 @@ from nanovlm.model.vision import VisionEncoder, normalize, whitening_filters
 class Extras:
     """What a forward pass finds beside hidden states, and what an objective adds up over the micro-batches of a step.
 
-    It takes attributes of one's own too. No dict, of which FSDP would hand the model a copy.
+    An objective may set attributes of its own. It is an object because FSDP would hand the model a copy of a dict.
     """
 
     def __init__(self, routing: tuple[Routing, ...] = ()):

@@ -25,7 +25,7 @@ from nanovlm.files import flush, read_json
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import read_tensors
 
-# One rank is no mistake.
+# Silences DCP's warning about a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 

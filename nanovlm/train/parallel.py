@@ -57,7 +57,8 @@ def parallelize(
             block.forward = recompute(block.forward, config.checkpointing)
         if config.compile:
             block.compile()
-    # Ranks that exchange gradients must use the same parameters; and what alone learns must be used in every batch.
+    # Ranks that exchange gradients must use the same parameters. And where the decoder is frozen, a batch without
+    # images would have nothing to differentiate.
     model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
     is_sharded = num_ranks() > 1 and config.strategy == "fsdp"
     if is_sharded:
