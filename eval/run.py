@@ -63,9 +63,9 @@ def evaluate(
 ) -> dict:
     """Return `{"mean", "n", "dropped", "kinds": {kind: {"accuracy", "n"}}}` and every figure but accuracy by its name.
 
-    Shares between 0 and 1; the mean is over the kinds of question. With `controls` there are `blank` and `shuffled` for
-    each kind and their means, with `training` also `majority`, and questions about images of training are left out: the
-    number of their records is `dropped`.
+    Shares between 0 and 1; the mean is over the kinds of question. With `controls`, and where there are images, there
+    are `blank` and `shuffled` for each kind, and their means. With `training` there is `majority` too, and questions
+    about images of training are left out: the number of their records is `dropped`.
     """
     questions = list(task.questions())
     repeated = {question.record for question in questions if training and training.shows(question)}
@@ -74,7 +74,7 @@ def evaluate(
     if not questions:
         raise ValueError(f"the task {task.name} has no questions{' that training does not show' if repeated else ''}")
     columns = {"accuracy": answer(model, processor, questions, title=title)}
-    if controls:
+    if controls and any(question.images for question in questions):
         for name, images in (("blank", blank_images(questions)), ("shuffled", shuffled_images(questions))):
             columns[name] = answer(model, processor, questions, images, title and f"{title}, {name} images")
     if training:

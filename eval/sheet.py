@@ -26,9 +26,10 @@ def choose(task: Task, num: int) -> list[Question]:
 
 
 def describe(question: Question, answer: str) -> str:
-    """Put question, answer and truth into one line."""
+    """Put question, answer and truth into one line; what a terminal would not just show is escaped."""
     verdict = "right" if exact_match(answer, question.references) else "WRONG"
-    return f"{verdict}  {question.text} {answer} (truth: {question.truth})"
+    asked, said, truth = (x if x.isprintable() else repr(x) for x in (question.text, answer, question.truth))
+    return f"{verdict}  {asked} {said} (truth: {truth})"
 
 
 def draw_sheet(questions: list[Question], answers: list[str]) -> bytes:
