@@ -1,13 +1,13 @@
 """Sample -> Document. Render the chat template, fill in image placeholders, mark what is trained.
 
-The template is rendered with a mark in place of each part of a message, which gives its literal text; the parts
-are then put in by us. So every character is known to come from the template or from a message: special
-tokens are control tokens only where the template or an image wrote them, and are plain text wherever
-a person wrote them, and the trained span of an answer needs no second tokenisation. A trained span is what the
-model has to write: all from where the generation prompt ends to the end-of-turn token after the message. The text
-between control tokens is tokenised as one, so that the tokens are those that the model's own tokenizer gives.
+The template is rendered with a mark in place of each message part; we then replace the marks by the parts. So we
+know of every character whether the template or a message wrote it: a special token is a control token only where
+the template or an image wrote it, and plain text where a person wrote it; and the trained span of an answer needs
+no second tokenisation. A trained span is what the model has to write: everything from the end of the generation
+prompt through the end-of-turn token after the message. The text between two control tokens is tokenised in one
+piece, so that the tokens are those of the model's own tokenizer.
 
-An image becomes the text of its layout (images.py), in which each tile's image token stands for all of them.
+An image becomes the text of its layout (images.py), in which one image token stands for all those of a tile.
 """
 
 import functools
@@ -60,7 +60,7 @@ class Processor:
         for name in ("pad_token_id", "image_token_id", "eos_token_id"):
             if getattr(config, name) not in (None, *special.values()):
                 raise ValueError(f"{name} = {getattr(config, name)} is not a special token of the tokenizer")
-        # Some published models of Idefics3's layout, which begins with FAKE, write places as plain text.
+        # Some published models with Idefics3's layout, whose markers include FAKE, write tile positions as plain text.
         if missing := [token for token in ([FAKE] if FAKE in markers else markers) if token not in special]:
             raise ValueError(
                 f"tiling.policy = {config.tiling.policy!r} writes special tokens that the tokenizer does not have: "
@@ -69,7 +69,7 @@ class Processor:
         self.special = special
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(longest_first)})")
-        # For running text, where a special token's string is plain text; post-processors add tokens and move offsets.
+        # Encodes a special token's string as plain text. No post-processor: it would add tokens and shift offsets.
         plain = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
         self._text_tokenizer = Tokenizer.from_str(json.dumps(plain))
         self._text_tokenizer.encode_special_tokens = True
@@ -135,7 +135,7 @@ class Processor:
     def prompt(self, messages: list[dict], images: list[Image.Image] | tuple = ()) -> Document:
         """Turn a conversation that ends with a user turn into a document that ends where the answer begins.
 
-        Images without a place in the messages stand at the beginning of the first user turn. Raises ValueError
+        Images that no message places go to the beginning of the first user turn. Raises ValueError
         for an empty question and where the image parts do not match the images.
         """
         if not messages or messages[-1]["role"] != "user" or not _text(messages[-1]["content"]).strip():
@@ -182,7 +182,7 @@ class Processor:
         )
 
     def _show(self, width, height, number=None) -> Span:
-        """Make the span of an image; `number` where it is one of several."""
+        """Make the span of an image; `number` is its index if it is one of several."""
         text = layout(plan_tiles(width, height, self.config), self._image_token, self.config, number)
         return Span(text, from_template=True, is_image=True)
 
@@ -213,9 +213,9 @@ class Processor:
     def _render_literals(self, shape, add_generation_prompt):
         """Render the template: a tuple of literal Spans and, between them, (part number, strips left, strips right).
 
-        `shape` holds the role and the types of the parts of each message. A mark is surrounded by white space that no
-        template writes, which shows whether the template strips what it is given. What stands before an answer but
-        not in the generation prompt, like the space of "Assistant: ", is for the model to write: it is trained.
+        `shape` holds each message's role and part types. A mark is surrounded by white space that no template writes,
+        which shows whether the template strips its input. Text that precedes an answer but is not in the generation
+        prompt, like the space of "Assistant: ", has to be written by the model: it is trained.
         """
         pieces = re.split(MARK, self._render_marks(shape, add_generation_prompt))
         owners = [message for message, (_, types) in enumerate(shape) for _ in types]
@@ -232,10 +232,10 @@ class Processor:
         return tuple(literals)
 
     def _render_marks(self, shape, add_generation_prompt) -> str:
-        """Render the template with a mark for each part, in the form of content in which it shows every part once.
+        """Render the template with a mark for each part, in the form of content that shows every part once.
 
-        That is a string, or the list of parts, which is tried first where there are images: a template may write
-        something beside them. In the list form it writes the image token, which becomes the image's mark.
+        Content is a string or a list of parts. With images the list is tried first, as a template may write
+        something beside an image. In that form the template writes the image token, which becomes the image's mark.
         """
         number = itertools.count()
         parts = [[(f"\u2003\ue000{next(number)}\ue001\u2003", kind) for kind in kinds] for _, kinds in shape]
@@ -269,7 +269,7 @@ class Processor:
         raise ValueError(f"the chat template refuses a conversation of {roles}: {refusal}") from refusal
 
     def _tokens(self, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
-        """Tokenise spans; return token ids and labels, each label where it is to be predicted."""
+        """Tokenise spans; return token ids and labels, each label at the position that predicts it."""
         image, repeats = self.config.image_token_id, self.config.num_image_tokens
         ids, labels = [], []
         is_short = sum(len(span.text) for span in spans) < 200
@@ -290,7 +290,7 @@ class Processor:
             text = "".join(text for text, _ in running)
             if text:
                 encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
-                trained = [flag for text, flag in running for _ in text]  # one a character
+                trained = [flag for text, flag in running for _ in text]  # one per character
                 ids.extend(encoding.ids)
                 is_trained.extend(any(trained[start:end]) for start, end in encoding.offsets)
             running.clear()
@@ -319,7 +319,7 @@ class Processor:
 
 
 def _parts(content):
-    """A message's content as a list of parts."""
+    """Return a message's content as a list of parts."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 

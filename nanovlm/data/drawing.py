@@ -13,7 +13,7 @@ from nanovlm.data.types import IGNORE, Document
 
 STYLES = {"trained": "\33[30;42m", "image": "\33[36m", "special": "\33[2m", "text": ""}
 WIDTH, MARGIN = 1000, 20  # of a picture, in pixels
-MOST_TILES, MOST_ROWS, MOST_COLUMNS = 64, 32, 12  # that are shown
+MOST_TILES, MOST_ROWS, MOST_COLUMNS = 64, 32, 12  # shown at most
 COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#ff9da7", "#9c755f")
 
 
@@ -22,7 +22,7 @@ COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b0
 
 def render(document: Document, processor: Processor, with_tokens: bool = False, in_color: bool = False) -> str:
     """Write a document as text, each branch under a title, with the trained tokens marked."""
-    trained = [False, *(label != IGNORE for label in document.labels.tolist()[:-1])]  # a label is of the next token
+    trained = [False, *(label != IGNORE for label in document.labels.tolist()[:-1])]  # a label is the next token
     tokens = zip(document.input_ids.tolist(), trained, document.branch_ids.tolist(), strict=True)
     lines = []
     for branch, members in itertools.groupby(tokens, lambda token: token[2]):
@@ -49,7 +49,7 @@ def _render_tokens(tokens, processor, with_tokens, in_color):
         else:
             pieces = _split_tokens(ids, processor) if with_tokens else [_decode(ids, processor)]
             shown = "│".join(map(show_text, pieces))
-            starts_line = starts_line or (kind == "special" and "_col_1>" in shown)  # of tiles
+            starts_line = starts_line or (kind == "special" and "_col_1>" in shown)  # a row of tiles
         plain = shown
         if in_color and STYLES[kind]:
             shown = "\n".join(f"{STYLES[kind]}{line}\33[0m" if line else "" for line in shown.split("\n"))
@@ -57,12 +57,12 @@ def _render_tokens(tokens, processor, with_tokens, in_color):
             shown = f"⟦{shown}⟧"
         is_whole = not text or text.endswith("\n") or plain.startswith("↵")
         text += ("│" if with_tokens and text else "") + ("\n" if starts_line and not is_whole else "") + shown
-        starts_line = ids[-1] == processor.config.eos_token_id  # of a turn
+        starts_line = ids[-1] == processor.config.eos_token_id  # the next turn
     return text
 
 
 def _decode(ids, processor):
-    """Return the text of tokens in the middle of a text, where no decoder strips their first space."""
+    """Return the text of tokens as it is in the middle of a text, where decoders keep the first space."""
     end = processor.config.eos_token_id
     return processor.tokenizer.decode([end, *ids], skip_special_tokens=False).removeprefix(
         processor.tokenizer.decode([end], skip_special_tokens=False)
@@ -70,7 +70,7 @@ def _decode(ids, processor):
 
 
 def _split_tokens(ids, processor):
-    """Return the text of each token; tokens that are whole characters only together stay together."""
+    """Return the text of each token; tokens that form a character only together stay together."""
     pieces, start = [], 0
     for end in range(1, len(ids) + 1):
         piece, after = ids[start:end], ids[end : end + 4]  # a character has at most four bytes
@@ -86,7 +86,7 @@ def show_text(text: str) -> str:
 
 
 def describe(document: Document) -> str:
-    """Count what a document has."""
+    """Count the tokens, trained tokens, tiles and branches of a document."""
     trained, branches = int((document.labels != IGNORE).sum()), int(document.branch_ids.max())
     parts = ((len(document), "token"), (trained, "trained token"), (len(document.tiles), "tile"), (branches, "branch"))
     names = [f"{n} {name}{'' if n == 1 else 'es' if name == 'branch' else 's'}" for n, name in parts]
@@ -130,7 +130,7 @@ def draw_tiles(document: Document, processor: Processor) -> Image.Image:
 
 
 def histogram(lengths: list[int], most_bins: int = 14) -> list[tuple[int, int, int]]:
-    """Count lengths in bins of equal, round width: the first and the last length of each, and how many."""
+    """Count lengths in bins of equal, round width; return each bin's first length, last length and count."""
     widths = (step * 10**power for power in itertools.count() for step in (1, 2, 5))
     low, high = min(lengths), max(lengths)
     width = next(w for w in widths if high // w - low // w < most_bins)
@@ -167,7 +167,7 @@ def draw_rows(rows: list[list[int]], lengths: list[int], row_length: int) -> Ima
 
 
 def _sheet(title, height):
-    """Start a part of the picture: a title, and below it so much room."""
+    """Start a part of the picture: a title with `height` pixels of room below it."""
     sheet = Image.new("RGB", (WIDTH, 40 + height + 10), "white")
     canvas = ImageDraw.Draw(sheet)
     canvas.text((MARGIN, 12), title, fill="black", font=ImageFont.load_default(16))

@@ -1,6 +1,6 @@
 """Image -> tiles: read any image file, cut it into squares of the encoder's size; normalise pixels.
 
-How an image is cut is a policy of TILING, and follows from its size alone (`plan_tiles`):
+A policy of TILING decides from the size of an image alone how it is cut (`plan_tiles`):
 
 ```
 fit, small image       fit, several tiles                    idefics3
@@ -36,7 +36,7 @@ NANOVLM_GLOBAL = "<|global_image|>"
 
 
 class TilePlan(NamedTuple):
-    """How an image is cut: its size on the canvas of rows x cols tiles, and whether the whole image follows."""
+    """How an image is cut: its size on the canvas of rows x cols tiles, and whether a view of the whole is added."""
 
     width: int
     height: int
@@ -63,7 +63,7 @@ def open_image(path: str | Path) -> Image.Image:
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
     """Read the bytes of an image file as RGB, the first frame of an animation.
 
-    Raises ValueError that begins with `name` for what is no image, cut off, or above PIL's limit of pixels.
+    Raises ValueError that begins with `name` for data that are no image, truncated, or above PIL's pixel limit.
     """
     try:
         with (
@@ -80,8 +80,8 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode upright and into RGB; transparent parts become white.
 
-    Deeper greys are scaled down from the smallest of the usual ranges that holds them: 0 to 1 for floats, 8, 12 or
-    16 bits, else their own maximum. Raises ValueError for an image without pixels.
+    Greys of more than 8 bits are scaled down from the smallest usual range that holds them: 0 to 1 for floats, 8, 12
+    or 16 bits, else up to their own maximum. Raises ValueError for an image without pixels.
     """
     _check_size(*image.size)
     image = ImageOps.exif_transpose(image)
@@ -98,7 +98,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def plan_tiles(width: int, height: int, config: VLMConfig) -> TilePlan:
-    """Decide how an image of this size is cut. Raises ValueError for one without pixels, and without an encoder."""
+    """Decide how an image of this size is cut. Raises ValueError without pixels or without an encoder."""
     if config.vision is None:
         raise ValueError("this model is a language model: it has no encoder for images")
     _check_size(width, height)
@@ -134,7 +134,7 @@ def marker_tokens(config: VLMConfig) -> list[str]:
 
 
 def plan_fit(width: int, height: int, config: VLMConfig) -> TilePlan:
-    """One tile for what fits into one; else the smallest grid that needs no scaling down, or keeps the most pixels."""
+    """Choose one tile if the image fits, else the smallest grid without downscaling, or the one keeping most pixels."""
     side, most = config.vision.image_size, config.tiling.max_tiles
     rows, cols = math.ceil(height / side), math.ceil(width / side)
     if rows * cols > most:
@@ -167,7 +167,7 @@ def markers_fit(config: VLMConfig) -> list[str]:
 
 
 def _scale(width, height, rows, cols, side):
-    """The factor at which an image just fits into a grid of tiles."""
+    """Return the factor at which an image just fits into a grid of tiles."""
     return min(cols * side / width, rows * side / height)
 
 
@@ -201,7 +201,7 @@ def plan_idefics3(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 
 def draw_idefics3(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
-    """Resize as often as Idefics3ImageProcessor does, as each time rounds the pixels."""
+    """Resize as many times as Idefics3ImageProcessor does, because each resize rounds the pixels."""
     for size in (_idefics3_size(*image.size, config.tiling.longest_edge), (plan.width, plan.height)):
         image = image.resize(size, Image.Resampling.LANCZOS)
     if not plan.has_global:
@@ -247,11 +247,11 @@ def _idefics3_size(width, height, longest_edge):
 
 
 def plan_nanovlm(width: int, height: int, config: VLMConfig) -> TilePlan:
-    """Round the long side up to whole tiles, at most `longest_edge`, and the other, scaled like it, up too."""
+    """Round the long side up to whole tiles, at most `longest_edge`; scale the other alike and round it up too."""
     side, tiling = config.vision.image_size, config.tiling
     long, short = max(width, height), min(width, height)
     new_long = tiling.longest_edge if tiling.enlarge else min(tiling.longest_edge, math.ceil(long / side) * side)
-    # Computed in nanoVLM's order: rounding makes some squares one tile longer than wide there.
+    # In nanoVLM's order of operations, whose rounding makes some squares one tile longer than wide.
     new_short = math.ceil(short * (new_long / long) / side) * side
     width, height = (new_long, new_short) if width >= height else (new_short, new_long)
     rows, cols = height // side, width // side
@@ -261,7 +261,7 @@ def plan_nanovlm(width: int, height: int, config: VLMConfig) -> TilePlan:
 def draw_nanovlm(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
     """Stretch the image to the grid, and make the view of the whole image from that.
 
-    nanoVLM does not round that view to whole pixel values: ours is up to 1/255 from it. All other tiles are equal.
+    nanoVLM does not round that view to whole pixel values, so ours differs by up to 1/255. All other tiles are equal.
     """
     grid = image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)
     return [*(draw_square(grid, plan, config) if plan.has_global else ()), grid]
@@ -303,7 +303,7 @@ def _place(row, col):
 
 
 def _grid(plan, image):
-    """The tiles of a grid, each after its place."""
+    """Write the tiles of a grid, each after its position marker."""
     places = [(r, c) for r in range(1, plan.rows + 1) for c in range(1, plan.cols + 1)]
     return "".join(f"{_place(r, c)}{image}" for r, c in places)
 
@@ -316,7 +316,7 @@ def _check_size(width, height):
 class Tiling(NamedTuple):
     """A policy: size -> plan, image -> grid and whole view, plan -> text, config -> markers in such texts.
 
-    `number` is what stands before each of several images.
+    `number` is the text before each of several images.
     """
 
     plan: Callable[[int, int, VLMConfig], TilePlan]

@@ -1,10 +1,10 @@
-"""Look at data as the model gets it: the text of one sample and what of it is trained, and how many samples pack.
+"""Look at data as the model gets it: the text of one sample, which tokens are trained, and how samples pack.
 
     python -m nanovlm.data.inspect scenes
     python -m nanovlm.data.inspect photos.jsonl --index 7 --tokens --model runs/demo/model
 
 Trained tokens are on green, or ⟦in brackets⟧ where the output is no terminal; ↵ is a newline of the text. The picture
-has the tiles of the sample, the lengths of the samples and the rows that they make.
+shows the tiles of the sample, the lengths of the samples and their packed rows.
 """
 
 import io
@@ -36,11 +36,11 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.presets import scenes
 
-NAMED = 3  # skipped samples that are named for each reason
+NAMED = 3  # skipped samples to name for each reason
 
 
 def report(name: str, documents: list[Document], skipped: list[tuple[int, Skipped]], damaged, config) -> str:
-    """Sum many samples up: lengths, trained tokens, what was skipped and how full the rows become."""
+    """Summarise many samples: lengths, trained tokens, what was skipped and how full the rows become."""
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     trained = sum(int((d.labels != IGNORE).sum()) for d in documents)
     number = len(documents) + len(skipped)
@@ -81,11 +81,11 @@ class InspectConfig:
     source: Annotated[str, tyro.conf.Positional]
     # Which sample to show.
     index: int = 0
-    # How many samples to sum up: drawn from the whole source, or the first of a stream.
+    # How many samples to summarise: drawn from the whole source, or the first of a stream.
     num: int = 200
-    # A model folder, whose tokenizer, template and tiling to use; without one they are made as train.py does.
+    # Model folder whose tokenizer, template and tiling to use; without one they are made as in train.py.
     model: Path | None = None
-    # Without a model: most tiles of one image.
+    # Without a model: most tiles per image.
     image_tiles: int = 1
     # PNG file to write.
     out: Path = Path("inspect.png")
@@ -95,7 +95,7 @@ class InspectConfig:
     max_tiles: int = 0
     # Show where tokens end.
     tokens: bool = False
-    # Which samples are summed up.
+    # Seed of the choice of samples to summarise.
     seed: int = 0
 
 
@@ -114,7 +114,7 @@ def load_processor(folder: Path) -> Processor:
 
 
 def make_processor(source, image_tiles: int) -> Processor:
-    """Make a tokenizer from the source, for the model of the preset scenes, which may see images in several tiles."""
+    """Train a tokenizer on the source for the model of the preset scenes, with up to `image_tiles` tiles per image."""
     preset = scenes()
     config = replace(preset.model, tiling=TilingConfig(policy="fit", max_tiles=image_tiles))
     texts = sample_texts(source, 1000)

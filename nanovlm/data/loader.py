@@ -1,12 +1,12 @@
-"""Row -> Batch. Read records, turn them into documents, pack them, stack rows into batches, and know where it is.
+"""Row -> Batch. Read records, turn them into documents, pack them, stack rows into batches, and track the position.
 
 ```
 source --- refs ---> Reader: raw -> Document ---> inbox of the slot ---> buffer --- pack ---> rows ---> Batch
          of our slots         (in order)                                         best rows first
 ```
 
-A slot is one micro-batch of every step. What lies in its buffer, and so its batches, depends on nothing but its own
-records: not on the number of workers, nor on which slots are on the same rank.
+A slot is one micro-batch of every step. Its buffer and its batches depend only on its own records: neither on the
+number of workers nor on which slots are on the same rank.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from nanovlm.data.reader import Reader, Skipped
 from nanovlm.data.source import Ref, Source
 from nanovlm.data.types import Batch, Document, Row
 
-NAMED = 20  # records that are named when they are skipped; the rest is only counted
-JUDGED_AFTER = 100  # records before the share of bad ones is judged
+NAMED = 20  # skipped records to name; further ones are only counted
+JUDGED_AFTER = 100  # records to read before the share of bad ones is checked
 LOSSES = ("too long", "corrupt", "damaged")
-# Records that were read, became documents, lie in rows, or were skipped.
+# Counts of records that were read, became documents, were packed, or were skipped.
 COUNTED = ("read", "documents", "packed", "filtered", "other split", *LOSSES)
 
 
 def collate(rows: list[Row]) -> Batch:
-    """Stack rows and number their documents through, so that `doc_ids` are unique in the batch."""
+    """Stack rows and renumber their documents so that `doc_ids` are unique in the batch."""
     doc_ids, tile_doc_ids, first = [], [], 0
     for row in rows:
         doc_ids.append(torch.where(row.doc_ids < 0, row.doc_ids, row.doc_ids + first))
@@ -48,29 +48,29 @@ def collate(rows: list[Row]) -> Batch:
 
 
 class Slot:
-    """What a loader has for one micro-batch of every step."""
+    """The loader's state for one micro-batch of every step."""
 
     def __init__(self):
         self.next = 0  # number of the next record that it will read
-        self.inbox: deque[tuple[Ref, Document]] = deque()  # read, and not asked for yet
+        self.inbox: deque[tuple[Ref, Document]] = deque()  # read, but not in the buffer yet
         self.buffer: dict[int, tuple[str, Document]] = {}  # number -> name and document, oldest first
-        # Of a resumed run: number -> fingerprint of what was in the buffer or in the inbox, and is read once more.
+        # After a resume: number -> fingerprint of each document of the buffer or inbox that must be read again.
         self.waiting: dict[int, str] = {}
-        self.num_buffered = 0  # so many of the oldest of `waiting` belong into the buffer
+        self.num_buffered = 0  # how many of the oldest in `waiting` belong to the buffer
         self.counts = Counter()
         self.reasons: list[str] = []
 
 
 class Loader:
-    """An iterator of steps: of each, a list of the batches of our slots; endless, or of `num_epochs` passes.
+    """An iterator over steps that yields a list of our slots' batches; endless, or for `num_epochs` passes.
 
-    Before each batch the buffer of its slot is filled up to `pack_buffer` documents and packed; the fullest rows make
-    the batch, and so does the row with the oldest document, so that none waits for ever. What is not used stays in the
-    buffer. Of a slot whose records are over, nothing is left: its last batches are small, then it has none.
+    Before each batch the buffer of its slot is filled up to `pack_buffer` documents and packed. The batch takes the
+    row with the oldest document, so that none waits for ever, and the fullest other rows; the rest stays in the
+    buffer. When a slot's records end, its buffer is used up: its last batches are small, then it has none.
 
-    With `val_fraction` the split `train` leaves out, and the split `val` is, what a hash of the contents picks.
-    A loader that is given the state of others, with any number of workers, and of the slots on whatever ranks, goes on
-    with exactly the documents that were not seen.
+    With `val_fraction` a hash of a record's contents decides whether it is in the split `val` or `train`.
+    A loader that loads a saved state goes on with exactly the documents that were not seen, with any number of workers
+    and any assignment of slots to ranks.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Loader:
         self.reader = Reader(source, process, config, split)
         self.slots = {number: Slot() for number in slots}
         self.names = [*COUNTED, *(f"documents of {part.name}" for part in parts_of(source))]
-        self.starts = {0: None}  # round -> `start` of the source for it, from the oldest round that we may go back to
+        self.starts = {0: None}  # round -> `start` of the source for it, from the oldest round still needed
         self.batch_names = []  # the records of the last step
         self._printed = set()
         self._results = None
@@ -98,7 +98,7 @@ class Loader:
 
     @property
     def counts(self) -> Counter:
-        """The counts of our slots together: COUNTED, and the documents of each source."""
+        """The sum of our slots' counts: those in COUNTED, and the documents of each source."""
         return Counter({name: sum(slot.counts[name] for slot in self.slots.values()) for name in self.names})
 
     def __iter__(self):
@@ -143,7 +143,7 @@ class Loader:
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def state_dict(self) -> dict[str, dict]:
-        """Return the state of each of our slots, by its number, as JSON can hold it."""
+        """Return the state of each of our slots by its number, ready for JSON."""
         oldest = self._oldest()
         shared = {"round": oldest, "start": self.starts[oldest], "data": self._describe()}
         return {
@@ -161,7 +161,7 @@ class Loader:
         }
 
     def load_state_dict(self, states: dict[str, dict]):
-        """Go to where the states of all slots say. Raises ValueError when the data are not what they were."""
+        """Restore the position from the states of all slots. Raises ValueError when the data have changed."""
         self.close()
         states = {number: states[str(number)] for number in self.slots}
         for state in states.values():
@@ -194,7 +194,7 @@ class Loader:
                 return
 
     def _describe(self) -> dict:
-        """What must be the same for a state to mean the same records."""
+        """Return what must be equal for a state to mean the same records."""
         return {"source": self.source.name, "micro_batches": self.num_slots}
 
     def _oldest(self) -> int:
@@ -212,7 +212,7 @@ class Loader:
         return True
 
     def _read_one(self) -> bool:
-        """Read the next record of whatever slot; return False when there is none."""
+        """Read the next record, of whichever slot it is; return False when there is none."""
         if self._results is None:
             self._results = self.reader.read_all(self._refs())
         item = next(self._results, None)
@@ -221,7 +221,7 @@ class Loader:
         return item is not None
 
     def _refs(self) -> Iterator[Ref]:
-        """Yield the refs that are to be read, in order."""
+        """Yield the refs to read, in order."""
         first, ended = min(self.starts), set()
         for ref in self.source.refs(list(self.slots), self.num_slots, self.starts[first]):
             slot = self.slots[ref.slot]
@@ -290,7 +290,7 @@ class Loader:
 
 
 def fingerprint(document: Document) -> str:
-    """Name a document by its tokens and every 64th of its pixels."""
+    """Hash the tokens, the labels and every 64th pixel of a document."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (document.input_ids, document.labels, document.tiles[..., ::8, ::8]):
         digest.update(tensor.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Several sources of raw records as one: one after the other, in turns by weights, or as lessons."""
+"""Several sources of raw records as one: one after the other, mixed by weights, or as lessons."""
 
 import bisect
 import itertools
@@ -10,7 +10,7 @@ from nanovlm.data.source import IN_ORDER, Order, Ref, Source, deal
 
 
 def parts_of(source: Source) -> list[Source]:
-    """Return the sources that a source is made of; one that is not made of others is its own."""
+    """Return the sources that a source is made of; a simple source is its own only part."""
     return source.sources if isinstance(source, Concatenation | Mixture) else [source]
 
 
@@ -47,11 +47,11 @@ class Concatenation:
 
 
 class Mixture:
-    """Several sources at once or as lessons, without end: a source that is over begins again.
+    """Several sources, mixed or as lessons, endless: a source that is exhausted starts again.
 
-    With weights a fixed schedule of 1000 rounds repeats, in which each source has its share, evenly spread; so every
-    slot sees the same shares. As lessons each source has `lengths` records, rounded up to whole rounds, before the next
-    takes over. A pass is over when it is over for each source.
+    With weights, a fixed schedule of 1000 rounds repeats, in which each source has its share, evenly spread; so every
+    slot sees the same shares. As lessons, each source gives as many records as `lengths` says, rounded up to whole
+    rounds, before the next one takes over. An epoch ends when it has ended for every source.
     """
 
     num_rounds = 1000
@@ -69,7 +69,7 @@ class Mixture:
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         if weights is not None:
             self.counts = self._count_rounds(weights)
-            # The j-th round of a source with n rounds is wanted in the middle of the j-th of n equal parts.
+            # The ideal place for the j-th of a source's n rounds is the middle of the j-th of n equal parts.
             wanted = [((j + 0.5) / n, k) for k, n in enumerate(self.counts) for j in range(n)]
             self.schedule = [k for _middle, k in sorted(wanted)]
 
@@ -89,7 +89,7 @@ class Mixture:
         return self.sources[k].read(of_part)
 
     def _choose(self, number: int, num_slots: int) -> int:
-        """Return which source a round is of."""
+        """Return the index of the source that a round reads."""
         if self.lengths is None:
             return self.schedule[number % self.num_rounds]
         ends = itertools.accumulate(math.ceil(length / num_slots) for length in self.lengths)

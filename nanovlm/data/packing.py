@@ -5,7 +5,7 @@ row 0  [0 0 0 0 0 0 1 1 1 1 1 2 2 . ]      digits: doc_ids, dots: padding
 row 1  [0 0 0 0 0 0 0 0 1 1 1 1 . . ]
 ```
 
-`pack` is the packer of the loader. The strategies that one meets first stand below it, for comparison
+`pack` is the packer of the loader. packing_baselines.py has the usual strategies, for comparison
 (benchmarks/packing.py prints and draws them all).
 """
 
@@ -18,37 +18,38 @@ import torch
 
 from nanovlm.data.types import IGNORE, Document, Row
 
-# Share of the tokens that is left for best fit after the longer documents have been spread, the most even rows first;
-# 1: best fit alone.
+# Shares of the tokens that best fit places after the longer documents have been spread, in the order in which they are
+# tried: from the most even rows to best fit alone (1).
 FITTED_SHARES = (0.1, 0.2, 0.3, 1.0)
-# Rows are few enough when there are at most this many times as many as the tokens or tiles fill; below the second
-# figure, no other share is tried once one was worse.
+# No other share is tried once there are at most FEW_ENOUGH times as many rows as the tokens or tiles fill, or at most
+# NEARLY times as many when a share was worse than the best.
 FEW_ENOUGH, NEARLY = 1.0005, 1.01
-# Rows that best fit looks at before it gives a document up to an additional row: keeps packing O(n log n).
+# Rows that best fit tries before it leaves a document for an additional row: keeps packing O(n log n).
 MOST_TRIES = 16
 
 
 def document_cost(length: int, num_tiles: int) -> float:
     """Predict what a document costs to compute, in units of a token without attention.
 
-    A decoder block of hidden size D multiplies a token by about 12 D^2 weights and, causally, by D L / 2 keys and as
-    many values in a document of length L: length + length^2 / (12 D), here with D = 768. A tile counts as 256 tokens:
-    the 576 patches of a 384-pixel tile in a SigLIP-B/16 of 86 M parameters are as much work as 370 tokens of a
-    decoder of 135 M, and 140 of one of 360 M.
+    A decoder block of hidden size D multiplies a token by about 12 D^2 weights and, with a causal mask, by D L / 2
+    keys and as many values in a document of length L: length + length^2 / (12 D), here with D = 768. A tile counts as
+    256 tokens: the 576 patches of a 384-pixel tile in a SigLIP-B/16 of 86 M parameters are as much work as 370 tokens
+    in a decoder of 135 M parameters, or 140 in one of 360 M.
     """
     return length + length * length / (12 * 768) + 256 * num_tiles
 
 
 def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: int | None = None) -> list[list[int]]:
-    """Assign documents to as few rows as we can, and among those so that all rows cost about the same.
+    """Assign documents to as few rows as possible, so that all rows cost about the same.
 
-    The longer documents are spread: each, longest first, into the emptiest row. So every row gets long and short ones,
-    and a fair share of the tiles. The rest is fitted: each into the fullest row that has room, which leaves hardly a
-    token free. The more is fitted, the fewer the rows and the less even, so several shares are tried. At last
-    documents of equal length change places until many tiles lie where a row is cheap. O(n log n).
+    First the longer documents are spread: each, longest first, goes into the emptiest row. So every row gets long and
+    short ones, and a fair share of the tiles. The rest is placed by best fit: each goes into the fullest row that has
+    room, which leaves hardly a token free. The more best fit places, the fewer and the less even the rows are, so
+    several shares are tried. Finally documents of equal length are exchanged to put many tiles into cheap rows.
+    O(n log n).
 
-    Returns one list of document indices a row; every index exactly once; the same for the same input. Raises
-    ValueError for a document with more tokens or tiles than a row may have.
+    Returns one list of document indices per row, with every index exactly once; the same for the same input.
+    Raises ValueError for a document with more tokens or tiles than a row may have.
     """
     limit = sum(num_tiles) if max_tiles is None else max_tiles
     for i, (length, tiles) in enumerate(zip(lengths, num_tiles, strict=True)):
@@ -65,7 +66,7 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
             more, rest = _spread_and_fit(left, lengths, num_tiles, row_length, limit, share)
             rows += more
             if best is not None and 2 * len(rest) > len(left):
-                break  # this share gets nowhere, and another one did
+                break  # this share makes too little progress, and another one worked
             left = rest
         if left:
             continue
@@ -78,7 +79,7 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
 
 
 def _spread_and_fit(documents, lengths, num_tiles, row_length, limit, fitted_share):
-    """Fill the fewest rows that these documents may need; return the rows and the documents that found no place."""
+    """Fill the least number of rows that could hold these documents; return the rows and the documents left over."""
     num_tokens, tiles = (sum(numbers[i] for i in documents) for numbers in (lengths, num_tiles))
     num_rows = max(math.ceil(num_tokens / row_length), math.ceil(tiles / max(1, limit)), 1)
     rows = [[] for _ in range(num_rows)]
@@ -128,7 +129,7 @@ def _exchange_tiles(rows, lengths, num_tiles, limit):
         most_tiles_first = sorted(documents, key=lambda i: (-num_tiles[i], i))
         if num_tiles[most_tiles_first[0]] == num_tiles[most_tiles_first[-1]]:
             continue
-        # Without these documents; a place that is still free counts as one of average cost.
+        # Costs without these documents: each of their places counts as the average until it is filled.
         mean = sum(costs[i] for i in documents) / len(documents)
         for (row, _place), i in zip(places, documents, strict=True):
             row_costs[row] += mean - costs[i]

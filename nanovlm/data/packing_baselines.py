@@ -1,6 +1,6 @@
-"""What one meets before our packing: other ways to lay documents in rows, to compare with.
+"""The usual ways to lay documents in rows, to compare our packing with.
 
-Each returns lists of document indices, one a row, and `pad` says how long the rows become.
+Each returns lists of document indices, one per row; `pad` says how long the rows become.
 """
 
 from nanovlm.data.packing import pack
@@ -29,7 +29,7 @@ def pack_in_order(lengths, num_tiles, row_length, max_tiles=None):
 
 
 def first_fit_decreasing(lengths, num_tiles, row_length, max_tiles=None):
-    """The knapsack of textbooks: longest first, each into the first row that has room. O(n^2)."""
+    """Textbook bin packing: longest first, each into the first row that has room. O(n^2)."""
     rows, tokens, tiles = [], [], []
     limit = sum(num_tiles) if max_tiles is None else max_tiles
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -1,4 +1,4 @@
-"""A raw record -> Document, or why not: in the training process, or in worker processes beside it."""
+"""Raw record -> Document, or why it gave none: in the training process, or in worker processes beside it."""
 
 import ctypes
 import hashlib
@@ -23,14 +23,14 @@ CHUNK = 16  # records that a worker turns into documents at a time
 
 
 class Skipped(NamedTuple):
-    """Why a record is no document: filtered, other split, too long or corrupt; or what a source is damaged by."""
+    """Why a record gave no document: filtered, other split, too long or corrupt; or how a source is damaged."""
 
     kind: str
     reason: str = ""
 
 
 class Reader(Dataset):
-    """What a worker does. `process(raw)` makes the Document; a ValueError of it means a corrupt record."""
+    """Reads keys as documents, in a worker or not. Where `process(raw)` raises ValueError, the record is corrupt."""
 
     def __init__(self, source: Source, process: Callable[[dict], Document], config: DataConfig, split: str):
         if split not in ("train", "val"):
@@ -88,10 +88,10 @@ class Reader(Dataset):
 
 
 def start_worker(_number: int):
-    """Let nobody but the process that reads from this one end it, and end with that one, however it ends.
+    """Make a worker ignore SIGTERM and SIGUSR1 unless its parent sends them, and die when its parent dies.
 
-    A scheduler and torchrun send SIGTERM to all there are, and a worker that is gone would end the run before it is
-    saved. One that outlived a killed run would hold its lock, and the run could not start again at once.
+    Schedulers and torchrun send SIGTERM to every process, and losing a worker would end the run before it is saved.
+    A worker that outlived a killed run would hold the run's lock, and the run could not start again at once.
     """
     if sys.platform != "linux":
         return
@@ -109,7 +109,7 @@ def start_worker(_number: int):
 
 
 def is_validation(raw: dict, fraction: float) -> bool:
-    """Decide by a hash of a record's conversation and pixels (encoded bytes where they are encoded) alone."""
+    """Decide only by a hash of a record's conversation and images (their encoded bytes, else their pixels)."""
     images = raw.get("images") or []
     digest = hashlib.blake2b(digest_size=8)
     turns = raw.get("texts") or raw.get("messages") or []

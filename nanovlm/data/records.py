@@ -1,7 +1,7 @@
 """A raw record, as datasets publish them -> Sample: checked, its images decoded.
 
-A raw record is a dict in one of two forms, its images still encoded files (bytes) or PIL images, none for a text-only
-sample:
+A raw record is a dict in one of two forms. Its images are encoded files (bytes) or PIL images; a text-only sample has
+none:
 
     {"images": [...], "texts": [{"user": str, "assistant": str}, ...], "independent": bool}
     {"images": [...], "messages": [{"role": str, "content": str | [{"type": "text", "text": str}, {"type": "image"}]}]}
@@ -17,7 +17,7 @@ from PIL import Image
 from nanovlm.data.images import decode_image, to_rgb
 from nanovlm.data.types import Filtered, Sample
 
-# What FineVision says of each turn, from 1 (bad) to 5: columns parallel to `texts`.
+# FineVision's ratings of each turn, from 1 (bad) to 5: columns parallel to `texts`.
 RATINGS = ("relevance_ratings", "visual_dependency_ratings", "image_correspondence_ratings", "formatting_ratings")
 
 
@@ -75,7 +75,7 @@ def _to_image(image, number: int) -> Image.Image:
     if isinstance(image, Image.Image):
         try:
             return to_rgb(image)
-        except Exception as error:  # it may not have been read yet
+        except Exception as error:  # PIL reads lazily, so this may be the first read
             raise ValueError(f"image {number} cannot be read: {error}") from error
     name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
     found = f"only the name {name!r}" if isinstance(name, str) else kind_of(image)
@@ -83,7 +83,7 @@ def _to_image(image, number: int) -> Image.Image:
 
 
 def _read_texts(raw: dict, min_ratings: dict[str, int]) -> list[dict]:
-    """The turns of `texts` that are rated well enough, as messages."""
+    """Return the turns of `texts` that are rated well enough, as messages."""
     texts = raw["texts"]
     if not isinstance(texts, list) or not texts:
         raise ValueError(f"texts must be a list of at least one turn, not {kind_of(texts)}")
