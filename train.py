@@ -25,7 +25,7 @@ from eval.controls import TrainingScan
 from eval.routing import draw_routing, measure_routing
 from eval.run import answer, evaluate, format_table
 from eval.sheet import choose, describe, draw_sheet
-from eval.tasks import Question, Task, open_task
+from eval.tasks import Question, Task, open_task, read_questions
 from nanovlm import cli, distributed
 from nanovlm.config import MoEConfig, TrainConfig, pick
 from nanovlm.data.chat import Processor
@@ -48,12 +48,13 @@ from nanovlm.model.build import meta_model
 from nanovlm.objectives import OBJECTIVES
 from nanovlm.presets import PRESETS
 from nanovlm.train import checkpoint, init, parallel
+from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
 from nanovlm.train.resume import check_same_config, share_micro_batches, write_config
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import count, fill_up, train_step
-from nanovlm.train.validate import draw_curves, evaluating, read_held_out, validate
+from nanovlm.train.validate import evaluating, read_held_out, validate
 
 SHOWN = 4  # questions whose answers are shown while a run goes on
 RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants to be started again
@@ -97,11 +98,13 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     else:
         processor, fill = init.prepare(config, sample_texts(source, 1000))
     loader = make_loader(source, processor, config)
+    # Read before the first step, so that what cannot be asked is named now.
     tasks = [open_task(name, config.eval.limit) for name in config.eval.tasks]
-    shown_task = open_task(config.eval.show, SHOWN) if config.eval.show else next(iter(tasks), None)
-    shown = choose(shown_task, SHOWN) if shown_task and config.eval.show_every else []
+    asked = [(task, read_questions(task)) for task in tasks]
+    shown = read_questions(open_task(config.eval.show, SHOWN)) if config.eval.show else asked[0][1] if asked else []
+    shown = choose(shown, SHOWN) if config.eval.show_every else []
     held_out = {}
-    if data.val_fraction and config.eval.every:
+    if data.val_fraction:
         loaders = {part.name: make_loader(part, processor, config, "val") for part in parts_of(source)}
         held_out = read_held_out(loaders, config)
 
@@ -160,7 +163,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             numbers = train_step(state, batches, totals["units"], config)
             if config.eval.every and state.step % config.eval.every == 0:
                 with log.paused():
-                    numbers |= look(state, processor, tasks, held_out)
+                    numbers |= look(state, processor, asked, held_out)
             log.add(numbers, totals, data_wait_s)
             profile_step()
             if shown and state.step % config.eval.show_every == 0:
@@ -187,7 +190,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         "environment": describe_environment(device, state.threads, state.precision),
     } | validate(state, held_out)
     training = None
-    if tasks and config.eval.controls:
+    if asked and config.eval.controls:
         training = TrainingScan(source, (ref.key for ref in loader.refs_read()))
         training.add_up()
     loader.close()
@@ -200,22 +203,20 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     model, processor = load_folder(run_dir / "model", device)
     if state.step:
         write_file(run_dir / "curves.png", draw_curves(run_dir / "metrics.jsonl"))
-    if tasks:
-        controls = config.eval.controls
+    if asked:
         results["tasks"] = {
-            task.name: evaluate(model, processor, task, training, controls, title=task.name) for task in tasks
+            task.name: evaluate(model, processor, task, questions, training, config.eval.controls, title=task.name)
+            for task, questions in asked
         }
         print("\n" + format_table(results["tasks"]))
-        questions = choose(tasks[0], num=12)
-        answers = answer(model, processor, questions)
-        write_file(run_dir / "samples.png", draw_sheet(questions, answers))
-        print(
-            f"Questions of {tasks[0].name}, drawn in {run_dir / 'samples.png'}:",
-            *map(describe, questions, answers),
-            sep="\n  ",
-        )
+        first, questions = asked[0]
+        if chosen := choose(training.leave_out(questions) if training else questions, num=12):
+            answers = answer(model, processor, chosen)
+            write_file(run_dir / "samples.png", draw_sheet(chosen, answers))
+            print(f"Questions of {first.name}, drawn in {run_dir / 'samples.png'}:")
+            print(*(f"  {line}" for line in map(describe, chosen, answers)), sep="\n")
         if config.model.decoder.moe is not None:
-            write_file(run_dir / "routing.png", draw_routing(measure_routing(model, processor, tasks[0])))
+            write_file(run_dir / "routing.png", draw_routing(measure_routing(model, processor, questions)))
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
@@ -255,11 +256,14 @@ def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
     return max(1, round(num_rows * passes / (data.batch_rows * config.optim.micro_batches)))
 
 
-def look(state: TrainState, processor: Processor, tasks: list[Task], held_out: dict) -> dict[str, float]:
+def look(
+    state: TrainState, processor: Processor, asked: list[tuple[Task, list[Question]]], held_out: dict
+) -> dict[str, float]:
     """Return the validation losses, and the mean accuracy of each task."""
     losses = validate(state, held_out)
     with evaluating(state):
-        return losses | {f"accuracy_{t.name}": evaluate(state.model, processor, t).get("mean") for t in tasks}
+        scores = {task.name: evaluate(state.model, processor, task, questions) for task, questions in asked}
+    return losses | {f"accuracy_{name}": score.get("mean") for name, score in scores.items()}
 
 
 def show(state: TrainState, processor: Processor, questions: list[Question]) -> list[str]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
 from eval.run import MAX_NEW_TOKENS, answer
-from eval.tasks import open_task
+from eval.tasks import open_task, read_questions
 from nanovlm import cli
 from nanovlm.environment import describe_environment
 from nanovlm.files import read_json, write_file
@@ -42,7 +42,7 @@ class ExportBenchmarkConfig:
 def main(config: ExportBenchmarkConfig):
     torch.set_num_threads(config.threads)
     model, processor = nanovlm.load(config.run_dir / "model")
-    questions = list(open_task("scenes", config.scenes).questions())
+    questions = read_questions(open_task("scenes", config.scenes))
     ours = answer(model, processor, questions)
     with tempfile.TemporaryDirectory() as folder:
         export.export(config.run_dir, Path(folder) / "out")

@@ -21,8 +21,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
 import train
+from benchmarks.scenes import TASKS
 from eval.run import answer, average
-from eval.tasks import open_task
+from eval.tasks import open_task, read_questions
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig
 from nanovlm.files import read_json, write_file
@@ -50,8 +51,7 @@ class QuantizedBenchmarkConfig:
 
 def main(config: QuantizedBenchmarkConfig):
     torch.set_num_threads(config.threads)
-    names = {"test": "scenes", "compositional": "scenes:compositional"}
-    tasks = {split: open_task(name, config.scenes) for split, name in names.items()}
+    tasks = {split: open_task(name, config.scenes) for split, name in TASKS.items()}
     rows, fp32_answers = [], None
     for format in ("fp32", *GOALS):
         model, processor = nanovlm.load(config.run_dir / "model", dtype=torch.float32)
@@ -59,7 +59,7 @@ def main(config: QuantizedBenchmarkConfig):
             quantize(model, QuantizationConfig(format, config.group_size), config.search)
         row, answers = {"format": format} | measure_size(model, processor), []
         for split, task in tasks.items():
-            questions = list(task.questions())
+            questions = read_questions(task)
             answers.append(answer(model, processor, questions, title=split))
             figures = average(task, questions, answers[-1])
             row[f"{split} caption exact"] = figures["caption_exact"]["caption"]

@@ -45,6 +45,7 @@ MARKS_OF_RUNS = "<!-- runs: written by benchmarks/scenes.py -->", "<!-- runs end
 KINDS = ("color", "shape", "count", "position", "relation", "existence", "digits")
 # What every run is to reach on two CPU cores: percent of exact answers (captions apart), seconds.
 BAR = {"mean": 90, "worst": 75, "compositional": 75, "seconds": 300}
+# The splits of the tables, and the tasks that ask them.
 TASKS = {"test": "scenes", "compositional": "scenes:compositional"}
 NAMES = {"mean": "test mean", "worst": "test, worst kind", "compositional": "compositional mean", "seconds": "seconds"}
 

@@ -28,13 +28,13 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.scenes import TASKS
 from nanovlm import cli
 from nanovlm.files import read_json, write_file
 from nanovlm.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2, 3, 4)
-TASKS = {"test": "scenes", "compositional": "scenes:compositional"}
 NUM_TIMED, TIMED_STEPS = 5, 80
 BALANCE = ("none", "loss", "global_loss", "bias")
 

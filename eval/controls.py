@@ -50,9 +50,10 @@ class TrainingScan:
         counts = self.by_text.get(question.text) or self.by_kind[question.kind]
         return counts.most_common(1)[0][0] if counts else ""
 
-    def shows(self, question: Question) -> bool:
-        """Does an image of the question occur in training, byte for byte?"""
-        return any(digest(image) in self.digests for image in question.images)
+    def leave_out(self, questions: list[Question]) -> list[Question]:
+        """Return the questions of records whose images do not occur in training, byte for byte."""
+        shown = {q.record for q in questions if any(digest(image) in self.digests for image in q.images)}
+        return [question for question in questions if question.record not in shown]
 
 
 def digest(image: Image.Image) -> bytes:

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from eval.tasks import Task, open_task
+from eval.tasks import Question, open_task, read_questions
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
@@ -21,7 +21,9 @@ from nanovlm.model.vlm import VLM, Extras
 
 
 @torch.no_grad()
-def measure_routing(model: VLM, processor: Processor, task: Task, batch_rows: int = 64) -> dict[str, torch.Tensor]:
+def measure_routing(
+    model: VLM, processor: Processor, questions: list[Question], batch_rows: int = 64
+) -> dict[str, torch.Tensor]:
     """Count the tokens of every expert, fp32[L, E], for image tokens and for the text of each kind of question.
 
     Raises ValueError for a model without a mixture of experts.
@@ -31,7 +33,7 @@ def measure_routing(model: VLM, processor: Processor, task: Task, batch_rows: in
         raise ValueError("the model has no mixture of experts: its decoder.moe is None")
     loads: dict[str, torch.Tensor] = {}
     # Questions of one kind share batches.
-    questions = sorted(task.questions(), key=lambda question: question.kind)
+    questions = sorted(questions, key=lambda question: question.kind)
     for kind in dict.fromkeys(question.kind for question in questions):
         chosen = [question for question in questions if question.kind == kind]
         for start in range(0, len(chosen), batch_rows):
@@ -98,7 +100,7 @@ class RoutingConfig:
 
 def main(config: RoutingConfig):
     model, processor = load(config.model, cli.find_device(config.device))
-    loads = measure_routing(model, processor, open_task(config.task, config.limit))
+    loads = measure_routing(model, processor, read_questions(open_task(config.task, config.limit)))
     write_file(config.png, draw_routing(loads))
     print(f"drawn in {config.png}")
 

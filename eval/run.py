@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.controls import TrainingScan, blank_images, shuffled_images
-from eval.tasks import TASKS, Question, Task, open_task
+from eval.tasks import TASKS, Question, Task, open_task, read_questions
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.source import first_pass
@@ -57,6 +57,7 @@ def evaluate(
     model: VLM,
     processor: Processor,
     task: Task,
+    questions: list[Question],
     training: TrainingScan | None = None,
     controls: bool = False,
     title: str | None = None,
@@ -65,14 +66,13 @@ def evaluate(
 
     Shares between 0 and 1; the mean is over the kinds of question. With `controls`, and where there are images, there
     are `blank` and `shuffled` for each kind, and their means. With `training` there is `majority` too, and questions
-    about images of training are left out: the number of their records is `dropped`.
+    about images of training are left out: the number of their records is `dropped`. Without any left there is no mean.
     """
-    questions = list(task.questions())
-    repeated = {question.record for question in questions if training and training.shows(question)}
+    num_records = len({question.record for question in questions})
+    questions = training.leave_out(questions) if training else questions
+    dropped = num_records - len({question.record for question in questions})
     # The short answers first, so that none waits for a long one of its batch.
-    questions = sorted((q for q in questions if q.record not in repeated), key=lambda question: len(question.truth))
-    if not questions:
-        raise ValueError(f"the task {task.name} has no questions{' that training does not show' if repeated else ''}")
+    questions = sorted(questions, key=lambda question: len(question.truth))
     columns = {"accuracy": answer(model, processor, questions, title=title)}
     if controls and any(question.images for question in questions):
         for name, images in (("blank", blank_images(questions)), ("shuffled", shuffled_images(questions))):
@@ -88,7 +88,7 @@ def evaluate(
         **{"mean" if column == "accuracy" else f"{column}_mean": value for column, value in means.items()},
         **{figure: mean(of_kind.values()) for figure, of_kind in others.items()},
         "n": len(questions),
-        "dropped": len(repeated),
+        "dropped": dropped,
         "kinds": kinds,
     }
 
@@ -119,7 +119,7 @@ def format_table(results: dict[str, dict]) -> str:
         lines += [
             f"  {figure.replace('_', ' ')} {100 * result[figure]:.1f}" for figure in result if figure not in known
         ]
-        if columns:
+        if columns or result["dropped"]:
             lines.append(f"  {result['dropped']} records left out because their images occur in training")
         lines.append("")
     return "\n".join(lines)
@@ -147,12 +147,16 @@ def main(config: AskConfig):
     if config.limit < 1:
         raise ValueError(f"--limit {config.limit} must be at least 1")
     tasks = [open_task(name, config.limit) for name in config.tasks]
+    asked = [(task, read_questions(task)) for task in tasks]
     model, processor = load(config.model, cli.find_device(config.device))
     scan = None
     if config.training:
         source = open_sources(config.training, shuffle=False)
         scan = TrainingScan(source, (ref.key for ref in first_pass(source)))
-    results = {task.name: evaluate(model, processor, task, scan, controls=True, title=task.name) for task in tasks}
+    results = {
+        task.name: evaluate(model, processor, task, questions, scan, controls=True, title=task.name)
+        for task, questions in asked
+    }
     print(json.dumps(results) if config.json else format_table(results))
 
 

@@ -5,21 +5,19 @@ import io
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eval.metrics import exact_match
-from eval.tasks import Question, Task
+from eval.tasks import Question
 
 COLUMNS, SIDE, GAP, LINE = 4, 256, 12, 18
 
 
-def choose(task: Task, num: int) -> list[Question]:
+def choose(questions: list[Question], num: int) -> list[Question]:
     """Choose one question of each of the first records, the kinds by turns."""
-    by_record, kinds = {}, {}
-    for question in task.questions():
-        if question.record not in by_record and len(by_record) == num:
-            break
+    by_record = {}
+    for question in questions:
         by_record.setdefault(question.record, []).append(question)
-        kinds.setdefault(question.kind)
-    kinds, chosen = list(kinds), []
-    for number, asked in enumerate(by_record.values()):
+    shown, chosen = list(by_record.values())[:num], []
+    kinds = list(dict.fromkeys(question.kind for asked in shown for question in asked))
+    for number, asked in enumerate(shown):
         wanted = [question for question in asked if question.kind == kinds[number % len(kinds)]]
         chosen.append((wanted or asked)[0])
     return chosen

@@ -64,7 +64,7 @@ class Records:
         self.name, self.source, self.limit = name, source, limit
 
     def questions(self) -> Iterator[Question]:
-        return read_questions(self.source, self.limit)
+        return _questions_of(self.source, self.limit)
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         return {"accuracy": float(exact_match(answer, question.references))}
@@ -77,17 +77,32 @@ class DrawnScenes:
         self.name, self.source, self.limit = name, Scenes(split), limit
 
     def questions(self) -> Iterator[Question]:
-        return read_questions(self.source, self.limit)
+        return _questions_of(self.source, self.limit)
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         figure = "caption_exact" if question.kind == "caption" else "accuracy"
         return {figure: float(exact_match(answer, question.references))}
 
 
-def read_questions(source: Source, limit: int) -> Iterator[Question]:
-    """Yield the questions of the first records of a source."""
+def _questions_of(source: Source, limit: int) -> Iterator[Question]:
+    """Yield the questions of the first records of a source. Raises ValueError that names a record without any."""
     for number, ref in enumerate(islice(first_pass(source), limit)):
-        yield from ask(source.read(ref.key), number)
+        try:
+            questions = ask(source.read(ref.key), number)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{ref.source}, {ref.where}: {error}") from error
+        yield from questions
+
+
+def read_questions(task: Task) -> list[Question]:
+    """Read all questions of a task. Raises ValueError that names the task and what is wrong with it."""
+    try:
+        questions = list(task.questions())
+    except ValueError as error:
+        raise ValueError(f"the task {task.name} cannot be asked: {error}") from error
+    if not questions:
+        raise ValueError(f"the task {task.name} has no questions")
+    return questions
 
 
 def ask(raw: dict, number: int) -> list[Question]:

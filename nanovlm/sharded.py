@@ -55,6 +55,9 @@ class Rows:
         return self.shape == whole.shape and self.local.equal(self.part_of(whole))
 
 
+Places = dict[str, Tensor | Rows]
+
+
 def writable(tensor: Tensor) -> Tensor | Rows:
     """Return what a whole tensor can be copied to, of which a sharded one keeps this rank's rows."""
     tensor = tensor.detach()
@@ -75,6 +78,6 @@ def local_part(place: Tensor | Rows) -> Tensor:
     return place.local if isinstance(place, Rows) else place
 
 
-def places(model: nn.Module) -> dict[str, Tensor | Rows]:
+def places(model: nn.Module) -> Places:
     """Return what the tensors of a model can be copied to, by name."""
     return {name: writable(tensor) for name, tensor in model.state_dict().items()}

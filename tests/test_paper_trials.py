@@ -63,7 +63,8 @@ class Parity:
 def test_a_new_task(tmp_path, monkeypatch, processor):
     monkeypatch.setitem(TASKS, "parity", lambda name, limit: Parity(limit))
     monkeypatch.setattr("eval.run.answer", lambda model, processor, questions, *_, **__: ["yes"] * len(questions))
-    result = evaluate(None, None, open_task("parity", 9))
+    task = open_task("parity", 9)
+    result = evaluate(None, None, task, list(task.questions()))
     assert (result["mean"], result["short"], result["n"]) == (pytest.approx(5 / 9), 1.0, 9)
     optim = dataclasses.replace(SMALL.optim, steps=4)
     results = run(tmp_path, optim=optim, eval=EvalConfig(("parity",), limit=4, every=2, controls=False))

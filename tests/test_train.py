@@ -432,8 +432,11 @@ def test_the_steps_that_are_named_are_profiled_also_after_a_resumption(tmp_path)
         ),
         (
             {"optim": dataclasses.replace(SMALL.optim, rules=(ParamRule("", lr_scale=None),))},
-            "optim.rules freeze every parameter",
+            "optim.rules freeze every parameter, with optim.freeze",
         ),
+        ({"optim": dataclasses.replace(SMALL.optim, freeze=(".",))}, "freeze every parameter, with optim.freeze"),
+        ({"eval": EvalConfig(every=5)}, "eval.every = 5 has nothing to look at: name eval.tasks or set data.val_frac"),
+        ({"data": dataclasses.replace(SMALL.data, val_fraction=1.0)}, "data.val_fraction = 1.0 must be at least 0 and"),
     ],
 )
 def test_switches_that_do_nothing_are_named(tmp_path, changes, message):

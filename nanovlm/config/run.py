@@ -127,7 +127,8 @@ class EvalConfig:
     limit: int = 512
     # At the end, also ask with grey images and with another record's, and compare with the commonest training answers.
     controls: bool = True
-    # Steps between looks at the validation loss (of data.val_fraction, for each source) and the tasks; 0 for none.
+    # Steps between looks at the validation loss (of data.val_fraction, for each source) and the tasks; 0 for none
+    # but at the end.
     every: int = 0
     # Micro-batches that the validation loss of a source is of, at most; read once and kept.
     val_batches: int = 16
@@ -201,8 +202,12 @@ class TrainConfig:
             ("eval.show_every", self.eval.show_every, 0),
         ):
             check(value >= least, f"{name} = {value} must be at least {least}")
-        for name, value in (("val_fraction", d.val_fraction), ("max_bad_fraction", d.max_bad_fraction)):
-            check(0 <= value <= 1, f"data.{name} = {value} must be between 0 and 1")
+        check(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction = {d.max_bad_fraction} must be between 0 and 1")
+        check(0 <= d.val_fraction < 1, f"data.val_fraction = {d.val_fraction} must be at least 0 and below 1")
+        check(
+            not self.eval.every or self.eval.tasks or d.val_fraction,
+            f"eval.every = {self.eval.every} has nothing to look at: name eval.tasks or set data.val_fraction",
+        )
         check(
             len(d.weights) in (0, len(d.sources)),
             f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",

@@ -1,4 +1,4 @@
-"""Image -> tiles: read any image file, cut it into squares of the encoder's size; normalise pixels.
+"""Image -> tiles: read any image file, cut it into squares of the encoder's size.
 
 A policy of TILING decides from the size of an image alone how it is cut (`plan_tiles`):
 

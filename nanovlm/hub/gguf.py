@@ -19,7 +19,7 @@ from nanovlm.config import DecoderConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
 from nanovlm.hub.stored import Stored
-from nanovlm.sharded import Rows
+from nanovlm.sharded import Places
 from nanovlm.tensor_files import merge_numbers
 
 # Their names -> ours, {} for the number of a block.
@@ -164,7 +164,7 @@ def build_tokenizer(fields: dict) -> Tokenizer:
 
 
 @torch.no_grad()
-def copy_weights(places: dict[str, torch.Tensor | Rows], config: DecoderConfig, tensors: dict):
+def copy_weights(places: Places, config: DecoderConfig, tensors: dict):
     """Unpack tensor by tensor into a model's. Raises ValueError that lists what is missing, unknown or does not fit."""
     from gguf.quants import dequantize
 

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from nanovlm.config import VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM
-from nanovlm.sharded import Rows
+from nanovlm.sharded import Places
 
 
 class Stored(NamedTuple):
@@ -20,7 +19,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
     # Copies the weights tensor by tensor into memory that is there already, given by the names of our model's state
     # (sharded.py). Raises ValueError that names a tensor that is missing, unknown or of another shape.
-    fill: Callable[[dict[str, Tensor | Rows]], None]
+    fill: Callable[[Places], None]
 
 
 def read_model(stored: Stored, device: str | torch.device, dtype: torch.dtype | None) -> tuple[VLM, Processor]:

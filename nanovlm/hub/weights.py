@@ -13,10 +13,8 @@ from nanovlm.hub.configs import read_decoder
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.families import HEAD, SIGLIP_NAMES, find_names
 from nanovlm.model.vlm import VLM
-from nanovlm.sharded import Rows
+from nanovlm.sharded import Places, Rows
 from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors, read_tensor
-
-Places = dict[str, torch.Tensor | Rows]
 
 
 def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable[[Places], None]]:

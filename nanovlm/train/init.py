@@ -25,10 +25,10 @@ from nanovlm.files import read_json
 from nanovlm.hub.configs import read_decoder, read_siglip, read_template
 from nanovlm.hub.download import find
 from nanovlm.hub.read import find_model
-from nanovlm.hub.weights import Places, load_decoder, load_vision
+from nanovlm.hub.weights import load_decoder, load_vision
 from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
-from nanovlm.sharded import Rows, local_part, places, writable
+from nanovlm.sharded import Places, Rows, local_part, places, writable
 
 # What a run may choose anew for the mixture of the model that it starts from: none changes what the weights mean.
 MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")

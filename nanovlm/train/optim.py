@@ -69,7 +69,9 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
         dtype = torch.float32 if is_slow else torch.bfloat16
         optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum, dtype=dtype)
     if not optimizers:
-        raise ValueError("optim.rules freeze every parameter, so nothing would learn: leave one lr_scale a number")
+        raise ValueError(
+            "optim.rules freeze every parameter, with optim.freeze, so nothing would learn: leave one lr_scale a number"
+        )
     return optimizers
 
 

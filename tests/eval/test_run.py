@@ -9,18 +9,20 @@ import torch
 from PIL import Image
 
 import eval.run
+import train
 from eval.controls import TrainingScan, shuffled_images
 from eval.metrics import exact_match
 from eval.routing import draw_routing, measure_routing
 from eval.run import AskConfig, average, evaluate, format_table
 from eval.sheet import choose, describe, draw_sheet
-from eval.tasks import TASKS, Question, ask, open_task
-from nanovlm.config import MoEConfig
+from eval.tasks import TASKS, Question, ask, open_task, read_questions
+from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.types import Sample
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY
+from tests.test_train import SMALL
 
 
 @pytest.mark.parametrize(
@@ -57,14 +59,16 @@ def ask_an_oracle(task):
 def test_scores_and_controls(monkeypatch, name):
     task = open_task(name, 40)
     monkeypatch.setattr(eval.run, "answer", ask_an_oracle(task))
-    result = evaluate(None, None, task, TrainingScan(Scenes("train"), range(300)), controls=True)
+    result = evaluate(
+        None, None, task, list(task.questions()), TrainingScan(Scenes("train"), range(300)), controls=True
+    )
     assert result["mean"] == result["caption_exact"] == 1.0
     assert result["blank_mean"] == 0.0
     assert result["shuffled_mean"] < 0.1  # another scene may be asked the very same question
     assert result["majority_mean"] < 0.5
     assert result["dropped"] == 0 and sum(kind["n"] for kind in result["kinds"].values()) > 150
     assert format_table({name: result}).splitlines()[-3].split()[:3] == ["MEAN", "100.0", "0.0"]
-    alone = evaluate(None, None, task)
+    alone = evaluate(None, None, task, list(task.questions()))
     assert alone["kinds"]["color"] == {"accuracy": 1.0, "n": result["kinds"]["color"]["n"]}
 
 
@@ -73,12 +77,14 @@ def test_records_of_the_training_set_are_dropped(monkeypatch):
     monkeypatch.setattr(eval.run, "answer", ask_an_oracle(task))
     training = TrainingScan(Scenes("train"), range(5))
     training.digests |= TrainingScan(Scenes("test"), range(3)).digests
-    result = evaluate(None, None, task, training)
+    questions = read_questions(task)
+    result = evaluate(None, None, task, questions, training)
     assert result["dropped"] == 3
     assert result["n"] == sum(q.record >= 3 for q in task.questions())
     training.digests |= TrainingScan(Scenes("test"), range(10)).digests
-    with pytest.raises(ValueError, match="the task scenes has no questions that training does not show"):
-        evaluate(None, None, task, training)
+    nothing = evaluate(None, None, task, questions, training, controls=True)
+    assert nothing == {"n": 0, "dropped": 10, "kinds": {}}
+    assert "10 records left out because their images occur in training" in format_table({"scenes": nothing})
 
 
 def test_majority_is_of_the_question_else_of_its_kind():
@@ -123,8 +129,25 @@ def test_records_of_ones_own_are_a_task(tmp_path, processor, capsys):
         open_task("scene", 3)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{damaged", r"the task \S+bad.jsonl cannot be asked: \S+bad.jsonl, sample 2: .*line 3"),
+        ('{"image": "none.png", "texts": [{"user": "?", "assistant": "1"}]}', r"\S+bad.jsonl, sample 2: .*none.png"),
+        ('{"images": []}', r"\S+bad.jsonl, sample 2: a record needs either texts or messages"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused_before_the_first_step(tmp_path, line, message):
+    good = json.dumps({"texts": [{"user": "?", "assistant": "1"}]})
+    (tmp_path / "bad.jsonl").write_text("\n".join([good, good, line]))
+    judged = EvalConfig((str(tmp_path / "bad.jsonl"),))
+    with pytest.raises(ValueError, match=message):
+        train.main(dataclasses.replace(SMALL, run_dir=str(tmp_path / "run"), eval=judged))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_the_sheet_shows_question_answer_and_truth():
-    questions = choose(open_task("scenes", 30), num=12)
+    questions = choose(read_questions(open_task("scenes", 30)), num=12)
     assert [q.record for q in questions] == list(range(12)) and len({q.kind for q in questions}) > 5
     answers = ["green"] * len(questions)
     assert Image.open(io.BytesIO(draw_sheet(questions, answers))).width == 4 * 268 + 12
@@ -160,7 +183,7 @@ def test_the_picture_of_routing_shows_shares_of_a_row(monkeypatch):
 def test_routing_counts_every_token_of_every_question_once(moe_model, processor):
     task = open_task("scenes", 4)
     questions = list(task.questions())
-    loads = measure_routing(moe_model, processor, task, batch_rows=3)
+    loads = measure_routing(moe_model, processor, questions, batch_rows=3)
     assert set(loads) == {"image tokens", *(q.kind for q in questions)}
     assert loads["image tokens"].sum(1).tolist() == [2 * len(questions) * TINY.num_image_tokens] * 2
     documents = [
@@ -171,4 +194,4 @@ def test_routing_counts_every_token_of_every_question_once(moe_model, processor)
     image = Image.open(io.BytesIO(draw_routing(loads)))
     assert image.width > 300 and image.height > 300
     with pytest.raises(ValueError, match="the model has no mixture of experts"):
-        measure_routing(VLM(TINY), processor, task)
+        measure_routing(VLM(TINY), processor, questions)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import train
-from nanovlm.config import EvalConfig
+from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.model.vlm import Extras
-from nanovlm.train.validate import draw_curves, read_held_out, validate
+from nanovlm.train.curves import draw_curves
+from nanovlm.train.validate import read_held_out, validate
 from tests.test_train import SMALL, metrics, run
 
 
@@ -41,6 +42,14 @@ def test_a_look_says_losses_and_accuracy_and_changes_nothing(tmp_path, own):
     assert "val_loss" in results and "blank_mean" not in results["tasks"]["scenes"]
 
 
+def test_a_source_without_held_out_records_is_named(tmp_path, own, capsys):
+    data = dataclasses.replace(own, val_fraction=1e-9)
+    results = run(tmp_path, data=data, optim=dataclasses.replace(SMALL.optim, steps=2), eval=EvalConfig())
+    assert "val_loss" not in results
+    shown = capsys.readouterr().out
+    assert all(f"holds out no record of {source}, so there is no validation loss" in shown for source in own.sources)
+
+
 def test_the_validation_loss_is_the_mean_over_the_held_out_units(tmp_path, own):
     config = dataclasses.replace(SMALL, data=own, run_dir=str(tmp_path / "run"), precision="fp32")
     config = train.share_micro_batches(config)
@@ -56,6 +65,21 @@ def test_the_validation_loss_is_the_mean_over_the_held_out_units(tmp_path, own):
     expected = sum(sums) / sum(len(batch.trained) for batch in batches)
     assert validate(state, held_out) == pytest.approx({"val_loss_many": expected, "val_loss": expected})
     assert model.training
+
+
+def test_what_balances_experts_is_no_part_of_the_validation_loss(own):
+    """It is added in training alone, and is more than the router can make of it."""
+    decoder = dataclasses.replace(SMALL.model.decoder, moe=MoEConfig(num_experts=4, balance_weight=1.0))
+    config = train.share_micro_batches(
+        dataclasses.replace(SMALL, data=own, model=dataclasses.replace(SMALL.model, decoder=decoder))
+    )
+    source = train.open_sources(own.sources, own.weights)
+    model, processor = train.init.start(config, ["what is 1 of many?"])
+    held_out = read_held_out({"many": train.make_loader(source.sources[0], processor, config, "val")}, config)
+    state = train.TrainState(model, model, {}, None, threads=1, precision="fp32")
+    batch, loss = held_out["many"][0][0], validate(state, held_out)["val_loss"]
+    in_training = float(state.objective.loss(model.train(), batch, Extras())) / len(batch.trained)
+    assert in_training > loss + 1
 
 
 def test_the_picture_of_the_curves_has_a_panel_for_what_there_is(tmp_path, monkeypatch):
