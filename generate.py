@@ -35,8 +35,8 @@ from nanovlm.model.vlm import VLM, Extras
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    # Model folder, as train.py writes it, or in a layout of the hub, or a repository there, owner/name[@revision];
-    # or a .gguf file, or smollm2, a language model in a package.
+    # A model folder, as train.py writes it or in a layout of the hub; a repository of the hub, owner/name[@revision];
+    # a .gguf file; or smollm2, a language model from a package.
     model: str
     # Image files, in the order in which the model sees them.
     image: tuple[Path, ...] = ()
@@ -50,10 +50,10 @@ class GenerateConfig:
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
-    # Precision of the weights; auto for that of the file.
+    # Precision of the weights; auto takes that of the file.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # Round the decoder's linear layers to so many bits; `python -m nanovlm.hub.quantize` writes a folder of such a
-    # model.
+    # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
+    # folder.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
 
 
@@ -88,7 +88,7 @@ def main(config: GenerateConfig):
 
 
 def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConfig, echo: bool):
-    """Generate an answer to each prompt document; return the texts and what the generation cost.
+    """Generate an answer to each prompt document; return the texts and their token counts, speed and memory.
 
     With `echo` the text of the first prompt appears on the terminal as it is generated.
     """

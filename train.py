@@ -3,11 +3,11 @@
     python train.py                              the default preset, scenes
     python train.py scenes --optim.lr 2e-3       any field by its dotted name
     python train.py --run-dir runs/second        started again with the same folder, a run continues
-    python train.py --help                       every field with its meaning
+    python train.py --help                       every field and its meaning
     torchrun --nproc-per-node 8 train.py smolvlm_256m_stage3 --parallel.strategy fsdp      on 8 GPUs
 
 The run directory receives config.json, metrics.jsonl (a line a step), checkpoints/, and at the end model/
-(all that generate.py needs), curves.png, and what the tasks found: eval.json and samples.png.
+(all that generate.py needs), curves.png, and the results of the tasks: eval.json and samples.png.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ from nanovlm.train.step import count, fill_up, train_step
 from nanovlm.train.validate import evaluating, read_held_out, validate
 
 SHOWN = 4  # questions whose answers are shown while a run goes on
-RESTART = 75  # exit status of a run that a signal ended: it is saved, and wants to be started again
+RESTART = 75  # exit status of a run that a signal ended: it is saved and can be started again
 
 
 def main(config: TrainConfig) -> dict:
@@ -74,7 +74,7 @@ def main(config: TrainConfig) -> dict:
 
 
 def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
-    """Do what `main` says, in a run directory that is ours alone."""
+    """Do what `main` says, in a run directory that this run has locked."""
     # --- setup -------------------------------------------------------------------------------------------
     begin = time.perf_counter()
     is_first = distributed.rank() == 0
@@ -91,7 +91,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # --- data --------------------------------------------------------------------------------------------
     data = config.data
     source = open_sources(data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle)
-    # As the first rank sees them: a disk on the network may show the others older ones.
+    # As the first rank sees them: a network file system may show outdated ones to others.
     checkpoints = distributed.gather(checkpoint.list_checkpoints(run_dir))[0]
     if checkpoints:
         processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
@@ -109,14 +109,14 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         held_out = read_held_out(loaders, config)
 
     # --- model, optimizers, state ------------------------------------------------------------------------
-    model = meta_model(config.model)  # of shape alone, until it is known which part of it this rank has
+    model = meta_model(config.model)  # without memory until it is sharded
     total, active = model.count_parameters()
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     assign_rules(model, config.optim)
     threads = config.threads or choose_threads(device)
     precision = choose_precision(device) if config.precision == "auto" else config.precision
-    threads, precision = distributed.gather((threads, precision))[0]  # all ranks as the first, whatever they run on
-    if checkpoints:  # a run goes on as it began, on another processor too
+    threads, precision = distributed.gather((threads, precision))[0]  # all ranks use those of the first
+    if checkpoints:  # a run keeps its precision, on another processor too
         precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     objective = pick(OBJECTIVES, config.objective, "objective")()
@@ -158,7 +158,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
                 read = f"{totals['samples read']} records in {data.num_epochs} passes over the data"
                 log.say(f"all was read after {state.step} steps: {read}")
                 break
-            if totals["batches"] < config.optim.micro_batches:  # over for some: ranks must still go the same way
+            if totals["batches"] < config.optim.micro_batches:  # some ranks have no more: all must still take this step
                 batches = fill_up(batches, config)
             numbers = train_step(state, batches, totals["units"], config)
             if config.eval.every and state.step % config.eval.every == 0:
@@ -177,7 +177,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             if saving:
                 saving.finish(wait=bool(totals["signals"]))
             if totals["signals"]:
-                distributed.wait()  # until the first rank has named it: torchrun ends the others when one is gone
+                distributed.wait()  # for the first rank's rename: torchrun ends all ranks when one exits
                 print(f"stopped by a signal at step {state.step}; start it again to go on")
                 sys.exit(RESTART)
     log.close()
@@ -224,7 +224,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
 
 
 def make_loader(source: Source, processor: Processor, config: TrainConfig, split: str = "train") -> Loader:
-    """Return what reads the micro-batches of this rank, r, r + R, ... of R ranks; those that are held out, once."""
+    """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
     least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
     return Loader(
         source,
@@ -239,7 +239,7 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
 
 
 def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
-    """Estimate, to about a fifth, how many steps the passes over a source give: from the rows that 200 records fill."""
+    """Estimate, to about a fifth, the steps in all passes over a source, from the rows that 200 records fill."""
     data, documents, records = config.data, [], list(sample_records(source, 200))
     for raw in records:
         try:
@@ -258,12 +258,17 @@ def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
 
 def look(
     state: TrainState, processor: Processor, asked: list[tuple[Task, list[Question]]], held_out: dict
-) -> dict[str, float]:
-    """Return the validation losses, and the mean accuracy of each task."""
+) -> dict[str, float | dict[str, float]]:
+    """Return the validation losses, and the accuracy of each task: the mean, and that of each kind of question."""
     losses = validate(state, held_out)
     with evaluating(state):
         scores = {task.name: evaluate(state.model, processor, task, questions) for task, questions in asked}
-    return losses | {f"accuracy_{name}": score.get("mean") for name, score in scores.items()}
+    means = {f"accuracy_{name}": score.get("mean") for name, score in scores.items()}
+    kinds = {
+        f"accuracies_{name}": {kind: figures["accuracy"] for kind, figures in score["kinds"].items()}
+        for name, score in scores.items()
+    }
+    return losses | means | kinds
 
 
 def show(state: TrainState, processor: Processor, questions: list[Question]) -> list[str]:
@@ -274,7 +279,7 @@ def show(state: TrainState, processor: Processor, questions: list[Question]) -> 
 
 @contextlib.contextmanager
 def profile(config: TrainConfig, run_dir: Path, steps_done: int):
-    """Record the steps that the config names with torch's profiler; yield what is to be called after every step."""
+    """Record the steps that the config names with torch's profiler; yield a function to call after every step."""
     first, last = (max(0, step - steps_done) for step in config.profile)
     if not last or distributed.rank():
         yield lambda: None
@@ -298,7 +303,7 @@ def parse_config(args: list[str]) -> TrainConfig:
     if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help", "-h")) for a in args):
         decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
-    if any(arg.split("=")[0] == "--data.sources" for arg in args):  # the preset's lessons and tasks are of its own
+    if any(arg.split("=")[0] == "--data.sources" for arg in args):  # the preset's lessons and tasks fit its own data
         data, judged = dataclasses.replace(recipe.data, lessons=()), dataclasses.replace(recipe.eval, tasks=())
         recipe = dataclasses.replace(recipe, data=data, eval=judged)
     presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())

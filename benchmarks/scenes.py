@@ -3,6 +3,7 @@
     python benchmarks/scenes.py seeds               24 runs: ten seeds on one and two threads, and four made harder
     python benchmarks/scenes.py compare runs/demo   how a run stands to them; exits with 1 where it answers worse
     python benchmarks/scenes.py publish runs/demo   its pictures and scores into the docs
+    python benchmarks/scenes.py curves              docs/kinds.png: what the runs have learned after so many steps
 
 `seeds` goes on where it was stopped: a run with a line in benchmarks/results/scenes_seeds.jsonl is not made again as
 long as the recipe stays. The runs go one after the other, as each is timed. Its table is in README.md. `publish` writes
@@ -76,11 +77,13 @@ JOBS = [
     Job(3, 2, "auto", "plain"),
 ]
 
+LOOKS = ["--eval.every", "100", "--eval.tasks", "scenes", "--eval.limit", "64", "--no-eval.controls"]
+
 
 @dataclass(frozen=True)
 class ScenesConfig:
     # What to do.
-    what: Annotated[Literal["seeds", "compare", "publish"], tyro.conf.Positional]
+    what: Annotated[Literal["seeds", "compare", "publish", "curves"], tyro.conf.Positional]
     # Folder of a finished run; of seeds, the folder that the runs go to.
     run_dir: Annotated[Path, tyro.conf.Positional] = Path("runs/seeds")
     # seeds: make at most so many runs, and leave the others for another time; 0 for all.
@@ -91,6 +94,9 @@ def main(config: ScenesConfig) -> int:
     """Return the exit status."""
     if config.what == "seeds":
         return run_seeds(config)
+    if config.what == "curves":
+        draw_kinds(read_lines(), cli.PROJECT / "docs" / "kinds.png")
+        return 0
     results = read_json(config.run_dir / "eval.json")
     if not set(TASKS.values()) <= results.get("tasks", {}).keys():
         raise ValueError(f"{config.run_dir} was not evaluated: train it with --eval.tasks {' '.join(TASKS.values())}")
@@ -157,17 +163,24 @@ def run_seeds(config: ScenesConfig) -> int:
 
 
 def run(job: Job, folder: Path) -> dict:
-    """Train in a process of its own, or go on where it was stopped; return its line, or raise ValueError."""
+    """Train in a process of its own, or go on where it was stopped; return its line, or raise ValueError.
+
+    What training leaves of two cores reads the data. Now and then it is asked about a few scenes, and at its end, by
+    the same command without these looks, about all that the preset names.
+    """
     name = "_".join(str(x) for x in dataclasses.astuple(job) if x != "")
     run_dir = folder / f"{recipe()}_{name}"
     command = [sys.executable, str(cli.PROJECT / "train.py"), "scenes", "--run-dir", str(run_dir)]
     command += ["--seed", str(job.seed), "--threads", str(job.threads), "--precision", job.precision]
-    ended = subprocess.run(command, env=os.environ | job.settings, capture_output=True, text=True)
-    if ended.returncode:
-        raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
+    command += ["--data.num-workers", str(2 - job.threads)]
+    for options in (LOOKS, []):
+        ended = subprocess.run(command + options, env=os.environ | job.settings, capture_output=True, text=True)
+        if ended.returncode:
+            raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
     results = read_json(run_dir / "eval.json")
-    steps = PRESETS["scenes"]().optim.steps
-    about = {"recipe": recipe(), "job": dataclasses.asdict(job), "steps": steps}
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    curve = {line["step"]: line["accuracies_scenes"] for line in metrics if "accuracies_scenes" in line}
+    about = {"recipe": recipe(), "job": dataclasses.asdict(job), "steps": len(metrics), "curve": curve}
     return figures(results) | about | results["environment"]
 
 
@@ -216,6 +229,24 @@ def publish(run_dir: Path, results: dict):
     shutil.copy(run_dir / "samples.png", cli.PROJECT / "docs" / "samples.png")
     draw_curve(run_dir / "metrics.jsonl", cli.PROJECT / "docs" / "curve.png")
     print(format_results(results))
+
+
+def draw_kinds(lines: list[dict], png: Path):
+    """Draw the accuracy of each kind of question over the steps: every run, and the mean of the runs."""
+    curves = [line["curve"] for line in lines if "curve" in line]
+    if not curves:
+        raise ValueError(f"{RESULTS} has no run with a curve: make some with `python benchmarks/scenes.py seeds`")
+    steps = [*map(int, curves[0])]
+    figure, panels = plt.subplots(1, len(KINDS), figsize=(12, 2.4), sharey=True, layout="constrained")
+    for kind, axes in zip(KINDS, panels, strict=True):
+        shares = [[100 * curve[str(step)][kind] for step in steps] for curve in curves]
+        axes.plot(steps, list(zip(*shares, strict=True)), color="0.75", linewidth=0.8)
+        axes.plot(steps, [statistics.mean(column) for column in zip(*shares, strict=True)], linewidth=2)
+        axes.set(title=kind, xlabel="step", ylim=(0, 102), xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"% correct ({len(curves)} runs)")
+    figure.savefig(png, dpi=100)
+    plt.close(figure)
 
 
 def write_between(marks: tuple[str, str], text: str):

@@ -1,1 +1,1 @@
-"""Held-out evaluation: tasks.py asks, metrics.py scores, run.py puts a model through them."""
+"""Held-out evaluation: tasks.py asks, metrics.py scores, run.py runs a model on them."""

@@ -1,4 +1,4 @@
-"""What the scores of a task are held against: other images, and what training gives away without a look."""
+"""Controls for the scores of a task: other images, and training answers given without looking."""
 
 import hashlib
 import itertools
@@ -16,10 +16,10 @@ MOST_RECORDS = 50_000
 
 
 class TrainingScan:
-    """What training records alone give away: the pixels of their images, and the commonest answer to each question."""
+    """Digests of the images in training records, and the commonest training answer to each question."""
 
     def __init__(self, source: Source, keys: Iterable):
-        """Read the first of the records with these keys again; what cannot be read is left out."""
+        """Read the first MOST_RECORDS records with these keys again; skip those that cannot be read."""
         self.digests = set()
         self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
         keys = list(itertools.islice(keys, MOST_RECORDS // distributed.num_ranks()))
@@ -35,7 +35,7 @@ class TrainingScan:
                 self.by_kind[question.kind][question.truth] += 1
 
     def add_up(self):
-        """Put together what the ranks have read."""
+        """Merge what the ranks have read."""
         scans = distributed.gather((self.digests, self.by_text, self.by_kind))
         self.digests = set().union(*(digests for digests, _, _ in scans))
         for number, name in ((1, "by_text"), (2, "by_kind")):
@@ -46,18 +46,18 @@ class TrainingScan:
             setattr(self, name, counts)
 
     def guess(self, question: Question) -> str:
-        """The commonest training answer to the question, or to its kind where training never asks it."""
+        """Return the commonest training answer to the question, or to its kind if training never asks it."""
         counts = self.by_text.get(question.text) or self.by_kind[question.kind]
         return counts.most_common(1)[0][0] if counts else ""
 
     def leave_out(self, questions: list[Question]) -> list[Question]:
-        """Return the questions of records whose images do not occur in training, byte for byte."""
+        """Return the questions of those records of which no image occurs in training, byte for byte."""
         shown = {q.record for q in questions if any(digest(image) in self.digests for image in q.images)}
         return [question for question in questions if question.record not in shown]
 
 
 def digest(image: Image.Image) -> bytes:
-    """Name an image by its pixels."""
+    """Hash the pixels of an image."""
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
@@ -67,7 +67,7 @@ def blank_images(questions: list[Question]) -> list[list[Image.Image]]:
 
 
 def shuffled_images(questions: list[Question]) -> list[list[Image.Image]]:
-    """Return in place of each question's images those of the next record that has as many."""
+    """Return, for each question, the images of the next record that has as many."""
     by_number = defaultdict(dict)
     for question in questions:
         by_number[len(question.images)][question.record] = question.images

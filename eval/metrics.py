@@ -2,5 +2,5 @@
 
 
 def exact_match(answer: str, references: tuple[str, ...]) -> bool:
-    """Is the answer one of the references, word for word? Only white space around it is forgiven."""
+    """Return whether the answer equals one of the references; only white space around it is ignored."""
     return answer.strip() in references

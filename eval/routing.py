@@ -1,4 +1,4 @@
-"""Which expert serves what: held-out questions with their answers, run through a mixture of experts.
+"""Draw which experts serve which tokens: run held-out questions with their answers through a mixture of experts.
 
 python -m eval.routing runs/scenes_moe/model routing.png
 """
@@ -92,7 +92,7 @@ class RoutingConfig:
     png: Annotated[Path, tyro.conf.Positional] = Path("routing.png")
     # What to ask: the name of a task, or a source of records.
     task: str = "scenes"
-    # Records of it that are asked.
+    # How many of its records are asked.
     limit: int = 256
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"

@@ -4,9 +4,9 @@
     python -m eval.run runs/demo/model --tasks mine.jsonl         on the questions of records of your own
     python -m eval.run runs/demo/model --limit 64                 faster
 
-All answers are generated greedily. Beside the scores stand controls: those of the answers to the same questions about a
-grey image (`blank`) and about another record's image (`shuffled`), and those of the commonest training answer to the
-very same question, or to its kind where training never asks it (`majority`).
+All answers are generated greedily. Controls are scored too: answers to the same questions about a grey image (`blank`)
+and about another record's image (`shuffled`), and the commonest training answer to the same question, or to its kind
+if training never asks it (`majority`).
 """
 
 import json
@@ -40,7 +40,7 @@ def answer(
     images: list[list[Image.Image]] | None = None,
     title: str | None = None,
 ) -> list[str]:
-    """Generate the greedy answer to each question, about `images` in place of its own; a title shows progress."""
+    """Generate the greedy answer to each question, about `images` if given, else its own; a title shows progress."""
     images = images or [question.images for question in questions]
     device, answers = next(model.parameters()).device, []
     for start in tqdm(range(0, len(questions), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):
@@ -62,16 +62,16 @@ def evaluate(
     controls: bool = False,
     title: str | None = None,
 ) -> dict:
-    """Return `{"mean", "n", "dropped", "kinds": {kind: {"accuracy", "n"}}}` and every figure but accuracy by its name.
+    """Return `{"mean", "n", "dropped", "kinds": {kind: {"accuracy", "n"}}}` and other figures by name.
 
-    Shares between 0 and 1; the mean is over the kinds of question. With `controls`, and where there are images, there
-    are `blank` and `shuffled` for each kind, and their means. With `training` there is `majority` too, and questions
-    about images of training are left out: the number of their records is `dropped`. Without any left there is no mean.
+    All are between 0 and 1; the mean is over the kinds of question. With `controls`, and if there are images, there
+    are `blank` and `shuffled` for each kind, and their means. With `training` there is `majority` too, and records with
+    a training image are left out: `dropped` counts them. If none is left there is no mean.
     """
     num_records = len({question.record for question in questions})
     questions = training.leave_out(questions) if training else questions
     dropped = num_records - len({question.record for question in questions})
-    # The short answers first, so that none waits for a long one of its batch.
+    # Short answers first, so that none waits for a long one in its batch.
     questions = sorted(questions, key=lambda question: len(question.truth))
     columns = {"accuracy": answer(model, processor, questions, title=title)}
     if controls and any(question.images for question in questions):
@@ -131,12 +131,12 @@ class AskConfig:
     model: Annotated[Path, tyro.conf.Positional]
     # What to ask: names of tasks, or sources of records.
     tasks: tuple[str, ...] = tuple(TASKS)
-    # Records of a task that are asked, the first ones.
+    # How many records of a task are asked, from its first on.
     limit: int = 512
     # What the model was trained on: its first 50,000 records give the commonest answers, and questions about their
-    # images are left out. (At the end of a run train.py takes those that the run has seen.)
+    # images are left out. (At the end of a run, train.py uses the records that the run has read.)
     training: tuple[str, ...] = ("scenes",)
-    # Print one JSON object in place of the table.
+    # Print one JSON object instead of the table.
     json: bool = False
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"

@@ -11,7 +11,7 @@ COLUMNS, SIDE, GAP, LINE = 4, 256, 12, 18
 
 
 def choose(questions: list[Question], num: int) -> list[Question]:
-    """Choose one question of each of the first records, the kinds by turns."""
+    """Choose one question from each of the first `num` records, taking turns among the kinds."""
     by_record = {}
     for question in questions:
         by_record.setdefault(question.record, []).append(question)
@@ -24,7 +24,7 @@ def choose(questions: list[Question], num: int) -> list[Question]:
 
 
 def describe(question: Question, answer: str) -> str:
-    """Put question, answer and truth into one line; what a terminal would not just show is escaped."""
+    """Put question, answer and truth into one line; unprintable text is escaped."""
     verdict = "right" if exact_match(answer, question.references) else "WRONG"
     asked, said, truth = (x if x.isprintable() else repr(x) for x in (question.text, answer, question.truth))
     return f"{verdict}  {asked} {said} (truth: {truth})"

@@ -1,9 +1,9 @@
-"""What a model is asked. A task has a name, questions, and a way to score an answer.
+"""Tasks, which a model is evaluated on. A task has a name, questions, and a way to score an answer.
 
 ```
 scenes                  held-out drawn scenes
 scenes:compositional    drawn scenes with a pair of color and shape that training never shows
-questions.jsonl, ...    any source of records (nanovlm/data/sources.py): an answer counts when it is the record's
+questions.jsonl, ...    any source of records (nanovlm/data/sources.py): an answer must match the record's
 ```
 
 A new task is a class with `name`, `questions` and `score` and an entry of TASKS.
@@ -25,9 +25,9 @@ from nanovlm.data.sources import open_source
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends with a user's turn, and the answers to it that are right."""
+    """A conversation that ends with a user's turn, and its correct answers."""
 
-    # Number of the record that it is of: its questions show the same images.
+    # Number of its record; the questions of a record show the same images.
     record: int
     # Results are averaged over the questions of a kind, then over the kinds.
     kind: str
@@ -46,19 +46,19 @@ class Question:
 
 
 class Task(Protocol):
-    """What a model is asked, and what its answers are worth."""
+    """Questions for a model, and a score for its answers."""
 
     name: str
 
     def questions(self) -> Iterator[Question]:
-        """Yield the questions, always the same ones, those of a record one after the other."""
+        """Yield the questions, always the same ones, record by record."""
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
-        """Return figures by name, each between 0 and 1; `accuracy` is the one that the task's mean is of."""
+        """Return figures by name, each between 0 and 1; the task's mean is over `accuracy`."""
 
 
 class Records:
-    """The questions of the first records of a source; an answer is right when it is the record's, word for word."""
+    """The questions of the first records of a source; an answer must match the record's word for word."""
 
     def __init__(self, name: str, source: Source, limit: int):
         self.name, self.source, self.limit = name, source, limit
@@ -71,7 +71,7 @@ class Records:
 
 
 class DrawnScenes:
-    """The drawn scenes of a held-out split; captions, which have many details to miss, are no part of the mean."""
+    """The drawn scenes of a held-out split; captions have many details to miss, so they do not count in the mean."""
 
     def __init__(self, name: str, split: str, limit: int):
         self.name, self.source, self.limit = name, Scenes(split), limit
@@ -108,7 +108,7 @@ def read_questions(task: Task) -> list[Question]:
 def ask(raw: dict, number: int) -> list[Question]:
     """Turn a raw record (nanovlm/data/records.py) into questions, one for each answer in it.
 
-    In a conversation the turns before are shown with their true answers. A turn of `texts` may name its `kind`.
+    In a conversation, earlier turns are shown with their true answers. A turn of `texts` may name its `kind`.
     """
     sample, turns = to_sample(raw), raw.get("texts") or ()
     answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
@@ -137,9 +137,9 @@ TASKS = {
 
 
 def open_task(name: str, limit: int) -> Task:
-    """Return the task of this name, or the records of the source that it names (of the hub, those of its test split).
+    """Return the task of this name, or the records of the source that it names (for a hub source, its test split).
 
-    Raises ValueError for a name of neither.
+    Raises ValueError if the name is neither.
     """
     if name in TASKS:
         return TASKS[name](name, limit)

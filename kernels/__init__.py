@@ -1,6 +1,6 @@
 """Triton kernels, one family a file, each beside the plain PyTorch that it must agree with.
 
-A model imports a file here only where its config names the backend `triton`; but dequant_matmul.py, which also has the
-layout of quantised weights, is always imported and does without Triton where there is none.
+A model imports a file here only if its config names the backend `triton`. The exception is dequant_matmul.py, which
+also defines the layout of quantised weights: it is always imported and works without Triton.
 Importing this package imports nothing: transformers looks at every package of this name (see tests/test_layout.py).
 """

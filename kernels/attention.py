@@ -1,6 +1,6 @@
 """Attention, out = softmax(scale * q k^T) v over the keys that a query sees: forward, backward, and over a cache.
 
-The scores of a block of queries and a block of keys exist on the chip alone (Dao 2023, arXiv 2307.08691). With
+The scores of a block of queries and a block of keys exist only on the chip (Dao 2023, arXiv 2307.08691). With
 m the largest score of a query and l the sum of exp(score - m), kept up to date from block to block:
 
 ```
@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # (BM, BN, warps, stages) by pass and by compute capability, or "fp32": the first whose width is at least HA + HB.
-# Fixed, not timed at the first call, so that a run started again computes the same bits.
+# Fixed, not autotuned, so that a restarted run computes the same bits.
 BLOCKS = {
     "forward": {
         90: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
@@ -62,7 +62,7 @@ class Runs(NamedTuple):
     - first, shared: where the prefix of the token's document begins and ends, if the token is on a branch; else both
       where the document begins
     - own: where the token's branch begins; its document, if it is on the prefix
-    - until: the same from the side of the key s, which the tokens of [s, until) see
+    - until: the same for keys: key s is seen by the tokens of [s, until)
     """
 
     first: Tensor
@@ -72,9 +72,9 @@ class Runs(NamedTuple):
 
 
 def find_runs(doc_ids: Tensor, branch_ids: Tensor) -> Runs:
-    """Find the runs in int32[B, T] twice; documents lie in one piece, prefix first, then branch after branch.
+    """Find the runs in int32[B, T] twice; a document is contiguous: prefix first, then branch after branch.
 
-    Padding is one more document. Everything stays on the device.
+    Padding counts as one more document. Everything stays on the device.
     """
     T = doc_ids.shape[1]
     index = torch.arange(T, dtype=torch.int32, device=doc_ids.device).expand_as(doc_ids)
@@ -368,7 +368,7 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
-    """Raise ValueError where a kernel could not compute what is asked for."""
+    """Raise ValueError for inputs that the kernels cannot compute."""
     if not (q.is_cuda or triton.knobs.runtime.interpret):
         raise ValueError(f"attention = 'triton' needs a GPU, but its tensors are on the {q.device.type}: choose sdpa")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -395,13 +395,13 @@ def split_head(H: int) -> tuple[int, int, int]:
 
 
 def choose_blocks(which: str, q: Tensor) -> tuple[int, int, dict]:
-    """Return BM, BN and the options of a launch; when interpreting those of an H100."""
+    """Return BM, BN and the launch options; when interpreting, those of an H100."""
     is_fp32 = q.dtype == torch.float32
     is_hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
     by_width = BLOCKS[which]["fp32" if is_fp32 else 90 if is_hopper else 80]
     width = sum(split_head(q.shape[3])[1:])
     BM, BN, num_warps, num_stages = next(blocks for most, blocks in by_width.items() if width <= most)
-    # In fp32 the compiler would else spill a few bytes to have room for more programs at a time.
+    # In fp32 the compiler would otherwise spill a few bytes to fit more programs at a time.
     return BM, BN, {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": 255 if is_fp32 else None}
 
 
@@ -620,9 +620,9 @@ def attention(
     """Attend from q [B, T, N, H] to k and v [B, S, K, H]; return out [B, T, N, H] and lse fp32[B, N, T].
 
     Each key/value head serves N / K neighbouring query heads. `runs` (see find_runs) is for packed rows, where T = S;
-    without it all keys are visible, or with `causal` those up to the query, the last of which sees the last key. What
-    sees nothing has out 0 and lse -inf. `scale` is H**-0.5 unless given. Gradients flow from out, not from lse. Raises
-    ValueError for shapes and dtypes that do not fit, and without a GPU.
+    without it all keys are visible, or with `causal` those up to the query, the last of which sees the last key. A
+    query that sees nothing has out 0 and lse -inf. `scale` is H**-0.5 unless given. Gradients flow from out, not from
+    lse. Raises ValueError for shapes and dtypes that do not fit, and without a GPU.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -677,5 +677,5 @@ def cut_slots(q: Tensor, k: Tensor, BN: int, num_blocks: int) -> tuple[int, int]
 
 
 def num_processors(q: Tensor) -> int:
-    """Return the number of streaming multiprocessors; when interpreting that of an H100."""
+    """Return the number of streaming multiprocessors; when interpreting, that of an H100."""
     return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132

@@ -6,15 +6,15 @@
                    dx = dz W;  dW += dz^T x         cuBLAS, dW in fp32 where there are several chunks
     backward   dx and dW times the gradient of the loss
 
-Kept for the backward pass: dx and dW, as the gradient of a sum is known at once (Hsu et al. 2024, arXiv 2410.10989). z
-exists for one chunk. A row's statistics are fp32 and come from one pass over it, rescaled when a larger value turns up.
+Kept for the backward pass: dx and dW, computed with the loss (Hsu et al. 2024, arXiv 2410.10989). z exists for one
+chunk at a time. A row's statistics are fp32 and come from one pass over it, rescaled when a larger value turns up.
 
-Why z is written at all: to fuse the product into the kernel (Wijmans et al. 2024, arXiv 2411.09009) spares z, but then
-z must be made a second time for the gradient, 8 N V D operations against 6, by a product of ours that has to keep up
+Why z is written at all: fusing the product into the kernel (Wijmans et al. 2024, arXiv 2411.09009) avoids z, but then
+z is computed a second time for the gradient, 8 N V D operations against 6, by our own product, which has to keep up
 with cuBLAS. The kernel here moves at most 6 bytes for every 16-bit z, beside 6 D operations of the products: with D =
 2048, 3 TB/s and 800 TFLOP/s an eighth of their time, and nothing to tune.
 
-Why chunks of 2048 rows: to add to dW moves 12 bytes for 2 operations a row, so 1600 rows take as long as their product,
+Why chunks of 2048 rows: adding to dW moves 12 bytes for 2 operations a row, so 1600 rows take as long as their product,
 and a chunk of z is smaller than dW for every D above 1024.
 
 Legend: N rows, D hidden, V vocabulary.
@@ -73,7 +73,7 @@ def cross_entropy_kernel(p_logits, p_labels, p_losses, s_n, V, GRADIENT: tl.cons
 def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool = True) -> Tensor:
     """Return the loss of every row, fp32[N]; the gradient of their sum takes the place of the logits.
 
-    `logits` fp32, fp16 or bf16 [N, V], of which only rows may be apart; `labels` integer[N]. A label outside the
+    `logits` fp32, fp16 or bf16 [N, V], contiguous within rows; `labels` integer[N]. A label outside the
     vocabulary has the loss NaN.
     """
     N, V = logits.shape

@@ -45,7 +45,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # the reference needs none
+except ModuleNotFoundError:  # the reference does not need it
     triton = None
 
 jit = triton.jit if triton else lambda kernel: kernel
@@ -77,7 +77,7 @@ def dequant_matmul_ref(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None
 
 
 def dequantize_ref(w: QuantizedWeight) -> Tensor:
-    """Write the weight out, fp32[N, K]."""
+    """Dequantise the weight, fp32[N, K]."""
     (N, K), codes = w.shape, unpack(w)
     group_of = torch.arange(codes.shape[1], device=codes.device) // w.group
     if w.format == "int8":
@@ -129,7 +129,7 @@ def nf4_values(device: torch.device) -> Tensor:
 def ends_of_parts(num: int) -> Tensor:
     """fp32[num + 1]: the ends of equal parts of 0.1 to 1, as torch.linspace has them where a processor fuses products.
 
-    From both ends, with a step in fp32, each rounded once; that it is computed in fp64 gives all processors those bits.
+    Computed from both ends with an fp32 step, each rounded once; fp64 arithmetic gives all processors the same bits.
     """
     first, last = torch.tensor([0.1, 1.0], device="cpu")
     step, i = ((last - first) / num).double(), torch.arange(num + 1, device="cpu")
@@ -154,7 +154,7 @@ def dynamic_values(device: torch.device) -> Tensor:
 def load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT: tl.constexpr):
     """fp32, what the codes of groups are multiplied with, and int32, the codes that stand for 0.
 
-    The one scale of a row of int8 is left to be applied to the sum.
+    An int8 row has one scale, which is applied to the sum later.
     """
     if FORMAT == "int8":
         return 1.0, 128
@@ -325,7 +325,7 @@ def dequantize_kernel(
 
 
 def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x [M, K] -> [M, N], by the way that the number of rows asks for."""
+    """x [M, K] -> [M, N], by the method that suits the number of rows."""
     (M, K), N = x.shape, w.shape[0]
     if M > MAX_FUSED_ROWS:
         return F.linear(x, dequantize(w, x.dtype), bias)
@@ -350,7 +350,7 @@ def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
 
 
 def split_k(programs: int, steps: int) -> int:
-    """Return over how many programs K is split: until 264, two for each unit of a large GPU, and 4 steps for each."""
+    """Return how many programs share K: until 264 in all, 2 per SM of a large GPU, with at least 4 steps each."""
     split = 1
     while programs * split < 264 and steps // (2 * split) >= 4:
         split *= 2
@@ -358,7 +358,7 @@ def split_k(programs: int, steps: int) -> int:
 
 
 def dequantize(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """Write the weight out, [N, K]."""
+    """Dequantise the weight, [N, K]."""
     (N, K), shape = w.shape, _layout(w)
     out = torch.empty(N, K, dtype=dtype, device=w.codes.device)
     BN, BT = 8, max(1, 128 // shape["RUN"])

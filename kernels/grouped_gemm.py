@@ -13,8 +13,8 @@ r k + j, so that order[p] // k is the token.
                dx[r] = sum over j of dg gate + du up
                dgate, dup, ddown = dg^T x, du^T x, dout^T (weights a), over the rows of each expert
 
-Kept for the backward pass: x, g and u. a is computed again from them; to compute g and u again would be 2 products more
-beside 9, and who needs their memory (2 R k W numbers) checkpoints the whole block instead. Nothing is added atomically
+Kept for the backward pass: x, g and u. a is recomputed from them; recomputing g and u too would take 2 more products
+beside 9. To save their memory (2 R k W numbers), checkpoint the whole block instead. Nothing is added atomically
 and tile sizes follow from shapes and dtype, not from timings, so equal inputs give equal bits, also after a restart.
 The host never waits: how many tiles there are stays on the device; a bound on it is launched, and programs beyond
 return. The order of work is that of SonicMoE (arXiv 2512.14080).
@@ -47,7 +47,7 @@ def grouped_experts_ref(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor
 
 @triton.jit
 def load(p_block, m_block, MASKED: tl.constexpr):
-    """The block at some pointers, zero where the mask is False; without a mask where none is needed."""
+    """Load the block at some pointers, with zeros where the mask is False; if not MASKED, ignore the mask."""
     if MASKED:
         return tl.load(p_block, mask=m_block, other=0.0)
     else:
@@ -72,9 +72,9 @@ def add_product(
 
 @triton.jit
 def read_tile(p_tiles, num_tiles, NUM_N: tl.constexpr):
-    """What this program works on: a block of columns, an expert, and the first of its rows and the end of them.
+    """Return this program's work: a block of columns, an expert, and the first and the end of its rows.
 
-    Eight tiles take the same columns one after the other, so that what they share is still in the cache.
+    Eight successive tiles take the same columns, so that the data they share is still in the cache.
     """
     i = tl.program_id(0)
     i_t, i_n = tl.swizzle2d(i // NUM_N, i % NUM_N, num_tiles, NUM_N, 8)
@@ -93,7 +93,7 @@ def gate_up_kernel(
     if first >= end:
         return
     o_p = first + tl.arange(0, BM)
-    # Beyond the end the last row is read once more, which needs no mask.
+    # Beyond the end, read the last row again, which needs no mask.
     o_r = tl.load(p_order + tl.minimum(o_p, end - 1)) // k
     p_rows = p_x + o_r.to(tl.int64)[:, None] * s_x
     o_w = i_n * BN + tl.arange(0, BN)
@@ -163,7 +163,7 @@ def combine_kernel(
 
 
 class Plan(NamedTuple):
-    """Where every row goes. All on the device."""
+    """Where every row goes; all tensors are on the device."""
 
     # int32[P]: the rows r k + j sorted by expert, those of one expert in order.
     order: Tensor
@@ -203,7 +203,7 @@ def tile_sizes(x: Tensor, num_rows: int, num_experts: int, W: int) -> dict:
 def plan_rows(choice: Tensor, num_experts: int, sizes: dict) -> Plan:
     """Sort the rows of choice int64[R, k] by expert and cut them into tiles."""
     num_rows, BM = choice.numel(), sizes["gate_up"]["BM"]
-    # Two bytes are a quarter of the passes that a radix sort makes over eight.
+    # A radix sort of two-byte keys takes a quarter of the passes over eight-byte keys.
     experts, order = choice.flatten().to(torch.int16).sort(stable=True)
     bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, dtype=torch.int16, device=choice.device))
     tiles_of_expert = (bounds.diff() + BM - 1) // BM
@@ -217,7 +217,7 @@ def plan_rows(choice: Tensor, num_experts: int, sizes: dict) -> Plan:
 
 
 def check(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor):
-    """Raise ValueError for devices, shapes and dtypes that the kernels do not take."""
+    """Raise ValueError for devices, shapes and dtypes that the kernels do not support."""
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(f"the experts' kernels run on a GPU, but x is on {x.device}; 'grouped' experts run anywhere")
     if gate.dim() != 3 or choice.dim() != 2:
@@ -260,7 +260,7 @@ def launch_combine(y: Tensor, weights: Tensor | None, R: int, k: int) -> Tensor:
 
 
 def forward(x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, plan: Plan, keeps: bool) -> tuple:
-    """Return out [R, D], and g and u [P, W] where they are to be kept, else None twice."""
+    """Return out [R, D], and g and u [P, W] if `keeps`, else None twice."""
     (R, k), (_, W, D), sizes = weights.shape, gate.shape, plan.sizes["gate_up"]
     a = x.new_empty(R * k, W)
     g, u = (torch.empty_like(a), torch.empty_like(a)) if keeps else (None, None)
@@ -330,7 +330,7 @@ def matrix_grad_kernel(
 ):  # fmt: skip
     """out[e] = rows^T tokens over the rows of expert e: [P, W], gathered [R, D] -> [E, W, D] with strides of (W, D).
 
-    One program adds up all rows of an expert for its BM x BN numbers, and writes zeros where there are none.
+    One program sums all rows of an expert for its BM x BN numbers, and writes zeros if there are none.
     """
     NUM_M: tl.constexpr = (W + BM - 1) // BM
     NUM_N: tl.constexpr = (D + BN - 1) // BN
@@ -411,7 +411,7 @@ class GroupedExperts(torch.autograd.Function):
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
-    """x [R, D], or a copy of it where the numbers of a row do not lie side by side; rows may lie anywhere."""
+    """Return x [R, D], or a copy if the numbers within a row are not contiguous; the row stride is free."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -1,6 +1,6 @@
 """nanovlm: build and study vision-language models in plain PyTorch.
 
-`model, processor = nanovlm.load("runs/scenes/model")` reads a trained model, `nanovlm.load("owner/name")` one of the
+`model, processor = nanovlm.load("runs/scenes/model")` reads a trained model, `nanovlm.load("owner/name")` one from the
 hub, and `nanovlm.generate(model, processor(messages, images), max_new_tokens=32)` returns the tokens of an answer.
 """
 
@@ -8,7 +8,7 @@ __all__ = ["generate", "load"]
 
 
 def __getattr__(name):
-    """Import what is asked for when it is first asked for: a command that needs no model starts without one."""
+    """Import a function on its first use, so that a command that needs no model does not import one."""
     if name == "load":
         from nanovlm.hub.read import load
 

@@ -1,4 +1,4 @@
-"""Command lines: which device, and a user's mistakes as one sentence."""
+"""Command lines: choose the device, and report a user's mistake in one sentence."""
 
 import contextlib
 import io
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent  # the checkout; site-packages where the wheel is installed
-OURS = ("nanovlm", "eval", "kernels", "benchmarks", "train.py", "generate.py")  # what in PROJECT is our own code
+OURS = ("nanovlm", "eval", "kernels", "benchmarks", "train.py", "generate.py")  # our own code in PROJECT
 
 
 def find_device(name: str) -> torch.device:
-    """Turn cpu, cuda, cuda:1 or auto into a device that is there. Raises ValueError that names what is not."""
+    """Turn cpu, cuda, cuda:1 or auto into an available device. Raises ValueError that names a missing one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -28,9 +28,9 @@ def find_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def watch_signals():
-    """Yield a list that receives the signals by which a scheduler announces the end, SIGTERM and SIGUSR1.
+    """Yield a list of the received SIGTERM and SIGUSR1, by which a scheduler announces the end of a job.
 
-    None of them ends the process: torchrun repeats to its ranks what a scheduler may have sent them as well.
+    Neither ends the process, as each may arrive twice: from the scheduler, and once more from torchrun.
     """
     seen, numbers = [], (signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, _frame: seen.append(number)) for number in numbers}
@@ -44,14 +44,14 @@ def watch_signals():
 def run(main: Callable):
     """Call main. A mistake that our own code reports is printed as one sentence and exits with status 2.
 
-    An error from anywhere else is a bug, and keeps its traceback. What the terminal has no letters for is written as
-    an escape.
+    An error from anywhere else is a bug and keeps its traceback. Characters that the terminal cannot encode are printed
+    as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,6 +1,6 @@
-"""Several processes, one run: start the ranks, and exchange what they found.
+"""One run in several processes: join the process group, and exchange values between ranks.
 
-torchrun starts a process (a rank) for each GPU, or several on a CPU, and starts them again when one fails. Without
+torchrun starts a process (a rank) for each GPU, or several on a CPU, and restarts all of them when one fails. Without
 torchrun there is one rank, and everything here is the identity.
 """
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def ranks(device: torch.device):
-    """Join the other ranks where torchrun started us; yield our device, which on a machine with GPUs is one of them."""
+    """Join the process group if torchrun started this process; yield its device, on CUDA its local rank's GPU."""
     if "LOCAL_RANK" not in os.environ:
         yield device
         return
@@ -30,8 +30,8 @@ def ranks(device: torch.device):
         torch.cuda.set_device(device)
     store, rank, num_ranks = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone
-        # (pytorch issue 135712). On several machines, where counts may differ, examples/slurm.sh lets it make new ones.
+        # After a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712). Restart
+        # counts may differ between machines, so examples/slurm.sh has torchrun make new stores there.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
@@ -48,13 +48,13 @@ def num_ranks() -> int:
 
 
 def wait():
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def add_up(numbers: dict[str, int]) -> dict[str, int]:
-    """Add counts up over all ranks, which name the same ones in the same order."""
+    """Sum counts over all ranks; every rank must pass the same names in the same order."""
     if num_ranks() == 1:
         return numbers
     values = torch.tensor(list(numbers.values()), dtype=torch.float64)
@@ -72,12 +72,12 @@ def add_up_tensor(x: Tensor) -> Tensor:
 
 @functools.cache
 def checkpoint_group() -> dist.ProcessGroup | None:
-    """Return a group of all ranks for what goes on beside the training, so that messages are not mixed up."""
+    """Return a process group of all ranks for checkpoints, so that their messages do not mix with those of training."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def gather(value) -> list:
-    """Return the value of every rank, the first rank's first."""
+    """Return the values of all ranks, in rank order."""
     values = [value] * num_ranks()
     if num_ranks() > 1:
         dist.all_gather_object(values, value)

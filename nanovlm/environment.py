@@ -1,4 +1,4 @@
-"""What a run computes with, threads and precision, and what a result was measured on."""
+"""Choose the threads and precision of a run, and describe what a result was measured on."""
 
 import ctypes
 import os
@@ -14,9 +14,9 @@ from nanovlm import cli
 
 
 def choose_threads(device: torch.device) -> int:
-    """Return the number of CPU threads: the physical cores that this process may use, shared by the ranks of a machine.
+    """Return the number of CPU threads: the physical cores that this process may use, divided by the machine's ranks.
 
-    With a GPU one, as there the CPU only launches.
+    With a GPU it is 1, as the CPU then only launches kernels.
     """
     if device.type != "cpu":
         return 1
@@ -24,7 +24,7 @@ def choose_threads(device: torch.device) -> int:
 
 
 def count_cores() -> int:
-    """Count the physical cores that this process may run on; where the system does not tell, its processors."""
+    """Count the physical cores that this process may run on; without that information, its processors."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = set()
     for number in allowed:
@@ -37,7 +37,7 @@ def count_cores() -> int:
 
 
 def cpu_quota() -> float:
-    """Return how many processors a container may use by its control group, at least 1; infinity without a limit."""
+    """Return how many processors the control group of a container allows, at least 1; infinity without a limit."""
     new, old = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
     try:
         if new.exists():
@@ -50,9 +50,9 @@ def cpu_quota() -> float:
 
 
 def choose_precision(device: torch.device) -> str:
-    """Return bf16 on a GPU and on a processor that multiplies it, else fp32: without such instructions bf16 is slower.
+    """Return bf16 on a GPU and on a CPU with bf16 instructions, else fp32: without the instructions bf16 is slower.
 
-    The instructions are AVX512_BF16 and AMX, of x86, and torch may be told to leave them (ATEN_CPU_CAPABILITY).
+    The instructions are AVX512_BF16 and AMX of x86; ATEN_CPU_CAPABILITY can keep torch from using them.
     """
     if device.type != "cpu":
         return "bf16"
@@ -62,10 +62,10 @@ def choose_precision(device: torch.device) -> str:
 
 
 def keep_freed_memory():
-    """Tell glibc to keep what the CPU frees: else it gives every large tensor back, and asks for it anew, page by page.
+    """Tell glibc to keep freed memory; by default it unmaps every large tensor, and the next one is paged in anew.
 
-    No mapping of its own for a large tensor, no memory given back, 64 MiB more than needed asked for at a time
-    (mallopt(3), with the numbers of malloc.h). On a system without glibc nothing happens.
+    Large tensors get no mapping of their own, nothing is returned to the system, and the heap grows by 64 MiB more than
+    needed (mallopt(3), option numbers from malloc.h). Does nothing on a system without glibc.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
@@ -75,7 +75,7 @@ def keep_freed_memory():
 
 
 def processor_field(name: str) -> str:
-    """Return a field of the first processor, such as model name, or nothing where the system does not tell."""
+    """Return a field of the first processor, such as "model name", or "" where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -84,7 +84,7 @@ def processor_field(name: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this checkout, with a + when files are changed; None where this is no checkout."""
+    """Return the commit of this checkout, followed by + if files are changed; None outside a checkout."""
 
     def git(*command):
         return subprocess.run(
@@ -100,7 +100,7 @@ def git_commit() -> str | None:
 
 
 def describe_environment(device: torch.device, threads: int, precision: str | None = None) -> dict:
-    """Say what a result was measured on; without a precision where no model computes."""
+    """Describe what a result was measured on; leave out `precision` where no model was run."""
     return {
         "commit": git_commit(),
         "device": device_name(device),

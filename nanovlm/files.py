@@ -1,6 +1,6 @@
-"""Files and folders on disk, so that a kill at any moment loses nothing that was saved.
+"""Write files and folders so that a kill at any moment loses nothing that was saved.
 
-A file or folder is written under a temporary name, flushed to the disk and renamed; what has its final name is whole.
+A file or folder is written under a temporary name, flushed to disk and renamed, so one with its final name is complete.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def new_folder(path: Path):
-    """Yield a temporary folder to fill; it becomes `path` when all is well and is removed when not.
+    """Yield a temporary folder to fill; it becomes `path` on success and is removed on an error.
 
-    Raises OSError that names `path` when the disk is full or cannot be written.
+    Raises OSError that names `path` when the disk is full or not writable.
     """
     temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -48,16 +48,16 @@ def restore(path: Path):
 
 
 def find_folder(path: Path) -> Path:
-    """Return `path`, or what `new_folder` is replacing or was when it was killed; nothing is renamed."""
+    """Return `path`, or the old folder that `new_folder` had moved aside if `path` is missing; renames nothing."""
     replaced = path.resolve().with_name(f".{path.resolve().name}.old")
     return replaced if replaced.exists() and not path.exists() else path
 
 
 @contextlib.contextmanager
 def lock(folder: Path):
-    """Make a folder, if need be, and keep it to this process; a new one that stays empty is removed again.
+    """Create a folder if needed and lock it for this process; a new one that stays empty is removed at the end.
 
-    Raises ValueError while another process has the folder (a killed one has let go), and where it cannot be made.
+    Raises ValueError while another process holds the lock (a killed process releases it), or if it cannot be created.
     """
     is_new = not folder.exists()
     try:
@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict:
 
 
 def flush(path: Path):
-    """Ask the system to put a file or a folder on the disk now; some shared file systems can do so for files alone."""
+    """Flush a file or folder to disk now; some shared file systems can only flush files, which is not an error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

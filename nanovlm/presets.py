@@ -1,4 +1,4 @@
-"""Recipes: one function a preset, returning a TrainConfig. The command line picks one and overrides fields."""
+"""Recipes: each preset is a function that returns a TrainConfig. The command line picks one and overrides fields."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def scenes() -> TrainConfig:
                 tie_word_embeddings=False,
             ),
         ),
-        # What an image shows and where to look, then to find one object by name, then two, then all (docs/log.md).
+        # Lessons: what an image shows and where, then finding one object by name, then two, then all (docs/log.md).
         data=DataConfig(
             sources=(
                 "scenes:cells,digits",
@@ -72,7 +72,7 @@ def scenes() -> TrainConfig:
 
 
 def scenes_moe() -> TrainConfig:
-    """Scenes with a mixture of 8 experts, of which each token takes 2: as many active parameters as scenes."""
+    """Scenes with a mixture of 8 experts, 2 of them for each token: as many active parameters as scenes."""
     base = scenes()
     moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=base.model.decoder.intermediate_size // 2)
     decoder = dataclasses.replace(base.model.decoder, moe=moe)
@@ -81,8 +81,8 @@ def scenes_moe() -> TrainConfig:
     return dataclasses.replace(base, run_dir="runs/scenes_moe", model=model, optim=optim)
 
 
-# The recipe of the field, in three commands: the projector learns between two frozen backbones, then with the decoder,
-# then all learn. The shapes of SmolVLM-256M: SigLIP-B/16-512 and SmolLM2-135M, whose head stays tied here (228 M).
+# The usual recipe, in three commands: train the projector between two frozen backbones, then with the decoder, then
+# everything. Shapes are those of SmolVLM-256M: SigLIP-B/16-512 and SmolLM2-135M, whose head stays tied here (228 M).
 
 SMOLVLM_256M = VLMConfig(
     vision=VisionConfig(
@@ -113,7 +113,7 @@ SMOLVLM_256M = VLMConfig(
 
 
 def smolvlm_256m_stage1() -> TrainConfig:
-    """Train the projector between SigLIP and SmolLM2 of the hub, both frozen."""
+    """Train the projector between SigLIP and SmolLM2 from the hub, both frozen."""
     return TrainConfig(
         run_dir="runs/smolvlm_256m_stage1",
         model=SMOLVLM_256M,
@@ -130,7 +130,7 @@ def smolvlm_256m_stage1() -> TrainConfig:
 
 
 def smolvlm_256m_stage2() -> TrainConfig:
-    """Go on from stage 1: train the projector and the decoder, the encoder still frozen."""
+    """Go on from stage 1: train the projector and the decoder, with the encoder still frozen."""
     first = smolvlm_256m_stage1()
     return dataclasses.replace(
         first,
@@ -142,7 +142,7 @@ def smolvlm_256m_stage2() -> TrainConfig:
 
 
 def smolvlm_256m_stage3() -> TrainConfig:
-    """Go on from stage 2: train everything, the encoder at a tenth of the rate."""
+    """Go on from stage 2: train everything, the encoder at a tenth of the learning rate."""
     second = smolvlm_256m_stage2()
     return dataclasses.replace(
         second,

@@ -1,7 +1,7 @@
-"""A tensor of which every rank has some rows, written to as if this rank had it whole.
+"""Write whole tensors into sharded ones, of which every rank holds some rows.
 
 ```
-writable(tensor)     the tensor itself; where it is sharded, a `Rows` that takes what is copied to the whole
+writable(tensor)     the tensor itself; if it is sharded, a `Rows`, which accepts whole tensors and keeps its own rows
 ```
 """
 
@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 
 class Rows:
-    """What this rank has of a tensor of `shape`: `local`, which begins at `start` along dimension `dim`.
+    """This rank's shard of a tensor of `shape`: `local`, which begins at `start` along dimension `dim`.
 
-    It has those methods of a tensor that are needed to fill it. Ranks copy the same whole, and each keeps its own part.
+    It has the tensor methods that are needed to fill it. All ranks copy the same whole tensor; each keeps its own part.
     """
 
     def __init__(self, local: Tensor, shape: torch.Size, start: int, dim: int = 0):
@@ -29,7 +29,7 @@ class Rows:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key: int | slice | None) -> "Tensor | Rows":
-        """Return one row, some rows, or with None all of it with one more dimension in front."""
+        """Return one row, a slice of rows, or with None all rows with a new first dimension."""
         if key is None:
             return Rows(self.local[None], (1, *self.shape), self.start, self.dim + 1)
         assert self.dim == 0
@@ -45,7 +45,7 @@ class Rows:
         return self.local.is_floating_point()
 
     def part_of(self, whole: Tensor) -> Tensor:
-        """Return the part of a tensor of the whole shape that this rank has of it."""
+        """Return this rank's part of a tensor of the whole shape."""
         return whole.narrow(self.dim, self.start, self.local.shape[self.dim])
 
     def copy_(self, whole: Tensor):
@@ -59,7 +59,7 @@ Places = dict[str, Tensor | Rows]
 
 
 def writable(tensor: Tensor) -> Tensor | Rows:
-    """Return what a whole tensor can be copied to, of which a sharded one keeps this rank's rows."""
+    """Return a destination for a whole tensor; for a sharded one it keeps this rank's rows only."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -67,17 +67,17 @@ def writable(tensor: Tensor) -> Tensor | Rows:
     assert len(sharded) == 1 and tensor.placements[sharded[0]].is_shard(0), tensor.placements
     mesh, local = tensor.device_mesh, tensor.to_local()
     num_ranks, rank = mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
-    size = (len(tensor) + num_ranks - 1) // num_ranks  # as torch.chunk cuts: the last ranks may have less, or nothing
+    size = (len(tensor) + num_ranks - 1) // num_ranks  # as torch.chunk does: the last ranks may have fewer or none
     start = min(rank * size, len(tensor))
     assert len(local) == min(size, len(tensor) - start), (tensor.shape, local.shape)
     return Rows(local, tensor.shape, start)
 
 
 def local_part(place: Tensor | Rows) -> Tensor:
-    """Return the memory of a place on this rank."""
+    """Return this rank's memory of a destination."""
     return place.local if isinstance(place, Rows) else place
 
 
 def places(model: nn.Module) -> Places:
-    """Return what the tensors of a model can be copied to, by name."""
+    """Return the destinations of a model's tensors, by name."""
     return {name: writable(tensor) for name, tensor in model.state_dict().items()}

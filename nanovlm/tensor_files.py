@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files, read tensor by tensor into memory that is there already."""
+"""Read safetensors files, tensor by tensor, into memory that is already allocated."""
 
 import contextlib
 import functools
@@ -16,9 +16,9 @@ INTEGERS = {torch.int32: "I32", torch.uint8: "U8"}
 
 
 def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
-    """Return the smallest dtype that holds the tensors of all files exactly, but for names that are ignored.
+    """Return the smallest dtype that holds the tensors of all files exactly; ignored names do not count.
 
-    Raises ValueError that names a tensor of another dtype than those of DTYPES.
+    Raises ValueError that names a tensor whose dtype is not in DTYPES.
     """
     found = {}
     for path in files:
@@ -33,11 +33,11 @@ def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
 
 @torch.no_grad()
 def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list[Path], is_ignored=lambda name: False):
-    """Copy safetensors files tensor by tensor into memory that is there already.
+    """Copy safetensors files, tensor by tensor, into memory that is already allocated.
 
-    `destinations` says, for each name in the files, which tensors its rows fill, one after the other. Names for which
-    `is_ignored` holds are left out. Raises ValueError that lists what is missing, unknown, or of another shape
-    or dtype, before anything is copied.
+    `destinations` lists, for each name in the files, the tensors that its rows fill, in order. Names for which
+    `is_ignored` returns True are skipped. Before anything is copied, raises ValueError that lists missing and unknown
+    names and wrong shapes and dtypes.
     """
     where = {}
     problems = []
@@ -60,7 +60,7 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
         file = files[0] if len(files) == 1 else files[0].parent
         raise ValueError(f"{file} does not fit the config: {'; '.join(sorted(problems))}")
     for name, parts in destinations.items():
-        # A file is opened anew for each tensor: what was read of an open one stays in memory.
+        # Reopen the file for each tensor: whatever was read stays in memory while the file is open.
         with open_tensors(where[name]) as file:
             tensor = file.get_tensor(name)
         for part, rows in zip(parts, tensor.split([len(p) for p in parts]) if tensor.ndim else [tensor], strict=True):
@@ -68,7 +68,7 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
 
 
 def merge_numbers(names) -> list[str]:
-    """Write names that differ only in numbers as one: layers.{0-29}.norm.weight."""
+    """Merge names that differ only in numbers into one: layers.{0-29}.norm.weight."""
     groups = {}
     for name in names:
         pieces = re.split(r"(?<=\.)(\d+)(?=\.)", name)
@@ -90,7 +90,7 @@ def merge_numbers(names) -> list[str]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path):
-    """Open a safetensors file, of which tensors are then read one by one. Raises ValueError that names it."""
+    """Open a safetensors file to read its tensors one by one. Raises ValueError if it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     try:
@@ -101,7 +101,7 @@ def open_tensors(path: Path):
 
 
 def read_tensor(files: list[Path], name: str) -> torch.Tensor:
-    """Read one tensor, which is in one of the files."""
+    """Read the tensor of this name from whichever file has it."""
     for path in files:
         with open_tensors(path) as file:
             if name in file.keys():

@@ -1,7 +1,7 @@
 """Every setting of a model and of a run, as frozen dataclasses.
 
-The comment above a field is its help text on the command line. Values that follow from others are
-properties. `validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
+The comment above a field is its help text on the command line. Derived values are properties.
+`validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
 """
 
 from nanovlm.config.fields import differences, from_dict, pick

@@ -1,4 +1,4 @@
-"""Configs from JSON and against each other, and checks of their values."""
+"""Read configs from JSON, compare them, and check their values."""
 
 import dataclasses
 import difflib
@@ -8,7 +8,7 @@ from typing import Literal
 
 
 def pick(table: dict, key: str, field: str):
-    """Return `table[key]`, or raise ValueError that names the field, the value and the keys there are."""
+    """Return `table[key]`, or raise ValueError that names the field, the value and the known keys."""
     if key not in table:
         raise ValueError(f"{field} = {key!r} is unknown; there are {', '.join(table)}")
     return table[key]

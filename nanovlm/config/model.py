@@ -27,7 +27,7 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile; pixels beyond the last are not seen, as in SigLIP (384 = 27 * 14 + 6)."""
+        """Patches along one side of a tile; pixels beyond the last are unused, as in SigLIP (384 = 27 * 14 + 6)."""
         return self.image_size // self.patch_size
 
     @property
@@ -45,15 +45,15 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    # How images become tiles, a key of nanovlm.data.images.TILING: fit, aspect kept and as few tiles as carry the
-    # image's detail; idefics3, the rules of Idefics3 and SmolVLM; nanovlm, those of nanoVLM; or square, every image
-    # stretched to one tile.
+    # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
+    # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
+    # image to one tile.
     policy: str = "fit"
-    # fit: most tiles of one image, not counting the view of the whole image that follows several tiles.
+    # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
     max_tiles: int = 1
     # idefics3, nanovlm: the longest side of every image, in pixels, before it is cut (`size.longest_edge`).
     longest_edge: int = 256
-    # nanovlm: bring images that are smaller to that side, too.
+    # nanovlm: also enlarge smaller images to that side.
     enlarge: bool = False
     # nanovlm: show the whole image before its tiles.
     has_global: bool = True
@@ -64,19 +64,19 @@ class RopeScalingConfig:
     # How rotary frequencies are slowed down for longer contexts, a key of nanovlm.model.decoder.ROPE_SCALING: none,
     # linear, llama3 or yarn.
     type: str = "none"
-    # How many times longer the context becomes.
+    # By how many times the context grows.
     factor: float = 1.0
     # llama3, yarn: the context that the frequencies were first trained for, in tokens.
     original_max_position_embeddings: int = 8192
-    # llama3: frequencies that turn less often than this in the original context are slowed down by the whole factor.
+    # llama3: frequencies with fewer turns than this in the original context are slowed down by the whole factor.
     low_freq_factor: float = 1.0
-    # llama3: those that turn more often than this are left alone.
+    # llama3: frequencies with more turns than this are left unchanged.
     high_freq_factor: float = 4.0
-    # yarn: frequencies that turn more often than this in the original context are left alone.
+    # yarn: frequencies with more turns than this in the original context are left unchanged.
     beta_fast: float = 32.0
-    # yarn: those that turn less often than this are slowed down by the whole factor.
+    # yarn: frequencies with fewer turns than this are slowed down by the whole factor.
     beta_slow: float = 1.0
-    # yarn: factor on queries and keys; null (None) for 0.1 ln(factor) + 1.
+    # yarn: factor that scales queries and keys; null (None) for 0.1 ln(factor) + 1.
     attention_factor: float | None = None
 
 
@@ -88,19 +88,19 @@ class MoEConfig:
     num_experts_per_tok: int = 2
     # Width of one expert.
     intermediate_size: int = 144
-    # Experts that see every token beside the routed ones; together they are one layer of so many times the width.
+    # Shared experts, which see every token; together they are one layer of this many times the width of an expert.
     num_shared_experts: int = 0
     # Router scores: softmax (Mixtral, Qwen3-MoE, OLMoE) or sigmoid (DeepSeek-V3).
     scores: Literal["softmax", "sigmoid"] = "softmax"
     # Let the weights of a token's experts add up to 1 (Mixtral, DeepSeek-V3; not OLMoE).
     norm_topk_prob: bool = True
-    # Factor on the weights.
+    # Factor that the weights are multiplied by.
     routed_scaling_factor: float = 1.0
-    # In training, what the router sees is multiplied with random numbers within this of 1.
+    # In training, the router's input is multiplied by random numbers from 1 - jitter to 1 + jitter.
     jitter: float = 0.0
-    # In training, most tokens of an expert, as a multiple of its fair share; 0 drops nothing.
+    # In training, the most tokens an expert takes, as a multiple of its fair share; 0 drops nothing.
     capacity_factor: float = 0.0
-    # Backend, a key of nanovlm.model.moe.EXPERTS.
+    # Backend of the experts, a key of nanovlm.model.moe.EXPERTS.
     experts: str = "grouped"
     # What keeps the load even: loss (Switch, over a micro-batch), global_loss (over the whole step so far), bias
     # (DeepSeek-V3, no loss), or none.
@@ -115,13 +115,13 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    # Rows of the embedding table; at least the size of the tokenizer.
+    # Rows of the embedding table; at least the tokenizer's vocabulary size.
     vocab_size: int = 640
     # Width of the residual stream.
     hidden_size: int = 128
     # Width of the SwiGLU feed-forward layer.
     intermediate_size: int = 384
-    # Mixture of experts in place of that layer; null (None) for none.
+    # Mixture of experts in place of the feed-forward layer; null (None) for none.
     moe: MoEConfig | None = None
     # Number of transformer blocks.
     num_hidden_layers: int = 4
@@ -139,21 +139,21 @@ class DecoderConfig:
     qk_norm: Literal["none", "head", "all"] = "none"
     # Base of the rotary position frequencies.
     rope_theta: float = 10000.0
-    # Longer contexts by slower frequencies.
+    # Slower rotary frequencies for longer contexts.
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    # Indices of the blocks whose attention has no positions.
+    # Indices of the blocks whose attention has no rotary positions.
     layers_without_rope: tuple[int, ...] = ()
-    # Longest document that the positions were made for, in tokens.
+    # Longest document that the positions are made for, in tokens.
     max_position_embeddings: int = 8192
     # Epsilon of the RMS norms.
     rms_norm_eps: float = 1e-5
     # Use the embedding table as output head.
     tie_word_embeddings: bool = True
-    # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa, torch's; triton, kernels/attention.py; or
-    # flex, torch's other one.
+    # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa (torch's scaled_dot_product_attention), triton
+    # (kernels/attention.py) or flex (torch's flex_attention).
     attention: str = "sdpa"
-    # Backend of the output head with its loss, a key of nanovlm.objectives.losses.CROSS_ENTROPY: torch; or triton,
-    # kernels/cross_entropy.py.
+    # Backend of the output head with its loss, a key of nanovlm.objectives.losses.CROSS_ENTROPY: torch or triton
+    # (kernels/cross_entropy.py).
     cross_entropy: str = "torch"
 
 
@@ -163,13 +163,13 @@ class QuantizationConfig:
     format: Literal["int8", "int4", "nf4"] = "int4"
     # int4: weights in a group.
     group_size: Literal[32, 64, 128] = 64
-    # Linear layers with names in which this regular expression is found; head and routers never are.
+    # Linear layers in whose names this regular expression is found; the head and routers are never quantised.
     layers: str = r"^decoder\."
 
 
 @dataclass(frozen=True)
 class VLMConfig:
-    # Image encoder; null (None) for a language model that sees no images.
+    # Image encoder; null (None) for a language model without images.
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     # Patch features to image tokens.
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -177,11 +177,11 @@ class VLMConfig:
     tiling: TilingConfig = field(default_factory=TilingConfig)
     # Language model.
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    # Linear layers in few bits, as nanovlm/model/quantized.py makes them of a trained model; null (None) for none.
+    # Low-bit linear layers, which nanovlm/model/quantized.py makes from a trained model; null (None) for none.
     quantization: QuantizationConfig | None = None
     # Token id of padding.
     pad_token_id: int = 0
-    # Token id over whose embeddings the image features are written; null (None) without an image encoder.
+    # Token id of the image placeholders, whose embeddings image features replace; null (None) without an image encoder.
     image_token_id: int | None = 1
     # Token id that ends an assistant turn.
     eos_token_id: int = 2
@@ -228,7 +228,7 @@ class VLMConfig:
                 check(value >= least, f"decoder.moe.{name} = {value} must be at least {least}")
             for name, width in (("hidden_size", d.hidden_size), ("moe.intermediate_size", d.moe.intermediate_size)):
                 check(
-                    d.moe.experts != "grouped" or width % 8 == 0,  # torch wants rows of a multiple of 16 bytes
+                    d.moe.experts != "grouped" or width % 8 == 0,  # torch needs rows of a multiple of 16 bytes
                     f"decoder.{name} = {width} must be a multiple of 8 for decoder.moe.experts = grouped",
                 )
         for name, value in (pair for part, config in parts.items() for pair in integers(part, config)):

@@ -16,38 +16,38 @@ class InitConfig:
     upcycle_noise: float = 0.0
     # A SigLIP encoder for the image encoder, folder or repository.
     vision: str = ""
-    # A language model for the decoder, folder or repository; its tokenizer is taken too, and made larger.
+    # A language model for the decoder, folder or repository; its tokenizer is used too, with image tokens added.
     decoder: str = ""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Where the samples come from: scenes (scenes:color,cells for questions of these kinds alone), a .jsonl file,
+    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), a .jsonl file,
     # .parquet or .tar files, a folder, or hub:owner/name.
     sources: tuple[str, ...] = ("scenes",)
-    # How often each source is read, relative to the others; without weights each sample once an epoch.
+    # How often each source is read, relative to the others; without weights, each sample once an epoch.
     weights: tuple[float, ...] = ()
-    # Read the sources one after the other, as lessons: so many samples of each before the next; the last has no number.
+    # Read the sources in turn, as lessons: the number of samples of each but the last, which goes on to the end.
     lessons: tuple[int, ...] = ()
     # Tokens in a packed row; a longer document is skipped and counted.
     row_length: int = 256
-    # Most image tiles in a packed row; 0 for any number.
+    # Largest number of image tiles in a packed row; 0 for no limit.
     max_tiles: int = 0
-    # Passes over the data before the run ends, if its steps do not end first; 0 for any number.
+    # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
     num_epochs: int = 0
-    # Processes of each rank that read samples beside the training; 0 reads in the training process.
+    # Worker processes of each rank that read samples; 0 reads in the training process.
     num_workers: int = 0
     # Share of the samples that a hash of their contents keeps out of training.
     val_fraction: float = 0.0
-    # Least ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
+    # Lowest accepted ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
     min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)
     # Stop when more than this share of the samples is corrupt or too long.
     max_bad_fraction: float = 0.05
     # Rows in a batch (a micro-batch, when gradients are accumulated).
     batch_rows: int = 16
-    # Documents to choose from when rows are packed; more waste less and need more memory.
+    # Documents to choose from when rows are packed; more of them leave less padding and need more memory.
     pack_buffer: int = 128
-    # Read each pass over the source in another order.
+    # Read the source in a new order on each pass.
     shuffle: bool = True
     # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
     tokenizer_size: int = 640
@@ -59,7 +59,7 @@ class DataConfig:
 class ParamRule:
     # Regular expression searched in the parameter's name.
     pattern: str
-    # Factor on optim.lr; null (None) freezes the parameter.
+    # Factor that optim.lr is multiplied by; null (None) freezes the parameter.
     lr_scale: float | None = 1.0
     # Decoupled weight decay.
     weight_decay: float = 0.0
@@ -71,15 +71,15 @@ class ParamRule:
 class ParallelConfig:
     # With several ranks: ddp (each has all weights) or fsdp (each has a part of every weight).
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    # fsdp: ranks that hold the weights together; 0 for all, fewer make copies of such groups (hybrid sharding).
+    # fsdp: ranks that share one copy of the weights; 0 for all; with fewer, each group has a copy (hybrid sharding).
     shard_ranks: int = 0
-    # fsdp: give a block's gathered weights back after the forward pass, and gather them again; less memory.
+    # fsdp: free a block's gathered weights after the forward pass and gather them again for the backward; less memory.
     reshard_after_forward: bool = True
-    # Ranks that share out the experts of a mixture, to which tokens then travel.
+    # Ranks over which a mixture's experts are divided; tokens are sent to the ranks of their experts.
     expert_ranks: int = 1
-    # What blocks compute again in the backward pass instead of keeping it: nothing, all but matrix products, or all.
+    # What blocks recompute in the backward pass to save memory: nothing, all but matrix products, or everything.
     checkpointing: Literal["none", "selective", "full"] = "none"
-    # Compile every block (torch.compile); pays on a GPU.
+    # Compile every block (torch.compile); worthwhile on a GPU.
     compile: bool = False
 
 
@@ -91,27 +91,27 @@ class OptimConfig:
     steps: int = 1000
     # Steps of linear warm-up.
     warmup_steps: int = 20
-    # How the rate falls after the warm-up: cosine, or wsd: held at the peak, then a line to the end.
+    # How the rate falls after the warm-up: cosine, or wsd, which holds the peak and then falls linearly.
     schedule: Literal["cosine", "wsd"] = "cosine"
-    # Where the line of wsd begins, as a fraction of the steps.
+    # wsd: where the linear fall begins, as a fraction of the steps after the warm-up.
     decay_start: float = 0.8
     # The rate ends at this fraction of the peak.
     min_lr_ratio: float = 0.02
     # Gradients are scaled down to this global norm.
     max_grad_norm: float = 1.0
-    # Micro-batches of a step, shared out evenly among the ranks; 0 for one on each rank.
+    # Micro-batches of a step, divided evenly among the ranks; 0 for one on each rank.
     micro_batches: int = 0
-    # Steps with a loss or gradient that is not finite are left out; more of them than this stop the run.
+    # Steps whose loss or gradient is not finite change nothing; more of them than this stop the run.
     max_skipped_steps: int = 10
     # AdamW: decay of the first and second moments.
     betas: tuple[float, float] = (0.9, 0.99)
     # Muon: momentum.
     momentum: float = 0.95
-    # Patterns: a parameter does not learn when one is found in its name, whatever the rules say.
+    # Patterns: a parameter is frozen when one of them is found in its name, whatever the rules say.
     freeze: tuple[str, ...] = ()
-    # Pairs of a pattern and a factor of the learning rate, beside that of the rules: the first one that is found holds.
+    # Pairs of a pattern and a learning-rate factor, on top of that of the rules: the first match applies.
     lr_scales: tuple[tuple[str, float], ...] = ()
-    # Parameter groups: the first rule whose pattern is found in a parameter's name holds.
+    # Parameter groups: the first rule whose pattern is found in a parameter's name applies.
     rules: tuple[ParamRule, ...] = (
         ParamRule(r"(norm|embed|embedding|bias)", weight_decay=0.0),
         ParamRule(r"", weight_decay=0.01),
@@ -120,39 +120,39 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # What the model is asked at the end of the run, and every so many steps: names of eval/tasks.py (scenes,
-    # scenes:compositional) or sources of records, whose answers count when they are the same word for word.
+    # What the model is asked at the end of the run and every `every` steps: names of eval/tasks.py (scenes,
+    # scenes:compositional) or sources of records, where an answer must match the record's word for word.
     tasks: tuple[str, ...] = ()
-    # Records of a task that are asked, the first ones.
+    # How many records of a task are asked, from its first on.
     limit: int = 512
-    # At the end, also ask with grey images and with another record's, and compare with the commonest training answers.
+    # At the end, also ask with grey images and with another record's, and score the commonest training answers.
     controls: bool = True
-    # Steps between looks at the validation loss (of data.val_fraction, for each source) and the tasks; 0 for none
-    # but at the end.
+    # Steps between measurements of validation loss (of data.val_fraction, for each source) and tasks; 0 for the
+    # end alone.
     every: int = 0
-    # Micro-batches that the validation loss of a source is of, at most; read once and kept.
+    # Largest number of micro-batches for the validation loss of a source; read once and kept.
     val_batches: int = 16
     # Steps between answers that are shown on the terminal; 0 for none.
     show_every: int = 200
-    # A source of records whose first questions are shown; where none is named, some of the first task.
+    # A source of records whose first questions are shown; if empty, some questions of the first task.
     show: str = ""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    # Where the run writes everything; started again with the same folder it continues.
+    # Folder that the run writes to; started again with the same folder, the run continues.
     run_dir: str = "runs/scenes"
     # The model.
     model: VLMConfig = field(default_factory=VLMConfig)
-    # Which weights the run starts from; random ones where nothing is named.
+    # Which weights the run starts from; random ones by default.
     init: InitConfig = field(default_factory=InitConfig)
     # The data.
     data: DataConfig = field(default_factory=DataConfig)
     # The optimizer and its schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
-    # What the run is judged by.
+    # How the run is evaluated.
     eval: EvalConfig = field(default_factory=EvalConfig)
-    # How the model lies on several ranks and what it trades for memory or speed.
+    # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES.
     objective: str = "next_token"

@@ -2,8 +2,8 @@
 
 Legend of shapes: B rows, T query tokens, S key tokens, N query heads, K key/value heads, H head size.
 A backend is `attend(q: [B, T, N, H], k: [B, S, K, H], v: [B, S, K, H], mask) -> [B, T, N, H]` in the dtype of v; each
-key/value head serves N / K neighbouring query heads. A mask is made once a forward and handed to every block: None, all
-keys are visible, or what `make_mask` and `make_cache_mask` return, in the form that the backend wants.
+key/value head serves N / K neighbouring query heads. A mask is made once per forward pass and passed to every block:
+None (all keys are visible), or the result of `make_mask` or `make_cache_mask`, in the backend's own form.
 """
 
 import functools
@@ -15,19 +15,19 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 
 def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa"):
-    """Say which keys a query sees: its own document's, not later ones, of the prefix or of its own branch.
+    """Return which keys a query sees: those up to its own position in its document's prefix and its own branch.
 
-    Takes int32[B, T] twice, returns bool[B, 1, T, T] or the form of the backend. Padding (doc_id -1) sees only
-    padding, so no row is empty; nothing reads what comes out there.
+    Takes int32[B, T] twice, returns bool[B, 1, T, T] or the backend's form. Padding (doc_id -1) sees only padding,
+    so no row of the mask is empty; its outputs are never used.
     """
     make, _ = MASKS.get(backend, DENSE)
     return make(doc_ids, branch_ids)
 
 
 def make_cache_mask(position_ids: Tensor, num_slots: int, backend: str = "sdpa"):
-    """Say which slots of a cache a query sees: those up to its position.
+    """Return which slots of a cache a query sees: those up to its position.
 
-    Takes int64[B, T], returns bool[B, 1, T, S] or the form of the backend.
+    Takes int64[B, T], returns bool[B, 1, T, S] or the backend's form.
     """
     _, make = MASKS.get(backend, DENSE)
     return make(position_ids, num_slots)
@@ -64,7 +64,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2).to(dtype)
 
 
-# --- flex: a BlockMask, to compare with ----------------------------------------------------------------------
+# --- flex: a BlockMask, for comparison -----------------------------------------------------------------------
 
 
 def make_flex_mask(doc_ids: Tensor, branch_ids: Tensor) -> BlockMask:
@@ -85,7 +85,7 @@ def make_flex_cache_mask(position_ids: Tensor, num_slots: int) -> BlockMask:
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
-    """torch's flex_attention, compiled on a GPU; on the CPU, where it has no gradients, they come from sdpa."""
+    """torch's flex_attention, compiled on a GPU; on the CPU it has no gradients, so training there uses sdpa."""
     if not q.is_cuda and torch.is_grad_enabled():
         dense = None
         if mask is not None:
@@ -113,14 +113,14 @@ def make_triton_cache_mask(position_ids: Tensor, num_slots: int) -> Tensor:
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Our kernels: gradients within documents and with all keys visible, none over a cache (int64[B, T])."""
+    """Our kernels: differentiable within documents and with all keys visible, but not over a cache (int64[B, T])."""
     kernels = load_kernels()
     q, k = q.to(v.dtype), k.to(v.dtype)
     return kernels.attend_slots(q, k, v, mask) if isinstance(mask, Tensor) else kernels.attention(q, k, v, mask)[0]
 
 
 def load_kernels():
-    """Import the kernels where they are asked for: no other backend needs Triton."""
+    """Import the kernels on demand, as no other backend needs Triton."""
     try:
         from kernels import attention
     except ModuleNotFoundError as error:
@@ -131,6 +131,6 @@ def load_kernels():
 
 ATTENTION = {"sdpa": attend_sdpa, "flex": attend_flex, "triton": attend_triton}
 
-# What makes the masks of documents and of caches, where a backend wants another form than bool[B, 1, T, S].
+# Makers of document masks and cache masks, for backends whose masks are not bool[B, 1, T, S].
 DENSE = (make_dense_mask, make_dense_cache_mask)
 MASKS = {"flex": (make_flex_mask, make_flex_cache_mask), "triton": (make_triton_mask, make_triton_cache_mask)}

@@ -1,4 +1,4 @@
-"""VLMConfig -> a model that has its shape but no weights yet: on the meta device, or in memory for files to fill."""
+"""VLMConfig -> a model without weights: on the meta device, or with uninitialised memory for files to fill."""
 
 import torch
 
@@ -8,7 +8,7 @@ from nanovlm.model.vlm import VLM
 
 
 def meta_model(config: VLMConfig) -> VLM:
-    """Make a model without memory, on the meta device, in few bits where the config says so."""
+    """Make a model on the meta device, which takes no memory; quantised if the config says so."""
     with torch.device("meta"):
         model = VLM(config)
         if config.quantization is not None:
@@ -17,5 +17,5 @@ def meta_model(config: VLMConfig) -> VLM:
 
 
 def empty_model(config: VLMConfig, device: str | torch.device, dtype: torch.dtype) -> VLM:
-    """Make a model whose weights are memory that nothing was written to yet, in few bits where the config says so."""
+    """Make a model whose weights are uninitialised memory; quantised if the config says so."""
     return meta_model(config).to(dtype).to_empty(device=device)

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Embeddings [B, T, D] -> normed hidden states [B, T, D], and the routing of every mixture.
 
-        `mask` as attention.py says; `is_token` bool[B, T] is False on padding.
+        `mask` is as in attention.py; `is_token` bool[B, T] is False on padding.
         """
         rope = rope_table(position_ids, self.config)
         routings = []
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         return self.norm(x_BTD), routings
 
     def update_expert_bias(self, load: Tensor):
-        """After a step, given the tokens of each expert fp32[L, E]: balance by bias where the config says so."""
+        """After a step, update the balance biases from the tokens of each expert fp32[L, E] if the config has them."""
         if self.config.moe.balance == "bias":
             for layer, counts in zip(self.layers, load, strict=True):
                 layer.mlp.update_bias(counts)
@@ -138,7 +138,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
 
 
-# A scaling takes the frequencies fp32[H / 2] and returns others, and a factor for cosine and sine.
+# A scaling takes frequencies fp32[H / 2] and returns the scaled ones, and a factor for cosine and sine.
 
 
 def scale_none(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
@@ -146,12 +146,12 @@ def scale_none(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, floa
 
 
 def scale_linear(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
-    """All positions closer together (Chen et al. 2023, arXiv 2306.15595)."""
+    """Move all positions closer together (Chen et al. 2023, arXiv 2306.15595)."""
     return frequencies / config.rope_scaling.factor, 1.0
 
 
 def scale_llama3(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
-    """Slow frequencies slower, fast ones as they were, those between in between (Llama 3.1, arXiv 2407.21783)."""
+    """Slow low frequencies down, keep high ones, and interpolate between the two (Llama 3.1, arXiv 2407.21783)."""
     c = config.rope_scaling
     turns = c.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
@@ -159,11 +159,11 @@ def scale_llama3(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, fl
 
 
 def scale_yarn(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
-    """As llama3, with a ramp along the index of the frequency, and sharper attention (arXiv 2309.00071)."""
+    """Like llama3, but interpolate along the frequency's index, and sharpen attention (arXiv 2309.00071)."""
     c, H, theta = config.rope_scaling, config.head_dim, config.rope_theta
 
     def index(turns):
-        """Where the frequency lies that turns this often in the original context."""
+        """Return the index of the frequency that makes this many turns in the original context."""
         return H * math.log(c.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(index(c.beta_fast)), 0), min(math.ceil(index(c.beta_slow)), H - 1)

@@ -10,8 +10,8 @@ from nanovlm.model.attention import make_cache_mask
 class KVCache:
     """Buffers [B, S, K, H] for each layer; `lengths` int64[B] counts the tokens that each row holds.
 
-    Rows have their own lengths: slot s of a row holds its token at position s. What lies at or behind
-    `lengths` is stale and is never seen, because a query sees only slots up to its own position.
+    Rows have their own lengths: slot s of a row holds its token at position s. Slots at or after
+    `lengths` are stale but never seen, because a query sees only slots up to its own position.
     """
 
     def __init__(self, config: DecoderConfig, num_rows: int, max_length: int, device=None, dtype=torch.float32):
@@ -29,5 +29,5 @@ class KVCache:
         return self.keys[layer], self.values[layer]
 
     def make_mask(self, position_ids: Tensor):
-        """Say, in the form of the attention backend, that a query at a position sees the slots up to it."""
+        """Return the attention backend's mask in which a query sees the slots up to its position."""
         return make_cache_mask(position_ids, self.max_length, self.attention)

@@ -11,7 +11,7 @@ x [R, D] --router--> choice [R, k], weights [R, k]
    + the shared expert, which sees every token
 ```
 
-Nothing is dropped but by a capacity factor in training. What balancing and statistics need is returned as a Routing.
+Tokens are dropped only by a capacity factor in training. A Routing holds what balancing and statistics need.
 Legend: R tokens (all rows of the batch, end to end), D hidden, W width of an expert, E experts, k experts a token.
 """
 
@@ -46,11 +46,11 @@ class Routing(NamedTuple):
     shares: Tensor
     # int64[R, k], the chosen experts, best first.
     choice: Tensor
-    # fp32[R, k], what their outputs are multiplied with.
+    # fp32[R, k], the factors of their outputs.
     weights: Tensor
-    # bool[R, k], False where an expert had no room for a token, whose weight is 0 then.
+    # bool[R, k], False where an expert had no room for a token; its weight is then 0.
     is_kept: Tensor
-    # fp32[E], the tokens that chose each expert, padding left out.
+    # fp32[E], the number of tokens that chose each expert, without padding.
     load: Tensor
 
 
@@ -71,7 +71,7 @@ class MoE(nn.Module):
             self.register_buffer("selection_bias", torch.zeros(E))
 
     def forward(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """[B, T, D] -> [B, T, D] and the routing; padding, where `is_token` bool[B, T] is False, counts nowhere."""
+        """[B, T, D] -> [B, T, D] and the routing; padding (`is_token` bool[B, T] is False) is not counted."""
         x_RD = x.flatten(0, 1)
         routing = self.route(x_RD, None if is_token is None else is_token.flatten())
         weights = routing.weights.to(x.dtype)
@@ -81,7 +81,7 @@ class MoE(nn.Module):
         return y_RD.view_as(x), routing
 
     def route(self, x: Tensor, is_token: Tensor | None = None) -> Routing:
-        """Choose k experts for each of x [R, D], in fp32; of equal scores the first expert's counts as higher."""
+        """Choose k experts for each of x [R, D], in fp32; ties go to the expert with the lower index."""
         c = self.config
         if is_token is None:
             is_token = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -97,7 +97,7 @@ class MoE(nn.Module):
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * c.routed_scaling_factor
-        # Only in training: one token at a time finds another capacity than the tokens of a whole answer together.
+        # Only in training: in generation the capacity would depend on how many tokens are passed at once.
         has_capacity = self.training and c.capacity_factor
         is_kept = fits_capacity(choice, is_token, c) if has_capacity else torch.ones_like(choice, dtype=torch.bool)
         shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
@@ -120,12 +120,12 @@ def expert_load(choice: Tensor, is_token: Tensor, num_experts: int) -> Tensor:
 
 
 def fits_capacity(choice: Tensor, is_token: Tensor, config: MoEConfig) -> Tensor:
-    """bool[R, k]: whether a token finds room at an expert, first choices before second, earlier tokens before later.
+    """bool[R, k]: whether an expert has room for a token; first choices go before second, earlier tokens before later.
 
     An expert has room for capacity_factor times its fair share of the tokens (GShard, arXiv 2006.16668).
     """
     R, k = choice.shape
-    # In order of precedence; padding goes to an expert of its own, the last one.
+    # In order of precedence; padding goes to an extra expert, the last one.
     expert = torch.where(is_token, choice.T, config.num_experts).flatten()
     order = expert.argsort(stable=True)
     sizes = expert.new_zeros(config.num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
@@ -150,7 +150,7 @@ def experts_loop(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: T
 
 
 def experts_grouped(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Rows sorted by expert, and torch's grouped matrix product; the numbers of rows stay on the device."""
+    """Sort rows by expert and use torch's grouped matrix product; row counts stay on the device."""
     dtype, k = product_dtype(x), choice.shape[1]
     order = choice.flatten().argsort(stable=True)
     place = order.argsort()
@@ -163,14 +163,14 @@ def experts_grouped(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else that of x."""
+    """Return autocast's dtype if it is on, else that of x."""
     # In bf16 the CPU compiles a product for every new number of rows: 3.7 ms each, 0.5 in fp32 (2026-11-22).
     uses_autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if uses_autocast else x.dtype
 
 
 class Permute(torch.autograd.Function):
-    """x[order], whose gradient is taken in the other order too, and not by an indexed sum."""
+    """x[order] for a permutation, whose gradient is grad[inverse] and needs no indexed sum."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -183,7 +183,7 @@ class Permute(torch.autograd.Function):
 
 
 def experts_triton(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Kernels of our own, in which no sorted copy of x is made and nothing is added in an order that varies."""
+    """Our own kernels, which make no sorted copy of x and always add in the same order."""
     try:
         from kernels.grouped_gemm import grouped_experts
     except ImportError as error:

@@ -38,5 +38,5 @@ class LinearProjector(nn.Module):
         return self.proj(pixel_shuffle(x_IPD, self.scale_factor))
 
 
-# (config, width of the encoder, width of the decoder) -> module that makes P / scale_factor**2 tokens of P patches
+# (config, width of the encoder, width of the decoder) -> module that turns P patches into P / scale_factor**2 tokens
 PROJECTORS = {"linear": LinearProjector}

@@ -5,8 +5,8 @@ model --quantize--> decoder's linear layers in codes and scales; encoder, projec
                     and head as they were
 ```
 
-A weight is rounded to the nearest code. With `search` each group is also tried with its range cut to less, which rounds
-most weights finer and cuts off the largest: of 16 ranges the one with the least squared error is taken.
+A weight is rounded to the nearest code. With `search` smaller ranges are also tried for each group, which round
+most weights more finely but clip the largest: of 16 ranges the one with the least squared error is taken.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from kernels.dequant_matmul import (
 )
 from nanovlm.config import QuantizationConfig
 
-# Shares of a group's range that are tried, down to a half, close together near the whole. On normal weights 40 at even
-# distances find errors that differ by less than 1 %.
+# Fractions of a group's range to try, from 1 down to about a half, closer together near 1. On normal weights, 40 evenly
+# spaced ones find errors that differ by less than 1 %.
 CLIPS = [1 - (step / 22) ** 2 for step in range(16)]
 
 
 def quantize(model: nn.Module, config: QuantizationConfig, search: bool = True) -> nn.Module:
     """Replace the linear layers that the config names, in place, and note the config in the model's own.
 
-    The head and routers are never replaced, nor the experts of a mixture, which are no linear layers but stacks that
-    run grouped. Raises ValueError where the model is quantised already, or no layer has such a name.
+    The head, the routers and the experts of a mixture are never replaced; experts are stacked parameters, not linear
+    layers. Raises ValueError if the model is already quantised or no layer's name matches.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(f"the model is quantised already, to {model.config.quantization.format}")
@@ -65,7 +65,7 @@ def quantize(model: nn.Module, config: QuantizationConfig, search: bool = True) 
 
 
 class QuantizedLinear(nn.Module):
-    """y = x @ W.T + bias, W in codes; frozen, but differentiable in x."""
+    """y = x @ W.T + bias with quantised W; frozen, but differentiable in x."""
 
     def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
         super().__init__()
@@ -80,19 +80,19 @@ class QuantizedLinear(nn.Module):
         return (dequant_matmul if x.is_cuda and triton else dequant_matmul_ref)(x, w, self.bias)
 
     def _apply(self, fn, recurse=True):
-        """Let scales keep their dtype where a model is cast: as integers they only move."""
+        """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved."""
         as_bits, buffers = {4: torch.int32, 1: torch.uint8}, {id(t) for t in self.buffers()}
         return super()._apply(
             lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse
         )
 
 
-# What the state of a quantised layer holds in place of a weight.
+# The tensors of a quantised layer's state dict that take the place of its weight.
 TENSORS = ("codes", "scales", "nested_scales", "nested_offset")
 
 
 def is_quantized(name: str) -> bool:
-    """Say whether a tensor of this name belongs to a quantised weight."""
+    """Return whether a tensor of this name belongs to a quantised weight."""
     return name.endswith(tuple(f".{tensor}" for tensor in TENSORS))
 
 
@@ -103,7 +103,7 @@ def is_quantized(name: str) -> bool:
 def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: bool = True) -> QuantizedWeight:
     """Weight float[N, K] -> codes and scales; `group_size` is that of int4.
 
-    Without `search` nf4 is what bitsandbytes makes of it. Raises ValueError for weights that are not finite.
+    Without `search`, nf4 gives the same codes as bitsandbytes. Raises ValueError for weights that are not finite.
     """
     if not weight.is_meta and not weight.isfinite().all():
         raise ValueError("it has weights that are not finite")
@@ -117,7 +117,7 @@ def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: b
 
 
 def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
-    """Codes around 128, a scale for all of [N, 1, K]."""
+    """Return codes around 128, and a scale for each row of [N, 1, K]."""
 
     def encode(clip):
         scale = positive(clip * w.abs().amax(-1, keepdim=True) / 127)
@@ -129,7 +129,7 @@ def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
 
 
 def quantize_int4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
-    """Codes from 0 to 15, a scale in bf16 and the code of 0 for each group of [N, G, group]; 0 stays 0."""
+    """Return codes from 0 to 15, and a bf16 scale and a zero point for each group of [N, G, group]; 0 stays 0."""
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
 
     def encode(clip):
@@ -143,7 +143,7 @@ def quantize_int4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
 
 
 def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
-    """Codes of NF4 for [N, G, 64], the absmax in 8 bits around its mean with a scale for 256 of them, and that mean."""
+    """Return NF4 codes for [N, G, 64], each absmax minus the mean in 8 bits, a scale for 256 of these, and the mean."""
     values = nf4_values(w.device)
 
     def nearest(table, x):
@@ -161,7 +161,7 @@ def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
     scales = blocks.abs().amax(-1, keepdim=True)
     table = dynamic_values(w.device)
     nested = nearest(table, (blocks * (1 / scales.clamp(min=1e-38))).clamp(-1, 1))
-    if len(clips) > 1:  # the absmax has moved by its own rounding: round to what it is now
+    if len(clips) > 1:  # the absmax was itself rounded: choose the codes anew for its new value
         absmax = ((table[nested] * scales).flatten()[: len(flat)] + offset).view_as(absmax)
         codes = nearest(values, w / positive(absmax))
     nested = nested.flatten()[: len(flat)].view(absmax.shape[:2]).to(torch.uint8)
@@ -172,9 +172,9 @@ QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4, "nf4": quantize_nf4}
 
 
 def least_error(w: Tensor, encode, clips: list[float]) -> list[Tensor]:
-    """Return what `encode` gives for the clip that is best for each group of w [N, G, group].
+    """Return the result of `encode` for the best clip of each group of w [N, G, group].
 
-    `encode(clip)` returns the values that the codes stand for, [N, G, group], and codes and scales.
+    `encode(clip)` returns the dequantised values [N, G, group], then codes and scales.
     """
     best, least = None, None
     for clip in clips:
@@ -189,5 +189,5 @@ def least_error(w: Tensor, encode, clips: list[float]) -> list[Tensor]:
 
 
 def positive(scale: Tensor) -> Tensor:
-    """Give groups that are 0 throughout a scale to divide by."""
+    """Replace scales of 0, of groups that are all 0, by 1 so that they can be divided by."""
     return torch.where(scale > 0, scale, 1)

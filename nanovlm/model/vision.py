@@ -14,7 +14,7 @@ from nanovlm.model.attention import ATTENTION
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Bring uint8 pixels to float32 in [-1, 1] (mean and standard deviation 0.5, as SigLIP)."""
+    """Convert uint8 pixels to float32 in [-1, 1] (mean and standard deviation 0.5, as in SigLIP)."""
     return pixels.float().div_(127.5).sub_(1)
 
 
@@ -35,13 +35,13 @@ class VisionEncoder(nn.Module):
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose windows do not overlap, as the matrix product that it is.
+    """A convolution with non-overlapping windows, computed as a matrix product.
 
-    Backward in 1 ms where torch's convolution takes 12: 26 images of 9 patches, two CPU threads, 2026-11-22.
+    The backward pass takes 1 ms, that of torch's convolution 12: 26 images of 9 patches, two CPU threads, 2026-11-22.
     """
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """float[I, C, H, W] -> [I, P, D]; pixels beyond the last whole patch are not seen."""
+        """float[I, C, H, W] -> [I, P, D]; pixels beyond the last whole patch are unused."""
         p = self.kernel_size[0]
         height, width = (side // p * p for side in pixel_values.shape[2:])
         whole = pixel_values[:, :, :height, :width]
@@ -87,17 +87,17 @@ class VisionMLP(nn.Module):
 
 
 def whitening_filters(num_filters: int, patch_size: int) -> Tensor:
-    """First weights for the patch embedding: fp32[D, 3, p, p] whose outputs vary evenly and independently.
+    """Return initial patch embedding weights, fp32[D, 3, p, p], whose outputs are uncorrelated, of equal variance.
 
-    Pixels are alike: a random map of a patch shows its mean color and hardly anything else. These filters undo that for
-    images in which the correlation is 0.95 from pixel to pixel and 0.8 from color to color, with a variance of 0.2; a
-    noise floor of 1 % keeps what is mostly noise small. They are turned at random, and are as many as there are, the
-    ones of the largest variance first (Coates & Ng 2012, "Learning feature representations with k-means").
+    Neighbouring pixels are alike, so a random map of a patch shows little but its mean color. These filters undo that
+    for images with correlation 0.95 from pixel to pixel and 0.8 from color to color, and variance 0.2; a noise floor of
+    1 % keeps noisy directions small. The directions of largest variance, at most D, are mixed by a random orthogonal
+    matrix (Coates & Ng 2012, "Learning feature representations with k-means").
     """
     steps = torch.arange(patch_size, dtype=torch.float64)
     variances_along, along = torch.linalg.eigh(0.95 ** (steps[:, None] - steps).abs())
-    along = along * along[0].sign()  # a direction has two signs
-    # Of the covariance of colors, 0.8 + 0.2 on the diagonal: two of its variances are equal, so no solver is asked.
+    along = along * along[0].sign()  # fix the sign, which eigh leaves open
+    # Eigenvectors of the color covariance (0.8, and 1 on the diagonal), by hand as two of its eigenvalues are equal.
     colors = F.normalize(torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64)).T
     variances_of_colors = torch.tensor([2.6, 0.2, 0.2], dtype=torch.float64)
     variances = torch.kron(variances_of_colors, torch.kron(variances_along, variances_along))

@@ -25,7 +25,7 @@ from nanovlm.model.vision import VisionEncoder, normalize, whitening_filters
 
 
 class Extras:
-    """What a forward pass finds beside hidden states, and what an objective adds up over the micro-batches of a step.
+    """What a forward pass returns beside hidden states, and what an objective sums over the micro-batches of a step.
 
     An objective may set attributes of its own. It is an object because FSDP would hand the model a copy of a dict.
     """
@@ -47,7 +47,7 @@ class VLM(nn.Module):
             make_projector = pick(PROJECTORS, config.projector.type, "projector.type")
             self.projector = make_projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
-        # Go through the encoder without images too, as parallel.py decides.
+        # Run the encoder on batches without images too; parallel.py sets this.
         self.always_sees = False
         with torch.no_grad():
             for tensor, values in initial_weights(self):
@@ -69,10 +69,10 @@ class VLM(nn.Module):
         return hidden
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return token embeddings [B, T, D] with the image features in the placeholders' places, in order.
+        """Return token embeddings [B, T, D] in which image features replace the placeholders, in order.
 
-        Raises ValueError when there are more or fewer placeholders than image features, or tiles of other documents
-        than theirs; on the CPU alone, as a GPU would be waited for.
+        On the CPU, raises ValueError if the numbers of placeholders and image features differ, or if tiles belong to
+        other documents than their placeholders. On a GPU this check would have to wait for the device.
         """
         x_BTD = self.decoder.embed_tokens(batch.input_ids)
         if self.config.vision is None:
@@ -99,7 +99,7 @@ class VLM(nn.Module):
         features = self.projector(self.vision(pixel_values)).flatten(0, 1)
         if num_features == 0:
             return x_BTD + 0 * features.sum()
-        # As many as there are features, which is known here: a GPU need not be asked, in the backward pass neither.
+        # The number of features is known here, so neither the forward nor the backward pass waits for a GPU.
         places = torch.nonzero_static(is_image.flatten(), size=num_features)[:, 0]
         return x_BTD.flatten(0, 1).index_copy(0, places, features.to(x_BTD.dtype)).view_as(x_BTD)
 
@@ -112,7 +112,7 @@ class VLM(nn.Module):
         return self.head(self(batch))
 
     def count_parameters(self) -> tuple[int, int]:
-        """Return the number of parameters, and of those that one token uses: of a mixture, k of its E experts."""
+        """Return the number of parameters, and of those that one token uses: k of a mixture's E experts."""
         total = active = sum(p.numel() for p in self.parameters())
         for module in self.modules():
             if isinstance(module, MoE):
@@ -122,14 +122,14 @@ class VLM(nn.Module):
 
 
 def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each tensor of a model and the values that it begins with, drawn whole, one at a time, in a fixed order.
+    """Yield each tensor of a model and its initial values, drawn whole, one at a time, in a fixed order.
 
     All are normal with mean 0 and these standard deviations:
-    - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of what it is given; those that write to a
-      residual stream (out_proj, fc2, o_proj, down_proj) divided by sqrt(2 * layers), so that it keeps its own
+    - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of its input; those that write to a residual stream
+      (out_proj, fc2, o_proj, down_proj) are divided by sqrt(2 * layers), so that the stream keeps its scale
     - the patch embedding: whitening filters (vision.py)
     - experts: as the matrices of a dense layer
-    - token embeddings: 1, the scale of the image tokens among them; as a tied head 1 / sqrt(hidden size)
+    - token embeddings: 1, the scale of the image tokens; 1 / sqrt(hidden size) if they are also the tied head
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
     - vision positions: 0.5, half the scale of the patches
     Biases are 0, norm weights 1.
@@ -165,17 +165,17 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
         patches = model.vision.patch_embedding
         if not patches.weight.is_meta:
             threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # the factors of a matrix depend on it, and a seed should give the same weights
+            torch.set_num_threads(1)  # matrix factors depend on the threads, and a seed must give the same weights
             filters = whitening_filters(patches.out_channels, patches.kernel_size[0])
             torch.set_num_threads(threads)
             yield patches.weight, filters
 
 
 def skip_constructors(model: VLM):
-    """Draw what the constructors of torch's layers draw on another device than meta, and drop it.
+    """Draw and discard the random numbers that constructors of torch's layers draw on any device but meta.
 
-    `initial_weights` replaces those numbers, but its own come after them: so a seed gives the same weights whether the
-    model was built on the meta device or not.
+    `initial_weights` draws its numbers after these, so a seed gives the same weights whether the model was built on the
+    meta device or not.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -1,4 +1,4 @@
-"""What a run learns. A new objective is a file of its own and an entry of OBJECTIVES."""
+"""What a run learns. To add an objective, write a file of its own and an entry of OBJECTIVES."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from nanovlm.objectives.next_token import NextToken
 
 
 class Objective(Protocol):
-    """What a run learns. It is made without arguments, once a run, and may hold what it needs, such as a teacher.
+    """What a run learns. Made once per run, without arguments; may hold what it needs, such as a teacher.
 
     The loss of a step is the sum over its micro-batches and ranks, divided by the units in all of them, so that it does
     not depend on how documents fall into micro-batches.

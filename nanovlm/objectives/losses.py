@@ -13,27 +13,27 @@ def next_token_loss(
 ) -> Tensor:
     """Return the sum of cross-entropies over N trained positions, in nats, fp32 scalar.
 
-    `hidden` [N, D], `labels` int64[N], `head_weight` [V, D]. With none the sum is 0 and so are all gradients. The
-    logits are made in chunks of at most `max_logits`, or as many as suit the `backend`, a key of CROSS_ENTROPY; a large
-    vocabulary never has them all in memory.
+    `hidden` [N, D], `labels` int64[N], `head_weight` [V, D]. If N is 0, the sum and all
+    gradients are 0. Logits are computed in chunks of at most `max_logits`, by default a size that suits the `backend`,
+    a key of CROSS_ENTROPY; so those of a large vocabulary are never all in memory.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return pick(CROSS_ENTROPY, backend, "decoder.cross_entropy")(hidden, head_weight, labels, dtype, max_logits)
 
 
-# A backend makes its products in `dtype`: (hidden [N, D], weight [V, D], labels int64[N], dtype, max_logits) -> fp32.
+# A backend computes products in `dtype`: (hidden [N, D], weight [V, D], labels int64[N], dtype, max_logits) -> fp32.
 def cross_entropy_torch(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
-    """At once 128 MiB of fp32 logits, unless told otherwise."""
+    """torch, with at most 128 MiB of fp32 logits at once unless `max_logits` is given."""
     return LinearCrossEntropy.apply(hidden, weight, labels, dtype, max(1, (max_logits or 2**25) // len(weight)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum of -log softmax(hidden @ weight.T)[label], whose gradients are computed with it, chunk by chunk.
 
-    The gradient of the logits is softmax - one-hot; what it gives for `hidden` and `weight` is kept, and scaled by the
-    incoming gradient in the backward pass, once (as in Hsu et al. 2024, arXiv 2410.10989). Products are made in
-    `dtype`; the gradient of the weights is added up in fp32.
+    The gradient of the logits is softmax - one-hot; the gradients of `hidden` and `weight` that follow are kept, and
+    scaled by the incoming gradient in the backward pass (as in Hsu et al. 2024, arXiv 2410.10989). Products are
+    computed in `dtype`; the gradient of the weights is summed in fp32.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
-    """A kernel of our own from logits to their gradient, which stay in the dtype of `hidden`."""
+    """Our own kernel from logits to their gradient, both in the dtype of `hidden`."""
     try:
         from kernels.cross_entropy import CHUNK, linear_cross_entropy
     except ImportError as error:
@@ -75,10 +75,10 @@ def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: 
 
 
 def load_balancing_loss(shares: Tensor, is_token: Tensor, load: Tensor, num_tokens: Tensor) -> Tensor:
-    """E * sum over experts of f P: least, k, when all are equal (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
+    """E * sum over experts of f P, smallest (k) when all are equal (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
 
-    f is the load [E] over num_tokens, a constant; P the mean over tokens of the router's shares fp32[R, E]. With the
-    load of a whole step in place of one micro-batch, experts may specialise in a batch (arXiv 2501.11873).
+    f is the load [E] divided by num_tokens, a constant; P is the mean over tokens of the router's shares fp32[R, E].
+    With the load of a whole step instead of one micro-batch, experts can specialise within a batch (arXiv 2501.11873).
     """
     mean_shares = (shares * is_token[:, None]).sum(0) / is_token.sum().clamp(min=1)
     return len(load) * (load / num_tokens.clamp(min=1) * mean_shares).sum()
@@ -92,8 +92,8 @@ def router_z_loss(logits: Tensor, is_token: Tensor) -> Tensor:
 def router_loss(extras, is_token: Tensor, config: MoEConfig) -> Tensor:
     """Mean over layers of the balance loss and z-loss with their weights; `is_token` bool[B, T] is False on padding.
 
-    `extras` holds the routing of this micro-batch; its load [L, E] and num_tokens grow over those of a step. The global
-    loss takes those of all ranks.
+    `extras` holds the routing of this micro-batch; its load [L, E] and num_tokens are summed over the micro-batches of
+    a step. The global loss sums them over all ranks too.
     """
     is_token = is_token.flatten()
     loads = torch.stack([r.load for r in extras.routing])

@@ -1,1 +1,1 @@
-"""What a run does: init.py starts it, step.py takes a step, checkpoint.py keeps it; train.py has the loop."""
+"""What a run does: init.py starts it, step.py takes a step, checkpoint.py saves it; train.py has the loop."""

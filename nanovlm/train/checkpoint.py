@@ -1,11 +1,11 @@
-"""Run state on disk: what a run needs to go on, written beside the training, by every rank its own part.
+"""Run state on disk: what a run needs to resume. Every rank writes its own shard while training goes on.
 
 ```
 run_dir/checkpoints/step_00000200/   state.json  rng.safetensors  tensors/shard-00001-...safetensors, one of each rank
 ```
 
-torch's distributed checkpoints, as safetensors: what some ranks wrote, any other number of ranks can read. A folder
-gets its final name when all of it is on the disk.
+These are torch's distributed checkpoints (DCP) as safetensors; any number of ranks can read them. A folder gets its
+final name once all of it is on disk.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Saving:
-    """A checkpoint that every rank is writing, each its own part, while the training goes on.
+    """A checkpoint of which every rank writes its own shard while training goes on.
 
-    `state`, plain numbers, lists and strings, and `rng` are those of all ranks; tensors are copied before this returns.
-    Raises OSError that names what cannot be written.
+    `state` (plain numbers, lists and strings) and `rng` are those of all ranks. The constructor copies the tensors
+    before it returns. Raises OSError that names what cannot be written.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Saving:
             self.written = dcp.async_save(name_tensors(model, optimizers), storage_writer=writer, process_group=group)
 
     def finish(self, wait: bool = True):
-        """When all is written, or waiting for that: name the folder, and remove all but the newest `keep`."""
+        """Once all is written, for which `wait` waits, rename the folder and remove all but the newest `keep`."""
         if self.is_finished or not (wait or self.written.done()):
             return
         with writing(self.folder):
@@ -72,7 +72,7 @@ class Saving:
 
 
 def name_tensors(model: VLM, optimizers: dict) -> dict[str, torch.Tensor]:
-    """Return every tensor of a run by its name: model.NAME, and KIND.NAME.FIELD of the optimizers."""
+    """Return every tensor of a run by name: model.NAME, and KIND.NAME.FIELD for optimizer state."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for kind, optimizer in optimizers.items():
@@ -82,7 +82,7 @@ def name_tensors(model: VLM, optimizers: dict) -> dict[str, torch.Tensor]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step_*"))
 
 
@@ -96,7 +96,7 @@ def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> tuple[dict, d
     try:
         for key in reader.read_metadata().state_dict_metadata:
             kind, rest = key.split(".", 1)
-            if kind != "model":  # AdamW's number of steps is a scalar, the other fields are as their parameter is
+            if kind != "model":  # AdamW's step count is a scalar; other fields have their parameter's shape
                 name, field = rest.rsplit(".", 1)
                 parameter = parameters[name]
                 like = torch.zeros((), device=parameter.device) if field == "step" else torch.zeros_like(parameter)
@@ -125,7 +125,7 @@ def set_rng_state(state: dict[str, torch.Tensor]):
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Turn what goes wrong into an OSError that names the path."""
+    """Turn a failed write into an OSError that names the path."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
@@ -133,7 +133,7 @@ def writing(path: Path):
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says; of those of several ranks, what the first of them says."""
+    """Return the first line of an error's message; of a CheckpointException, that of the first failed rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).split("\n")[0]

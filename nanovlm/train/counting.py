@@ -1,4 +1,4 @@
-"""Batches and routings -> numbers: what a step computes, and how evenly a mixture of experts is used, and by what."""
+"""Batches and routings -> numbers: the FLOPs of a step, and how evenly and by which tokens experts are used."""
 
 import math
 
@@ -12,9 +12,9 @@ from nanovlm.model.moe import Routing, expert_load
 
 
 class RoutingStats:
-    """Counts of L mixtures of E experts, added up over batches; they stay on the device until `summary`.
+    """Counts for L mixtures of E experts, summed over batches; they stay on the device until `summary`.
 
-    `load` fp32[L, E] counts the tokens that chose each expert, `image_load` those that stand for images.
+    `load` fp32[L, E] counts the tokens that chose each expert, `image_load` the image tokens among them.
     """
 
     def __init__(self):
@@ -44,9 +44,9 @@ class RoutingStats:
         - expert_load [L][E]: share of the routed tokens, 1 / E when even
         - max_load [L]: the largest load over the mean one, 1 when even
         - load_entropy [L]: entropy of the load over its largest possible, 1 when even
-        - router_confidence [L]: mean share that the router gives a token's likeliest expert
-        - dropped_tokens: tokens times experts that found no room
-        - image_share [L][E]: of the tokens that an expert receives, those that stand for images
+        - router_confidence [L]: mean of the largest share that the router gives each token
+        - dropped_tokens: pairs of a token and an expert that had no room for it
+        - image_share [L][E]: share of image tokens among the tokens of an expert
         """
         share = self.load / self.load.sum(-1, keepdim=True)
         num_experts = share.shape[-1]
@@ -68,7 +68,7 @@ def _round(value):
     return round(value, 4) if math.isfinite(value) else None  # JSON has no NaN
 
 
-# Dense bf16 matrix products, floating-point operations a second, by a part of the device's name (vendors' data sheets).
+# Peak FLOP/s of dense bf16 matrix products, by part of the device's name (vendors' data sheets).
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -81,7 +81,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return what a device can compute at most, or None where that is not known."""
+    """Return the peak FLOP/s of a device, or None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
@@ -89,9 +89,9 @@ def peak_flops(device: torch.device) -> float | None:
 def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int:
     """Count the operations of a forward and backward pass: two for each multiplication of matrix products.
 
-    Only what is needed counts: no padding, of attention the pairs that see each other, logits of trained tokens alone,
-    and in the backward pass nothing for what `trains` says of vision, projector and decoder. What is computed again to
-    save memory does not count.
+    Only needed work counts: no padding, in attention only visible pairs, logits of trained tokens only, and in the
+    backward pass only gradients that the parts that train need (`trains`, for vision, projector and decoder).
+    Recomputation to save memory does not count.
     """
     d, v = config.decoder, config.vision
     num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
@@ -110,15 +110,15 @@ def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int
     linear = num_tokens * (2 * D * N * H + 2 * D * K * H + feed_forward)
     attention = d.num_hidden_layers * 2 * N * H * count_pairs(batch)
     linear = d.num_hidden_layers * linear + len(batch.trained) * D * d.vocab_size
-    # Forward; the gradient of a product's input where something before it learns, which is always so in the decoder, as
-    # its first part is embeddings or images; that of its weights where they do.
+    # Forward; plus the gradient of a product's input if something before it trains, always so in the decoder, as it
+    # starts from embeddings or images; plus the gradient of its weights if they train.
     sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
     total = patches * (1 + sees) + vision * (1 + 2 * sees) + projector * (1 + sees + projects)
     return 2 * (total + linear * (2 + decodes) + attention * 3)
 
 
 def count_pairs(batch: Batch) -> int:
-    """Count the pairs of tokens of which one sees the other, itself included: the True of `make_mask`, no padding."""
+    """Count the pairs of a query and a key that it sees, itself included: `make_mask` without padding."""
     is_token = batch.doc_ids >= 0
     parts = torch.stack([batch.doc_ids[is_token], batch.branch_ids[is_token]])
     (docs, branches), lengths = torch.unique_consecutive(parts, dim=1, return_counts=True)

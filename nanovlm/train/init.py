@@ -1,9 +1,9 @@
-"""TrainConfig -> the processor and the weights that a new run starts with: from nothing, parts, or a whole model.
+"""TrainConfig -> the processor and the initial weights of a new run: from scratch, from parts, or from a whole model.
 
 ```
 nothing            random weights, a tokenizer made from the data
 init.vision        the image encoder's weights                                   the projector is always random
-init.decoder       the decoder's weights and tokenizer, both made larger by the tokens of images
+init.decoder       the decoder's weights and tokenizer, both extended by image tokens
 init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
                    mixture of experts where the config has one
 ```
@@ -30,22 +30,22 @@ from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
 from nanovlm.sharded import Places, Rows, local_part, places, writable
 
-# What a run may choose anew for the mixture of the model that it starts from: none changes what the weights mean.
+# Settings of a mixture that may differ from the model that a run starts from: none changes what the weights mean.
 MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
-# And for its decoder, for the same reason.
+# Settings of its decoder that may differ, for the same reason.
 BACKENDS = ("attention", "cross_entropy")
 
-# The matrices of a mixture's experts, which a dense layer has once.
+# The stacked matrices of a mixture's experts; a dense layer has one of each.
 STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Callable[[VLM], None]]:
-    """Return the processor of a new run, and what fills an fp32 model of its config with the first weights.
+    """Return the processor of a new run, and a function that fills an fp32 model with initial weights.
 
-    `texts` are for a new tokenizer. The model may be spread over ranks: each goes through the same tensors in the same
-    order, has one of them whole at a time, and keeps its rows; so the weights are those of one rank, bit for bit.
-    Raises ValueError that names the fields in which the config and what the run starts from differ.
+    `texts` are for a new tokenizer. The model may be sharded: every rank goes through the same tensors in the same
+    order, holds one whole tensor at a time, and keeps its rows, so the weights equal those of one rank bit for bit.
+    Raises ValueError that names the fields in which the config and the model that it starts from differ.
     """
     init, wanted = config.init, config.model
     if init.model:
@@ -134,9 +134,9 @@ def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Process
 
 @torch.no_grad()
 def draw(model: VLM):
-    """Fill a model with random weights: each tensor is drawn whole, of which a rank keeps its rows.
+    """Fill a model with random weights: each tensor is drawn whole, and a rank keeps its rows.
 
-    Raises ValueError that names tensors that would stay without values.
+    Raises ValueError that names tensors left without values.
     """
     skip_constructors(model)
     left = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
@@ -150,19 +150,19 @@ def draw(model: VLM):
 
 @torch.no_grad()
 def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0):
-    """Fill a mixture with copies of a dense model's feed-forward layers (arXiv 2212.05055), and all else as it is.
+    """Fill a mixture with copies of a dense model's feed-forward layers (arXiv 2212.05055); copy the rest.
 
     `fill` copies the dense model's weights (see stored.py). The router is random and the weights of a token's experts
-    add up to 1, so that without noise the mixture computes what the dense model does; as each expert sees other tokens,
-    they grow apart in training. `noise` is the standard deviation of what is added to the experts, relative to that of
-    each matrix.
+    add up to 1, so without noise the mixture computes what the dense model does; in training experts diverge, as each
+    sees other tokens. `noise` is the standard deviation of the noise added to each expert matrix, relative to that of
+    the matrix.
     """
     draw(model)
     mixture = places(model)
     stacks = {name: place for name, place in mixture.items() if name.endswith(STACKS)}
     new = tuple(f"mlp.{name}" for name in ("router.weight", "selection_bias"))
     dense = {name: place for name, place in mixture.items() if name not in stacks and not name.endswith(new)}
-    # A rank's first expert holds the dense matrix for a while; a rank without one of this layer takes none of its rows.
+    # A rank's first expert temporarily holds the dense matrix; a rank without experts of this layer takes no rows.
     first = {name: stack[stack.start if isinstance(stack, Rows) else 0] for name, stack in stacks.items()}
     fill(dense | {f"{name}.weight": place for name, place in first.items()})
     for name, stack in stacks.items():

@@ -24,7 +24,7 @@ from nanovlm.train.counting import peak_flops
 class Log:
     """The numbers of a run, whose TrainState is `state`; the first rank writes them.
 
-    A GPU's are read one step late, when it has them, so that nobody waits.
+    On a GPU they are read one step late, so that the host need not wait for them.
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path, state, device: torch.device, begin: float, wandb):
@@ -48,7 +48,7 @@ class Log:
         self.state.tokens += totals["tokens"]
         self.pending = metrics, totals, data_wait_s, list(self.state.loader.batch_names)
         if self.device.type == "cpu":
-            self.settle()  # it is computed, and the time that it took is the time until now
+            self.settle()  # on the CPU the step is done, so its time ends now
 
     def settle(self):
         """Wait for the last step's numbers and write them.
@@ -100,7 +100,7 @@ class Log:
                 self.wandb(numbers)
 
     def skip(self, step: int, names: list[str]):
-        """Count a step that changed nothing, and say which."""
+        """Count a skipped step and report it; raise ValueError after too many."""
         self.state.skipped_steps += 1
         what = f"step {step}: the loss or a gradient is not finite"
         if self.state.skipped_steps <= self.config.optim.max_skipped_steps:
@@ -114,11 +114,13 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave what happens within out of the seconds of a step; the step before is written first."""
+        """Exclude the enclosed time from the seconds of the step and of the run; write the previous step first."""
         self.settle()
         start = time.perf_counter()
         yield
-        self.last += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.last += seconds
+        self.begin += seconds
 
     def say(self, text: str):
         """Print a line above the progress bar."""
@@ -126,7 +128,7 @@ class Log:
             self.bar.write(text)
 
     def close(self):
-        """Write the last step, flush the file, and say what was read."""
+        """Write the last step and close the progress bar and the file."""
         self.settle()
         self.bar.close()
         if self.is_first:
@@ -134,7 +136,7 @@ class Log:
 
 
 def open_metrics(path: Path, step: int):
-    """Open metrics.jsonl to append after the line of `step`; what a killed run wrote beyond it goes."""
+    """Open metrics.jsonl to append after the line of `step`; drop later lines of a killed run."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if len(lines) < step:
         raise ValueError(f"{path} has {len(lines)} lines, but the newest checkpoint is of step {step}")
@@ -153,7 +155,7 @@ def import_wandb():
 def start_wandb(wandb, config: TrainConfig, run_dir: Path) -> Callable[[dict], None]:
     """Start a Weights & Biases run, offline unless WANDB_MODE says otherwise; return its log function.
 
-    Online, a resumed run goes on in the same W&B run; offline, each start is one of its own.
+    Online, a resumed run continues the same W&B run; offline, each start is a new one.
     """
     mode = os.environ.get("WANDB_MODE", "offline")
     if mode == "offline":

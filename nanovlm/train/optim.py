@@ -43,9 +43,9 @@ def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[
 def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf16") -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers that have parameters, by name. Raises ValueError as `assign_rules` does.
 
-    `precision` is that of the run. Muon multiplies in bf16 but in an fp32 run on a CPU, which may have no
-    instructions for bf16 and then needs twenty times as long.
-    An optimizer with `found_inf`, a tensor, leaves out a step where that is 1, without waiting for the device.
+    `precision` is that of the run. Muon multiplies in bf16, except in an fp32 run on a CPU: without bf16 instructions
+    that would take twenty times as long. Setting an optimizer's `found_inf` to a tensor of 1 makes it skip a step
+    without waiting for the device.
     """
     rules = assign_rules(model, config)
 
@@ -53,7 +53,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
         groups = []
         for rule, parameters in rules.items():
             if rule.optimizer == optimizer and rule.lr_scale is not None:
-                by_mesh = {}  # what lies on different ranks goes into different groups
+                by_mesh = {}  # parameters of different meshes need different groups
                 for parameter in parameters:
                     by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
                 settings = {"lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
@@ -78,9 +78,9 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Nesterov momentum, decoupled weight decay, and the update scaled to the root mean square that AdamW's has,
+    Nesterov momentum, decoupled weight decay, and the update scaled to the root mean square of AdamW's,
     0.2, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon does the same
-    one matrix at a time; matrices of one shape go together here, which is faster where they are small. `dtype` is that
+    one matrix at a time; here matrices of one shape are batched, which is faster if they are small. `dtype` is that
     of the products.
     """
 
@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
                     local.addcmul_(part_like(update, parameter), lr, value=-scale)
 
     def _momentum(self, parameter, momentum):
-        """Advance the momentum; return the update, not yet orthogonal, of which a sharded matrix is gathered whole."""
+        """Advance the momentum; return the update before orthogonalization, gathered whole if the matrix is sharded."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -124,17 +124,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_split_matrix(x: torch.Tensor) -> bool:
-    """Does this rank have some rows of a matrix? Of stacked experts, which are split by expert, it has whole ones."""
+    """Return whether this rank holds only some rows of a matrix; stacked experts are split into whole experts."""
     return isinstance(x, DTensor) and x.ndim != 3
 
 
 def local_part(x: torch.Tensor) -> torch.Tensor:
-    """Return what this rank has of a tensor, which shares its memory."""
+    """Return this rank's part of a tensor; it shares the tensor's memory."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def part_like(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Shape an update [n, rows, columns] as the parameter is, and cut out what this rank has of it."""
+    """Shape an update [n, rows, columns] like the parameter, and return this rank's part of it."""
     if not is_split_matrix(parameter):
         return update.reshape(local_part(parameter).shape)
     whole = update.reshape(parameter.shape)
@@ -150,8 +150,8 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -
     """Set the singular values of float[n, rows, columns] near 1 by five Newton-Schulz steps of order five, in `dtype`.
 
     Fast where rows <= columns. The coefficients are Jordan's: steep at zero, so that the values come out between
-    about 0.7 and 1.2. What the steps do to a matrix x is P x, with P a polynomial in x x^T: where the columns are
-    twice the rows, P is found first, by products of its own size. In bf16 that is not exact enough.
+    about 0.7 and 1.2. The steps map a matrix x to P x, with P a polynomial in x x^T: if there are at least
+    twice as many columns as rows, P is computed first, in products of its size. In bf16 that is not exact enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(dtype)
@@ -172,7 +172,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Return the rate of step 0, 1, ...: linear warm-up to the peak, then as the schedule says, never above."""
+    """Return the rate of step 0, 1, ...: linear warm-up to the peak, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))

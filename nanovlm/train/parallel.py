@@ -1,12 +1,12 @@
-"""How the model lies on the ranks, and what it trades for memory and speed.
+"""How the model is distributed over ranks, and trade-offs between memory and speed.
 
 Every rank takes its share of the micro-batches of a step (`ParallelConfig`):
 
 ```
-ddp                  every rank has all weights; gradients are averaged while the backward pass goes on
-fsdp                 every rank has a part of each weight; a block is gathered when its turn comes
-fsdp, shard_ranks    parts within groups of so many ranks (one machine, say), copies between the groups
-expert_ranks         on top of these: a rank has some of the experts, and tokens travel to them and back
+ddp                  every rank has all weights; gradients are averaged during the backward pass
+fsdp                 every rank has a shard of each weight; a block is gathered when it is needed
+fsdp, shard_ranks    shards within groups of this many ranks (such as one machine), copies between groups
+expert_ranks         on top of these: a rank has some of the experts, and tokens are sent to them and back
 ```
 """
 
@@ -39,11 +39,11 @@ def parallelize(
     precision: str,
     fill: Callable[[VLM], None] | None = None,
 ) -> nn.Module:
-    """Spread a model over the ranks, in place; return what is called in its stead in training.
+    """Distribute a model over the ranks, in place; return the module that training calls instead of it.
 
-    A model on the meta device is given memory here, once it is known which part of it a rank has, and `fill` writes to
-    that; without `fill` a checkpoint is to be read into it. Of any other model all ranks have the same weights before.
-    Raises ValueError when the ranks cannot be divided as the config says.
+    A model on the meta device is sharded, then given memory, which `fill` writes to; without `fill` the caller loads a
+    checkpoint. Any other model must have the same weights on all ranks.
+    Raises ValueError if the ranks cannot be divided as the config says.
     """
     if num_ranks() % config.expert_ranks:
         raise ValueError(f"ranks = {num_ranks()} cannot form groups of parallel.expert_ranks = {config.expert_ranks}")
@@ -57,8 +57,8 @@ def parallelize(
             block.forward = recompute(block.forward, config.checkpointing)
         if config.compile:
             block.compile()
-    # Ranks that exchange gradients must use the same parameters. And where the decoder is frozen, a batch without
-    # images would have nothing to differentiate.
+    # Ranks that exchange gradients must use the same parameters, and with a frozen decoder a batch without images would
+    # have nothing to differentiate.
     model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
     is_sharded = num_ranks() > 1 and config.strategy == "fsdp"
     if is_sharded:
@@ -73,7 +73,7 @@ def parallelize(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     order_buckets(replica)
-    # It would cut what is compiled where its buckets end, and torch 2.11 cannot cut what is computed again.
+    # The DDP optimizer splits compiled graphs at bucket ends; torch 2.11 cannot split graphs with checkpointing.
     torch._dynamo.config.optimize_ddp = False
     return replica
 
@@ -87,7 +87,7 @@ def shard(
     device: torch.device,
     precision: str,
 ):
-    """Leave every rank a part of each weight but `experts`, and gather a block when its turn comes."""
+    """Shard every weight except `experts` over the ranks; a block is gathered when it is needed."""
     shape, names = (num_ranks() // shard_ranks, shard_ranks), ("replicas", "shards")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if precision == "bf16" else None
@@ -95,18 +95,18 @@ def shard(
         fully_shard,
         mesh=mesh if shape[0] > 1 else mesh["shards"],
         reshard_after_forward=reshard_after_forward,
-        # What goes in is as autocast wants it; FSDP would round cosines and sines too.
+        # Autocast casts inputs as needed; FSDP would also round the cosines and sines of RoPE.
         mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         ignored_params=experts,
     )
     for block in blocks:
         part(block)
-    # The rest is gathered once a step: the head is used after the forward pass, and the embeddings need not go before.
+    # The rest is gathered once a step, as the head is used after the forward pass; embeddings need not be freed sooner.
     part(model, reshard_after_forward=False)
 
 
 class Replica(DistributedDataParallel):
-    """DDP that shows the attributes of the model in it, so that an objective need not know."""
+    """DDP that passes attribute access on to its model, so that an objective can use either."""
 
     def __getattr__(self, name):
         try:
@@ -116,9 +116,9 @@ class Replica(DistributedDataParallel):
 
 
 def order_buckets(replica: Replica):
-    """Go through the model once, after which DDP puts its buckets into their final order.
+    """Run the model once, after which DDP puts its buckets into their final order.
 
-    Sums over more than two ranks depend on it, and a run that was resumed is to add up as one that was not.
+    Sums over more than two ranks depend on that order, and a resumed run must sum as an uninterrupted one does.
     """
     config, device = replica.config, next(replica.parameters()).device
     zeros = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -132,7 +132,7 @@ def order_buckets(replica: Replica):
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, is_last: bool):
-    """Let ranks exchange gradients in the last backward pass of a step alone."""
+    """Let ranks exchange gradients only in the last backward pass of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
     with model.no_sync() if isinstance(model, Replica) and not is_last else contextlib.nullcontext():
@@ -140,9 +140,9 @@ def gradient_sync(model: nn.Module, is_last: bool):
 
 
 def recompute(forward: Callable, which: str) -> Callable:
-    """Keep less for the backward pass: nothing but the input (full), or what matrix products made (selective).
+    """Keep less for the backward pass: only the input (full), or the results of matrix products (selective).
 
-    What is not kept is computed again (Chen et al. 2016, arXiv 1604.06174).
+    The rest is recomputed (Chen et al. 2016, arXiv 1604.06174).
     """
 
     def policy(_context, op, *args, **kwargs):
@@ -151,7 +151,7 @@ def recompute(forward: Callable, which: str) -> Callable:
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     options = {"context_fn": contexts} if which == "selective" else {}
 
-    def run(*inputs):  # a function of ours, which torch.compile enters; `checkpoint` alone it leaves alone
+    def run(*inputs):  # torch.compile traces a function of ours, but not `checkpoint` itself
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     return run
@@ -170,7 +170,7 @@ KEPT = {
 
 
 def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Gather the model's tensors in the memory of the first rank's CPU; the other ranks get none."""
+    """Gather the model's tensors in the first rank's CPU memory; the other ranks get an empty dict."""
     whole = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -180,7 +180,7 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(config: ParallelConfig) -> str:
-    """Say how many ranks there are, and how the model lies on them."""
+    """Describe the number of ranks and how the model is distributed over them."""
     if num_ranks() == 1:
         return "one rank"
     experts = f", experts on groups of {config.expert_ranks}" if config.expert_ranks > 1 else ""
@@ -208,7 +208,7 @@ class SharedExperts:
         num_sent = (sent // len(gate)).bincount(minlength=self.num_ranks)
         num_received = torch.empty_like(num_sent)
         dist.all_to_all_single(num_received, num_sent, group=self.group)
-        sizes = num_received.tolist(), num_sent.tolist()  # they must be known here: the one wait for the device
+        sizes = num_received.tolist(), num_sent.tolist()  # the host needs them: the only wait for the device
         received = sent.new_empty(sum(sizes[0]))
         dist.all_to_all_single(received, sent, *sizes, group=self.group)
         rows = all_to_all_single_autograd(x.repeat_interleave(k, dim=0)[order], *sizes, self.group)
@@ -218,7 +218,7 @@ class SharedExperts:
 
 
 def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn.Parameter]:
-    """Leave every rank its part of each mixture's experts, and let tokens travel to them; return their parameters."""
+    """Divide each mixture's experts over the ranks and send tokens to them; return the experts' parameters."""
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     if not mixtures:
         raise ValueError(f"parallel.expert_ranks = {expert_ranks} needs a mixture of experts, but decoder.moe = None")
@@ -244,7 +244,7 @@ def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn
 
 @torch.no_grad()
 def finish_gradients(model: VLM):
-    """Average the gradients of shared experts over all ranks; they hold the sum over the ranks that share them."""
+    """Average gradients of divided experts over all ranks; each holds the sum over the ranks of its group."""
     for module in model.modules():
         if isinstance(module, MoE) and isinstance(module.run_experts, SharedExperts):
             for parameter in (module.gate_proj, module.up_proj, module.down_proj):
@@ -255,9 +255,9 @@ def finish_gradients(model: VLM):
 
 
 def clear_unused(model: VLM, num_tiles: int):
-    """Leave encoder and projector without gradients in a step without images; `num_tiles` is this rank's.
+    """Clear the gradients of encoder and projector in a step without images; `num_tiles` is this rank's.
 
-    They may have zeros, as every rank goes through them, and with zeros weight decay and momentum would move them.
+    Every rank runs them, so they may have zero gradients, with which weight decay and momentum would move them.
     """
     if model.config.vision is not None and not distributed.add_up({"tiles": num_tiles})["tiles"]:
         model.vision.zero_grad()

@@ -1,4 +1,4 @@
-"""The config of a run directory against the one that it is started with again: what may change, and what may not."""
+"""Compare the config of a run directory with the one that it is resumed with: what may change, and what may not."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from nanovlm.environment import git_commit
 from nanovlm.files import read_json, write_file
 from nanovlm.train import checkpoint
 
-# What a run may change while it is stopped: none of these changes a loss.
+# Fields that may change when a run is resumed: none of them changes a loss.
 FREE = (
     "run_dir",
     "parallel",
@@ -25,10 +25,10 @@ FREE = (
 
 
 def check_same_config(run_dir: Path, config: TrainConfig) -> TrainConfig:
-    """Return the config with what a run's config.json decides where `config` leaves it open.
+    """Return `config`, with fields that it leaves open taken from the run's config.json.
 
-    Raises ValueError that names the fields in which the two differ, if they are not free to. Beside FREE these are the
-    workers, the threads if they are the number that the run has, and more steps while no rate depended on their number.
+    Raises ValueError that names the differing fields that must not change. Besides FREE, these may change: num_workers;
+    threads, to 0 or the run's number; and steps of wsd, to more, while its rate has not begun to fall.
     """
     path = run_dir / "config.json"
     saved = read_json(path)
@@ -69,7 +69,7 @@ def write_config(path: Path, config: TrainConfig):
 
 
 def share_micro_batches(config: TrainConfig) -> TrainConfig:
-    """Return the config with the number of micro-batches of a step, one for each rank where it is left open."""
+    """Return the config with the number of micro-batches of a step, one for each rank by default."""
     num, ranks = config.optim.micro_batches or distributed.num_ranks(), distributed.num_ranks()
     if num % ranks:
         raise ValueError(f"optim.micro_batches = {num} cannot be shared out evenly among {ranks} ranks")

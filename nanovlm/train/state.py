@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on, kept and brought back by every rank for itself."""
+"""Everything that a run needs to resume; every rank saves and restores its own part."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from nanovlm.train import checkpoint
 
 @dataclass
 class TrainState:
-    """Everything that a resumed run needs; `replica` is what training calls: the model, or what spreads it on ranks."""
+    """Everything that a resumed run needs; `replica` is what training calls: the model, or its DDP wrapper."""
 
     model: VLM
     replica: nn.Module
@@ -31,7 +31,7 @@ class TrainState:
     elapsed_s: float = 0.0
 
     def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
-        """Begin to write a checkpoint, after which the newest `keep` stay."""
+        """Start writing a checkpoint; once it is finished, only the newest `keep` stay."""
         if distributed.rank() == 0:
             flush(run_dir / "metrics.jsonl")
         names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
@@ -43,7 +43,7 @@ class TrainState:
         return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
 
     def load(self, folder: Path):
-        """Go on from a checkpoint, which any number of ranks may have written."""
+        """Resume from a checkpoint, which any number of ranks may have written."""
         numbers, rng = checkpoint.load_checkpoint(folder, self.model, self.optimizers)
         self.loader.load_state_dict(numbers.pop("slots"))
         mine = f"{distributed.rank()}."

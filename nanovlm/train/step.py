@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches -> gradients -> weights, and what is counted of it."""
+"""One optimizer step: micro-batches -> gradients -> weights, and the counts of a step."""
 
 import torch
 
@@ -15,7 +15,7 @@ from nanovlm.train.state import TrainState
 def train_step(state: TrainState, batches: list[Batch], num_units: int, config: TrainConfig) -> dict:
     """Run one optimizer step over this rank's micro-batches; return its metrics, some still on the device.
 
-    The loss is the mean over the `num_units` units of the objective (trained tokens) of all ranks, however they fall
+    The loss is the mean over the objective's `num_units` units (trained tokens) of all ranks, however they are divided
     into micro-batches, which are moved to the device one at a time. A step whose loss or gradient is not finite changes
     nothing.
     """
@@ -28,7 +28,7 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
         with parallel.gradient_sync(state.replica, is_last=i + 1 == len(batches)):
             with autocast(state):
                 loss_sum = state.objective.loss(state.replica, batch, extras) / max(1, num_units)
-            (loss_sum * distributed.num_ranks()).backward()  # as the ranks' gradients are averaged
+            (loss_sum * distributed.num_ranks()).backward()  # the ranks' gradients are averaged
         loss += loss_sum.detach()
         if extras.routing:
             stats.update(extras.routing, batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
@@ -74,7 +74,7 @@ def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[
 
 
 def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
-    """Add batches of nothing but padding, so that a rank has as many as the others."""
+    """Add batches of padding only, so that all ranks have equally many."""
     size = config.model.vision.image_size if config.model.vision else 0
     ids = torch.full((1, config.data.row_length), config.model.pad_token_id)
     nothing = torch.zeros_like(ids)

@@ -1,4 +1,4 @@
-"""The loss on documents that are held out, for each source."""
+"""The loss on held-out documents, for each source."""
 
 import contextlib
 import itertools
@@ -16,10 +16,10 @@ from nanovlm.train.step import autocast, fill_up
 
 
 def read_held_out(loaders: dict[str, Loader], config: TrainConfig) -> dict[str, list[list[Batch]]]:
-    """Read the first batches of the held-out split of each source, to keep: `{source: [this rank's share of a step]}`.
+    """Read and keep the first batches of the held-out split of each source: `{source: [this rank's share of a step]}`.
 
-    `loaders` read this rank's micro-batches of that split once. All ranks get equally many batches; those that are
-    missing are of padding.
+    `loaders` read this rank's micro-batches of that split once. All ranks get equally many batches; missing
+    ones are padding.
     """
     held_out, steps = {}, max(1, config.eval.val_batches // config.optim.micro_batches)
     for name, loader in loaders.items():

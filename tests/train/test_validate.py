@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,10 +37,32 @@ def test_a_look_says_losses_and_accuracy_and_changes_nothing(tmp_path, own):
     names = {"val_loss", "accuracy_scenes", *(f"val_loss_{source}" for source in own.sources)}
     assert [line["step"] for line in looked if names <= line.keys()] == [3, 6]
     assert not any(names & line.keys() for line in looked if line["step"] % 3)
+    kinds = looked[2]["accuracies_scenes"]
+    shares = [share for kind, share in kinds.items() if kind != "caption"]
+    assert {"color", "position"} <= kinds.keys() and all(0 <= share <= 1 for share in kinds.values())
+    assert looked[2]["accuracy_scenes"] == pytest.approx(sum(shares) / len(shares))
     many, one = (looked[5][f"val_loss_{source}"] for source in own.sources)
     assert one < looked[2][f"val_loss_{own.sources[1]}"] and one < many
     assert min(one, many) < looked[5]["val_loss"] < max(one, many)
     assert "val_loss" in results and "blank_mean" not in results["tasks"]["scenes"]
+
+
+def test_looks_are_no_part_of_the_seconds_of_a_run(tmp_path, own, monkeypatch):
+    """By a clock that only the pretended work moves: 2 s a step, 100 s a look."""
+    clock = SimpleNamespace(now=1000.0)
+    step, look = train.train_step, train.look
+
+    def work(seconds, function, *args):
+        clock.now += seconds
+        return function(*args)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr(train, "train_step", lambda *args: work(2, step, *args))
+    monkeypatch.setattr(train, "look", lambda *args: work(100, look, *args))
+    optim = dataclasses.replace(SMALL.optim, steps=4)
+    results = run(tmp_path, data=own, optim=optim, eval=EvalConfig(every=2))
+    assert results["train_seconds"] == 8
+    assert [line["elapsed_s"] for line in metrics(tmp_path)] == [2, 4, 6, 8]
 
 
 def test_a_source_without_held_out_records_is_named(tmp_path, own, capsys):
