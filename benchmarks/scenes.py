@@ -77,7 +77,7 @@ JOBS = [
     Job(3, 2, "auto", "plain"),
 ]
 
-LOOKS = ["--eval.every", "100", "--eval.tasks", "scenes", "--eval.limit", "64", "--no-eval.controls"]
+LOOKS = ["--eval.every", "100", "--eval.tasks", "scenes", "--eval.limit", "64", "--eval.no-controls"]
 
 
 @dataclass(frozen=True)
