@@ -369,7 +369,8 @@ def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case
 
 def dequantised(device: torch.device, format: str, M: int, N: int, K: int, group: int = 128) -> Case:
     """A linear layer of which the weight has 8 or 4 bits; above 1 against bf16 is what quantising gains."""
-    from kernels.dequant_matmul import dequant_matmul, dequantize_ref
+    from kernels.dequant_matmul import dequant_matmul
+    from kernels.quantized_weight import dequantize_ref
     from nanovlm.model.quantized import quantize_weight
 
     whole = torch.randn(N, K, device=device) / K**0.5

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton import knobs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -369,7 +370,7 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
     """Raise ValueError for inputs that the kernels cannot compute."""
-    if not (q.is_cuda or triton.knobs.runtime.interpret):
+    if not (q.is_cuda or knobs.runtime.interpret):
         raise ValueError(f"attention = 'triton' needs a GPU, but its tensors are on the {q.device.type}: choose sdpa")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
@@ -625,7 +626,7 @@ def attention(
     lse. Raises ValueError for shapes and dtypes that do not fit, and without a GPU.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check(q, k, v, scale)
     if runs is not None and (causal or runs.until.shape != q.shape[:2] or q.shape[1] != k.shape[1]):
         raise ValueError(
@@ -644,7 +645,7 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float | N
     S, T, N and K alone: what a row gets does not depend on the number of rows.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check(q, k, v, scale)
     if last.shape != q.shape[:2]:
         raise ValueError(f"last has shape {list(last.shape)}, but q {list(q.shape)} needs {list(q.shape[:2])}")

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton import knobs
 
 CHUNK = 2048
 
@@ -96,7 +97,7 @@ def forward(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, has_grad
         x = hidden[i : i + chunk]
         z = x @ weight.T
         total += cross_entropy_(z, labels[i : i + chunk], any(has_gradients)).sum()
-        if has_gradients[0]:
+        if dx is not None:
             torch.mm(z, weight, out=dx[i : i + chunk])
         if has_gradients[1]:
             product = z.T @ x
@@ -131,7 +132,7 @@ def linear_cross_entropy(
     it (None) every label counts and the host does not wait. At most `chunk` rows of logits exist at once.
     Raises ValueError for shapes or dtypes that do not fit, and on a CPU where Triton does not interpret.
     """
-    if not (hidden.is_cuda or triton.knobs.runtime.interpret):
+    if not (hidden.is_cuda or knobs.runtime.interpret):
         raise ValueError(f"hidden is on {hidden.device}; kernels run on a GPU, or interpreted with TRITON_INTERPRET=1")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be one of fp32, fp16, bf16")

@@ -1,24 +1,9 @@
-"""y = x @ dequant(W).T + bias, for weights W [N, K] of 8 or 4 bits that are never written out at small M.
+"""y = x @ dequant(W).T + bias, for quantised weights W [N, K] that are never written out at small M.
 
-```
-int8   W = (code - 128) * scale           a scale fp32 for each output
-int4   W = (code - zero) * scale          a scale bf16 and a zero point for each group of 32, 64 or 128 along K
-nf4    W = NF4[code] * absmax             absmax = DYNAMIC[scale] * nested_scale + nested_offset for each 64 along K
-```
-
-NF4 and the 8-bit absmax around their mean, 256 to a scale, are those of QLoRA (Dettmers et al. 2023, arXiv 2305.14314)
-and of bitsandbytes: where K is a multiple of 64, the same codes give the same weights to the last bit.
-
-Codes lie in words of 32 bits, `PLANES` = 8 or 4 of them in each, so that no code has to be moved to be multiplied:
-
-```
-a row       tile | tile | ...                    each of PLANES * RUN neighbouring weights, in RUN words
-word j      code j | code RUN + j | code 2 RUN + j | ...        lowest bits first
-```
+quantized_weight.py has the formats, the layout and `dequant_matmul_ref`, the specification in plain PyTorch.
 
 Plane i of a tile, the codes that `words >> (i * bits)` lays open, is RUN neighbouring weights: it is multiplied with
-RUN neighbouring x. A load of 128 bits brings a thread 4 words of one row, RUN (32, 16, 8 or 4) being the largest that
-divides the row; rows are filled up to a multiple of 32 weights with zeros. A code becomes a float without a conversion:
+RUN neighbouring x. A load of 128 bits brings a thread 4 words of one row. A code becomes a float without a conversion:
 its bits, or'ed into those of 2**23, are the float 2**23 + code, and subtracting 2**23 + zero is exact.
 
 How x [M, K] is multiplied depends on M alone; measured on a GPU: not yet.
@@ -35,122 +20,22 @@ added atomically: the same inputs give the same bits.
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # the reference does not need it
-    triton = None
+from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dynamic_values, nf4_values, run_length
 
-jit = triton.jit if triton else lambda kernel: kernel
-NUM_BITS = {"int8": 8, "int4": 4, "nf4": 4}
 MAX_FUSED_ROWS = 256
-
-
-class QuantizedWeight(NamedTuple):
-    """A matrix [N, K] in few bits. G groups of `group` weights a row; nf4 has groups of 64, int8 one of K."""
-
-    format: str
-    shape: tuple[int, int]
-    group: int
-    # int32[N, words].
-    codes: Tensor
-    # int8: fp32[N, 1]; int4: int32[N, G], a bf16 in the upper half and the zero point in the lower; nf4: uint8[N, G].
-    scales: Tensor
-    # nf4: fp32[ceil(N G / 256)] and fp32[].
-    nested_scales: Tensor | None = None
-    nested_offset: Tensor | None = None
-
-
-# ---- reference ----
-
-
-def dequant_matmul_ref(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] -> [..., N] in the dtype of x."""
-    return F.linear(x, dequantize_ref(w).to(x.dtype), bias)
-
-
-def dequantize_ref(w: QuantizedWeight) -> Tensor:
-    """Dequantise the weight, fp32[N, K]."""
-    (N, K), codes = w.shape, unpack(w)
-    group_of = torch.arange(codes.shape[1], device=codes.device) // w.group
-    if w.format == "int8":
-        values, scales = codes - 128, w.scales
-    elif w.format == "int4":
-        values, scales = codes - (w.scales & 15)[:, group_of], (w.scales & -65536).view(torch.float32)
-    else:
-        values, scales = nf4_values(codes.device)[codes], dynamic_values(codes.device)[w.scales.int()].flatten()
-        scales = scales * w.nested_scales.repeat_interleave(256)[: len(scales)] + w.nested_offset
-    return (values * scales.view(N, -1)[:, group_of])[:, :K]
-
-
-def run_length(num_weights: int, bits: int) -> int:
-    """Return RUN for rows of `num_weights`, a multiple of 32."""
-    return next(run for run in (32, 16, 8, 4) if num_weights % (run * 32 // bits) == 0)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Lay codes [N, K] from 0 to 2**bits - 1 into words int32[N, K * bits / 32]; K is a multiple of 32."""
-    N, K = codes.shape
-    planes = codes.int().view(N, -1, 32 // bits, run_length(K, bits)) << _shifts(bits, codes.device)
-    return planes.sum(2, dtype=torch.int32).view(N, -1)
-
-
-def unpack(w: QuantizedWeight) -> Tensor:
-    """Return the codes int32[N, K], K rounded up to a multiple of 32."""
-    bits = NUM_BITS[w.format]
-    N, num_words = w.codes.shape
-    words = w.codes.view(N, -1, 1, run_length(num_words * 32 // bits, bits))
-    return (words >> _shifts(bits, words.device) & (2**bits - 1)).view(N, -1)
-
-
-def _shifts(bits, device):
-    return torch.arange(0, 32, bits, dtype=torch.int32, device=device)[:, None]
-
-
-@functools.cache
-def nf4_values(device: torch.device) -> Tensor:
-    """fp32[16]: quantiles of the normal distribution, 0 among them (QLoRA, appendix E)."""
-    # fmt: off
-    return torch.tensor([
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ], device=device)
-    # fmt: on
-
-
-def ends_of_parts(num: int) -> Tensor:
-    """fp32[num + 1]: the ends of equal parts of 0.1 to 1, as torch.linspace has them where a processor fuses products.
-
-    Computed from both ends with an fp32 step, each rounded once; fp64 arithmetic gives all processors the same bits.
-    """
-    first, last = torch.tensor([0.1, 1.0], device="cpu")
-    step, i = ((last - first) / num).double(), torch.arange(num + 1, device="cpu")
-    return torch.where(i < (num + 1) // 2, first + step * i, last - step * (num - i)).float()
-
-
-@functools.cache
-def dynamic_values(device: torch.device) -> Tensor:
-    """fp32[256], ascending: 0, 1, and +-10**(e - 6) times the middles of 2**e equal parts of 0.1 to 1, e from 0 to 6.
-
-    Dettmers et al. 2022, arXiv 2110.02861.
-    """
-    parts = [ends_of_parts(2**e) for e in range(7)]
-    positive = torch.cat([10 ** (e - 6) * ((p[:-1] + p[1:]) / 2) for e, p in enumerate(parts)])
-    return torch.cat((-positive, torch.tensor([0.0, 1.0], device="cpu"), positive)).sort().values.to(device)
 
 
 # ---- kernels ----
 
 
-@jit
+@triton.jit
 def load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT: tl.constexpr):
     """fp32, what the codes of groups are multiplied with, and int32, the codes that stand for 0.
 
@@ -166,7 +51,7 @@ def load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT: t
         return b_absmax * tl.load(nested_scales + o_group // 256) + tl.load(nested_offset), 7
 
 
-@jit
+@triton.jit
 def decode(b_words, b_zero, b_table, i: tl.constexpr, FORMAT: tl.constexpr, BITS: tl.constexpr):
     """fp32: plane i of words; nf4 by its table, others 2 ** (i * BITS % 12) times the number that the code stands for.
 
@@ -185,7 +70,7 @@ def decode(b_words, b_zero, b_table, i: tl.constexpr, FORMAT: tl.constexpr, BITS
             return b_value - ((b_zero << SHIFT) | 0x4B000000).to(tl.float32, bitcast=True)
 
 
-@jit
+@triton.jit
 def spread(b, RUN: tl.constexpr):
     """[BN, BT] -> [BN, BT * RUN]: what belongs to a tile, for each of its words."""
     BN: tl.constexpr = b.shape[0]
@@ -193,7 +78,7 @@ def spread(b, RUN: tl.constexpr):
     return tl.reshape(tl.broadcast_to(b[:, :, None], [BN, BT, RUN]), [BN, BT * RUN])
 
 
-@jit
+@triton.jit
 def gemv_kernel(
     x, codes, scales, nested_scales, nested_offset, dynamic, table, bias, y,
     N, K, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
@@ -238,7 +123,7 @@ def gemv_kernel(
     tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
 
 
-@jit
+@triton.jit
 def matmul_kernel(
     x, codes, scales, nested_scales, nested_offset, dynamic, table, out,
     M, N, K, stride_xm, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
@@ -282,7 +167,7 @@ def matmul_kernel(
     tl.store(out + o_out, acc, mask=(o_m[None, :] < M) & (o_n[:, None] < N))
 
 
-@jit
+@triton.jit
 def reduce_kernel(parts, bias, y, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """y [SIZE] = sum of parts fp32[SPLIT, SIZE], in order, + bias [N]."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -295,7 +180,7 @@ def reduce_kernel(parts, bias, y, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.conste
     tl.store(y + o, acc.to(y.dtype.element_ty), mask=m)
 
 
-@jit
+@triton.jit
 def dequantize_kernel(
     codes, scales, nested_scales, nested_offset, dynamic, table, out,
     N, K, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
@@ -370,7 +255,7 @@ def dequantize(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _layout(w):
+def _layout(w: QuantizedWeight) -> dict:
     bits, num_words = NUM_BITS[w.format], w.codes.shape[1]
     run = run_length(num_words * 32 // bits, bits)
     group = num_words * 32 // bits if w.format == "int8" else w.group
@@ -378,7 +263,7 @@ def _layout(w):
     return sizes | dict(FORMAT=w.format, BITS=bits)
 
 
-def _tensors(w):
+def _tensors(w: QuantizedWeight) -> tuple:
     device = w.codes.device
     tables = (dynamic_values(device), nf4_values(device)) if w.format == "nf4" else (None, None)
     return w.codes, w.scales, w.nested_scales, w.nested_offset, *tables
@@ -408,7 +293,7 @@ def dequant_matmul(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) ->
         raise ValueError(f"x.dtype = {x.dtype} must be float32, float16 or bfloat16")
     if bias is not None and (bias.shape != w.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias {bias.dtype}{list(bias.shape)} must be {x.dtype}[{w.shape[0]}]")
-    if triton is None or not (x.is_cuda or triton.knobs.runtime.interpret):
+    if not (x.is_cuda or knobs.runtime.interpret):
         raise ValueError(
             "x is on the CPU, where kernels run interpreted alone (TRITON_INTERPRET=1): see dequant_matmul_ref"
         )

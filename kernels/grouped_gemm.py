@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton import knobs
 
 
 def grouped_experts_ref(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def plan_rows(choice: Tensor, num_experts: int, sizes: dict) -> Plan:
 
 def check(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor):
     """Raise ValueError for devices, shapes and dtypes that the kernels do not support."""
-    if not x.is_cuda and not triton.knobs.runtime.interpret:
+    if not x.is_cuda and not knobs.runtime.interpret:
         raise ValueError(f"the experts' kernels run on a GPU, but x is on {x.device}; 'grouped' experts run anywhere")
     if gate.dim() != 3 or choice.dim() != 2:
         raise ValueError(f"gate {tuple(gate.shape)} and choice {tuple(choice.shape)} must be [E, W, D] and [R, k]")

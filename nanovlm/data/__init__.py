@@ -1,1 +1,1 @@
-"""Sample -> Document -> Row -> Batch; types.py has the drawing."""
+"""Sample -> Document -> Row -> Batch; types.py has the diagram."""

@@ -1,19 +1,18 @@
 """Drawn scenes with questions whose answers are known exactly.
 
 `draw(split, index)` is a pure function: the same picture and questions on any machine. Everything is drawn
-from polygons, so no font or file is needed. One to three shapes differ in colour, size, position and
-rotation, a digit stands among them, and the background is a noisy gradient.
+from polygons and circles, so no font or file is needed. A scene has one to three shapes of random colour, size,
+position and rotation, a digit among them, and a noisy gradient as background.
 
 Splits differ by seed. Each `compositional` scene contains a colour-shape pair of HELD_OUT and asks about
-it; `train` and `test` scenes never show or mention such a pair, but every colour and every shape of it.
+it; `train` and `test` scenes never show or mention such a pair, but do show each of its colours and shapes.
 
 The questions of a scene are independent: each is asked by itself, as some would answer others. Their answers
-are balanced for each question text, so that a model that does not look can hardly do better than chance (in
-`compositional`, where each color has one held-out shape, a guess by the words is never right, as training never
-gives that answer).
+are balanced for each question text, so a model that does not look can hardly do better than chance. On the colour or
+shape of a held-out pair it does worse: training never gives the right answer to such a question.
 
-Training may be asked some kinds of question alone, a lesson, such as what is in which cell, which held-out splits never
-ask (LESSON_KINDS). A model that is asked everything from the start learns to see much more slowly (docs/log.md).
+A lesson asks only some kinds of questions (LESSON_KINDS). Only lessons ask what is in each cell. A model that is asked
+all other kinds from the start learns to see much more slowly (docs/log.md).
 
 `python -m nanovlm.data.scenes FOLDER` writes scenes as PNG files with their questions, to look at.
 """
@@ -37,8 +36,8 @@ from nanovlm import cli
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 
 SPLITS = ("train", "test", "compositional")
-# So many questions of a kind has a training scene that allows them and is asked everything, on average at most, and
-# one of every other kind: what is learned late is asked often, what is known by then seldom.
+# Mean number of questions of a kind in a training scene that allows that many, outside lessons; 1 for all other kinds.
+# Kinds that are learned late are asked often, those that are known by then seldom.
 PRACTICE = {"relation": 3, "digits": 0.5, "caption": 0.1}
 IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
@@ -52,7 +51,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 HELD_OUT = (("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "triangle"), ("purple", "square"))
-# How many objects there are when 0, 1, 2 or 3 of them share a colour or a shape.
+# Numbers of objects to choose from when 0, 1, 2 or 3 of them have the counted colour or shape.
 NUMBERS = ((1, 1, 2, 3), (1, 1, 2, 3), (2, 2, 3, 3), (3, 3, 3, 3))
 SEEN = tuple(pair for pair in itertools.product(COLORS, SHAPES) if pair not in HELD_OUT)
 CELLS = tuple(
@@ -85,24 +84,24 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. `counted` is the colour or shape that 0 to 3 objects share, evenly often."""
+    """The contents of a picture. `counted` is a colour or shape that 0, 1, 2 or 3 objects have, equally often."""
 
     objects: list[Object]
     digit: Object
     counted: str
-    known: tuple[tuple[str, str], ...]  # the pairs that questions may mention
+    known: tuple[tuple[str, str], ...]  # pairs that a question may name as absent
 
     @cached_property
     def values(self):
-        """Every colour, shape and pair of both, as often as an object has it."""
+        """The colour, the shape and the pair of both of every object, with repeats."""
         return [value for o in self.objects for value in (o.color, o.shape, o.pair)]
 
 
 def draw(split: str, index: int, kinds: Sequence[str] = ()) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True}`.
 
-    With `kinds`, of LESSON_KINDS, it is another scene than without, one that allows such questions, and has them all.
-    Else a training scene is asked as PRACTICE says, a scene of another split one question of each kind that it allows.
+    With `kinds`, keys of LESSON_KINDS, draw another scene than without, and ask all its questions of these kinds, at
+    least one. Else ask a training scene as PRACTICE says, and other scenes one question of each kind that they allow.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
@@ -134,8 +133,8 @@ def _ask_everything(rng, scene, about, split):
 
 
 def _compose(rng, compositional):
-    """Choose the objects so that counts are balanced, then place them so that positions are."""
-    same = rng.randrange(4)  # so many objects share a colour (axis 0) or a shape (axis 1)
+    """Choose objects with balanced counts, then place them with balanced positions."""
+    same = rng.randrange(4)  # number of objects with the counted colour (axis 0) or shape (axis 1)
     number = rng.choice(NUMBERS[same])
     axis = rng.randrange(2)
     first = rng.choice(HELD_OUT if compositional else SEEN)
@@ -148,13 +147,13 @@ def _compose(rng, compositional):
             pairs.append(pair)
     things = [Object(*pair, radius=rng.uniform(5.5, 7.5), angle=rng.uniform(-0.4, 0.4)) for pair in pairs]
     things.append(Object("", "", radius=rng.uniform(6, 7.3), angle=rng.uniform(-0.2, 0.2), digit=rng.randrange(10)))
-    # Each thing in a cell of its own, all cells alike, so that no place is likelier than another.
+    # Each thing gets its own cell, drawn uniformly, so that all positions are equally likely.
     placed = [_place(rng, thing, cell) for thing, cell in zip(things, rng.sample(range(9), len(things)), strict=True)]
     return Scene(placed[:-1], placed[-1], counted, HELD_OUT if compositional else SEEN)
 
 
 def _place(rng, thing, cell):
-    """Put a thing somewhere in a cell."""
+    """Put a thing at a random place inside a cell."""
     room = CELL_SIZE / 2 - thing.radius
     x, y = (CELL_SIZE * (third + 0.5) + rng.uniform(-room, room) for third in (cell % 3, cell // 3))
     return replace(thing, cell=cell, x=x, y=y)
@@ -175,7 +174,7 @@ def _ask_count(rng, scene, about):
     count = sum(scene.counted in o.pair for o in scene.objects)
     what = f"{scene.counted} objects" if scene.counted in COLORS else f"{scene.counted}s".replace("sss", "sses")
     asked = [(f"how many {what} are there?", str(count))]
-    # Ask this as often of scenes with many objects as of scenes with few.
+    # Ask this equally often of scenes with one, two and three objects, so that the answers are balanced.
     scenes_of = [sum(numbers.count(n) for numbers in NUMBERS) for n in (1, 2, 3)]
     if rng.random() < min(scenes_of) / scenes_of[len(scene.objects) - 1]:
         asked.append(("how many objects are there?", str(len(scene.objects))))
@@ -198,7 +197,7 @@ def _ask_relation(rng, scene, about):
 
 
 def _ask_existence(rng, scene, about):
-    """Yes and no come evenly; the absent pair shares its colour or its shape with an object."""
+    """Answer yes and no equally often; if possible, the absent pair shares its colour or shape with an object."""
     if rng.random() < 0.5:
         return [(f"is there {_a(rng.choice(about).pair)}?", "yes")]
     present = {o.pair for o in scene.objects}
@@ -212,14 +211,14 @@ def _ask_digits(rng, scene, about):
 
 
 def _ask_caption(rng, scene, about):
-    # By colour and shape, so that a picture has one right caption.
+    # Sort by colour, shape and cell, so that a picture has one right caption.
     order = sorted(scene.objects, key=lambda o: ([*COLORS].index(o.color), SHAPES.index(o.shape), o.cell))
     parts = [f"{_a(o.pair)} at the {CELLS[o.cell]}" for o in order]
     return [("describe the image.", f"{', '.join(parts)} and the digit {scene.digit.digit}.")]
 
 
 def _ask_cells(rng, scene, about):
-    """What is in every cell that has something, and in one that has nothing."""
+    """Ask what is in each occupied cell and in one empty cell."""
     inside = {o.cell: _a(o.pair) for o in scene.objects} | {scene.digit.cell: f"the digit {scene.digit.digit}"}
     empty = rng.choice([cell for cell in range(9) if cell not in inside])
     return [(f"what is at the {CELLS[cell]}?", inside.get(cell, "nothing")) for cell in sorted([*inside, empty])]
@@ -230,12 +229,12 @@ def _a(pair):
 
 
 def _is_only(value, scene):
-    """Is there just one object of this colour, this shape, or this pair of both?"""
+    """Return whether exactly one object has this colour, shape, or pair of both."""
     return scene.values.count(value) == 1
 
 
 def _names(o, scene):
-    """Every way to name an object that fits no other: its shape, its colour, or both."""
+    """Return all names that fit this object alone: by its shape, its colour, or both."""
     names = [(o.shape, f"the {o.shape}"), (o.color, f"the {o.color} object"), (o.pair, f"the {o.name}")]
     return [name for value, name in names if _is_only(value, scene)]
 
@@ -257,7 +256,7 @@ LESSON_KINDS = QUESTIONS | {"cells": _ask_cells}
 SCALE = 2  # shapes are drawn this much larger and averaged down, for smooth edges
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)] * 2))
 
-# Glyphs of 5 x 7 dots: a hexadecimal pair a row, its low five bits the dots.
+# Glyphs of 5 x 7 dots: two hexadecimal digits per row, whose low five bits are the dots.
 GLYPHS = (
     "0e11131519110e", "040c040404040e", "0e11010204081f", "1f02040201110e", "02060a121f0202",
     "1f101e0101110e", "0608101e11110e", "1f010204080808", "0e11110e11110e", "0e11110f01020c",
@@ -312,7 +311,7 @@ def _draw_thing(canvas, thing, ink):
 
 
 def _polar(*radii):
-    """Corners at even angles and these distances from the origin, the first at the top."""
+    """Return corners at equal angles and these distances from the origin, the first at the top."""
     steps = [(r, 2 * math.pi * i / len(radii)) for i, r in enumerate(radii)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in steps]
 
@@ -322,7 +321,7 @@ def _box(left, top, right, bottom):
 
 
 class Scenes:
-    """The drawn scenes of one split, asked everything or a lesson: these kinds of question alone."""
+    """The drawn scenes of one split, with all kinds of questions, or as a lesson with only these `kinds`."""
 
     damaged, blocks = (), None
 
@@ -347,12 +346,12 @@ def main(
     split: Literal["train", "test", "compositional"] = "test",
     num: int = 8,
 ):
-    """Write scenes and their questions to a folder, to look at.
+    """Write scenes and their questions to a folder, to look at them.
 
     Args:
         folder: Folder to write N.png and questions.jsonl to.
-        split: Which scenes.
-        num: How many.
+        split: Split of the scenes.
+        num: Number of scenes.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder to write to")

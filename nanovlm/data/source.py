@@ -1,4 +1,4 @@
-"""What a source of raw records is (records.py says what those are), and how records are dealt to the slots of a run.
+"""The interface of a source of raw records (see records.py), and how records are dealt to the slots of a run.
 
 A slot is one micro-batch of every step. Records come in rounds, one for each slot:
 
@@ -8,7 +8,7 @@ round 0       record 0  record 1  record 2         rank 0 asks for the slots (0,
 round 1       record 3  record 4  record 5
 ```
 
-So what a slot gets does not depend on the ranks, and a rank reads no record twice.
+So what a slot gets does not depend on the ranks, and each record of a pass goes to one slot only.
 """
 
 import itertools
@@ -20,50 +20,50 @@ import numpy as np
 
 
 class Ref(NamedTuple):
-    """A record that was dealt to a slot and is not read yet."""
+    """A reference to a record that is dealt to a slot but not read yet."""
 
     slot: int
-    # It is the number-th record of its slot, from 0: the round.
+    # Index of the record in its slot, from 0: the round.
     number: int
-    # Passes over the data that were complete before it.
+    # Number of complete passes over the data before this record.
     epoch: int
-    # What `read` takes.
+    # The argument of `read`.
     key: Any
-    # Name of the source that it is of, and its place there.
+    # Name of its source, and its place there.
     source: str
     where: str
-    # `start` of the round after this one, as JSON can hold it; valid when the round is complete.
+    # `start` for the round after this one, JSON-serialisable; valid once this round is complete.
     after: Any
 
 
 class Source(Protocol):
-    """Where raw records come from: files, streams and mixtures alike. It keeps no open file, as processes fork."""
+    """Where raw records come from: files, streams or mixtures. Keeps no file open, because workers are forked."""
 
     name: str
-    # One sentence for each loss that was found when the source was opened.
+    # One sentence for each loss of data that was found when the source was opened.
     damaged: Sequence[str]
 
     def refs(self, slots: Sequence[int], num_slots: int, start: Any = None) -> Iterator[Ref]:
-        """Deal records to these of `num_slots` slots, round by round, pass after pass without end.
+        """Deal records to `slots`, some of the `num_slots` slots, round by round and pass after pass, endlessly.
 
-        `start` is None, or `after` of the last round that is not wanted again.
+        `start` is None, or `after` of the last round that is already done.
         """
 
     def read(self, key: Any) -> dict:
-        """Return the raw record of a ref. Raises ValueError that names what is wrong with it."""
+        """Return the raw record of a ref. Raises ValueError that says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """In which order a source of known size is read: its own, or another one for every pass."""
+    """The order in which a source of known size is read: its own, or a new shuffled one for every pass."""
 
     seed: int = 0
     shuffle: bool = False
-    # Number of the source in a mixture, so that two of them do not go alike.
+    # Index of the source in a mixture, so that no two sources are shuffled alike.
     part: int | None = None
 
     def __call__(self, epoch: int, length: int, blocks: Sequence[int] | None = None) -> Sequence[int]:
-        """Return the indices of a pass; those between two entries of `blocks`, read at once, stay together."""
+        """Return the indices of a pass; those between two entries of `blocks`, read as one block, stay together."""
         if not self.shuffle:
             return range(length)
         rng = np.random.default_rng((self.seed, epoch) if self.part is None else (self.seed, epoch, self.part))
@@ -77,12 +77,12 @@ IN_ORDER = Order()
 
 
 def first_pass(source: Source) -> Iterator[Ref]:
-    """Yield the records of a source once each."""
+    """Yield the refs of a source's first pass: each record once."""
     return itertools.takewhile(lambda ref: ref.epoch == 0, source.refs([0], 1))
 
 
 def deal(source, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
-    """Deal the records of a source that has a length, an `order` and maybe `blocks`; the keys are indices."""
+    """Deal the records of a source that has a length, an `order` and optionally `blocks`; the keys are indices."""
     length, blocks = len(source), getattr(source, "blocks", None)
     epoch, order = None, ()
     for number in itertools.count(start or 0):

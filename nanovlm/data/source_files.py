@@ -12,27 +12,27 @@ from PIL import Image
 from nanovlm.data.records import is_empty, kind_of
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 
-# Of every image format that PIL decodes; a few it only recognises.
+# Suffixes of the image formats that PIL decodes; the four excluded ones it only recognises.
 IMAGE_SUFFIXES = frozenset(
     suffix
     for suffix, kind in Image.registered_extensions().items()
     if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")
 )
-# The question to a picture that has only a caption.
+# The question for an image that has only a caption.
 CAPTION_QUESTION = "describe the image."
 
 
 class JsonLines:
     """A text file with one JSON record a line; images are file names, relative to the file's folder.
 
-    Only the places of the lines are kept in memory.
+    Only the positions of the lines are kept in memory.
     """
 
     blocks = None
 
     def __init__(self, path: str | Path, order: Order = IN_ORDER):
         self.path, self.name, self.damaged, self.order = Path(path), str(path), [], order
-        self.starts, self.numbers = array("q"), array("q")  # of each line with content: byte offset, line number
+        self.starts, self.numbers = array("q"), array("q")  # of each non-blank line: byte offset, line number
         offset = 0
         try:
             with open(path, "rb") as file:
@@ -69,7 +69,7 @@ class JsonLines:
 class Folder:
     """A folder of image files, each with a caption (same name, .txt) or a record (.json) beside it.
 
-    Where there is a metadata.jsonl, its lines are the records. An image that a record does not name is its only one.
+    If there is a metadata.jsonl, its lines are the records instead. A .json without images uses the one beside it.
     """
 
     blocks = None
@@ -115,7 +115,7 @@ def _read_json(data: bytes, where: str) -> dict:
 
 
 def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_image: bool) -> dict:
-    """Make a record of a .json file that has one, else of a caption (then the .json has other things)."""
+    """Return the record in a .json file; if it has no texts or messages, make one from the caption."""
     record = {} if json_data is None else _read_json(json_data, f"the .json of {where}")
     if "texts" in record or "messages" in record:
         return record
@@ -130,7 +130,7 @@ def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_
 
 
 def fetch_images(record: dict, read: Callable[[str], bytes]) -> dict:
-    """Put file contents, which `read` returns, in place of file names in `images`, `image` and image parts."""
+    """Replace file names in `images`, `image` (moved to `images`) and image parts by file contents from `read`."""
 
     def fetch(image):
         if isinstance(image, dict):
@@ -169,7 +169,7 @@ def read_file(path: Path, where: str) -> bytes:
 
 
 def find_files(paths: str | Path | Iterable[str | Path], suffix: str) -> list[Path]:
-    """The files that paths, globs and folders stand for, in the order of their names."""
+    """Return the files of paths, globs and folders in the given order, those of one glob or folder sorted."""
     files = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         if os.path.isdir(path):

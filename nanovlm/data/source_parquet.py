@@ -13,8 +13,8 @@ from nanovlm.data.source_files import check_index, fetch_images, find_files, joi
 class Parquet:
     """Records in the rows of parquet files: a file, a glob, a folder, or a list of these.
 
-    Images are bytes or structs of bytes and path, one or a list, as FineVision and The Cauldron have them. The row
-    group that was read last stays in memory, so rows are read fast in an order that keeps to a row group for a while.
+    Images are bytes or structs of bytes and path, one or a list, as in FineVision and The Cauldron. The last row group
+    read stays in memory, so reading is fast when successive rows are in the same row group.
     """
 
     columns = ("images", "image", "texts", "messages", "independent", *RATINGS)
@@ -55,7 +55,7 @@ class Parquet:
         last = self.last
         try:
             if last is None or last[0] != group:
-                # One thread, as a forked process has no others.
+                # One thread: a forked process does not inherit the other threads.
                 with _import_parquet().ParquetFile(file) as opened:
                     names = [name for name in opened.schema_arrow.names if name in self.columns]
                     last = self.last = group, opened.read_row_group(number, columns=names, use_threads=False)

@@ -1,4 +1,4 @@
-"""A name, a path or a glob -> the source of raw records (source.py) that it stands for."""
+"""A name, a path or a glob -> a source of raw records (source.py)."""
 
 import glob
 import itertools
@@ -20,7 +20,7 @@ FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": T
 
 
 def open_source(spec: str, split: str = "train", order: Order = IN_ORDER) -> Source:
-    """Open the source that a name, a path or a glob stands for; `split` is of the drawn scenes and of the hub."""
+    """Open the source given by a name, a path or a glob; only drawn scenes and hub datasets use `split`."""
     if spec == "scenes" or spec.startswith("scenes:"):
         kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
         return Scenes(split, kinds=kinds, order=order)
@@ -49,7 +49,7 @@ def open_sources(
     seed: int = 0,
     shuffle: bool = True,
 ) -> Source:
-    """Open one source, or several as one, as DataConfig says."""
+    """Open one source, or several combined into one, as DataConfig describes."""
     if len(specs) == 1 and not weights:
         return open_source(specs[0], split, Order(seed, shuffle))
     is_mixed = bool(weights or lessons)
@@ -63,7 +63,7 @@ def open_sources(
 
 
 def sample_records(source: Source, num: int) -> Iterator[dict]:
-    """Yield about so many raw records from the whole source (the first of a stream), but what cannot be read."""
+    """Yield about `num` raw records from all over the source (the first ones of a stream); skip unreadable ones."""
     if len(parts := parts_of(source)) > 1:
         for part in parts:
             yield from sample_records(part, math.ceil(num / len(parts)))
@@ -80,7 +80,7 @@ def sample_records(source: Source, num: int) -> Iterator[dict]:
 
 
 def sample_texts(source: Source, num_samples: int) -> Iterator[str]:
-    """Yield the texts of samples, to make a tokenizer from."""
+    """Yield the texts of about `num_samples` samples, to train a tokenizer on."""
     for record in sample_records(source, num_samples):
         try:
             sample = to_sample(record)

@@ -1,4 +1,4 @@
-"""Make and read tokenizers: byte-level BPE, so that any text has tokens, with our special tokens first."""
+"""Train and read tokenizers: byte-level BPE, which can encode any text, with our special tokens first."""
 
 import json
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from nanovlm.data.images import FAKE
 
 IMAGE_TOKEN = "<image>"
-# Their places in this list are their ids: VLMConfig.pad_token_id, image_token_id, eos_token_id, and roles.
-# Image and end have the names that Idefics3 gives them, so that an exported model needs no others.
+# Their indices in this tuple are their ids: VLMConfig.pad_token_id, image_token_id, eos_token_id, and roles.
+# The image and end tokens have Idefics3's names, which an exported model must have.
 SPECIAL_TOKENS = ("<|pad|>", "<image>", "<end_of_utterance>", "<|system|>", "<|user|>", "<|assistant|>")
 
 CHAT_TEMPLATE = """\
@@ -27,13 +27,13 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{ '<|assistant|>' if add_generation_prompt }}"""
 
-# For models that were never taught a conversation: text goes on where it stops.
+# For base models, not trained on conversations: the answer continues the text.
 COMPLETION_TEMPLATE = """\
 {%- for message in messages -%}
 {{ message.content }}{{ eos_token if message.role == 'assistant' }}
 {%- endfor -%}"""
 
-# The form of SmolLM2, Qwen and others, with images among the text.
+# The format of SmolLM2, Qwen and others, with images among the text.
 CHATML_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\n' }}
@@ -72,7 +72,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterabl
 
 
 def with_blank_line(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """Make two line breaks one token, in the place of the last one learned where the vocabulary is full.
+    """Make two line breaks one token; if the vocabulary is full, it replaces the last learned token.
 
     Idefics3 writes them between an image's tiles and the whole image, and llama.cpp looks them up as one token.
     """
@@ -103,9 +103,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def extend_tokenizer(tokenizer: Tokenizer, markers: Iterable[str], image_token_id: int | None) -> Tokenizer:
-    """Add the special tokens of images, those that are not there yet, behind all others; return the tokenizer.
+    """Append the special tokens of images that a tokenizer lacks; return it. Without image_token_id, change nothing.
 
-    The image token comes first, then the markers of layouts. Raises ValueError where `image_token_id` is not its id.
+    The image token comes first, then the markers of layouts. Raises ValueError if its id is not `image_token_id`.
     """
     if image_token_id is None:
         return tokenizer

@@ -8,7 +8,7 @@ Document   input_ids, labels int64[L]  branch_ids int32[L]               data/ch
    |       knapsack
 Row        input_ids, labels, position_ids int64[T]                      data/packing.py
    |       doc_ids, branch_ids int32[T]  tiles uint8[n, C, H, W]  tile_doc_ids int32[n]
-   |       stack rows, number the documents through
+   |       stack rows, renumber the documents
 Batch      input_ids, labels, position_ids int64[B, T]                   data/loader.py
            doc_ids, branch_ids int32[B, T]
            pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  trained int64[N]
@@ -39,11 +39,11 @@ IGNORE = -100
 
 @dataclass
 class Sample:
-    """One training example as people write it.
+    """One training example, before tokenisation.
 
     `messages` are dicts with `role` (user, assistant, system) and `content`, a string or a list of parts
     `{"type": "text", "text": ...}` and `{"type": "image"}`; the n-th image part shows `images[n]`.
-    With `independent` the user/assistant pairs are separate questions about the same images.
+    With `independent` the user/assistant pairs are separate questions, each about all the images.
     """
 
     images: list[PIL.Image.Image]
@@ -52,7 +52,7 @@ class Sample:
 
 
 class Filtered(ValueError):
-    """A record is well-formed, but every turn of it is rated too low."""
+    """Raised for a well-formed record whose turns are all rated too low."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Document:
 
     @property
     def position_ids(self) -> Tensor:
-        """int64[L]: 0, 1, ... along the prefix; every branch goes on from the end of the prefix."""
+        """int64[L]: 0, 1, ... along the prefix; every branch continues from the end of the prefix."""
         index = torch.arange(len(self))
         prefix = int((self.branch_ids == 0).sum())
         starts = torch.searchsorted(self.branch_ids, self.branch_ids)  # branch ids ascend
@@ -78,7 +78,7 @@ class Document:
 
 @dataclass
 class Row:
-    """Whole documents side by side in a fixed number of tokens, the rest padding."""
+    """Whole documents one after the other, padded to a fixed number of tokens."""
 
     input_ids: Tensor
     labels: Tensor
@@ -86,13 +86,13 @@ class Row:
     branch_ids: Tensor
     position_ids: Tensor
     tiles: Tensor
-    # int32[n]: of each tile, the document that shows it.
+    # int32[n]: the document of each tile.
     tile_doc_ids: Tensor
 
 
 @dataclass
 class Batch:
-    """What the model sees. It takes pixels as they are in an image, uint8, or as floats that are normalised already."""
+    """The input of the model. Pixels are raw uint8 or already normalised floats."""
 
     input_ids: Tensor
     labels: Tensor
@@ -101,7 +101,7 @@ class Batch:
     position_ids: Tensor
     pixel_values: Tensor
     tile_doc_ids: Tensor
-    # int64[N]: where the labels are, in all rows end to end. Found when the batch is made: a GPU would be waited for.
+    # int64[N]: flat indices of the positions with a label. Computed on creation: on a GPU the host would have to wait.
     trained: Tensor | None = None
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ class Batch:
             self.trained = (self.labels.flatten() != IGNORE).nonzero()[:, 0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with every tensor on `device`; to a GPU it is copied beside what is still computed there."""
+        """Return the batch with every tensor on `device`; a copy to a GPU overlaps with the computation there."""
         device = torch.device(device)
         if device.type != "cuda":
             return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -122,11 +122,11 @@ class Batch:
         return batch
 
     def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory, from where a GPU copies while it computes."""
+        """Return the batch in page-locked memory, from which a GPU copies while it computes."""
         return Batch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
 
 @functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the queue of a GPU in which batches are copied."""
+    """Return the CUDA stream of a GPU that copies batches."""
     return torch.cuda.Stream(device)

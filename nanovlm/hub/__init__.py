@@ -1,1 +1,1 @@
-"""Models on disk and on the hub -> ours, and back: read.py loads whatever has a name, export.py writes."""
+"""Models on disk and on the hub -> ours, and back: read.py loads, export.py writes."""

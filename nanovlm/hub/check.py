@@ -1,4 +1,4 @@
-"""An exported folder -> what equals the model that it was made of, and what other programs may read differently."""
+"""Compare an exported folder with the model it was made from, and list what other programs may read differently."""
 
 import importlib.util
 from pathlib import Path
@@ -20,9 +20,9 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 def check(folder: Path, model: VLM):
-    """Read an exported folder, say what was compared, and name the traps that other programs have for it.
+    """Compare an exported folder with its model and, if installed, with transformers; print results and known traps.
 
-    Raises ValueError where a tensor differs from the model's by a bit, or transformers computes something else.
+    Raises ValueError if a tensor differs from the model's in any bit, or transformers gives other tokens or logits.
     """
     written, _ = load(folder)
     tensors, expected = written.state_dict(), model.state_dict()
@@ -46,7 +46,7 @@ def check(folder: Path, model: VLM):
 
 
 def find_traps(processor: Processor) -> list[str]:
-    """Name what other programs may read differently; what would be wrong everywhere is refused or written right."""
+    """List what some other programs may read differently; export.py rejects or avoids what all would read wrongly."""
     config, tokenizer = processor.config, processor.tokenizer
     d, traps = config.decoder, []
     if d.head_dim not in VLLM_CPU_HEAD_SIZES:
@@ -80,7 +80,7 @@ def find_traps(processor: Processor) -> list[str]:
 
 
 def _depends_on_content_type(processor):
-    """Whether the template's text differs between an image part and a text part that holds the image token."""
+    """Return whether the template writes an image part differently from a text part that holds the image token."""
     texts = set()
     for first in ({"type": "image"}, {"type": "text", "text": IMAGE}):
         messages = [{"role": "user", "content": [first, {"type": "text", "text": "?"}]}]
@@ -95,9 +95,9 @@ def _depends_on_content_type(processor):
 
 @torch.no_grad()
 def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> list[str]:
-    """Ask transformers and our model, both in fp32, the same; return what was compared and how far they differ.
+    """Run the same prompts through transformers and our model, both in fp32; return a line on each comparison.
 
-    Raises ValueError where tensors are missing, token ids differ, or logits by more than 1e-4 of the largest.
+    Raises ValueError if tensors are missing or do not fit, token ids differ, or logits by over 1e-4 of the largest.
     """
     import transformers
 
@@ -143,6 +143,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _gradient(width, height):
-    """An image whose every pixel is different."""
+    """Return an image in which all pixels differ."""
     row, col = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return Image.fromarray(torch.stack((2 * row, col, row + col), -1).clamp(0, 255).to(torch.uint8).numpy())

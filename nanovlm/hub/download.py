@@ -1,11 +1,11 @@
-"""The name of a model -> a folder with its files, downloaded where it is a repository of the hub."""
+"""The name of a model -> a folder with its files, downloaded if the name is a repository on the hub."""
 
 import re
 from pathlib import Path
 
 from nanovlm.files import find_folder, read_json
 
-# What is downloaded of a repository.
+# Files to download from a repository.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -23,7 +23,7 @@ TOKENIZER_FILES = tuple(name for name in FILES if "safetensors" not in name)
 
 
 def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
-    """Return a folder: the one of this name, or the downloaded files of a repository `owner/name[@revision]`."""
+    """Return the folder of this name, or one with the downloaded files of a repository `owner/name[@revision]`."""
     if (folder := find_folder(Path(name))).is_dir():
         return folder
     repository, _, revision = str(name).partition("@")

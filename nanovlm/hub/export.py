@@ -1,12 +1,12 @@
-"""Model -> folder in a layout of the hub, which transformers and llama.cpp read (docs/hub.md has what was tried).
+"""Model -> folder in a hub layout, which transformers and llama.cpp read (docs/hub.md lists what was tested).
 
 ```
 run or model folder --load--> model, processor --check_exportable--> files under a temporary name --> OUT_DIR
 ```
 
-A vision-language model becomes an Idefics3, a language model one of the family that has its features. All files are
-written by hand; fields that older and newer readers name differently are written in both ways. `transformers` is
-needed by `check` alone, and only where it is installed.
+A vision-language model becomes an Idefics3, a language model one of the family that has its features. Fields that
+older and newer readers name differently are written under both names. `transformers` is not needed; only `check` uses
+it, if it is installed.
 
     python -m nanovlm.hub.export runs/demo OUT_DIR --check
 """
@@ -37,17 +37,17 @@ from nanovlm.tensor_files import merge_numbers
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model in the layout of the hub: Idefics3, or for a language model that of its family."""
+    """Write a model in a hub layout: Idefics3, or for a language model that of its family."""
 
-    # Run directory, model folder, or repository of the hub.
+    # Run directory, model folder, or repository on the hub.
     source: tyro.conf.Positional[str]
     # Folder to write; new or empty.
     out: tyro.conf.Positional[Path]
-    # Read it again: compare all tensors, name the traps of other readers, compare with transformers where installed.
+    # Read the result again: compare all tensors, and with transformers if installed; list traps of other programs.
     check: bool = False
     # Precision of the weights; auto keeps that of the source.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # Size of the largest file of weights, in GB; a larger model becomes several files.
+    # Largest size of a weight file, in GB; a larger model is split into several files.
     shard_size: float = 5.0
 
 
@@ -63,8 +63,7 @@ def main(args: list[str] | None = None):
 def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes: int = 5_000_000_000) -> VLM:
     """Write the model of a run directory, a model folder or a repository to the folder `out`; return it.
 
-    Raises ValueError, before anything is written, where `out` holds something and where the layout cannot hold the
-    model.
+    Raises ValueError, before anything is written, if `out` is not empty or the layout cannot represent the model.
     """
     source, out = Path(source), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -88,7 +87,7 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
 
 
 def check_exportable(processor: Processor):
-    """Raise ValueError that names the field that no layout can hold."""
+    """Raise ValueError that names a setting that no hub layout can represent."""
     config, tokenizer = processor.config, processor.tokenizer
     if config.quantization is not None:
         raise ValueError(
@@ -118,12 +117,12 @@ def check_exportable(processor: Processor):
 
 
 def find_layout(model: VLM) -> dict[str, str | tuple[str, ...]]:
-    """Return the name table that the model is written with."""
+    """Return the name table of the layout in which the model is written."""
     return families.find_names(find_family(model.config.decoder), model.config.vision is not None)
 
 
 def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
-    """Return all files but weights, tokenizer and model card: JSON objects and texts by name."""
+    """Return all files except weights, tokenizer and model card: JSON objects and texts by file name."""
     config, tokenizer = model.config, processor.tokenizer
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     tokens = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
@@ -204,7 +203,7 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
     family = find_family(d)
     fields = {field: getattr(d, field) for field in families.DECODER_FIELDS}
     if family not in ("llama", "qwen3") and d.head_dim * d.num_attention_heads == d.hidden_size:
-        del fields["head_dim"]  # which those families leave out
+        del fields["head_dim"]  # these families leave it out
     if family not in ("qwen2", "mixtral"):
         fields["attention_bias"] = d.qkv_bias
     if d.moe is not None:
@@ -225,7 +224,7 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
         "model_type": family,
         **fields,
         "hidden_act": "silu",
-        # The newer fields, then the older ones, without which mlx-vlm takes a base of a million.
+        # The newer field, then the older ones, without which mlx-vlm assumes a base of a million.
         "rope_parameters": {**kind, "rope_theta": d.rope_theta, **scaling},
         "rope_theta": d.rope_theta,
         "rope_scaling": {**kind, **scaling} if scaling else None,
@@ -238,7 +237,7 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
 
 
 def write_weights(folder: Path, model: VLM, shard_bytes: int):
-    """Write model.safetensors, or several files of at most `shard_bytes` (but one tensor at least) and their index."""
+    """Write model.safetensors, or several files of at most `shard_bytes` (but at least one tensor) and their index."""
     tensors = weights.destinations(model.state_dict(), find_layout(model))
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
     shards, free = [], 0
@@ -258,7 +257,7 @@ def write_weights(folder: Path, model: VLM, shard_bytes: int):
     for file, shard in files.items():
         whole = {name: tensors[name][0] if len(tensors[name]) == 1 else torch.cat(tensors[name]) for name in shard}
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / file, {"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
+        (folder / file).chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 if __name__ == "__main__":

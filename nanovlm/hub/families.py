@@ -1,7 +1,7 @@
-"""What layouts of the hub look like: name tables and the fields of configs, for import and export alike.
+"""Hub layouts: name tables and the fields of configs, for import and export alike.
 
-A name table maps prefixes of their tensor names to ours, or to several of ours whose rows follow one another; what
-follows a prefix is the same on both sides, and nothing is permuted. `{}` is a number.
+A name table maps prefixes of their tensor names to ours, or to several of ours whose rows are concatenated; the rest of
+a name is the same on both sides, and nothing is permuted. `{}` stands for a number.
 """
 
 import re
@@ -17,7 +17,7 @@ SIGLIP_NAMES = {
 }
 LLAMA_NAMES = {"model.": "decoder.", "lm_head.": "decoder.lm_head."}
 HEAD = "lm_head.weight"
-# The mixtures, in addition: an expert's matrix is a slice of ours, so that their names have a number more.
+# Additional names of mixtures: each expert's matrix is a slice of our tensor, so their names have one more number.
 MIXTRAL_NAMES = {
     "model.layers.{}.block_sparse_moe.gate.": "decoder.layers.{}.mlp.router.",
     "model.layers.{}.block_sparse_moe.experts.{}.w1.weight": "decoder.layers.{}.mlp.gate_proj",
@@ -57,13 +57,13 @@ DECODER_FIELDS = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
-ROPE_FIELDS = {  # those of RopeScalingConfig that each type has
+ROPE_FIELDS = {  # the fields of RopeScalingConfig that each type uses
     "none": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
 }
-# What our modules compute; a config that says otherwise is refused.
+# What our modules compute; a config with other values is rejected.
 FIXED = {
     "hidden_act": "silu",
     "mlp_bias": False,
@@ -86,7 +86,7 @@ SIGLIP_DEFAULTS = {
     "layer_norm_eps": 1e-6,
 }
 IDEFICS3_VISION_DEFAULTS = SIGLIP_DEFAULTS | {"patch_size": 32, "hidden_size": 1152, "num_attention_heads": 16}
-# Grids of up to 128 patches a side at which Idefics3 gives some neighbours the same position, as it rounds fractions.
+# Grid sizes up to 128 patches a side at which Idefics3's rounding gives some neighbours the same position.
 # fmt: off
 IDEFICS3_BAD_GRIDS = (
     19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62, 67, 68, 71, 72, 73, 74, 76, 77, 80, 82, 83, 84,
@@ -96,13 +96,13 @@ IDEFICS3_BAD_GRIDS = (
 
 
 class Family(NamedTuple):
-    """A kind of language model: its class, the values that its config.json may leave out, and what it has."""
+    """A family of language models: its class, the defaults of what its config.json leaves out, and its features."""
 
     architecture: str
     defaults: dict
     qkv_bias: bool = False
     qk_norm: str = "none"
-    # Of a mixture: names of its tensors, and its fields for fields of MoEConfig.
+    # For a mixture: its additional name table, and its config fields -> those of MoEConfig.
     names: dict | None = None
     moe: dict | None = None
 
@@ -170,7 +170,7 @@ OLMOE_DEFAULTS = LLAMA_DEFAULTS | {
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.01,
 }
-# Their fields of a mixture -> those of MoEConfig.
+# Their config fields of a mixture -> those of MoEConfig.
 MIXTRAL_FIELDS = {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "num_experts_per_tok",
@@ -202,19 +202,19 @@ SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 
 
 def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
-    """Return the name table of a language model of DECODERS, or of an Idefics3 around one."""
+    """Return the name table of a language model in DECODERS, or of an Idefics3 that contains one."""
     names = LLAMA_NAMES | (DECODERS[family].names or {})
     if not has_vision:
         return names
     return IDEFICS3_NAMES | {re.sub(r"^model\.", "model.text_model.", theirs): ours for theirs, ours in names.items()}
 
 
-# transformers' Idefics3Processor looks for these, and would add what is missing with ids beyond the vocabulary.
+# transformers' Idefics3Processor looks for these, and would add missing ones with ids beyond the vocabulary.
 IMAGE, IDEFICS3_TOKENS = "<image>", (FAKE, "<image>", "<end_of_utterance>")
 
 
 def find_family(decoder: DecoderConfig) -> str:
-    """Return the key of DECODERS whose layout has all that this decoder has.
+    """Return the key of DECODERS whose layout supports all features of this decoder.
 
     Raises ValueError for a combination of features that no family has.
     """

@@ -22,7 +22,7 @@ from nanovlm.tensor_files import copy_tensors, file_dtype
 
 
 def save_model(folder: Path, model: VLM, processor: Processor, tensors: dict[str, torch.Tensor] | None = None):
-    """Write a model folder: all that `load` and generate.py need; `tensors` are the model's, if others than it has."""
+    """Write a model folder with all that `load` and generate.py need; `tensors`, if given, replace the model's own."""
     with new_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
         save_file(model.state_dict() if tensors is None else tensors, temporary / "model.safetensors")
@@ -34,13 +34,13 @@ def load_folder(
 ) -> tuple[VLM, Processor]:
     """Read a model folder; the model is in evaluation mode, in the dtype of its file unless another is given.
 
-    Raises ValueError that names what is missing, unknown, cut off or of another shape.
+    Raises ValueError that names what is missing, unknown, truncated or of the wrong shape.
     """
     return read_model(open_folder(folder), device, dtype)
 
 
 def open_folder(folder: str | Path) -> Stored:
-    """Read all of a model folder but the weights. Raises ValueError that names what is missing or cut off."""
+    """Read all of a model folder but the weights. Raises ValueError that names what is missing or damaged."""
     folder = find_folder(Path(folder))
     if not folder.is_dir():
         raise ValueError(f"there is no model folder {folder}")

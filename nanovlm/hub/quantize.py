@@ -1,4 +1,4 @@
-"""A model -> a folder of the same model with weights in 8 or 4 bits, which loads like any other.
+"""A model -> a folder with the same model, quantised to 8 or 4 bits, which loads like any other.
 
 python -m nanovlm.hub.quantize runs/demo/model OUT_DIR --format int4
 """
@@ -19,17 +19,17 @@ from nanovlm.model.quantized import quantize
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Write a model folder with weights of few bits, which loads like any other."""
+    """Write a model folder with quantised weights, which loads like any other."""
 
-    # Model folder, or whatever else generate.py reads.
+    # Model folder, or anything else that generate.py reads.
     source: tyro.conf.Positional[str]
     # Folder to write; new or empty.
     out: tyro.conf.Positional[Path]
-    # What becomes of which layers.
+    # Which layers to quantise, and to which format.
     quantization: tyro.conf.OmitArgPrefixes[QuantizationConfig] = field(default_factory=QuantizationConfig)
-    # Precision of all other weights; auto for that of the source.
+    # Precision of all other weights; auto keeps that of the source.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # Try smaller ranges for every group of weights; without, nearest codes in the whole range.
+    # Also try smaller ranges for every group of weights; without it, round to nearest in the full range.
     search: bool = True
 
 

@@ -1,4 +1,4 @@
-"""A name -> model and processor, from whatever layout: the one entry point `load`.
+"""A name -> model and processor, from any supported layout, by one function, `load`.
 
 ```
 owner/name --download--> folder --config.json--> VLMConfig --> model without weights
@@ -6,7 +6,7 @@ owner/name --download--> folder --config.json--> VLMConfig --> model without wei
                            |--tokenizer, template, image settings ---> Processor
 ```
 
-`find_model` reads all but the weights, which can then go to a model that is spread over ranks.
+`find_model` reads all but the weights, which can then be copied into a model that is sharded over ranks.
 """
 
 from pathlib import Path
@@ -31,16 +31,16 @@ def load(
 ) -> tuple[VLM, Processor]:
     """Read a model and its processor; the model is in evaluation mode.
 
-    `name` is a model folder of ours, a folder in a layout of the hub, or a repository there, `owner/name` or
-    `owner/name@revision`; also a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
-    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown, or
-    beyond our modules.
+    `name` is one of our model folders, a folder in a hub layout, a repository on the hub (`owner/name` or
+    `owner/name@revision`), a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
+    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown or
+    not supported.
     """
     return read_model(find_model(name), device, dtype)
 
 
 def find_model(name: str | Path) -> Stored:
-    """Read all of a model but its weights, by a name that `load` takes; raise ValueError as it does."""
+    """Read a model except its weights; takes the same names and raises the same errors as `load`."""
     if str(name) == "smollm2" or str(name).endswith(".gguf"):
         return gguf.open_model(name)
     folder = find(name)

@@ -1,4 +1,4 @@
-"""A model on disk whose weights are not read yet: its config, its processor, and what copies the weights."""
+"""A model on disk whose weights are not read yet: its config, its processor, and a function that copies the weights."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from nanovlm.sharded import Places
 class Stored(NamedTuple):
     config: VLMConfig
     processor: Processor
-    # The smallest that holds the weights exactly.
+    # A dtype that holds the weights exactly.
     dtype: torch.dtype
-    # Copies the weights tensor by tensor into memory that is there already, given by the names of our model's state
-    # (sharded.py). Raises ValueError that names a tensor that is missing, unknown or of another shape.
+    # Copies the weights tensor by tensor into memory that is already allocated, by the names in our state dict
+    # (sharded.py). Raises ValueError that names tensors that are missing, unknown or of the wrong shape.
     fill: Callable[[Places], None]
 
 
 def read_model(stored: Stored, device: str | torch.device, dtype: torch.dtype | None) -> tuple[VLM, Processor]:
-    """Read the weights into a new model in evaluation mode, in the dtype of the files unless another is given."""
+    """Read the weights into a new model in evaluation mode, in `stored.dtype` unless another is given."""
     model = empty_model(stored.config, device, dtype or stored.dtype)
     stored.fill(model.state_dict())
     return model.eval(), stored.processor

@@ -1,4 +1,4 @@
-"""Safetensors files of the hub -> our weights, tensor by tensor into place, by the name tables of families.py."""
+"""Safetensors files in a hub layout -> our weights, tensor by tensor, by the name tables of families.py."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_t
 
 
 def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable[[Places], None]]:
-    """Return the dtype of the weights of a folder in a layout of the hub, and what copies them (see stored.py)."""
+    """Return the dtype of the weights in a hub layout, and a function that copies them (see stored.py)."""
     files = find_weights(folder)
     data = read_json(folder / "config.json")
     family = (data if config.vision is None else data.get("text_config") or {}).get("model_type", "llama")
@@ -34,7 +34,7 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
 
 
 def _ignore(config):
-    """Which tensors of a language model's file are not read: the head where it is tied, and rotary frequencies."""
+    """Return a predicate for names of tensors to skip: the head if it is tied, and rotary frequencies."""
     return lambda name: (config.tie_word_embeddings and name == HEAD) or name.endswith("rotary_emb.inv_freq")
 
 
@@ -53,8 +53,8 @@ def load_vision(places: Places, folder: Path):
 def load_decoder(places: Places, folder: Path):
     """Read a language model into the decoder of a model, whose vocabulary may be larger than the file's.
 
-    The rows of new tokens become the mean of the old ones, with a hundredth of their spread as noise: so the old
-    tokens stay as likely as they were (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    The rows of new tokens become the mean of the old ones, plus noise of 1 % of their standard deviation, so that the
+    old tokens stay about as likely as before (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     files = find_weights(folder)
     data = read_json(folder / "config.json")
@@ -68,15 +68,15 @@ def load_decoder(places: Places, folder: Path):
         check_tied_head(wanted["model.embed_tokens.weight"][0], files, HEAD)
     for name, table in tables.items():
         new = table[config.vocab_size :]
-        old = read_tensor(files, name).to(table.dtype)  # whole, of which a rank may have some rows alone
+        old = read_tensor(files, name).to(table.dtype)  # the whole table, as a rank may hold only some rows
         new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn(new.shape, dtype=table.dtype))
 
 
 def destinations(places: Places, names: dict[str, str | tuple[str, ...]]) -> dict[str, list[torch.Tensor | Rows]]:
-    """Say for each of their tensor names which tensors of a model its rows are: import fills them, export reads.
+    """Map each of their tensor names to the model tensors that hold its rows: import fills them, export reads them.
 
-    `places` are these tensors by name: the model's state, or what of it this rank has. Those that the table does not
-    know are left out (see `unknown_tensors`).
+    `places` are our tensors by name: the model's state dict, or this rank's shards of it. Those that the table does
+    not cover are left out (see `unknown_tensors`).
     """
     prefixes = _find_prefixes(names)
     found = {}
@@ -92,13 +92,13 @@ def destinations(places: Places, names: dict[str, str | tuple[str, ...]]) -> dic
 
 
 def unknown_tensors(model: VLM, names: dict[str, str | tuple[str, ...]]) -> list[str]:
-    """List the model's tensors for which the table has no name."""
+    """List the model's tensors that the table does not cover."""
     prefixes = [prefix for prefix, _theirs, _part in _find_prefixes(names)]
     return [name for name in model.state_dict() if not any(prefix.match(name) for prefix in prefixes)]
 
 
 def _find_prefixes(names):
-    """List for each of our prefixes its regular expression, theirs, and which part of their rows it stands for."""
+    """Return, for each of our prefixes: its regular expression, their prefix, and which part of their rows it is."""
     return [
         (re.compile(re.escape(prefix).replace(r"\{\}", r"(\d+)")), theirs, part)
         for theirs, ours in names.items()
@@ -112,7 +112,7 @@ def tensor_names(path):
 
 
 def check_tied_head(embedding: torch.Tensor | Rows, files: list[Path], head: str):
-    """Raise ValueError where a file has a head of its own though the config says that it is tied."""
+    """Raise ValueError if a file has a head that differs from the embedding that the config ties it to."""
     for path in files:
         with open_tensors(path) as file:
             if head in file.keys() and not embedding.equal(file.get_tensor(head).to(embedding.device, embedding.dtype)):

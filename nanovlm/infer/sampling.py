@@ -18,9 +18,9 @@ from nanovlm.model.vlm import VLM
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    # Most tokens to generate for a prompt.
+    # Largest number of tokens to generate per prompt.
     max_new_tokens: int = 128
-    # 0 takes the likeliest token; higher is more varied.
+    # 0 always takes the likeliest token (greedy); higher is more varied.
     temperature: float = 0.0
     # Choose among this many likeliest tokens; 0 for all.
     top_k: int = 0
@@ -30,7 +30,7 @@ class SamplingConfig:
     min_p: float = 0.0
     # Above 1: make tokens that occurred in the prompt or the answer less likely.
     repetition_penalty: float = 1.0
-    # Seed of the random choices, of every row by itself.
+    # Seed of the random choices; every row has its own generator with this seed.
     seed: int = 0
 
     def validate(self) -> "SamplingConfig":
@@ -50,10 +50,10 @@ class SamplingConfig:
 
 @torch.inference_mode()
 def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]:
-    """Yield the next token of every row, int64[B], until all rows have ended.
+    """Yield the next token of every row, int64[B], until all rows have ended or have max_new_tokens.
 
     A row ends with eos_token_id or one of stop_token_ids, which is yielded, and yields pad_token_id from then on.
-    Padding and image tokens are never part of an answer. Raises ValueError for prompts that leave no room for one.
+    Answers never contain padding or image tokens. Raises ValueError if a prompt leaves no room for max_new_tokens.
     """
     config.validate()
     pad, image = model.config.pad_token_id, model.config.image_token_id
@@ -74,7 +74,7 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
     )
     generators = [torch.Generator().manual_seed(config.seed) for _ in lengths]
     seen = torch.zeros(len(lengths), model.config.decoder.vocab_size, dtype=torch.bool, device=lengths.device)
-    # In the places of padding, whose token may be one of the prompt too, the first token once more.
+    # In place of padding, mark the first token again: the padding token itself may not occur in the prompt.
     seen.scatter_(1, torch.where(batch.doc_ids >= 0, batch.input_ids, batch.input_ids[:, :1]), True)
     ended = torch.zeros_like(lengths, dtype=torch.bool)
     logits = prefill(model, batch, cache)
@@ -91,7 +91,7 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
 
 
 def generate(model: VLM, batch: Batch, config: SamplingConfig = SamplingConfig(), **options) -> list[list[int]]:
-    """Return the tokens of every row's answer, without the end of turn; `options` are fields that replace config's."""
+    """Return the tokens of every row's answer, without the end of turn; `options` override fields of config."""
     rows = torch.stack(list(stream(model, batch, replace(config, **options))), dim=1).tolist()
     return [cut_at_end(row, model.config) for row in rows]
 
@@ -129,9 +129,9 @@ def decode_one_token(model: VLM, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 def choose(logits: Tensor, seen: Tensor, config: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
-    """Choose a token a row from logits fp32[B, V]: penalty, then greedy, or temperature, top-k, top-p, min-p, draw.
+    """Choose one token per row of logits fp32[B, V]: penalty, then greedy, or temperature, top-k, top-p, min-p, draw.
 
-    `seen` bool[B, V] marks the tokens that the repetition penalty is for. Each row draws from a generator of its own,
+    `seen` bool[B, V] marks the tokens that the repetition penalty applies to. Each row draws from its own generator,
     so that an answer does not depend on its neighbours. Returns int64[B].
     """
     if config.repetition_penalty != 1:
@@ -140,18 +140,18 @@ def choose(logits: Tensor, seen: Tensor, config: SamplingConfig, generators: lis
         return logits.argmax(-1)
     sums = filter_logits(logits, config).double().softmax(-1).cumsum(-1)
     drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    # The first token whose sum is above the drawn share of the whole: one of no probability adds nothing to it.
+    # The first token whose cumulative sum exceeds the drawn share of the total, so never one of zero probability.
     return torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make what was seen less likely: divide a positive logit by the penalty, multiply a negative one."""
+    """Make seen tokens less likely: divide positive logits by the penalty, multiply negative ones by it."""
     return torch.where(seen, logits * torch.where(logits > 0, 1 / penalty, penalty), logits)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Divide by the temperature, then set to -inf what top-k, top-p and min-p leave out, one after the other."""
-    # At most 0, and by no less than fp32 can divide by: no temperature, however small, gives NaN.
+    """Divide by the temperature, then set to -inf what top-k, top-p and min-p exclude, in this order."""
+    # Shift the maximum to 0 and bound the divisor from below, so that no temperature, however small, gives NaN.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(config.temperature, 1e-20)
     if config.top_k:
         kth = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
@@ -159,7 +159,7 @@ def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     if config.top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        # The token that crosses top_p stays: what counts is the sum before a token.
+        # The token that crosses top_p is kept, as the sum before each token is compared.
         left_out = probabilities.cumsum(-1) - probabilities >= config.top_p
         logits = logits.masked_fill(left_out.gather(-1, order.argsort(-1)), -torch.inf)
     if config.min_p:

@@ -1,4 +1,4 @@
-"""Linear layers -> the same layers with weights in 8 or 4 bits (formats and kernels: kernels/dequant_matmul.py).
+"""Linear layers -> the same layers with weights in 8 or 4 bits (formats: kernels/quantized_weight.py).
 
 ```
 model --quantize--> decoder's linear layers in codes and scales; encoder, projector, router, experts, norms, embeddings
@@ -17,16 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dequant_matmul import (
-    NUM_BITS,
-    QuantizedWeight,
-    dequant_matmul,
-    dequant_matmul_ref,
-    dynamic_values,
-    nf4_values,
-    pack,
-    triton,
-)
+from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, dynamic_values, nf4_values, pack
 from nanovlm.config import QuantizationConfig
 
 # Fractions of a group's range to try, from 1 down to about a half, closer together near 1. On normal weights, 40 evenly
@@ -77,7 +68,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = QuantizedWeight(self.format, self.shape, self.group, *(getattr(self, name) for name in TENSORS))
-        return (dequant_matmul if x.is_cuda and triton else dequant_matmul_ref)(x, w, self.bias)
+        return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, w, self.bias)
 
     def _apply(self, fn, recurse=True):
         """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved."""
@@ -85,6 +76,15 @@ class QuantizedLinear(nn.Module):
         return super()._apply(
             lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse
         )
+
+
+def load_kernel():
+    """Import the fused product on demand, as a CPU does not need Triton; without Triton return the reference."""
+    try:
+        from kernels.dequant_matmul import dequant_matmul
+    except ModuleNotFoundError:
+        return dequant_matmul_ref
+    return dequant_matmul
 
 
 # The tensors of a quantised layer's state dict that take the place of its weight.

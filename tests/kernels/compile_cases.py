@@ -33,7 +33,8 @@ def grouped_gemm():
 
 
 def dequant_matmul():
-    from kernels.dequant_matmul import NUM_BITS, QuantizedWeight, dequant_matmul
+    from kernels.dequant_matmul import dequant_matmul
+    from kernels.quantized_weight import NUM_BITS, QuantizedWeight
 
     def run(format, M, N, K, dtype, group=64):
         groups = {"int8": 1, "int4": -(-K // group), "nf4": -(-K // 64)}[format]

@@ -9,18 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import dequant_matmul as kernels
-from kernels.dequant_matmul import (
+from kernels.dequant_matmul import dequant_matmul, dequantize, split_k
+from kernels.quantized_weight import (
     NUM_BITS,
     QuantizedWeight,
-    dequant_matmul,
     dequant_matmul_ref,
-    dequantize,
     dequantize_ref,
     dynamic_values,
     nf4_values,
     pack,
     run_length,
-    split_k,
     unpack,
 )
 from nanovlm.model.quantized import quantize_weight

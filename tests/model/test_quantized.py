@@ -11,7 +11,7 @@ from torch import nn
 
 import generate
 import nanovlm
-from kernels.dequant_matmul import NUM_BITS, dequant_matmul, dequantize_ref, dynamic_values, nf4_values, unpack
+from kernels.quantized_weight import NUM_BITS, dequantize_ref, dynamic_values, nf4_values, unpack
 from nanovlm import cli
 from nanovlm.config import InitConfig, MoEConfig, QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
@@ -165,7 +165,7 @@ def test_a_model_through_the_kernels(processor, device, monkeypatch, format):
     model, batch = quantize(random_model().to(device), QuantizationConfig(format)), batch_of(processor).to(device)
     expected = random_model()
     expected.load_state_dict(quantize(expected, QuantizationConfig(format)).state_dict())
-    monkeypatch.setattr(quantized, "dequant_matmul_ref", dequant_matmul)
+    monkeypatch.setattr(quantized, "dequant_matmul_ref", quantized.load_kernel())
     logits = model.logits(batch)
     monkeypatch.undo()
     expected = expected.logits(batch_of(processor))
