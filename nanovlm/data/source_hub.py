@@ -1,4 +1,4 @@
-"""Raw records of a dataset of the hub, as a stream."""
+"""Raw records of a dataset on the hub, as a stream."""
 
 import copy
 import functools
@@ -13,10 +13,10 @@ from nanovlm.data.source_files import fetch_images
 
 
 class Hub:
-    """A dataset of the hub, read as a stream: `hub:owner/name` or `hub:owner/name:config`.
+    """A dataset on the hub, read as a stream: `hub:owner/name` or `hub:owner/name:config`.
 
-    Each pass reads the files in another order, or where `order` does not shuffle in their own. Where the files can be
-    shared out evenly, each slot reads its own alone; else every rank reads them all and keeps what its slots get.
+    Each pass reads the files in a new order, or in their own order if `order` does not shuffle. If the files divide
+    evenly among the slots, each slot reads only its own; else every rank reads all and keeps its slots' records.
     """
 
     def __init__(self, spec: str, split: str = "train", order: Order = IN_ORDER, **options):
@@ -31,17 +31,21 @@ class Hub:
             raise ValueError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
         try:
             self.dataset = datasets.load_dataset(dataset, config or None, split=split, streaming=True, **options)
-        except Exception as error:  # the network, the hub and every builder have errors of their own
+        except Exception as error:  # the network, the hub and every builder raise errors of their own
             raise ValueError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
         if self.dataset.features is not None:
             self.dataset = self.dataset.decode(False)  # images as the bytes of their files
-        # It warns that a shuffle buffer is lost when one goes on; ours holds one record, which was handed out.
+        # `datasets` warns that resuming loses the shuffle buffer; ours holds one record, which was already yielded.
         logging.getLogger("datasets.iterable_dataset").addFilter(_is_no_warning_of_a_lost_buffer)
 
     def refs(self, slots: Sequence[int], num_slots: int, start: dict | None = None) -> Iterator[Ref]:
-        """Deal the records, which are their own keys; `after` holds the positions that `datasets` gives."""
+        """Deal the records; each is its own key. `after` holds the state dicts of `datasets`."""
         start = start or {"number": 0, "places": {}}
         is_shared_out = num_slots > 1 and self.dataset.num_shards % num_slots == 0
+        if start["number"] and is_shared_out == ("all" in start["places"]):
+            raise ValueError(
+                f"the number of files of {self.name} has changed since the run stopped, so it cannot go on where it was"
+            )
         if is_shared_out:
             if start["number"] and not set(map(str, slots)) <= start["places"].keys():
                 raise ValueError(
@@ -62,13 +66,13 @@ class Hub:
                 yield Ref(slot, number, epoch, record, self.name, f"record {count} of pass {epoch}", after)
 
     def read(self, key: dict) -> dict:
-        """Fetch the images of a record. One that cannot be read is left for `to_sample`."""
+        """Fetch the images of a record; one that cannot be read stays a name, which `to_sample` rejects."""
         return fetch_images(key, _read_remote)
 
     def _read_on(
         self, place: dict | None, slot: int = 0, num_slots: int = 1
     ) -> Iterator[tuple[dict, int, int, Callable]]:
-        """Yield record, pass, number in the pass, and what returns the place after it; begin at a place."""
+        """Yield (record, pass, number in the pass, function that returns the place after it), starting at `place`."""
         epoch, count, state = (place or {"epoch": 0, "count": 0, "state": None}).values()
         while True:
             dataset = self._open(epoch, slot, num_slots)
@@ -82,13 +86,13 @@ class Hub:
             epoch, count, state = epoch + 1, 0, None
 
     def _open(self, epoch: int, slot: int, num_slots: int):
-        """Return the dataset as a pass reads it, or a slot's share of its files."""
+        """Return the dataset in the order of a pass; with several slots, only the given slot's share of the files."""
         from datasets.distributed import split_dataset_by_node
 
-        dataset = copy.deepcopy(self.dataset)  # it keeps its place
+        dataset = copy.deepcopy(self.dataset)  # the object stores its position
         if self.order.shuffle:
             seeds = [self.order.seed, epoch] + ([] if self.order.part is None else [self.order.part])
-            # A buffer of one leaves the records of a file in their order, which is cheap to come back to.
+            # A buffer of one keeps the order of the records in a file, so resuming is cheap.
             dataset = dataset.shuffle(generator=np.random.default_rng(seeds), buffer_size=1, max_buffer_input_shards=1)
         return split_dataset_by_node(dataset, slot, num_slots) if num_slots > 1 else dataset
 

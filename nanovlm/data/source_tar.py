@@ -11,13 +11,13 @@ from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, find_files, j
 
 
 class Tar:
-    """WebDataset shards: tar files in which the members with the same key are one sample, in whatever order.
+    """WebDataset shards: tar files in which the members with the same key are one sample, in any order.
 
-    The key is the member's name up to the first dot of its last part. Files that PIL reads are images, several in
-    the order of their names (`a.0.jpg a.1.jpg`); `.json` is the record, or `.txt` a caption. The headers are read
-    once, then each member by its place. Of a shard that is cut off, the whole samples before the cut remain: the last
-    of them if a header after it was readable or if an earlier sample has the same suffixes. Where the members of a
-    sample do not stand together, those remain that lack none of the suffixes of another.
+    The key is a member's path up to the first dot of the file name. Members with an image suffix are images, sorted by
+    name (`a.0.jpg a.1.jpg`); `.json` is the record, or `.txt` a caption. Headers are scanned once; members are read
+    by offset. A damaged shard keeps its complete samples. The last sample counts as complete only if an earlier one has
+    the same suffixes; if the members of a sample are not adjacent, any sample counts unless its suffixes are a proper
+    subset of another's.
     """
 
     blocks = None
@@ -26,7 +26,7 @@ class Tar:
         self.files, self.damaged, self.order = find_files(paths, ".tar"), [], order
         self.name = join_names(self.files)
         self.samples = []  # (file, key, [(suffix, offset, size), ...])
-        shapes, scattered = set(), False  # the suffixes of every whole sample; whether some do not stand together
+        shapes, scattered = set(), False  # the suffixes of each sample; whether some sample is not contiguous
         for file in self.files:
             members, damage = _scan_tar(file)
             groups, comes_back = _group_members(members)
@@ -92,9 +92,9 @@ class Tar:
 
 
 def _scan_tar(file: Path) -> tuple[list[tuple], str]:
-    """Read the headers of a tar file: (key, suffix, offset, size) of every member, and what is wrong with the file.
+    """Scan the headers of a tar file: return (key, suffix, offset, size) of each file with a suffix, and the damage.
 
-    The size of a member that the file's end cuts is None.
+    The size of a truncated member is None.
     """
     members, damage = [], ""
     try:
@@ -105,9 +105,9 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
                 key, dot, suffix = name.partition(".")
                 if member.isreg() and key and dot:
                     is_whole = member.offset_data + member.size <= size
-                    key = f"{folder}/{key}".lstrip("./")
+                    key = re.sub(r"^(\./|/)+", "", f"{folder}/{key}")
                     members.append((key, suffix.lower(), member.offset_data, member.size if is_whole else None))
-                tar.members.clear()  # it would grow with the file
+                tar.members.clear()  # the list would grow with the file
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
                 damage = f"has no further header and no end mark at byte {tar.offset}"
@@ -117,9 +117,9 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
 
 
 def _group_members(members: list[tuple]) -> tuple[list[tuple], bool]:
-    """Group members by key, in the order of the first of each; tell whether a key comes back after others.
+    """Group members by key, in order of first occurrence; also return whether some group is not contiguous.
 
-    A key that comes back with a suffix that it has is another sample, as in shards that were joined.
+    A key that recurs after others with a suffix that its group already has starts a new sample, as in joined shards.
     """
     groups, latest, comes_back, last = [], {}, False, None
     for key, *member in members:
@@ -139,10 +139,10 @@ def _shape(group: list[tuple]) -> frozenset[str]:
 
 
 def _is_image(suffix: str) -> bool:
-    """Tell whether a member is an image: jpg, 0.jpg, left.jpg, jpg.0."""
+    """Return whether a member's suffix is that of an image: jpg, 0.jpg, left.jpg, jpg.0."""
     return "." + re.sub(r"\.\d+$", "", suffix).rpartition(".")[2] in IMAGE_SUFFIXES
 
 
 def _natural_order(name: str) -> list:
-    """Sort key by which a 10 comes after a 9."""
+    """Return a sort key that orders numbers by value: 9 before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -9,7 +9,7 @@ from nanovlm.model.vlm import VLM
 
 
 def model_card(name: str, model: VLM, run: Path | None) -> str:
-    """Return README.md: what the model is and, of a run directory, how it was trained and what it scores."""
+    """Return the README.md: what the model is and, given a run directory, how it was trained and what it scores."""
     config = model.config
     sees = config.vision is not None
     auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
@@ -36,7 +36,7 @@ def model_card(name: str, model: VLM, run: Path | None) -> str:
 
 
 def _describe_run(run):
-    """Say what config.json, metrics.jsonl and eval.json of a run directory hold."""
+    """Yield Markdown lines on training and scores, from config.json, metrics.jsonl and eval.json of a run."""
     config = read_json(run / "config.json")
     last = json.loads(((run / "metrics.jsonl").read_text().splitlines() or ["{}"])[-1])
     results = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
@@ -46,7 +46,7 @@ def _describe_run(run):
         "steps": last.get("step"),
         "tokens": last.get("tokens"),
         "samples": last.get("samples"),
-        "loss of the last step": f"{last['loss']:.4f}" if "loss" in last else None,
+        "loss of the last step": None if last.get("loss") is None else f"{last['loss']:.4f}",
         "seed": config.get("seed"),
         "commit": config.get("commit"),
         "trained on": where.get("device"),
@@ -70,7 +70,7 @@ def _describe_run(run):
 
 
 def describe(model: VLM) -> str:
-    """Say in a few words what a model is."""
+    """Describe a model in one phrase: family, size and dtype."""
     size, config = sum(p.numel() for p in model.parameters()), model.config
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     family = find_family(config.decoder)

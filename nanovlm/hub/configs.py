@@ -1,4 +1,4 @@
-"""config.json and what lies beside it in a folder of the hub -> our configs."""
+"""config.json and the files beside it, in a folder in a hub layout -> our configs."""
 
 import dataclasses
 from pathlib import Path
@@ -44,9 +44,9 @@ def read_siglip(folder: Path) -> VisionConfig:
 
 
 def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
-    """Read the config of a language model or of a whole VLM. Special tokens are those of the tokenizer's files.
+    """Read the config of a language model or of a whole VLM. Special tokens are as in read_special_tokens.
 
-    Without a tokenizer it is for weights alone: a VLM's image settings may be missing.
+    Without a tokenizer the config serves only to load weights: a VLM's image settings may be missing.
     Raises ValueError that names the file and the field.
     """
     path = folder / "config.json"
@@ -80,7 +80,7 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
 
 
 def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
-    """Read the config of a SigLIP encoder, as Idefics3 has it too."""
+    """Read the config of a SigLIP encoder, which Idefics3 also uses."""
     check_fixed(data, FIXED_VISION, path)
     data = defaults | data
     return _build(VisionConfig, {field: data[field] for field in VISION_FIELDS}, path)
@@ -94,9 +94,9 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
         raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
     if data.get("model_type") == "mixtral" and data.get("sliding_window") is not None:
         raise ValueError(f"{path}: sliding_window = {data['sliding_window']} is not supported; it must be null")
-    if "num_experts" in family.defaults and "num_local_experts" in data:  # two names of one field
+    if "num_experts" in family.defaults and "num_local_experts" in data:  # two names for one field
         data = {"num_experts": data["num_local_experts"]} | data
-    derived = ("head_dim", "num_key_value_heads")  # null stands for the value that follows from others
+    derived = ("head_dim", "num_key_value_heads")  # null means that other fields determine the value
     data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
     fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
     config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
@@ -127,7 +127,7 @@ def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[i
 
 
 def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
-    """Read the base and the scaling of rotary positions, as older and newer configs write them."""
+    """Read the base and the scaling of rotary positions, in the form of older or newer configs."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
@@ -152,9 +152,9 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
 
 
 def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingConfig:
-    """Read the image settings of Idefics3; without any, where images are not needed, those that cut nothing."""
+    """Read Idefics3's image settings; if there are none and none are needed, return ones that cut no image."""
     settings = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer, and goes first
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer and takes precedence
         data = read_json(folder / name) if (folder / name).is_file() else {}
         if found := data if name.startswith("pre") else data.get("image_processor"):
             settings, path = found, folder / name
@@ -188,10 +188,10 @@ def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingCo
 def read_special_tokens(
     folder: Path, data: dict, tokenizer: Tokenizer | None
 ) -> dict[str, int | tuple[int, ...] | None]:
-    """Return the ids of padding, end of turn and begin, from the tokenizer's settings, else from the config.
+    """Return the ids of padding, end of turn, stops and begin, from the tokenizer's settings, else from the configs.
 
-    The end of turn is the token of those at which generation stops that the chat template writes. Without a padding
-    token it pads too.
+    The end of turn is the first end token that the chat template writes, or the first of all if it writes none.
+    It also serves as padding if there is no padding token.
     """
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
@@ -219,7 +219,7 @@ def read_special_tokens(
         raise ValueError(f"{folder}: neither the tokenizer nor the config says which token ends a turn (eos_token)")
     pads = [i for i in (from_tokenizer("pad"), *from_config("pad")) if i is not None]
     begins = [i for i in (from_tokenizer("bos"), *from_config("bos")) if i is not None]
-    stops = generation.get("eos_token_id")
+    stops = generation.get("eos_token_id", data.get("eos_token_id"))
     stops = [i for i in (stops if isinstance(stops, list) else []) if i != ends[0]]
     return {
         "pad_token_id": (pads or ends)[0],
@@ -230,9 +230,9 @@ def read_special_tokens(
 
 
 def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
-    """Return the chat template, wherever it is.
+    """Return the chat template from whichever file has it.
 
-    A base model gets one that goes on with the text, after what its tokenizer puts before every text.
+    A base model gets one that continues the text, after the tokens that its tokenizer puts before every text.
     """
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         path = folder / name
@@ -254,7 +254,7 @@ def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
 
 
 def _build(cls, data, path):
-    """Make a config of ours. Raises ValueError that names the file, and a field whose value is of another type."""
+    """Build one of our configs. Raises ValueError that names the file and a field whose value has the wrong type."""
     try:
         return from_dict(cls, data)
     except ValueError as error:

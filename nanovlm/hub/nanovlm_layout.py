@@ -39,7 +39,7 @@ NANOVLM_NAMES = {
     "decoder.head.": "decoder.lm_head.",
 }
 
-# Their fields -> ours. A config.json has all that its code knew, so what is missing here is an error.
+# Their fields -> ours. nanoVLM writes all fields into config.json, so a missing one is an error.
 NANOVLM_VISION = {
     "vit_img_size": "image_size",
     "vit_patch_size": "patch_size",
@@ -62,13 +62,13 @@ NANOVLM_DECODER = {
     "lm_tie_weights": "tie_word_embeddings",
 }
 FIXED_NANOVLM = {"vit_cls_flag": False, "lm_attn_scaling": 1.0, "lm_use_tokens": False, "lm_attention_bias": False}
-# Fields that are read below, and fields of training that change no answer.
+# Fields that are read below, and others, such as those of training, that change no answer.
 NANOVLM_OTHER = set(
     "mp_image_token_length max_img_size resize_to_max_side_len vlm_extra_tokens lm_chat_template lm_base_vocab_size "
     "extra_token_amount vit_model_type lm_model_type vit_dropout lm_dropout lm_max_length lm_eos_token_id "
     "vlm_load_backbone_weights vlm_checkpoint_path hf_repo_name".split()
 )
-# The first nanoVLM knew no chat: the image, then one question. IMAGE becomes the token that stands for the image.
+# The first nanoVLM had no chat template: an image, then one question. IMAGE is replaced by the image token.
 NANOVLM_TEMPLATE = """\
 {%- for message in messages -%}
 {%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
@@ -79,11 +79,11 @@ NANOVLM_TEMPLATE = """\
 
 
 def open_nanovlm(folder: Path) -> Stored:
-    """Read all but the weights of a checkpoint of github.com/huggingface/nanoVLM, whose answers ours are to equal.
+    """Read all but the weights of a github.com/huggingface/nanoVLM checkpoint; answers should equal nanoVLM's.
 
-    Tokens are equal, and pixels but for the rounding of the view of a whole image (images.draw_nanovlm).
-    Its encoder reads pixels x from 0 to 1, ours 2x - 1: as W x + b = W/2 (2x - 1) + b + sum(W)/2, the difference goes
-    into the patch embedding, in fp32. Its positions are stretched beyond lm_max_position_embeddings, where ours end.
+    Tokens are equal, and so are pixels but for rounding in the view of a whole image (images.draw_nanovlm).
+    Its encoder reads pixels x from 0 to 1, ours 2x - 1: as W x + b = W/2 (2x - 1) + b + sum(W)/2, the patch embedding
+    absorbs the difference, summed in fp32. Beyond lm_max_position_embeddings, its positions are stretched; ours end.
     """
     config, tokenizer, template = read_nanovlm(folder)
     files = find_weights(folder)
@@ -96,23 +96,23 @@ def open_nanovlm(folder: Path) -> Stored:
         positions = "vision_encoder.patch_embedding.position_embedding"
         wanted[positions] = [wanted[positions][0][None]]
         embedding, head = "decoder.token_embedding.weight", "decoder.head.weight"
-        if config.decoder.tie_word_embeddings and embedding not in names:  # of two names for one tensor, a file has one
+        if config.decoder.tie_word_embeddings and embedding not in names:  # a file has one of a tied tensor's two names
             wanted[head] = wanted.pop(embedding)
         ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
         copy_tensors(wanted, files, ignored.__contains__)
         if head in ignored:
             check_tied_head(places["decoder.embed_tokens.weight"], files, head)
         weight, bias = (local_part(places[f"vision.patch_embedding.{name}"]) for name in ("weight", "bias"))
-        bias.copy_(bias.float() + weight.float().sum((1, 2, 3)) / 2)  # a rank has the same rows of both
+        bias.copy_(bias.float() + weight.float().sum((1, 2, 3)) / 2)  # each rank has the same rows of both
         weight.div_(2)
 
     return Stored(config, processor, file_dtype(files), fill)
 
 
 def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
-    """Read config, tokenizer and chat template; the tokenizer is that of a repository, or of a folder of its name.
+    """Read config, tokenizer and chat template; the tokenizer is in the folder or repository that lm_tokenizer names.
 
-    There are three kinds of checkpoints: one square image before the text, one square image in it, and tiles.
+    There are three kinds of checkpoints: one square image before the text, one square image within it, and tiles.
     """
     path = folder / "config.json"
     data = read_json(path)
@@ -123,6 +123,8 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
     if unknown := sorted(data.keys() - required - FIXED_NANOVLM.keys() - NANOVLM_OTHER):
         raise ValueError(f"{path}: {', '.join(unknown)} of another nanoVLM are not supported")
     extra = data.get("vlm_extra_tokens") or {}
+    if not isinstance(extra, dict) or not all(isinstance(token, str) for token in extra.values()):
+        raise ValueError(f"{path}: vlm_extra_tokens must be an object of texts, not {extra!r}")
     for key, token in extra.items():
         is_place = re.fullmatch(r"r\d+c\d+", key) and token == re.sub(r"r(\d+)c(\d+)", r"<row_\1_col_\2>", key)
         if not is_place and key != "image_token" and (key, token) != ("global_image_token", NANOVLM_GLOBAL):
@@ -154,7 +156,7 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
     if extra:
         image = tokenizer.token_to_id(extra["image_token"])
     else:
-        # No prompt holds the last special token, and where an image is, its embedding is not used.
+        # The last special token becomes the image token: no text uses it, and image features replace its embedding.
         added = tokenizer.get_added_tokens_decoder()
         image = max((i for i, token in added.items() if token.special), default=tokens["eos_token_id"])
         template = NANOVLM_TEMPLATE.replace("IMAGE", tokenizer.id_to_token(image))

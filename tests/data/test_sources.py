@@ -239,8 +239,11 @@ def test_tar_members(tmp_path):
         add_member(tar, "e.json", b'{"texts": [{"user": "1 + 1?", "assistant": "2"}]}')
         add_member(tar, "f.txt", b"1")
         add_member(tar, "f.txt", b"2")
+        for name in ("./g.png", "/g.txt", ".g/h.png", ".g/h.txt", "g/h.png", "./g/h.txt"):
+            add_member(tar, name, small[1] if name.endswith("png") else name.encode())
     source = Tar([tmp_path / "a.tar"])
-    assert len(source) == 5 and source.damaged == []
+    assert [source.read(key)["texts"][0]["assistant"] for key in (5, 6, 7)] == ["/g.txt", ".g/h.txt", "./g/h.txt"]
+    assert len(source) == 8 and source.damaged == []
     assert source.read(0)["images"] == small and len(to_sample(source.read(0)).images) == 12
     assert source.read(1) == {"images": small[:1], "texts": [{"user": "describe the image.", "assistant": "Größe"}]}
     with pytest.raises(ValueError, match=r"sample d of .*a.tar needs a .json with texts or messages, or a .txt"):
@@ -891,6 +894,15 @@ def test_hub_does_not_begin_anew_for_a_slot_of_another_rank(hub):
     with pytest.raises(ValueError, match=r"hub:parquet are shared out .*: go on with as many ranks as before"):
         next(hub.refs([0, 1], 3, after))
     assert next(hub.refs([1], 3, next(hub.refs([0, 1, 2], 3)).after)).number == 1
+
+
+def test_hub_does_not_go_on_in_another_number_of_files(hub, tmp_path):
+    """Shared out by file, three files among three slots; or two files, of which all three slots read all."""
+    fewer = Hub("hub:parquet", data_files=str(tmp_path / "[01].parquet"), cache_dir=str(tmp_path / "cache"))
+    for before, now in ((hub, fewer), (fewer, hub)):
+        after = next(before.refs([0, 1, 2], 3)).after
+        with pytest.raises(ValueError, match="the number of files of hub:parquet has changed since the run stopped"):
+            next(now.refs([0, 1, 2], 3, after))
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])

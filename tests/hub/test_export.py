@@ -316,8 +316,13 @@ def test_the_card_says_what_a_run_was(tmp_path):
         card = (tmp_path / f"from_{source.name}" / "README.md").read_text()
         for line in ("| data | scenes, a.tar |", "| steps | 1,200 |", "| tokens | 34,567 |", "| commit | abc123 |"):
             assert line in card
+        assert "| loss of the last step | 0.2500 |" in card
         assert "| date | 2026-01-02 |" in card and "| test | 50.0 | 75.0 | 25.0 |" in card
         assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n")
+    (run / "metrics.jsonl").write_text('{"step": 7, "loss": null}\n')  # of a last step that was not finite
+    export.export(run, tmp_path / "not_finite")
+    card = (tmp_path / "not_finite" / "README.md").read_text()
+    assert "| steps | 7 |" in card and "| loss of the last step" not in card
 
 
 # ---- refusals ----

@@ -182,6 +182,7 @@ def test_the_name_decides(tmp_path, tokenizer, monkeypatch):
         ({"fields": {"llama.block_count": None}}, "there is no llama.block_count"),
         ({"fields": {"llama.block_count": "two"}}, "llama.block_count = 'two' must be a number above 0"),
         ({"fields": {"llama.attention.head_count": 0}}, "llama.attention.head_count = 0 must be a number above 0"),
+        ({"fields": {"tokenizer.ggml.eos_token_id": "end"}}, "eos_token_id = 'end' must be a number of at least 0"),
         ({"fields": {"llama.attention.head_count_kv": 3}}, "num_key_value_heads = 3 must divide"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type = 'yarn' is not supported"),
         ({"fields": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count = 8 is not supported; it must"),

@@ -526,17 +526,19 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_the_end_of_turn_is_what_the_template_writes(name, tmp_path):
+def test_the_end_of_turn_is_what_the_template_writes(name, where, tmp_path):
     family, settings, stops, expected = COMBINATIONS[name]
     tokenizer = make_tokenizer(FAMILIES[family], ["<|end_of_text|>", "<|eom_id|>"])
     stops = [tokenizer.token_to_id(stop) for stop in stops] if type(stops) is list else tokenizer.token_to_id(stops)
     write_json(
         tmp_path,
         tokenizer_config=settings | {"chat_template": FAMILIES[family].template},
-        generation_config={"eos_token_id": stops} if stops else {},
+        generation_config={"eos_token_id": stops} if stops and where == "generation_config.json" else {},
     )
-    ids = configs.read_special_tokens(tmp_path, {}, tokenizer)
+    data = {"eos_token_id": stops} if stops and where == "config.json" else {}
+    ids = configs.read_special_tokens(tmp_path, data, tokenizer)
     # What else ends an answer is every other token of a list.
     others = tuple(i for i in stops if i != ids["eos_token_id"]) if type(stops) is list else ()
     assert ids.pop("stop_token_ids") == others

@@ -332,6 +332,11 @@ def test_mistakes_in_the_weights_are_named(checkpoint, change, message):
         ({"vlm_extra_tokens": {"boi_token": "<boi>"}}, r"vlm_extra_tokens has boi_token = '<boi>', which is not"),
         ({"vlm_extra_tokens": {"r1c1": "<tile>"}}, r"vlm_extra_tokens has r1c1 = '<tile>', which is not supported"),
         ({"vlm_extra_tokens": PLACES}, r"vlm_extra_tokens has no image_token"),
+        ({"vlm_extra_tokens": ["<|image|>"]}, r"vlm_extra_tokens must be an object of texts, not \['<\|image\|>'\]"),
+        (
+            {"vlm_extra_tokens": {"image_token": 5}},
+            r"vlm_extra_tokens must be an object of texts, not {'image_token': 5}",
+        ),
         (
             {"vlm_extra_tokens": {"image_token": "<|image|>"}},
             r"max_img_size = 64 is not vit_img_size = 16, but vlm_ext",
