@@ -27,6 +27,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Without an NVIDIA GPU on Linux, a CPU build of torch: as a wheel named +cpu where one is offered, else through uv,
 # which knows where the CPU builds are. Everywhere else the usual build.

@@ -58,7 +58,7 @@ def draw_routing(loads: dict[str, torch.Tensor]) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    total = sum(loads.values())
+    total = torch.stack(list(loads.values())).sum(0)
     num_layers, num_experts = total.shape
     panels = {"all tokens": (total, [f"layer {i}" for i in range(num_layers)])}
     for i in range(num_layers):

@@ -52,9 +52,11 @@ class Task(Protocol):
 
     def questions(self) -> Iterator[Question]:
         """Yield the questions, always the same ones, record by record."""
+        ...
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """Return figures by name, each between 0 and 1; the task's mean is over `accuracy`."""
+        ...
 
 
 class Records:

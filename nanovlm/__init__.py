@@ -4,6 +4,12 @@
 hub, and `nanovlm.generate(model, processor(messages, images), max_new_tokens=32)` returns the tokens of an answer.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanovlm.hub.read import load
+    from nanovlm.infer.sampling import generate
+
 __all__ = ["generate", "load"]
 
 

@@ -57,7 +57,7 @@ def run(main: Callable):
         last = traceback.extract_tb(error.__traceback__)[-1]
         raised_in = Path(last.filename).resolve()
         is_ours = raised_in.is_relative_to(PROJECT) and raised_in.relative_to(PROJECT).parts[0] in OURS
-        if not is_ours or not (last.line.startswith("raise ") or isinstance(error, OSError)):
+        if not is_ours or not ((last.line or "").startswith("raise ") or isinstance(error, OSError)):
             raise
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"{rank}error: {error}", file=sys.stderr)

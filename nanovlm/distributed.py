@@ -28,11 +28,11 @@ def ranks(device: torch.device):
         if device.index >= most:
             raise ValueError(f"there is no GPU for local rank {device.index}: --nproc-per-node must be at most {most}")
         torch.cuda.set_device(device)
-    store, rank, num_ranks = next(dist.rendezvous("env://"))
+    store, rank, num_ranks = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # After a restart torchrun's store still holds the addresses of the dead ranks (pytorch issue 135712). Restart
         # counts may differ between machines, so examples/slurm.sh has torchrun make new stores there.
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # pyright: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     yield device
@@ -73,7 +73,9 @@ def add_up_tensor(x: Tensor) -> Tensor:
 @functools.cache
 def checkpoint_group() -> dist.ProcessGroup | None:
     """Return a process group of all ranks for checkpoints, so that their messages do not mix with those of training."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo")  # pyright: ignore[reportReturnType]
 
 
 def gather(value) -> list:
@@ -86,7 +88,7 @@ def gather(value) -> list:
 
 def from_first(make: Callable[[], T]) -> T:
     """Return what `make` returns on the first rank, the only one that calls it; it is pickled for the others."""
-    values = [make() if rank() == 0 else None]
+    values: list = [make() if rank() == 0 else None]
     if num_ranks() > 1:
         dist.broadcast_object_list(values)
     return values[0]

@@ -33,7 +33,7 @@ def count_cores() -> int:
             siblings.add(topology.read_text())
         except OSError:  # another system, or not shown in a container
             siblings.add(number)
-    return min(len(siblings), cpu_quota())
+    return int(min(len(siblings), cpu_quota()))
 
 
 def cpu_quota() -> float:

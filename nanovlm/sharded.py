@@ -18,7 +18,7 @@ class Rows:
     It has the tensor methods that are needed to fill it. All ranks copy the same whole tensor; each keeps its own part.
     """
 
-    def __init__(self, local: Tensor, shape: torch.Size, start: int, dim: int = 0):
+    def __init__(self, local: Tensor, shape: tuple[int, ...], start: int, dim: int = 0):
         self.local, self.shape, self.start, self.dim = local, torch.Size(shape), start, dim
         self.ndim, self.dtype, self.device = len(shape), local.dtype, local.device
 

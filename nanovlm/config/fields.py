@@ -46,6 +46,8 @@ def _convert(hint, value, where):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where + ".")
+    if hint is float and type(value) in (int, float):
+        return float(value)
     if origin is tuple and isinstance(value, list | tuple):
         if args[-1] is not Ellipsis and len(args) != len(value):
             raise ValueError(f"{where} must have {len(args)} entries, got {value!r}")
@@ -56,8 +58,6 @@ def _convert(hint, value, where):
         return None
     if origin is types.UnionType:
         return _convert(args[0], value, where)
-    if hint is float and type(value) in (int, float):
-        return float(value)
     if type(value) is hint:
         return value
     expected = f"one of {list(args)}" if origin is Literal else getattr(hint, "__name__", str(hint))

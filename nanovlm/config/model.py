@@ -197,6 +197,11 @@ class VLMConfig:
             return 0
         return self.vision.num_patches // self.projector.scale_factor**2
 
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels; 0 without an image encoder."""
+        return 0 if self.vision is None else self.vision.image_size
+
     def validate(self) -> "VLMConfig":
         """Return self, or raise ValueError with both values of the first contradiction."""
         v, d, scale = self.vision, self.decoder, self.projector.scale_factor

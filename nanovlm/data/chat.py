@@ -168,8 +168,7 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _make_document(self, ids, labels, branch_ids, images):
-        size = self.config.vision.image_size if self.config.vision else 0
-        per_tile = self.config.num_image_tokens
+        size, per_tile = self.config.tile_size, self.config.num_image_tokens
         tiles = [make_tiles(image, self.config) for image in images]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if (placeholders := ids.count(self.config.image_token_id)) != per_tile * len(tiles):
@@ -183,15 +182,16 @@ class Processor:
 
     def _show(self, width, height, number=None) -> Span:
         """Make the span of an image; `number` is its index if it is one of several."""
-        text = layout(plan_tiles(width, height, self.config), self._image_token, self.config, number)
-        return Span(text, from_template=True, is_image=True)
+        plan = plan_tiles(width, height, self.config)
+        assert self._image_token is not None  # as there is an encoder
+        return Span(layout(plan, self._image_token, self.config, number), from_template=True, is_image=True)
 
     def _spans(self, messages, images, add_generation_prompt=False) -> tuple[Span, ...]:
         """Render a conversation as spans whose concatenation is the text."""
         parts = [(message["role"], part) for message in messages for part in _parts(message["content"])]
         if (shown := sum(part["type"] == "image" for _, part in parts)) != len(images):
             raise ValueError(f"the messages show {shown} images, but {len(images)} were given")
-        unseen = iter([self._show(*image.size, i if shown > 1 else None) for i, image in enumerate(images)])
+        unseen = iter([self._show(*image.size, number=i if shown > 1 else None) for i, image in enumerate(images)])
         content = [
             next(unseen) if part["type"] == "image" else Span(part["text"], is_trained=role == "assistant")
             for role, part in parts
@@ -237,7 +237,7 @@ class Processor:
         Content is a string or a list of parts. With images the list is tried first, as a template may write
         something beside an image. In that form the template writes the image token, which becomes the image's mark.
         """
-        number = itertools.count()
+        number, image = itertools.count(), self._image_token
         parts = [[(f"\u2003\ue000{next(number)}\ue001\u2003", kind) for kind in kinds] for _, kinds in shape]
         image_marks = [mark for marks in parts for mark, kind in marks if kind == "image"]
         strings = ["".join(mark for mark, _ in marks) for marks in parts]
@@ -258,9 +258,9 @@ class Processor:
             except (jinja2.TemplateError, TypeError) as error:
                 refusal = error if contents is strings else refusal or error
                 continue
-            if contents is lists and text.count(self._image_token) == len(image_marks):
+            if contents is lists and image is not None and text.count(image) == len(image_marks):
                 unseen = iter(image_marks)
-                text = re.sub(re.escape(self._image_token), lambda _, unseen=unseen: next(unseen), text)
+                text = re.sub(re.escape(image), lambda _, unseen=unseen: next(unseen), text)
             if sorted(int(shown) for _, shown, _ in re.findall(MARK, text)) == list(range(sum(map(len, parts)))):
                 return text
         if refusal is None:

@@ -107,7 +107,7 @@ def plan_tiles(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
     """Cut an RGB image into the tiles of its plan, in the order of its layout: uint8[n, 3, S, S]."""
-    plan, side = plan_tiles(*image.size, config), config.vision.image_size
+    plan, side = plan_tiles(*image.size, config), config.tile_size
     tiles = []
     for drawn in pick(TILING, config.tiling.policy, "tiling.policy").draw(image, plan, config):
         tiles.append(rearrange(np.asarray(drawn), "(row h) (column w) C -> (row column) C h w", h=side, w=side))
@@ -135,7 +135,7 @@ def marker_tokens(config: VLMConfig) -> list[str]:
 
 def plan_fit(width: int, height: int, config: VLMConfig) -> TilePlan:
     """Choose one tile if the image fits, else the smallest grid without downscaling, or the one keeping most pixels."""
-    side, most = config.vision.image_size, config.tiling.max_tiles
+    side, most = config.tile_size, config.tiling.max_tiles
     rows, cols = math.ceil(height / side), math.ceil(width / side)
     if rows * cols > most:
         grids = [(r, c) for r in range(1, most + 1) for c in range(1, most // r + 1)]
@@ -148,7 +148,7 @@ def plan_fit(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 def draw_fit(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
     """Centre the image on the grid, then the whole image on one tile."""
-    side = config.vision.image_size
+    side = config.tile_size
     scale = _scale(*image.size, 1, 1, side)
     canvas = _centre(image, (plan.width, plan.height), (plan.cols * side, plan.rows * side))
     if not plan.has_global:
@@ -187,7 +187,7 @@ def _centre(image, size, canvas_size):
 
 def plan_idefics3(width: int, height: int, config: VLMConfig) -> TilePlan:
     """Follow Idefics3ImageProcessor: the size of `_idefics3_size`, both sides rounded up to whole tiles."""
-    side = config.vision.image_size
+    side = config.tile_size
     width, height = _idefics3_size(width, height, config.tiling.longest_edge)
     aspect = width / height
     if width >= height:
@@ -206,7 +206,7 @@ def draw_idefics3(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list
         image = image.resize(size, Image.Resampling.LANCZOS)
     if not plan.has_global:
         return [image]
-    return [image, image.resize((config.vision.image_size,) * 2, Image.Resampling.LANCZOS)]
+    return [image, image.resize((config.tile_size, config.tile_size), Image.Resampling.LANCZOS)]
 
 
 def layout_idefics3(plan: TilePlan, image: str, config: VLMConfig) -> str:
@@ -219,7 +219,7 @@ def layout_idefics3(plan: TilePlan, image: str, config: VLMConfig) -> str:
 
 def markers_idefics3(config: VLMConfig) -> list[str]:
     longest = config.tiling.longest_edge
-    most = math.ceil(min(longest + longest % 2, IDEFICS3_LONGEST_EDGE) / config.vision.image_size)
+    most = math.ceil(min(longest + longest % 2, IDEFICS3_LONGEST_EDGE) / config.tile_size)
     places = [_place(r, c) for r in range(1, most + 1) for c in range(1, most + 1)]
     return [FAKE, GLOBAL, *(places if most > 1 else [])]
 
@@ -248,7 +248,7 @@ def _idefics3_size(width, height, longest_edge):
 
 def plan_nanovlm(width: int, height: int, config: VLMConfig) -> TilePlan:
     """Round the long side up to whole tiles, at most `longest_edge`; scale the other alike and round it up too."""
-    side, tiling = config.vision.image_size, config.tiling
+    side, tiling = config.tile_size, config.tiling
     long, short = max(width, height), min(width, height)
     new_long = tiling.longest_edge if tiling.enlarge else min(tiling.longest_edge, math.ceil(long / side) * side)
     # In nanoVLM's order of operations, whose rounding makes some squares one tile longer than wide.
@@ -274,7 +274,7 @@ def layout_nanovlm(plan: TilePlan, image: str, config: VLMConfig) -> str:
 
 
 def markers_nanovlm(config: VLMConfig) -> list[str]:
-    most = config.tiling.longest_edge // config.vision.image_size
+    most = config.tiling.longest_edge // config.tile_size
     places = [_place(r, c) for r in range(1, most + 1) for c in range(1, most + 1)]
     return [NANOVLM_GLOBAL, *(places if most > 1 else [])] if config.tiling.has_global else places
 
@@ -283,11 +283,11 @@ def markers_nanovlm(config: VLMConfig) -> list[str]:
 
 
 def plan_square(width: int, height: int, config: VLMConfig) -> TilePlan:
-    return TilePlan(config.vision.image_size, config.vision.image_size, 1, 1, False)
+    return TilePlan(config.tile_size, config.tile_size, 1, 1, False)
 
 
 def draw_square(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
-    return [image.resize((config.vision.image_size,) * 2, Image.Resampling.BILINEAR)]
+    return [image.resize((config.tile_size, config.tile_size), Image.Resampling.BILINEAR)]
 
 
 def layout_square(plan: TilePlan, image: str, config: VLMConfig) -> str:

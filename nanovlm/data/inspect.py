@@ -176,5 +176,4 @@ def main(config: InspectConfig):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     cli.run(lambda: main(tyro.cli(InspectConfig, description=__doc__)))

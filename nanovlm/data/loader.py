@@ -163,14 +163,14 @@ class Loader:
     def load_state_dict(self, states: dict[str, dict]):
         """Restore the position from the states of all slots. Raises ValueError when the data have changed."""
         self.close()
-        states = {number: states[str(number)] for number in self.slots}
-        for state in states.values():
+        ours = {number: states[str(number)] for number in self.slots}
+        for state in ours.values():
             for name, value in self._describe().items():
                 if state["data"][name] != value:
                     raise ValueError(f"the run was started with {name} = {state['data'][name]}, now it is {value}")
-        first = min(states.values(), key=lambda state: state["round"])
+        first = min(ours.values(), key=lambda state: state["round"])
         self.starts = {first["round"]: first["start"]}
-        for number, state in states.items():
+        for number, state in ours.items():
             slot = self.slots[number] = Slot()
             slot.next, slot.counts, slot.reasons = state["next"], Counter(state["counts"]), list(state["reasons"])
             slot.waiting = {int(n): mark for n, mark in state["waiting"].items()}

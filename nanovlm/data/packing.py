@@ -59,18 +59,18 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
             raise ValueError(f"document {i} has {tiles} tiles, more than max_tiles = {max_tiles}")
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -num_tiles[i], i))
     least = max(math.ceil(sum(lengths) / row_length), math.ceil(sum(num_tiles) / max(1, limit)))
-    best = None
+    best = []
     for share in FITTED_SHARES:
         rows, left = [], longest_first
         while left:
             more, rest = _spread_and_fit(left, lengths, num_tiles, row_length, limit, share)
             rows += more
-            if best is not None and 2 * len(rest) > len(left):
+            if best and 2 * len(rest) > len(left):
                 break  # this share makes too little progress, and another one worked
             left = rest
         if left:
             continue
-        if best is None or len(rows) < len(best):
+        if not best or len(rows) < len(best):
             best = rows
         got_worse = len(rows) > len(best)
         if len(best) <= (NEARLY if got_worse else FEW_ENOUGH) * least:

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Reader(Dataset):
             return Skipped("too long", f"{len(document.tiles)} tiles, more than data.max_tiles = {max_tiles}")
         return document
 
-    def read_all(self, refs: Iterable[Ref]) -> Iterator[tuple[Ref, Document | Skipped]]:
+    def read_all(self, refs: Iterable[Ref]) -> Generator[tuple[Ref, Document | Skipped], None, None]:
         """Read refs in their order, here or with `num_workers` processes."""
         if not self.config.num_workers:
             yield from ((ref, self.read(ref.key)) for ref in refs)

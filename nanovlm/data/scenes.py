@@ -265,7 +265,8 @@ GLYPHS = (
 
 def _render(rng, scene):
     """Draw the scene: paint is black outside the shapes, so background * (1 - cover) + paint blends them."""
-    layer = Image.new("CMYK", (IMAGE_SIZE * SCALE,) * 2)  # as four plain channels: red, green, blue, cover
+    side = IMAGE_SIZE * SCALE
+    layer = Image.new("CMYK", (side, side))  # as four plain channels: red, green, blue, cover
     canvas = ImageDraw.Draw(layer)
     grey = rng.uniform(40, 215)
     for thing in [*scene.objects, scene.digit]:

@@ -40,17 +40,22 @@ class Source(Protocol):
     """Where raw records come from: files, streams or mixtures. Keeps no file open, because workers are forked."""
 
     name: str
-    # One sentence for each loss of data that was found when the source was opened.
-    damaged: Sequence[str]
+
+    @property
+    def damaged(self) -> Sequence[str]:
+        """One sentence for each loss of data that was found when the source was opened."""
+        ...
 
     def refs(self, slots: Sequence[int], num_slots: int, start: Any = None) -> Iterator[Ref]:
         """Deal records to `slots`, some of the `num_slots` slots, round by round and pass after pass, endlessly.
 
         `start` is None, or `after` of the last round that is already done.
         """
+        ...
 
     def read(self, key: Any) -> dict:
         """Return the raw record of a ref. Raises ValueError that says what is wrong with it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Order:
     # Index of the source in a mixture, so that no two sources are shuffled alike.
     part: int | None = None
 
-    def __call__(self, epoch: int, length: int, blocks: Sequence[int] | None = None) -> Sequence[int]:
+    def __call__(self, epoch: int, length: int, blocks: Sequence[int] | None = None) -> Sequence[int] | np.ndarray:
         """Return the indices of a pass; those between two entries of `blocks`, read as one block, stay together."""
         if not self.shuffle:
             return range(length)
@@ -91,4 +96,4 @@ def deal(source, slots: Sequence[int], num_slots: int, start: int | None = None)
             if now != epoch:
                 epoch, order = now, source.order(now, length, blocks)
             index = int(order[place])
-            yield Ref(slot, number, epoch, index, source.name, f"sample {index}", number + 1)
+            yield Ref(slot, number, now, index, source.name, f"sample {index}", number + 1)

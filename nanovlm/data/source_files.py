@@ -129,7 +129,7 @@ def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_
         raise ValueError(f"the .txt of {where} is not UTF-8 text: {error}") from error
 
 
-def fetch_images(record: dict, read: Callable[[str], bytes]) -> dict:
+def fetch_images(record: dict, read: Callable[[str], bytes | str]) -> dict:
     """Replace file names in `images`, `image` (moved to `images`) and image parts by file contents from `read`."""
 
     def fetch(image):

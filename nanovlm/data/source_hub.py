@@ -110,6 +110,6 @@ def _read_remote(name: str) -> bytes | str:
 
     try:
         with fsspec.open(name, "rb") as file:
-            return file.read()
+            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, ValueError, ImportError):
         return name

@@ -107,7 +107,7 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
                     is_whole = member.offset_data + member.size <= size
                     key = re.sub(r"^(\./|/)+", "", f"{folder}/{key}")
                     members.append((key, suffix.lower(), member.offset_data, member.size if is_whole else None))
-                tar.members.clear()  # the list would grow with the file
+                tar.members.clear()  # the list would grow with the file  # pyright: ignore[reportAttributeAccessIssue]
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
                 damage = f"has no further header and no end mark at byte {tar.offset}"

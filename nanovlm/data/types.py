@@ -102,7 +102,7 @@ class Batch:
     pixel_values: Tensor
     tile_doc_ids: Tensor
     # int64[N]: flat indices of the positions with a label. Computed on creation: on a GPU the host would have to wait.
-    trained: Tensor | None = None
+    trained: Tensor = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
         if self.trained is None:

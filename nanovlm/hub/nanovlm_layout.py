@@ -158,8 +158,9 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
     else:
         # The last special token becomes the image token: no text uses it, and image features replace its embedding.
         added = tokenizer.get_added_tokens_decoder()
-        image = max((i for i, token in added.items() if token.special), default=tokens["eos_token_id"])
-        template = NANOVLM_TEMPLATE.replace("IMAGE", tokenizer.id_to_token(image))
+        special = [(i, token.content) for i, token in added.items() if token.special]
+        image, content = max(special, default=(tokens["eos_token_id"], ""))
+        template = NANOVLM_TEMPLATE.replace("IMAGE", content)
     parts = {
         "vision": {ours: data[theirs] for theirs, ours in NANOVLM_VISION.items()},
         "projector": {"scale_factor": data["mp_pixel_shuffle_factor"]},

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from nanovlm.hub.families import HEAD, SIGLIP_NAMES, find_names
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, Rows
 from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors, read_tensor
+
+Place = TypeVar("Place", bound=torch.Tensor | Rows)
 
 
 def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable[[Places], None]]:
@@ -72,7 +75,7 @@ def load_decoder(places: Places, folder: Path):
         new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn(new.shape, dtype=table.dtype))
 
 
-def destinations(places: Places, names: dict[str, str | tuple[str, ...]]) -> dict[str, list[torch.Tensor | Rows]]:
+def destinations(places: dict[str, Place], names: dict[str, str | tuple[str, ...]]) -> dict[str, list[Place]]:
     """Map each of their tensor names to the model tensors that hold its rows: import fills them, export reads them.
 
     `places` are our tensors by name: the model's state dict, or this rank's shards of it. Those that the table does

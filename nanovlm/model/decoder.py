@@ -52,8 +52,9 @@ class Decoder(nn.Module):
 
     def update_expert_bias(self, load: Tensor):
         """After a step, update the balance biases from the tokens of each expert fp32[L, E] if the config has them."""
-        if self.config.moe.balance == "bias":
+        if self.config.moe is not None and self.config.moe.balance == "bias":
             for layer, counts in zip(self.layers, load, strict=True):
+                assert isinstance(layer.mlp, MoE)
                 layer.mlp.update_bias(counts)
 
 

@@ -57,6 +57,9 @@ class Routing(NamedTuple):
 class MoE(nn.Module):
     """Router, dispatch, experts, combine (Shazeer et al. 2017, arXiv 1701.06538)."""
 
+    # fp32[E], if `balance` is bias.
+    selection_bias: Tensor
+
     def __init__(self, config: MoEConfig, hidden_size: int):
         super().__init__()
         self.config = config

@@ -8,7 +8,7 @@ input_ids ----> embed_tokens -----------------+--> decoder --> hidden states -->
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,13 @@ class Extras:
     An objective may set attributes of its own. It is an object because FSDP would hand the model a copy of a dict.
     """
 
-    def __init__(self, routing: tuple[Routing, ...] = ()):
+    def __init__(self, routing: Sequence[Routing] = ()):
         # The Routing of every mixture of experts in the last pass, first block first.
         self.routing = routing
         # Over the step: tokens of each expert fp32[L, E], tokens, and the balance losses times trained tokens.
-        self.load = self.num_tokens = self.router_loss = 0
+        self.load: Tensor | int = 0
+        self.num_tokens: Tensor | int = 0
+        self.router_loss: Tensor | int = 0
 
 
 class VLM(nn.Module):
@@ -138,7 +140,8 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     def normal(tensor, std):
         return tensor, torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=std)
 
-    depth = {name: len(part.layers) for name, part in model.named_children() if name in ("vision", "decoder")}
+    vision, decoder = model.config.vision, model.config.decoder
+    depth = {"vision": vision.num_hidden_layers if vision else 0, "decoder": decoder.num_hidden_layers}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             std = 1 / math.sqrt(module.in_features)
@@ -158,9 +161,8 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
             yield module.weight, torch.ones(module.weight.shape)
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and module.bias is not None:
             yield module.bias, torch.zeros(module.bias.shape)
-    decoder = model.config.decoder
     yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
-    if model.config.vision is not None:
+    if vision is not None:
         yield normal(model.vision.position_embedding.weight, 0.5)
         patches = model.vision.patch_embedding
         if not patches.weight.is_meta:

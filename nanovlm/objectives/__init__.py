@@ -18,9 +18,11 @@ class Objective(Protocol):
 
     def count(self, batch: Batch) -> int:
         """Return the units of a batch that the loss is divided by: trained tokens, or pairs, or groups."""
+        ...
 
     def loss(self, model: VLM, batch: Batch, extras: Extras) -> Tensor:
         """Return the sum of the losses of these units; `extras` lives as long as the step."""
+        ...
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}

@@ -12,6 +12,7 @@ import contextlib
 import json
 import shutil
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from nanovlm import distributed
 from nanovlm.files import flush, read_json
@@ -49,9 +51,13 @@ class Saving:
                 (self.temporary / "state.json").write_text(json.dumps(state))
                 save_file(rng, self.temporary / "rng.safetensors")
             distributed.wait()
-            writer = dcp.HuggingFaceStorageWriter(str(self.temporary / "tensors"), save_distributed=True)
+            writer = HuggingFaceStorageWriter(str(self.temporary / "tensors"), save_distributed=True)
             group = distributed.checkpoint_group()
-            self.written = dcp.async_save(name_tensors(model, optimizers), storage_writer=writer, process_group=group)
+            written = dcp.async_save(  # pyright: ignore[reportPrivateImportUsage]
+                name_tensors(model, optimizers), storage_writer=writer, process_group=group
+            )
+            assert isinstance(written, Future)  # an AsyncSaveResponse comes only from an asynchronous stager
+            self.written = written
 
     def finish(self, wait: bool = True):
         """Once all is written, for which `wait` waits, rename the folder and remove all but the newest `keep`."""
@@ -91,7 +97,7 @@ def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> tuple[dict, d
 
     Raises ValueError that names what is damaged, missing or of another shape.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder / "tensors"))
+    reader = HuggingFaceStorageReader(str(folder / "tensors"))
     parameters = dict(model.named_parameters())
     try:
         for key in reader.read_metadata().state_dict_metadata:
@@ -101,7 +107,7 @@ def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> tuple[dict, d
                 parameter = parameters[name]
                 like = torch.zeros((), device=parameter.device) if field == "step" else torch.zeros_like(parameter)
                 optimizers[kind].state[parameter][field] = like.detach()
-        dcp.load(name_tensors(model, optimizers), storage_reader=reader)
+        dcp.load(name_tensors(model, optimizers), storage_reader=reader)  # pyright: ignore[reportPrivateImportUsage]
     except (OSError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
         raise ValueError(f"{folder} is damaged or does not fit the config: {first_line(error)}") from error
     return read_json(folder / "state.json"), read_tensors(folder / "rng.safetensors")

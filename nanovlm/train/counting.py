@@ -1,6 +1,7 @@
 """Batches and routings -> numbers: the FLOPs of a step, and how evenly and by which tokens experts are used."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ class RoutingStats:
     """
 
     def __init__(self):
-        self.load = self.image_load = self.confidence = self.dropped = self.num_tokens = 0
+        self.load = self.image_load = self.confidence = self.dropped = self.num_tokens = torch.tensor(0)
 
     @torch.no_grad()
-    def update(self, routings: list[Routing], is_token: Tensor, is_image: Tensor):
+    def update(self, routings: Sequence[Routing], is_token: Tensor, is_image: Tensor):
         """Add the routings of a batch; is_token and is_image bool[B, T], the first False on padding."""
         is_token, is_image = is_token.flatten(), (is_image & is_token).flatten()
         self.load = self.load + torch.stack([r.load for r in routings])

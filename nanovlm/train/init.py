@@ -50,11 +50,12 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     init, wanted = config.init, config.model
     if init.model:
         return _prepare_from_model(config)
-    vision, decoder = (name and find(name) for name in (init.vision, init.decoder))
-    if init.vision:
+    vision, decoder = (find(name) if name else None for name in (init.vision, init.decoder))
+    if vision is not None:
+        assert wanted.vision is not None
         theirs = dataclasses.replace(read_siglip(vision), attention=wanted.vision.attention)
         _check_same(init.vision, theirs, wanted.vision, "vision.")
-    if init.decoder:
+    if decoder is not None:
         theirs = read_decoder(read_json(decoder / "config.json"), decoder / "config.json")
         if theirs.vocab_size > wanted.decoder.vocab_size:
             raise ValueError(
@@ -65,7 +66,7 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
         _check_same(init.decoder, dataclasses.replace(theirs, **same), wanted.decoder, "decoder.")
 
     def make_processor():
-        if not init.decoder:
+        if decoder is None:
             tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
             return Processor(tokenizer, _template(config, "roles"), wanted)
         tokenizer = read_tokenizer(decoder / "tokenizer.json")
@@ -74,9 +75,9 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
 
     def fill(model):
         draw(model)
-        if init.vision:
+        if vision is not None:
             load_vision(places(model), vision)
-        if init.decoder:
+        if decoder is not None:
             load_decoder(places(model), decoder)
 
     return share_processor(make_processor, wanted), fill
@@ -91,16 +92,17 @@ def _prepare_from_model(config):
             f"the run cannot start from {init.model}, which is quantised, to {theirs.quantization.format}: "
             "name the model that it was made from"
         )
-    is_upcycled = wanted.decoder.moe is not None and theirs.decoder.moe is None
-    if is_upcycled:
-        check_upcycling(theirs.decoder, wanted.decoder.moe)
-        theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=wanted.decoder.moe))
+    moe, is_upcycled = wanted.decoder.moe, False
+    if moe is not None and theirs.decoder.moe is None:
+        is_upcycled = True
+        check_upcycling(theirs.decoder, moe)
+        theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=moe))
     decoder = dataclasses.replace(theirs.decoder, **{field: getattr(wanted.decoder, field) for field in BACKENDS})
     vision = theirs.vision
     if vision is not None and wanted.vision is not None:
         vision = dataclasses.replace(vision, attention=wanted.vision.attention)
-    if decoder.moe is not None and wanted.decoder.moe is not None:
-        changes = {field: getattr(wanted.decoder.moe, field) for field in MOE_FIELDS_OF_TRAINING}
+    if decoder.moe is not None and moe is not None:
+        changes = {field: getattr(moe, field) for field in MOE_FIELDS_OF_TRAINING}
         decoder = dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, **changes))
     _check_same(init.model, dataclasses.replace(theirs, vision=vision, decoder=decoder), wanted)
 
@@ -128,7 +130,12 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
 def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Processor:
     """Return the processor that `make` returns on the first rank, the only one that calls it."""
     processor = make() if distributed.rank() == 0 else None
-    tokenizer, template = distributed.from_first(lambda: (processor.tokenizer.to_str(), processor.chat_template))
+
+    def describe():
+        assert processor is not None
+        return processor.tokenizer.to_str(), processor.chat_template
+
+    tokenizer, template = distributed.from_first(describe)
     return processor or Processor(Tokenizer.from_str(tokenizer), template, config)
 
 
@@ -166,10 +173,10 @@ def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0):
     first = {name: stack[stack.start if isinstance(stack, Rows) else 0] for name, stack in stacks.items()}
     fill(dense | {f"{name}.weight": place for name, place in first.items()})
     for name, stack in stacks.items():
-        drawn = torch.randn(stack.shape, dtype=stack.dtype)
-        if isinstance(first[name], Rows):
+        drawn, matrix = torch.randn(stack.shape, dtype=stack.dtype), first[name]
+        if isinstance(matrix, Rows):
             continue
-        matrix = first[name].cpu()
+        matrix = matrix.cpu()
         mine = stack.part_of(drawn) if isinstance(stack, Rows) else drawn
         local_part(stack).copy_(matrix + noise * matrix.std() * mine)
 

@@ -63,7 +63,7 @@ class Log:
         }
         numbers |= metrics["routing"].summary() if "routing" in metrics else {}
         if numbers.pop("is_bad"):
-            self.skip(numbers["step"], names)
+            self.skip(metrics["step"], names)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.state.elapsed_s = now - self.begin
@@ -91,7 +91,7 @@ class Log:
             numbers["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             shown += f", MFU {numbers['mfu']:.1%}, {numbers['memory_gb']:.1f} GB"
         numbers = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in numbers.items()}
-        if self.is_first:
+        if self.file is not None:
             self.file.write(json.dumps(numbers, allow_nan=False) + "\n")
             self.file.flush()
             self.bar.update()
@@ -106,10 +106,10 @@ class Log:
         if self.state.skipped_steps <= self.config.optim.max_skipped_steps:
             self.say(f"{what}; the step changes nothing")
             return
-        names = itertools.chain(*distributed.gather(names))
+        documents = itertools.chain(*distributed.gather(names))
         raise ValueError(
             f"{what}, as in {self.state.skipped_steps - 1} steps before, more than optim.max_skipped_steps = "
-            f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(names)}"
+            f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(documents)}"
         )
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ class Log:
         """Write the last step and close the progress bar and the file."""
         self.settle()
         self.bar.close()
-        if self.is_first:
+        if self.file is not None:
             self.file.close()
 
 
@@ -146,7 +146,7 @@ def open_metrics(path: Path, step: int):
 
 def import_wandb():
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from None
     return wandb

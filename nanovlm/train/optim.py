@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
     optimizers = {}
     if adamw := of("adamw"):
         optimizers["adamw"] = torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)
-        optimizers["adamw"].grad_scale = None
+        optimizers["adamw"].grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
     if muon := of("muon"):
         is_slow = precision == "fp32" and next(model.parameters()).device.type == "cpu"
         dtype = torch.float32 if is_slow else torch.bfloat16
@@ -123,7 +124,7 @@ class Muon(torch.optim.Optimizer):
         return update.full_tensor() if is_split_matrix(update) else local_part(update)
 
 
-def is_split_matrix(x: torch.Tensor) -> bool:
+def is_split_matrix(x: torch.Tensor) -> TypeGuard[DTensor]:
     """Return whether this rank holds only some rows of a matrix; stacked experts are split into whole experts."""
     return isinstance(x, DTensor) and x.ndim != 3
 
@@ -157,7 +158,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -
     x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if dtype != torch.bfloat16 and x.shape[2] >= 2 * x.shape[1]:
-        gram, total = x @ x.mT, None
+        gram = total = x @ x.mT
         for i in range(5):
             step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             step.diagonal(dim1=1, dim2=2).add_(a)  # a + b gram + c gram gram

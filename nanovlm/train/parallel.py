@@ -38,7 +38,7 @@ def parallelize(
     device: torch.device,
     precision: str,
     fill: Callable[[VLM], None] | None = None,
-) -> nn.Module:
+) -> VLM:
     """Distribute a model over the ranks, in place; return the module that training calls instead of it.
 
     A model on the meta device is sharded, then given memory, which `fill` writes to; without `fill` the caller loads a
@@ -75,7 +75,7 @@ def parallelize(
     order_buckets(replica)
     # The DDP optimizer splits compiled graphs at bucket ends; torch 2.11 cannot split graphs with checkpointing.
     torch._dynamo.config.optimize_ddp = False
-    return replica
+    return replica  # pyright: ignore[reportReturnType]
 
 
 def shard(
@@ -108,6 +108,8 @@ def shard(
 class Replica(DistributedDataParallel):
     """DDP that passes attribute access on to its model, so that an objective can use either."""
 
+    module: VLM
+
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
@@ -120,13 +122,13 @@ def order_buckets(replica: Replica):
 
     Sums over more than two ranks depend on that order, and a resumed run must sum as an uninterrupted one does.
     """
-    config, device = replica.config, next(replica.parameters()).device
+    model, device = replica.module, next(replica.parameters()).device
     zeros = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    size = 0 if config.vision is None else config.vision.image_size
+    size = model.config.tile_size
     tiles = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=device)
     with torch.compiler.set_stance("force_eager"):
         hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, tiles, zeros[0, :0].int()))
-        (hidden.sum() + replica.decoder.head_weight.sum()).backward()
+        (hidden.sum() + model.decoder.head_weight.sum()).backward()
     replica.zero_grad()
 
 
@@ -149,7 +151,7 @@ def recompute(forward: Callable, which: str) -> Callable:
         return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    options = {"context_fn": contexts} if which == "selective" else {}
+    options: dict = {"context_fn": contexts} if which == "selective" else {}
 
     def run(*inputs):  # torch.compile traces a function of ours, but not `checkpoint` itself
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
@@ -201,19 +203,19 @@ class SharedExperts:
         self.group, self.num_ranks = mesh["experts"].get_group(), mesh["experts"].size()
 
     def __call__(self, x: Tensor, choice: Tensor, weights: Tensor, gate: DTensor, up: DTensor, down: DTensor) -> Tensor:
-        gate, up, down = (part.to_local() for part in (gate, up, down))
-        k = choice.shape[1]
+        experts = [part.to_local() for part in (gate, up, down)]
+        k, num_experts = choice.shape[1], len(experts[0])
         order = choice.flatten().argsort(stable=True)  # by expert, and so by rank
         sent = choice.flatten()[order]
-        num_sent = (sent // len(gate)).bincount(minlength=self.num_ranks)
+        num_sent = (sent // num_experts).bincount(minlength=self.num_ranks)
         num_received = torch.empty_like(num_sent)
         dist.all_to_all_single(num_received, num_sent, group=self.group)
         sizes = num_received.tolist(), num_sent.tolist()  # the host needs them: the only wait for the device
         received = sent.new_empty(sum(sizes[0]))
         dist.all_to_all_single(received, sent, *sizes, group=self.group)
         rows = all_to_all_single_autograd(x.repeat_interleave(k, dim=0)[order], *sizes, self.group)
-        out = self.run_experts(rows, (received % len(gate))[:, None], rows.new_ones(len(rows), 1), gate, up, down)
-        out = all_to_all_single_autograd(out, *sizes[::-1], self.group)
+        out = self.run_experts(rows, (received % num_experts)[:, None], rows.new_ones(len(rows), 1), *experts)
+        out = all_to_all_single_autograd(out, sizes[1], sizes[0], self.group)
         return (weights[..., None] * out[order.argsort()].unflatten(0, (-1, k))).sum(1)
 
 
@@ -248,7 +250,7 @@ def finish_gradients(model: VLM):
     for module in model.modules():
         if isinstance(module, MoE) and isinstance(module.run_experts, SharedExperts):
             for parameter in (module.gate_proj, module.up_proj, module.down_proj):
-                if parameter.grad is not None:
+                if isinstance(parameter.grad, DTensor):
                     grad = parameter.grad.to_local()
                     dist.all_reduce(grad, group=module.run_experts.replicas)
                     grad /= num_ranks()

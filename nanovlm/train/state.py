@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nanovlm import distributed
 from nanovlm.data.loader import Loader
@@ -19,7 +18,7 @@ class TrainState:
     """Everything that a resumed run needs; `replica` is what training calls: the model, or its DDP wrapper."""
 
     model: VLM
-    replica: nn.Module
+    replica: VLM
     optimizers: dict[str, torch.optim.Optimizer]
     loader: Loader
     threads: int

@@ -38,7 +38,7 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
     grad_norm = parallel.clip_gradients(list(state.model.parameters()), config.optim.max_grad_norm)
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
     for optimizer in state.optimizers.values():
-        optimizer.found_inf = is_bad.float()
+        optimizer.found_inf = is_bad.float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         optimizer.zero_grad()
     metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "is_bad": is_bad}
@@ -75,7 +75,7 @@ def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[
 
 def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
     """Add batches of padding only, so that all ranks have equally many."""
-    size = config.model.vision.image_size if config.model.vision else 0
+    size = config.model.tile_size
     ids = torch.full((1, config.data.row_length), config.model.pad_token_id)
     nothing = torch.zeros_like(ids)
     tiles, tile_doc_ids = torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32)
