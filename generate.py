@@ -27,6 +27,7 @@ from nanovlm.config import QuantizationConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
+from nanovlm.errors import UserError
 from nanovlm.infer.sampling import SamplingConfig, cut_at_end, stream
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
@@ -58,17 +59,17 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig):
-    """Answer the prompts, or chat. Raises ValueError with one sentence for anything wrong with the input."""
+    """Answer the prompts, or chat. Raises UserError with one sentence for anything wrong with the input."""
     config.sampling.validate()
     if config.json and not config.prompt:
-        raise ValueError("--json needs a --prompt; a chat has no JSON form")
+        raise UserError("--json needs a --prompt; a chat has no JSON form")
     images = [open_image(path) for path in config.image]
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = nanovlm.load(config.model, cli.find_device(config.device), dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
     if config.show_routing and model.config.decoder.moe is None:
-        raise ValueError(f"--show-routing needs a mixture of experts, but {config.model} has none")
+        raise UserError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     if not config.prompt:
         return chat(model, processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
@@ -172,7 +173,7 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
                 pending.append(open_image(line.removeprefix("/image ").strip()))
                 continue
             if line.startswith("/"):
-                raise ValueError(f"there is no command {line!r}; there are /image FILE, /new and /exit")
+                raise UserError(f"there is no command {line!r}; there are /image FILE, /new and /exit")
             content = [{"type": "image"} for _ in pending] + [{"type": "text", "text": line}]
             asked = [*messages, {"role": "user", "content": content}]
             prompt = processor.prompt(asked, shown + pending)

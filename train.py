@@ -12,7 +12,9 @@ The run directory receives config.json, metrics.jsonl (a line a step), checkpoin
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import signal
 import sys
 import time
 from collections.abc import Sized
@@ -51,7 +53,7 @@ from nanovlm.train import checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
-from nanovlm.train.resume import check_same_config, share_micro_batches, write_config
+from nanovlm.train.resume import check_same_config, find_checkpoints, read_config, share_micro_batches, write_config
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import count, fill_up, train_step
 from nanovlm.train.validate import evaluating, read_held_out, validate
@@ -78,11 +80,13 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # --- setup -------------------------------------------------------------------------------------------
     begin = time.perf_counter()
     is_first = distributed.rank() == 0
-    if (run_dir / "config.json").exists():
-        config = check_same_config(run_dir, config)
     if (run_dir / "eval.json").exists():
+        check_same_config(run_dir, config, checkpoint.list_checkpoints(run_dir))
         print(f"{run_dir} is a finished run; its results are in {run_dir / 'eval.json'}")
         return read_json(run_dir / "eval.json")
+    checkpoints = distributed.from_first(lambda: find_checkpoints(run_dir))
+    if checkpoints:
+        config = check_same_config(run_dir, config, checkpoints)
     config = share_micro_batches(config)
     keep_freed_memory()
     torch.manual_seed(config.seed)
@@ -91,8 +95,6 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # --- data --------------------------------------------------------------------------------------------
     data = config.data
     source = open_sources(data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle)
-    # As the first rank sees them: a network file system may show outdated ones to others.
-    checkpoints = distributed.gather(checkpoint.list_checkpoints(run_dir))[0]
     if checkpoints:
         processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
     else:
@@ -128,7 +130,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
     if is_first:
-        write_config(run_dir / "config.json", config)
+        write_config(run_dir / "config.json", config, is_new=not checkpoints)
         if not checkpoints:
             processor.save(run_dir)
     torch.set_num_threads(state.threads)
@@ -179,7 +181,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             if totals["signals"]:
                 distributed.wait()  # for the first rank's rename: torchrun ends all ranks when one exits
                 print(f"stopped by a signal at step {state.step}; start it again to go on")
-                sys.exit(RESTART)
+                sys.exit(128 + signal.SIGINT if signal.SIGINT in signals else RESTART)
     log.close()
     if saving:
         saving.finish()
@@ -296,9 +298,13 @@ def profile(config: TrainConfig, run_dir: Path, steps_done: int):
 
 
 def parse_config(args: list[str]) -> TrainConfig:
-    """Read `[preset] [--field value ...]`; the preset is scenes when none is named."""
-    preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else ("scenes", args)
-    recipe = pick(PRESETS, preset, "preset")()
+    """Read `[preset] [--field value ...]`; without a preset, the config of the run in --run-dir, or else scenes."""
+    if args and not args[0].startswith("-"):
+        recipe, args = pick(PRESETS, args[0], "preset")(), args[1:]
+    elif (folder := named_folder(args)) and (folder / "config.json").is_file():
+        recipe = read_config(folder)
+    else:
+        recipe = PRESETS["scenes"]()
     # Naming one of its fields switches the mixture of experts on; the help shows them too.
     if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help", "-h")) for a in args):
         decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
@@ -316,6 +322,13 @@ def parse_config(args: list[str]) -> TrainConfig:
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def named_folder(args: list[str]) -> Path | None:
+    """Return the folder that --run-dir names, if it does."""
+    joined = [arg.removeprefix("--run-dir=") for arg in args if arg.startswith("--run-dir=")]
+    apart = [value for arg, value in itertools.pairwise(args) if arg == "--run-dir"]
+    return Path([*joined, *apart][-1]) if joined or apart else None
 
 
 def command():

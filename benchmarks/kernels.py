@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.environment import describe_environment
+from nanovlm.errors import UserError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.jsonl"
 L2_BYTES = 200e6  # several times the cache of any GPU here
@@ -76,7 +77,7 @@ class Case:
 def main(config: KernelsConfig):
     device = cli.find_device("auto")
     if device.type == "cpu" and not config.tiny:
-        raise ValueError("there is no GPU here, so there is nothing to time; --tiny runs small shapes all the same")
+        raise UserError("there is no GPU here, so there is nothing to time; --tiny runs small shapes all the same")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         importlib.import_module("tests.kernels.interpreter")

@@ -23,6 +23,7 @@ from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import MoEConfig
 from nanovlm.environment import describe_environment
+from nanovlm.errors import UserError
 from nanovlm.model.moe import EXPERTS, MLP, MoE
 
 RESULTS = Path(__file__).resolve().parent / "results" / "moe.jsonl"
@@ -127,7 +128,7 @@ def check(layers: dict[str, MoE], x: torch.Tensor, choice: torch.Tensor):
         for ours, theirs, truth in zip(outputs(name, x.dtype), loop, exact, strict=True):
             floor = 4 * torch.finfo(x.dtype).eps * truth.abs().max()
             if (ours - truth).abs().max() > 2 * (theirs - truth).abs().max() + floor:
-                raise ValueError(f"experts = {name!r} is wrong on this shape and is not timed")
+                raise UserError(f"experts = {name!r} is wrong on this shape and is not timed")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from nanovlm import cli
+from nanovlm.errors import UserError
 from nanovlm.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -491,7 +492,7 @@ def check_kernel(root: Path, kernel: str, known: dict):
         return
     result, failed, seconds = run_tests(root, tests, limit=3600)
     if result != "survived":
-        raise ValueError(f"the tests of kernels/{kernel}.py fail before a bug is planted: {failed}")
+        raise UserError(f"the tests of kernels/{kernel}.py fail before a bug is planted: {failed}")
     print(f"{kernel}: its tests take {seconds:.0f} s", flush=True)
     limit = round(3 * seconds) + 10
     for number, (what, old, new) in enumerate(bugs):
@@ -503,12 +504,12 @@ def check_kernel(root: Path, kernel: str, known: dict):
 
 
 def plant(text: str, old: str, new: str) -> str:
-    """Replace `old`, which must be there exactly once and differ from `new` in one line; else raise ValueError."""
+    """Replace `old`, which must be there exactly once and differ from `new` in one line; else raise UserError."""
     if text.count(old) != 1:
-        raise ValueError(f"{old!r} is there {text.count(old)} times and must be there once")
+        raise UserError(f"{old!r} is there {text.count(old)} times and must be there once")
     changed = [a != b for a, b in zip(old.split("\n"), new.split("\n"), strict=True)]
     if sum(changed) != 1:
-        raise ValueError(f"{old!r} and {new!r} differ in {sum(changed)} lines and must in one")
+        raise UserError(f"{old!r} and {new!r} differ in {sum(changed)} lines and must in one")
     return text.replace(old, new)
 
 
@@ -544,7 +545,7 @@ def run_tests(root: Path, tests: Path, limit: int) -> tuple[str, str, float]:
         return "hangs", "", seconds
     failed = re.search(r"^FAILED \S*::(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or (done.returncode == 1 and failed is None):
-        raise ValueError(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise UserError(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return ("caught", failed[1], seconds) if failed else ("survived", "", seconds)
 
 

@@ -37,6 +37,7 @@ from nanovlm.config import TrainConfig, differences
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import open_source
 from nanovlm.environment import git_commit
+from nanovlm.errors import UserError
 from nanovlm.files import read_json, write_file
 from nanovlm.presets import PRESETS
 
@@ -99,7 +100,7 @@ def main(config: ScenesConfig) -> int:
         return 0
     results = read_json(config.run_dir / "eval.json")
     if not set(TASKS.values()) <= results.get("tasks", {}).keys():
-        raise ValueError(f"{config.run_dir} was not evaluated: train it with --eval.tasks {' '.join(TASKS.values())}")
+        raise UserError(f"{config.run_dir} was not evaluated: train it with --eval.tasks {' '.join(TASKS.values())}")
     if config.what == "compare":
         return compare(figures(results), read_lines())
     publish(config.run_dir, results)
@@ -163,7 +164,7 @@ def run_seeds(config: ScenesConfig) -> int:
 
 
 def run(job: Job, folder: Path) -> dict:
-    """Train in a process of its own, or go on where it was stopped; return its line, or raise ValueError.
+    """Train in a process of its own, or go on where it was stopped; return its line, or raise UserError.
 
     What training leaves of two cores reads the data. Now and then it is asked about a few scenes, and at its end, by
     the same command without these looks, about all that the preset names.
@@ -177,7 +178,7 @@ def run(job: Job, folder: Path) -> dict:
         (run_dir / "eval.json").unlink(missing_ok=True)  # with it the run counts as finished
         ended = subprocess.run(command + options, env=os.environ | job.settings, capture_output=True, text=True)
         if ended.returncode:
-            raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
+            raise UserError(f"{run_dir} failed: {ended.stderr[-1000:]}")
     results = read_json(run_dir / "eval.json")
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     curve = {line["step"]: line["accuracies_scenes"] for line in metrics if "accuracies_scenes" in line}
@@ -236,7 +237,7 @@ def draw_kinds(lines: list[dict], png: Path):
     """Draw the accuracy of each kind of question over the steps: every run, and the mean of the runs."""
     curves = [line["curve"] for line in lines if "curve" in line]
     if not curves:
-        raise ValueError(f"{RESULTS} has no run with a curve: make some with `python benchmarks/scenes.py seeds`")
+        raise UserError(f"{RESULTS} has no run with a curve: make some with `python benchmarks/scenes.py seeds`")
     steps = [*map(int, curves[0])]
     figure, panels = plt.subplots(1, len(KINDS), figsize=(12, 2.4), sharey=True, layout="constrained")
     for kind, axes in zip(KINDS, panels, strict=True):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.scenes import TASKS
 from nanovlm import cli
+from nanovlm.errors import UserError
 from nanovlm.files import read_json, write_file
 from nanovlm.presets import PRESETS
 
@@ -76,7 +77,7 @@ def run(config: BenchmarkConfig, preset: str, seed: int, balance: str):
         command += ["--model.decoder.moe.balance", balance]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode:
-        raise ValueError(f"{run_dir} failed: {ended.stderr[-1000:]}")
+        raise UserError(f"{run_dir} failed: {ended.stderr[-1000:]}")
 
 
 def compare(config: BenchmarkConfig) -> dict:

@@ -43,6 +43,7 @@ from nanovlm.config import (
 from nanovlm.data.loader import collate
 from nanovlm.data.types import IGNORE, Batch, Row
 from nanovlm.environment import describe_environment
+from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken
 from nanovlm.presets import SMOLVLM_256M, scenes
@@ -133,7 +134,7 @@ def run(config: TrainBenchmarkConfig, job: dict) -> dict:
     if done.returncode:
         if "OutOfMemoryError" in done.stderr:
             return job | {"result": "out of memory"}
-        raise ValueError(f"{job} failed: {done.stderr[-2000:]}")
+        raise UserError(f"{job} failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -162,7 +163,7 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
 
     loss = step(way)[0]
     if abs(loss - expected) > 0.01 * expected:
-        raise ValueError(f"the loss is {loss}, the plain reading's {expected}: not timed")
+        raise UserError(f"the loss is {loss}, the plain reading's {expected}: not timed")
     step(way)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()

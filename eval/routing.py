@@ -15,6 +15,7 @@ from eval.tasks import Question, open_task, read_questions
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
+from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM, Extras
@@ -26,11 +27,11 @@ def measure_routing(
 ) -> dict[str, torch.Tensor]:
     """Count the tokens of every expert, fp32[L, E], for image tokens and for the text of each kind of question.
 
-    Raises ValueError for a model without a mixture of experts.
+    Raises UserError for a model without a mixture of experts.
     """
     moe, device = model.config.decoder.moe, next(model.parameters()).device
     if moe is None:
-        raise ValueError("the model has no mixture of experts: its decoder.moe is None")
+        raise UserError("the model has no mixture of experts: its decoder.moe is None")
     loads: dict[str, torch.Tensor] = {}
     # Questions of one kind share batches.
     questions = sorted(questions, key=lambda question: question.kind)

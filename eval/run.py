@@ -26,6 +26,7 @@ from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_sources
+from nanovlm.errors import UserError
 from nanovlm.infer.sampling import SamplingConfig, generate
 from nanovlm.model.vlm import VLM
 
@@ -145,7 +146,7 @@ class AskConfig:
 def main(config: AskConfig):
     """Print the scores of a model folder."""
     if config.limit < 1:
-        raise ValueError(f"--limit {config.limit} must be at least 1")
+        raise UserError(f"--limit {config.limit} must be at least 1")
     tasks = [open_task(name, config.limit) for name in config.tasks]
     asked = [(task, read_questions(task)) for task in tasks]
     model, processor = load(config.model, cli.find_device(config.device))

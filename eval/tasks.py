@@ -21,6 +21,7 @@ from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source
+from nanovlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,23 +88,23 @@ class DrawnScenes:
 
 
 def _questions_of(source: Source, limit: int) -> Iterator[Question]:
-    """Yield the questions of the first records of a source. Raises ValueError that names a record without any."""
+    """Yield the questions of the first records of a source. Raises UserError that names a record without any."""
     for number, ref in enumerate(islice(first_pass(source), limit)):
         try:
             questions = ask(source.read(ref.key), number)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{ref.source}, {ref.where}: {error}") from error
+            raise UserError(f"{ref.source}, {ref.where}: {error}") from error
         yield from questions
 
 
 def read_questions(task: Task) -> list[Question]:
-    """Read all questions of a task. Raises ValueError that names the task and what is wrong with it."""
+    """Read all questions of a task. Raises UserError that names the task and what is wrong with it."""
     try:
         questions = list(task.questions())
     except ValueError as error:
-        raise ValueError(f"the task {task.name} cannot be asked: {error}") from error
+        raise UserError(f"the task {task.name} cannot be asked: {error}") from error
     if not questions:
-        raise ValueError(f"the task {task.name} has no questions")
+        raise UserError(f"the task {task.name} has no questions")
     return questions
 
 
@@ -141,13 +142,13 @@ TASKS = {
 def open_task(name: str, limit: int) -> Task:
     """Return the task of this name, or the records of the source that it names (for a hub source, its test split).
 
-    Raises ValueError if the name is neither.
+    Raises UserError if the name is neither.
     """
     if name in TASKS:
         return TASKS[name](name, limit)
     try:
         return Records(name, open_source(name, split="test"), limit)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no task; there are {', '.join(TASKS)}, and sources of records: {error}"
         ) from error

@@ -11,29 +11,37 @@ from pathlib import Path
 
 import torch
 
+from nanovlm.errors import UserError, printable
+
 PROJECT = Path(__file__).resolve().parent.parent  # the checkout; site-packages where the wheel is installed
-OURS = ("nanovlm", "eval", "kernels", "benchmarks", "train.py", "generate.py")  # our own code in PROJECT
 
 
 def find_device(name: str) -> torch.device:
-    """Turn cpu, cuda, cuda:1 or auto into an available device. Raises ValueError that names a missing one."""
+    """Turn cpu, cuda, cuda:1 or auto into an available device. Raises UserError that names a missing one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     present += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in present:
-        raise ValueError(f"device = {name!r} is not here; there are auto, {', '.join(present)}")
+        raise UserError(f"device = {name!r} is not here; there are auto, {', '.join(present)}")
     return torch.device(name)
 
 
 @contextlib.contextmanager
 def watch_signals():
-    """Yield a list of the received SIGTERM and SIGUSR1, by which a scheduler announces the end of a job.
+    """Yield a list of the received SIGTERM and SIGUSR1, by which a scheduler announces the end of a job, and SIGINT.
 
-    Neither ends the process, as each may arrive twice: from the scheduler, and once more from torchrun.
+    None ends the process, as each may arrive twice: from the scheduler, and once more from torchrun. Only a second
+    SIGINT, of a user who does not want to wait, raises KeyboardInterrupt.
     """
-    seen, numbers = [], (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda number, _frame: seen.append(number)) for number in numbers}
+    seen, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def note(number, _frame):
+        if number == signal.SIGINT and number in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield seen
     finally:
@@ -42,9 +50,9 @@ def watch_signals():
 
 
 def run(main: Callable):
-    """Call main. A mistake that our own code reports is printed as one sentence and exits with status 2.
+    """Call main. A user's mistake and what the system refuses are printed as one sentence, with exit status 2.
 
-    An error from anywhere else is a bug and keeps its traceback. Characters that the terminal cannot encode are printed
+    Any other error is a bug and keeps its traceback. Characters that the terminal cannot encode are printed
     as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -53,15 +61,19 @@ def run(main: Callable):
         main()
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raised_in = Path(last.filename).resolve()
-        is_ours = raised_in.is_relative_to(PROJECT) and raised_in.relative_to(PROJECT).parts[0] in OURS
-        if not is_ours or not ((last.line or "").startswith("raise ") or isinstance(error, OSError)):
+        if not isinstance(error, UserError | OSError) and not is_refused_by_kernels(error):
             raise
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr)
+        print(f"{rank}error: {printable(str(error), most=4000)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def is_refused_by_kernels(error: ValueError) -> bool:
+    """Return whether a kernel refuses its inputs: as kernels import nothing of ours, they raise no UserError."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).resolve().parent == PROJECT / "kernels" and (last.line or "").startswith("raise ")

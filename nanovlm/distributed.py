@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanovlm.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ def ranks(device: torch.device):
     if device.type == "cuda":
         device, most = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
         if device.index >= most:
-            raise ValueError(f"there is no GPU for local rank {device.index}: --nproc-per-node must be at most {most}")
+            raise UserError(f"there is no GPU for local rank {device.index}: --nproc-per-node must be at most {most}")
         torch.cuda.set_device(device)
     store, rank, num_ranks = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from nanovlm.errors import UserError
+
 
 @contextlib.contextmanager
 def new_folder(path: Path):
@@ -57,19 +59,19 @@ def find_folder(path: Path) -> Path:
 def lock(folder: Path):
     """Create a folder if needed and lock it for this process; a new one that stays empty is removed at the end.
 
-    Raises ValueError while another process holds the lock (a killed process releases it), or if it cannot be created.
+    Raises UserError while another process holds the lock (a killed process releases it), or if it cannot be created.
     """
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made a folder: {error}") from error
+        raise UserError(f"{folder} cannot be made a folder: {error}") from error
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is writing to {folder}: wait for it, or use another folder") from None
+            raise UserError(f"another process is writing to {folder}: wait for it, or use another folder") from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise
@@ -96,15 +98,15 @@ def write_file(path: Path, data: str | bytes):
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises ValueError that names the file."""
+    """Read a JSON file. Raises UserError that names the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
+        raise UserError(f"there is no {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+        raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+        raise UserError(f"{path} must hold a JSON object, not a {type(data).__name__}")
     return data
 
 

@@ -20,7 +20,7 @@ class Rows:
 
     def __init__(self, local: Tensor, shape: tuple[int, ...], start: int, dim: int = 0):
         self.local, self.shape, self.start, self.dim = local, torch.Size(shape), start, dim
-        self.ndim, self.dtype, self.device = len(shape), local.dtype, local.device
+        self.ndim, self.dtype, self.device, self.is_meta = len(shape), local.dtype, local.device, local.is_meta
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from nanovlm.errors import UserError
 from nanovlm.sharded import Rows
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -18,7 +19,7 @@ INTEGERS = {torch.int32: "I32", torch.uint8: "U8"}
 def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
     """Return the smallest dtype that holds the tensors of all files exactly; ignored names do not count.
 
-    Raises ValueError that names a tensor whose dtype is not in DTYPES.
+    Raises UserError that names a tensor whose dtype is not in DTYPES.
     """
     found = {}
     for path in files:
@@ -27,7 +28,7 @@ def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
             found |= {file.get_slice(name).get_dtype(): f"{name} in {path}" for name in names}
     for dtype, where in found.items():
         if dtype not in DTYPES:
-            raise ValueError(f"{where} has dtype {dtype}; only {', '.join(DTYPES)} are read")
+            raise UserError(f"{where} has dtype {dtype}; only {', '.join(DTYPES)} are read")
     return functools.reduce(torch.promote_types, [DTYPES[dtype] for dtype in found] or [torch.float32])
 
 
@@ -36,8 +37,8 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
     """Copy safetensors files, tensor by tensor, into memory that is already allocated.
 
     `destinations` lists, for each name in the files, the tensors that its rows fill, in order. Names for which
-    `is_ignored` returns True are skipped. Before anything is copied, raises ValueError that lists missing and unknown
-    names and wrong shapes and dtypes.
+    `is_ignored` returns True are skipped. Before anything is copied, raises UserError that lists missing and unknown
+    names and wrong shapes and dtypes; with destinations on the meta device that is all.
     """
     where = {}
     problems = []
@@ -58,7 +59,9 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
     problems += [f"{name} is unknown" for name in merge_numbers(where.keys() - destinations.keys())]
     if problems:
         file = files[0] if len(files) == 1 else files[0].parent
-        raise ValueError(f"{file} does not fit the config: {'; '.join(sorted(problems))}")
+        raise UserError(f"{file} does not fit the config: {'; '.join(sorted(problems))}")
+    if all(part.is_meta for parts in destinations.values() for part in parts):
+        return
     for name, parts in destinations.items():
         # Reopen the file for each tensor: whatever was read stays in memory while the file is open.
         with open_tensors(where[name]) as file:
@@ -90,14 +93,14 @@ def merge_numbers(names) -> list[str]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path):
-    """Open a safetensors file to read its tensors one by one. Raises ValueError if it is missing or damaged."""
+    """Open a safetensors file to read its tensors one by one. Raises UserError if it is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"there is no {path}")
+        raise UserError(f"there is no {path}")
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+        raise UserError(f"{path} is damaged or cut off: {error}") from error
 
 
 def read_tensor(files: list[Path], name: str) -> torch.Tensor:
@@ -106,14 +109,14 @@ def read_tensor(files: list[Path], name: str) -> torch.Tensor:
         with open_tensors(path) as file:
             if name in file.keys():
                 return file.get_tensor(name)
-    raise ValueError(f"{name} is in none of {', '.join(map(str, files))}")
+    raise UserError(f"{name} is in none of {', '.join(map(str, files))}")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file. Raises ValueError that names a missing or damaged one."""
+    """Read a safetensors file. Raises UserError that names a missing or damaged one."""
     if not path.is_file():
-        raise ValueError(f"there is no {path}")
+        raise UserError(f"there is no {path}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+        raise UserError(f"{path} is damaged or cut off: {error}") from error

@@ -171,7 +171,7 @@ def test_files_for_other_programs_can_be_read(name):
         assert data["date-released"] == date
     elif name == ".pre-commit-config.yaml":
         hooks = {hook["id"]: hook for repo in data["repos"] for hook in repo["hooks"]}
-        assert hooks.keys() == {"ruff-check", "ruff-format", "lint-imports"}
+        assert hooks.keys() == {"ruff-check", "ruff-format", "lint-imports", "pyright"}
         assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks.values())
     else:
         (job,) = data["jobs"].values()

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 from pathlib import Path
@@ -206,8 +208,8 @@ def test_a_half_written_line_is_dropped(tmp_path, unbroken):
 def test_a_run_goes_on_in_its_precision(tmp_path, monkeypatch):
     """A resumed run computes as it began, also on a processor that would choose another precision."""
     monkeypatch.setattr(train, "choose_precision", lambda device: "fp32")
-    monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    stop_after(monkeypatch, 3)
+    with pytest.raises(SystemExit):
         run(tmp_path, precision="auto")
     monkeypatch.undo()
     monkeypatch.setattr(train, "choose_precision", lambda device: "bf16")
@@ -239,11 +241,128 @@ cli.run(lambda: run({str(tmp_path)!r}))
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_lost_metrics_are_noticed(tmp_path):
+def test_lost_metrics_are_noticed(tmp_path, unbroken, capsys):
     run_and_kill(tmp_path, KILL_AT_STEP.format(5))
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"metrics.jsonl has 0 lines, but the newest checkpoint is of step 3"):
+    run(tmp_path)
+    assert "metrics.jsonl has lines of 0 of the 3 steps before; the others are lost" in capsys.readouterr().out
+    assert comparable(metrics(tmp_path)) == comparable(unbroken[3:])
+
+
+def damage(run_dir, change):
+    """Let a run be killed after its checkpoints of steps 3 and 6, and change one of the newer one's files."""
+    run_and_kill(run_dir, KILL_AT_STEP.format(8))
+    change(run_dir / "checkpoints" / "step_00000006")
+
+
+def flip_a_bit(checkpoint):
+    file = next((checkpoint / "tensors").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "damage_named"),
+    [
+        (flip_a_bit, "is not as it was written"),
+        (lambda folder: next((folder / "tensors").glob("*")).write_bytes(b""), "is not as it was written"),
+        (lambda folder: (folder / "state.json").unlink(), "it has no state.json"),
+        (lambda folder: (folder / "state.json").write_text('{"step": "six"}'), "state.json is not as it was written"),
+        (lambda folder: (folder / "checksums.json").write_text("[]"), "checksums.json must hold a JSON object"),
+        (lambda folder: (folder / "checksums.json").unlink(), "there is no .*checksums.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, unbroken, capsys, change, damage_named):
+    damage(tmp_path, change)
+    run(tmp_path)
+    shown = capsys.readouterr().out
+    assert re.search(rf"the checkpoint .*step_00000006 is damaged: .*{damage_named}", shown) and "at step 3" in shown
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path, unbroken):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    (tmp_path / "checkpoints" / "step_notes").mkdir()
+    (tmp_path / "checkpoints" / "step_00000099").write_text("a file")
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+    assert (tmp_path / "checkpoints" / "step_notes").is_dir()
+
+
+def test_a_run_that_lost_its_checkpoints_or_its_config_is_not_begun_anew(tmp_path):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    kept = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"took \d steps and has lost its config.json: use another --run-dir"):
         run(tmp_path)
+    (tmp_path / "config.json").write_text(kept)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"took \d steps and has no whole checkpoint to go on from: use another"):
+        run(tmp_path)
+
+
+def test_half_a_line_in_the_metrics_is_not_glued_to_the_next(tmp_path, unbroken):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines)[:-20])
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken[:2] + unbroken[3:])
+
+
+def test_what_a_failed_attempt_asked_for_does_not_bind_the_next(tmp_path, monkeypatch, unbroken):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "train_step", lambda *args: 1 / 0)
+        run(tmp_path, optim=dataclasses.replace(SMALL.optim, lr=1.0), seed=7)
+    assert (tmp_path / "config.json").exists()
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_the_folder_alone_continues_a_run(tmp_path, unbroken):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    for option in (["--run-dir", str(tmp_path)], [f"--run-dir={tmp_path}"]):
+        config = train.parse_config(option)
+        assert config.optim.steps == SMALL.optim.steps and config.model == SMALL.model
+    train.main(config)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+    assert train.parse_config(["--run-dir", str(tmp_path / "new")]).optim == PRESET.optim
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbroken):
+    step, taken = train.train_step, []
+
+    def interrupted(*args):
+        taken.append(1)
+        if len(taken) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train, "train_step", interrupted)
+        run(tmp_path)
+    assert stopped.value.code == 130
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+    with pytest.raises(KeyboardInterrupt), cli.watch_signals() as seen:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert seen == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_closed_pipe_is_no_success(tmp_path):
+    """As in `train.py | head -1`."""
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n" + textwrap.dedent("""
+        from nanovlm import cli
+        def main():
+            while True: print("x" * 1000)
+        cli.run(main)
+    """)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch):

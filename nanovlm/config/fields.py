@@ -2,30 +2,33 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Literal
 
+from nanovlm.errors import UserError
+
 
 def pick(table: dict, key: str, field: str):
-    """Return `table[key]`, or raise ValueError that names the field, the value and the known keys."""
+    """Return `table[key]`, or raise UserError that names the field, the value and the known keys."""
     if key not in table:
-        raise ValueError(f"{field} = {key!r} is unknown; there are {', '.join(table)}")
+        raise UserError(f"{field} = {key!r} is unknown; there are {', '.join(table)}")
     return table[key]
 
 
 def from_dict(cls, data, where: str = ""):
     """Build the dataclass `cls` from parsed JSON.
 
-    Missing fields take their defaults. Raises ValueError that names the field and the nearest known
+    Missing fields take their defaults. Raises UserError that names the field and the nearest known
     one for an unknown field, and the expected type for a value of another type.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{where or cls.__name__} must be a JSON object, got {data!r}")
+        raise UserError(f"{where or cls.__name__} must be a JSON object, got {data!r}")
     known = {f.name for f in dataclasses.fields(cls)}
     for name in sorted(data.keys() - known):
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown field {where + name!r}; the nearest known field is {where + nearest!r}")
+        raise UserError(f"unknown field {where + name!r}; the nearest known field is {where + nearest!r}")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
 
@@ -46,11 +49,11 @@ def _convert(hint, value, where):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where + ".")
-    if hint is float and type(value) in (int, float):
+    if hint is float and type(value) in (int, float) and abs(value) < 1e300:
         return float(value)
     if origin is tuple and isinstance(value, list | tuple):
         if args[-1] is not Ellipsis and len(args) != len(value):
-            raise ValueError(f"{where} must have {len(args)} entries, got {value!r}")
+            raise UserError(f"{where} must have {len(args)} entries, got {value!r}")
         return tuple(_convert(args[0], x, f"{where}[{i}]") for i, x in enumerate(value))
     if origin is Literal and value in args:
         return value
@@ -61,16 +64,26 @@ def _convert(hint, value, where):
     if type(value) is hint:
         return value
     expected = f"one of {list(args)}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{where} must be {expected}, got {value!r}")
+    raise UserError(f"{where} must be {expected}, got {value!r}")
 
 
 def integers(prefix, config):
     return [(f"{prefix}.{k}", v) for k, v in vars(config).items() if type(v) is int]
 
 
+def check_finite(config, where: str = ""):
+    """Raise UserError for a number in a config, however deep, that is infinite or NaN."""
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), where + f.name
+        if dataclasses.is_dataclass(value):
+            check_finite(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            check(not isinstance(number, float) or math.isfinite(number), f"{name} = {number} must be a finite number")
+
+
 def check(ok, message):
     if not ok:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def divides(name, divisor, other, number):

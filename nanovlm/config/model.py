@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanovlm.config.fields import check, divides, integers
+from nanovlm.config.fields import check, check_finite, divides, integers
+
+# The largest numbers that are believed, above those of any model: what a damaged config says beyond them could take all
+# memory or endless time before anything else shows that it is wrong.
+MOST = {
+    "num_hidden_layers": 2**10,
+    "num_experts": 2**12,
+    "max_tiles": 2**10,
+    "longest_edge": 2**14,
+    "image_size": 2**14,
+}
+MOST_OTHERWISE, MOST_TILES = 2**24, 128  # the latter along one side of an image
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,7 @@ class VLMConfig:
         return 0 if self.vision is None else self.vision.image_size
 
     def validate(self) -> "VLMConfig":
-        """Return self, or raise ValueError with both values of the first contradiction."""
+        """Return self, or raise UserError with both values of the first contradiction."""
         v, d, scale = self.vision, self.decoder, self.projector.scale_factor
         parts = {
             "projector": self.projector,
@@ -236,8 +247,25 @@ class VLMConfig:
                     d.moe.experts != "grouped" or width % 8 == 0,  # torch needs rows of a multiple of 16 bytes
                     f"decoder.{name} = {width} must be a multiple of 8 for decoder.moe.experts = grouped",
                 )
-        for name, value in (pair for part, config in parts.items() for pair in integers(part, config)):
+        check_finite(self)
+        numbers = [pair for part, config in parts.items() for pair in integers(part, config)]
+        for name, value in numbers:
             check(value >= 1, f"{name} = {value} must be at least 1")
+        for name, value in numbers + (integers("decoder.moe", d.moe) if d.moe else []):
+            most = MOST.get(name.rpartition(".")[2], MOST_OTHERWISE)
+            check(value <= most, f"{name} = {value} must be at most {most}")
+        for name, value in (
+            ("decoder.rms_norm_eps", d.rms_norm_eps),
+            ("decoder.rope_theta", d.rope_theta),
+            *((("vision.layer_norm_eps", v.layer_norm_eps),) if v else ()),
+        ):
+            check(value > 0, f"{name} = {value} must be positive")
+        if v is not None and self.tiling.policy in ("idefics3", "nanovlm"):
+            check(
+                self.tiling.longest_edge <= MOST_TILES * v.image_size,
+                f"tiling.longest_edge = {self.tiling.longest_edge} is more than {MOST_TILES} tiles of "
+                f"vision.image_size = {v.image_size}",
+            )
         divides(
             "decoder.num_key_value_heads", d.num_key_value_heads, "decoder.num_attention_heads", d.num_attention_heads
         )

@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanovlm.config.fields import check, integers
+from nanovlm.config.fields import check, check_finite, integers
 from nanovlm.config.model import VLMConfig
+from nanovlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class TrainConfig:
     wandb: bool = False
 
     def validate(self) -> "TrainConfig":
-        """Return self, or raise ValueError with both values of the first contradiction."""
+        """Return self, or raise UserError with both values of the first contradiction."""
         self.model.validate()
         d, o = self.data, self.optim
         check(
@@ -202,6 +203,9 @@ class TrainConfig:
             ("eval.show_every", self.eval.show_every, 0),
         ):
             check(value >= least, f"{name} = {value} must be at least {least}")
+        check_finite(self)
+        check(self.seed < 2**63, f"seed = {self.seed} must be below 2**63")
+        check(self.run_dir.strip(), "run_dir is empty: name a folder")
         check(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction = {d.max_bad_fraction} must be between 0 and 1")
         check(0 <= d.val_fraction < 1, f"data.val_fraction = {d.val_fraction} must be at least 0 and below 1")
         check(
@@ -256,7 +260,7 @@ class TrainConfig:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ValueError(f"optim.{name}: {pattern!r} is no regular expression: {error}") from error
+                    raise UserError(f"optim.{name}: {pattern!r} is no regular expression: {error}") from error
         check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
         check(
             self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,

@@ -30,7 +30,11 @@ from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document, Sample
+from nanovlm.errors import UserError, printable
+from nanovlm.files import write_file
+from nanovlm.limits import time_limit
 
+RENDER_SECONDS, LONGEST_TEXT = 20, 10**7  # what a template may take
 # Stands for one part of a message while the template is rendered.
 MARK = "(\u2003?)\ue000([0-9]+)\ue001(\u2003?)"
 
@@ -44,25 +48,47 @@ class Span(NamedTuple):
     is_trained: bool = False
 
 
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    """Renders a template that others wrote, without access to Python, and without what only fills memory."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        del self.globals["lipsum"]
+
+    def call_binop(self, context, operator, left, right):
+        """Refuse results that no chat template needs: powers of large numbers, and repeated or padded texts."""
+        is_product = operator == "*" and isinstance(left, int) != isinstance(right, int)
+        largest = max((abs(x) for x in (left, right) if isinstance(x, int)), default=0)
+        if (is_product or operator == "**") and largest > 1000:
+            raise jinja2.TemplateError(f"{operator} with {largest} is not allowed")
+        if operator == "%" and isinstance(left, str) and re.search(r"\d{4}", left):
+            raise jinja2.TemplateError(f"the format {printable(left, 40)} is not allowed")
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, str | list | tuple) and len(result) > LONGEST_TEXT:
+            raise jinja2.TemplateError(f"{operator} makes something of length {len(result)}")
+        return result
+
+
 class Processor:
     """Everything between text and images on one side and the model's tensors on the other."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str, config: VLMConfig):
-        """Raise ValueError where the special tokens of tokenizer and config do not agree."""
+        """Raise UserError where the special tokens of tokenizer and config do not agree."""
         self.tokenizer, self.chat_template, self.config = tokenizer, chat_template, config
-        if tokenizer.get_vocab_size() > config.decoder.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, "
-                f"more than decoder.vocab_size = {config.decoder.vocab_size}"
+        if (needed := max(tokenizer.get_vocab().values(), default=-1) + 1) > config.decoder.vocab_size:
+            raise UserError(
+                f"the tokenizer has {needed} tokens, more than decoder.vocab_size = {config.decoder.vocab_size}"
             )
         added, markers = tokenizer.get_added_tokens_decoder(), marker_tokens(config)
         special = {token.content: i for i, token in added.items() if token.special or token.content in markers}
         for name in ("pad_token_id", "image_token_id", "eos_token_id"):
             if getattr(config, name) not in (None, *special.values()):
-                raise ValueError(f"{name} = {getattr(config, name)} is not a special token of the tokenizer")
+                raise UserError(f"{name} = {getattr(config, name)} is not a special token of the tokenizer")
         # Some published models with Idefics3's layout, whose markers include FAKE, write tile positions as plain text.
         if missing := [token for token in ([FAKE] if FAKE in markers else markers) if token not in special]:
-            raise ValueError(
+            raise UserError(
                 f"tiling.policy = {config.tiling.policy!r} writes special tokens that the tokenizer does not have: "
                 f"{', '.join(missing)}"
             )
@@ -77,17 +103,17 @@ class Processor:
             None if i is None else tokenizer.id_to_token(i)
             for i in (config.image_token_id, config.eos_token_id, config.bos_token_id)
         )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = TemplateEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _raise_exception
         try:
             self.template = environment.from_string(chat_template)
             variables = jinja2.meta.find_undeclared_variables(environment.parse(chat_template))
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+            raise UserError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+        except Exception as error:  # of Python, which compiles it, such as a {% break %} outside a loop
+            raise UserError(f"the chat template cannot be compiled: {error}") from error
         if "bos_token" in variables and config.bos_token_id is None:
-            raise ValueError("the chat template writes bos_token, but bos_token_id = None")
+            raise UserError("the chat template writes bos_token, but bos_token_id = None")
         self._literals = functools.lru_cache(maxsize=256)(self._render_literals)
         # Short questions and answers repeat, and encoding one takes longer than looking it up.
         self._encode_short = functools.lru_cache(maxsize=16384)(self._encode_spans)
@@ -98,17 +124,17 @@ class Processor:
         folder = Path(folder)
         for name in ("tokenizer.json", "chat_template.jinja"):
             if not (folder / name).is_file():
-                raise ValueError(f"the model folder {folder} has no {name}")
+                raise UserError(f"the model folder {folder} has no {name}")
         try:
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{folder / 'chat_template.jinja'} is not a text file: {error}") from error
+            raise UserError(f"{folder / 'chat_template.jinja'} is not a text file: {error}") from error
         return cls(read_tokenizer(folder / "tokenizer.json"), template, config)
 
     def save(self, folder: Path):
         """Write tokenizer.json and chat_template.jinja."""
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        write_file(folder / "chat_template.jinja", self.chat_template)
 
     def document(self, sample: Sample) -> Document:
         """Turn a sample into a document; with `independent`, each question is a branch after the images."""
@@ -117,7 +143,7 @@ class Processor:
             return self._make_document(ids, labels, [0] * len(ids), sample.images)
         roles = [message["role"] for message in sample.messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-            raise ValueError("independent questions must be pairs of a user and an assistant message, at least one")
+            raise UserError("independent questions must be pairs of a user and an assistant message, at least one")
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
         branches = [self._tokens(self._spans(pair, sample.images)) for pair in pairs]
         # All branches begin with the same tokens up to the last image: the prefix.
@@ -127,7 +153,7 @@ class Processor:
         ids, labels, branch_ids = first[:prefix], [IGNORE] * prefix, [0] * prefix
         for number, (branch, branch_labels) in enumerate(branches, start=1):
             if branch[:prefix] != first[:prefix]:
-                raise ValueError("independent questions must all begin with the same images")
+                raise UserError("independent questions must all begin with the same images")
             ids, labels = ids + branch[prefix:], labels + branch_labels[prefix:]
             branch_ids += [number] * (len(branch) - prefix)
         return self._make_document(ids, labels, branch_ids, sample.images)
@@ -135,13 +161,13 @@ class Processor:
     def prompt(self, messages: list[dict], images: list[Image.Image] | tuple = ()) -> Document:
         """Turn a conversation that ends with a user turn into a document that ends where the answer begins.
 
-        Images that no message places go to the beginning of the first user turn. Raises ValueError
+        Images that no message places go to the beginning of the first user turn. Raises UserError
         for an empty question and where the image parts do not match the images.
         """
         if not messages or messages[-1]["role"] != "user" or not _text(messages[-1]["content"]).strip():
-            raise ValueError("the prompt is empty: write a question or an instruction")
+            raise UserError("the prompt is empty: write a question or an instruction")
         if re.search("[\ud800-\udfff]", _text(messages[-1]["content"])):
-            raise ValueError("the prompt is not valid UTF-8 text")
+            raise UserError("the prompt is not valid UTF-8 text")
         messages = [dict(message, content=_parts(message["content"])) for message in messages]
         if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next(message for message in messages if message["role"] == "user")
@@ -172,7 +198,7 @@ class Processor:
         tiles = [make_tiles(image, self.config) for image in images]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if (placeholders := ids.count(self.config.image_token_id)) != per_tile * len(tiles):
-            raise ValueError(f"{placeholders} image placeholders, but {len(tiles)} tiles of {per_tile} tokens")
+            raise UserError(f"{placeholders} image placeholders, but {len(tiles)} tiles of {per_tile} tokens")
         return Document(
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
@@ -190,7 +216,7 @@ class Processor:
         """Render a conversation as spans whose concatenation is the text."""
         parts = [(message["role"], part) for message in messages for part in _parts(message["content"])]
         if (shown := sum(part["type"] == "image" for _, part in parts)) != len(images):
-            raise ValueError(f"the messages show {shown} images, but {len(images)} were given")
+            raise UserError(f"the messages show {shown} images, but {len(images)} were given")
         unseen = iter([self._show(*image.size, number=i if shown > 1 else None) for i, image in enumerate(images)])
         content = [
             next(unseen) if part["type"] == "image" else Span(part["text"], is_trained=role == "assistant")
@@ -215,15 +241,22 @@ class Processor:
 
         `shape` holds each message's role and part types. A mark is surrounded by white space that no template writes,
         which shows whether the template strips its input. Text that precedes an answer but is not in the generation
-        prompt, like the space of "Assistant: ", has to be written by the model: it is trained.
+        prompt, like the space of "Assistant: ", has to be written by the model: it is trained. Answers that follow the
+        same text have the same generation prompt, so that it is rendered once for all of them.
         """
         pieces = re.split(MARK, self._render_marks(shape, add_generation_prompt))
         owners = [message for message, (_, types) in enumerate(shape) for _ in types]
-        literals = [Span(pieces[0], from_template=True)]
+        literals: list = [Span(pieces[0], from_template=True)]
+        prompts = {}
         for left, number, right, literal in zip(*(pieces[i::4] for i in range(1, 5)), strict=True):
             message = owners[int(number)]
-            if message and shape[message][0] == "assistant" and owners.index(message) == int(number):
-                written, prompt = literals.pop().text, self._literals(shape[:message], True)[-1].text
+            is_first = int(number) == 0 or owners[int(number) - 1] != message
+            if message and is_first and shape[message][0] == "assistant":
+                written = literals.pop().text
+                case = written, shape[message - 1]
+                if case not in prompts:
+                    prompts[case] = re.split(MARK, self._render_marks(shape[:message], True))[-1]
+                prompt = prompts[case]
                 if not written.startswith(prompt) or self.special_pattern.search(written.removeprefix(prompt)):
                     prompt = written
                 literals.append(Span(prompt, from_template=True))
@@ -249,13 +282,14 @@ class Processor:
         for contents in (lists, strings) if image_marks else (strings, lists):
             messages = [{"role": role, "content": content} for (role, _), content in zip(shape, contents, strict=True)]
             try:
-                text = self.template.render(
-                    messages=messages,
-                    add_generation_prompt=add_generation_prompt,
-                    bos_token=self._bos_token,
-                    eos_token=self._end_token,
-                )
-            except (jinja2.TemplateError, TypeError) as error:
+                with time_limit(RENDER_SECONDS, "rendering"):
+                    text = self.template.render(
+                        messages=messages,
+                        add_generation_prompt=add_generation_prompt,
+                        bos_token=self._bos_token,
+                        eos_token=self._end_token,
+                    )
+            except Exception as error:  # a template can raise any
                 refusal = error if contents is strings else refusal or error
                 continue
             if contents is lists and image is not None and text.count(image) == len(image_marks):
@@ -264,9 +298,9 @@ class Processor:
             if sorted(int(shown) for _, shown, _ in re.findall(MARK, text)) == list(range(sum(map(len, parts)))):
                 return text
         if refusal is None:
-            raise ValueError("the chat template does not show every message exactly once")
+            raise UserError("the chat template does not show every message exactly once")
         roles = ", ".join(role for role, _ in shape)
-        raise ValueError(f"the chat template refuses a conversation of {roles}: {refusal}") from refusal
+        raise UserError(f"the chat template refuses a conversation of {roles}: {refusal}") from refusal
 
     def _tokens(self, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
         """Tokenise spans; return token ids and labels, each label at the position that predicts it."""
@@ -307,14 +341,14 @@ class Processor:
                     continue
                 flush()
                 if is_answer and self.special[piece] != self.config.eos_token_id:
-                    raise ValueError(no_end)
+                    raise UserError(no_end)
                 ids.append(self.special[piece])
                 is_trained.append(is_answer)
                 if is_answer:
                     is_answer = answer_is_open = False
         flush()
         if answer_is_open:
-            raise ValueError(no_end)
+            raise UserError(no_end)
         return ids, is_trained
 
 

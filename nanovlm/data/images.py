@@ -25,11 +25,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from nanovlm.config import VLMConfig, pick
+from nanovlm.errors import UserError
 
+Image.init()
+# What PIL decodes by itself: not what it only recognises, nor EPS, a program that it would have Ghostscript run.
+FORMATS = tuple(kind for kind in Image.ID if kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
+LONGEST_SIDE = 65535  # that of JPEG; to resize a longer one takes memory out of proportion to its pixels
+STRIP = 2**20  # pixels that are converted at a time
 IDEFICS3_LONGEST_EDGE = 4096  # no image is made longer than this, whatever tiling.longest_edge says
 GLOBAL, FAKE = "<global-img>", "<fake_token_around_image>"
 NANOVLM_GLOBAL = "<|global_image|>"
@@ -50,57 +56,77 @@ class TilePlan(NamedTuple):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB. Raises ValueError that names the file when it is missing or no image."""
+    """Read an image file as RGB. Raises UserError that names the file when it is missing or no image."""
     if not Path(path).is_file():
-        raise ValueError(f"there is no image file {path}")
+        raise UserError(f"there is no image file {path}")
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
     """Read the bytes of an image file as RGB, the first frame of an animation.
 
-    Raises ValueError that begins with `name` for data that are no image, truncated, or above PIL's pixel limit.
+    Raises UserError that begins with `name` for data that are no image, truncated, or above PIL's pixel limit.
     """
     try:
         with (
             warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-            Image.open(io.BytesIO(data)) as image,
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
         ):
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} cannot be read as an image: its {len(data)} bytes have no known format") from error
+        raise UserError(f"{name} cannot be read as an image: its {len(data)} bytes have no known format") from error
     except Exception as error:  # on damaged files, decoders raise anything
-        raise ValueError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
+        raise UserError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode upright and into RGB; transparent parts become white.
 
     Greys of more than 8 bits are scaled down from the smallest usual range that holds them: 0 to 1 for floats, 8, 12
-    or 16 bits, else up to their own maximum. Raises ValueError for an image without pixels.
+    or 16 bits, else up to their own maximum. Raises UserError for an image without pixels.
     """
     _check_size(*image.size)
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else this would be one more copy
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        ranges = ((1,) if image.mode == "F" else ()) + (255, 4095, 65535)
-        grey = grey / next((top for top in ranges if grey.max() <= top), grey.max()) * 255
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        image = _to_8_bits(image)
     if image.has_transparency_data:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # palettes with byte transparency
-            image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
+        return _on_white(image)
     return image.convert("RGB")
 
 
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale greys of more than 8 bits down; the intermediate fp64 exists for one strip of rows at a time."""
+    greys = np.asarray(image)
+    strips = np.array_split(greys, min(len(greys), math.ceil(greys.size / STRIP)))
+    largest = max(np.nan_to_num(strip.astype(np.float64)).max() for strip in strips)
+    ranges = ((1,) if image.mode == "F" else ()) + (255, 4095, 65535)
+    top = next((top for top in ranges if largest <= top), largest)
+    scaled = [(np.nan_to_num(strip.astype(np.float64)) / top * 255).clip(0, 255).astype(np.uint8) for strip in strips]
+    return Image.fromarray(np.concatenate(scaled))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Put an RGBA image on white, RGB, one strip of rows at a time, as each step makes a copy."""
+    (width, height), whole = image.size, Image.new("RGB", image.size)
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        whole.paste(strip.convert("RGB"), (0, top))
+    return whole
+
+
 def plan_tiles(width: int, height: int, config: VLMConfig) -> TilePlan:
-    """Decide how an image of this size is cut. Raises ValueError without pixels or without an encoder."""
+    """Decide how an image of this size is cut. Raises UserError without pixels or without an encoder."""
     if config.vision is None:
-        raise ValueError("this model is a language model: it has no encoder for images")
+        raise UserError("this model is a language model: it has no encoder for images")
     _check_size(width, height)
     return pick(TILING, config.tiling.policy, "tiling.policy").plan(width, height, config)
 
@@ -310,7 +336,9 @@ def _grid(plan, image):
 
 def _check_size(width, height):
     if width < 1 or height < 1:
-        raise ValueError(f"an image of {width} x {height} has no pixels")
+        raise UserError(f"an image of {width} x {height} has no pixels")
+    if max(width, height) > LONGEST_SIDE:
+        raise UserError(f"an image of {width} x {height} has a side of more than {LONGEST_SIDE} pixels")
 
 
 class Tiling(NamedTuple):

@@ -34,6 +34,7 @@ from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE, Document
+from nanovlm.errors import UserError
 from nanovlm.presets import scenes
 
 NAMED = 3  # skipped samples to name for each reason
@@ -100,16 +101,16 @@ class InspectConfig:
 
 
 def load_processor(folder: Path) -> Processor:
-    """Read the processor of a model folder. Raises ValueError that names what is missing or wrong."""
+    """Read the processor of a model folder. Raises UserError that names what is missing or wrong."""
     if (folder / "model" / "config.json").exists():
-        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+        raise UserError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
     path = folder / "config.json"
     try:
         config = from_dict(VLMConfig, json.loads(path.read_bytes())).validate()
     except OSError as error:
-        raise ValueError(f"{folder} is no model folder: {error}") from error
+        raise UserError(f"{folder} is no model folder: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return Processor.load(folder, config)
 
 
@@ -125,12 +126,12 @@ def main(config: InspectConfig):
     """Print the sample and the summary, and write the picture."""
     for name, least in (("index", 0), ("num", 1), ("image_tiles", 1), ("row_length", 1), ("max_tiles", 0), ("seed", 0)):
         if getattr(config, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}")
     if config.model is not None and config.image_tiles != 1:
-        raise ValueError(f"--image-tiles {config.image_tiles} and --model {config.model} exclude each other")
+        raise UserError(f"--image-tiles {config.image_tiles} and --model {config.model} exclude each other")
     source = open_source(config.source)
     if isinstance(source, Sized) and config.index >= len(source):
-        raise ValueError(f"--index {config.index}: {source.name} has only {len(source)} samples")
+        raise UserError(f"--index {config.index}: {source.name} has only {len(source)} samples")
     processor = make_processor(source, config.image_tiles) if config.model is None else load_processor(config.model)
 
     def process(raw):
@@ -143,9 +144,9 @@ def main(config: InspectConfig):
             key = next((ref.key for ref in itertools.islice(first_pass(source), config.index, None)), None)
         document = None if key is None else process(source.read(key))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{source.name}, sample {config.index}: {error}") from error
+        raise UserError(f"{source.name}, sample {config.index}: {error}") from error
     if document is None:
-        raise ValueError(f"{source.name} ends before sample {config.index}")
+        raise UserError(f"{source.name} ends before sample {config.index}")
     print(f"{source.name}, sample {config.index}: {describe(document)}\n")
     print(render(document, processor, config.tokens, sys.stdout.isatty()) + "\n")
 
@@ -162,7 +163,7 @@ def main(config: InspectConfig):
 
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     if not documents:
-        raise ValueError(f"no sample of {source.name} could be used, so there is nothing to draw")
+        raise UserError(f"no sample of {source.name} could be used, so there is nothing to draw")
     rows = pack(lengths, num_tiles, config.row_length, config.max_tiles or None)
     parts = [draw_tiles(document, processor)] if len(document.tiles) else []
     parts += [draw_histogram(lengths), draw_rows(rows, lengths, config.row_length)]
@@ -171,7 +172,7 @@ def main(config: InspectConfig):
     try:
         config.out.write_bytes(png.getvalue())
     except OSError as error:
-        raise ValueError(f"the picture cannot be written: {error}") from error
+        raise UserError(f"the picture cannot be written: {error}") from error
     print(f"\nwrote {config.out}")
 
 

@@ -21,6 +21,7 @@ from nanovlm.data.packing import make_row, pack
 from nanovlm.data.reader import Reader, Skipped
 from nanovlm.data.source import Ref, Source
 from nanovlm.data.types import Batch, Document, Row
+from nanovlm.errors import UserError, printable
 
 NAMED = 20  # skipped records to name; further ones are only counted
 JUDGED_AFTER = 100  # records to read before the share of bad ones is checked
@@ -91,7 +92,7 @@ class Loader:
         self.names = [*COUNTED, *(f"documents of {part.name}" for part in parts_of(source))]
         self.starts = {0: None}  # round -> `start` of the source for it, from the oldest round still needed
         self.batch_names = []  # the records of the last step
-        self._printed = set()
+        self._printed, self._epoch = set(), 0
         self._results = None
         for sentence in source.damaged:
             self._note(next(iter(self.slots.values())), "damaged", sentence)
@@ -161,13 +162,13 @@ class Loader:
         }
 
     def load_state_dict(self, states: dict[str, dict]):
-        """Restore the position from the states of all slots. Raises ValueError when the data have changed."""
+        """Restore the position from the states of all slots. Raises UserError when the data have changed."""
         self.close()
         ours = {number: states[str(number)] for number in self.slots}
         for state in ours.values():
             for name, value in self._describe().items():
                 if state["data"][name] != value:
-                    raise ValueError(f"the run was started with {name} = {state['data'][name]}, now it is {value}")
+                    raise UserError(f"the run was started with {name} = {state['data'][name]}, now it is {value}")
         first = min(ours.values(), key=lambda state: state["round"])
         self.starts = {first["round"]: first["start"]}
         for number, state in ours.items():
@@ -216,9 +217,12 @@ class Loader:
         if self._results is None:
             self._results = self.reader.read_all(self._refs())
         item = next(self._results, None)
-        if item is not None:
-            self._take(*item)
-        return item is not None
+        if item is None:
+            if self.counts["documents"]:
+                self._judge()
+            return False
+        self._take(*item)
+        return True
 
     def _refs(self) -> Iterator[Ref]:
         """Yield the refs to read, in order."""
@@ -235,22 +239,25 @@ class Loader:
 
     def _take(self, ref: Ref, result: Document | Skipped):
         """Put a document into the inbox of its slot, or note why there is none."""
-        slot, name = self.slots[ref.slot], f"{ref.source}, {ref.where}"
+        slot, name = self.slots[ref.slot], printable(f"{ref.source}, {ref.where}", most=300)
         if ref.number in slot.waiting:  # it was read before the run was resumed
             mark = slot.waiting.pop(ref.number)
             is_buffered, slot.num_buffered = slot.num_buffered > 0, max(0, slot.num_buffered - 1)
             if isinstance(result, Skipped):
                 self._note(slot, result.kind, f"{name}: {result.reason}")
             elif fingerprint(result) != mark:
-                raise ValueError(f"{name} is not what it was when the run was stopped: its data, its tokenizer or its "
+                raise UserError(f"{name} is not what it was when the run was stopped: its data, its tokenizer or its "
                                  "chat template has changed")  # fmt: skip
             elif is_buffered:
                 slot.buffer[ref.number] = name, result
             else:
                 slot.inbox.append((ref, result))
             return
-        if ref.epoch > 0 and not self.counts["documents"]:
-            raise self._unusable()
+        if ref.epoch > self._epoch:
+            self._epoch = ref.epoch
+            if not self.counts["documents"]:
+                raise self._unusable()
+            self._judge()
         slot.next = ref.number + 1
         slot.counts["read"] += 1
         if isinstance(result, Skipped):
@@ -261,26 +268,32 @@ class Loader:
         slot.inbox.append((ref, result))
 
     def _note(self, slot: Slot, kind: str, sentence: str):
-        """Count what was skipped, name a loss once, and stop when there are too many."""
+        """Count what was skipped, and name a loss once."""
         slot.counts[kind] += 1
         if kind not in LOSSES:
             return
+        sentence = printable(sentence)
         if sentence not in self._printed and len(self._printed) < NAMED:
             self._printed.add(sentence)
             print(f"skipped as {kind}: {sentence}", flush=True)
         if sentence not in slot.reasons and len(slot.reasons) < NAMED:
             slot.reasons.append(sentence)
+        if self.counts["read"] - self.counts["other split"] >= JUDGED_AFTER:
+            self._judge()
+
+    def _judge(self):
+        """Raise UserError when too many of the records read so far were lost."""
         counts = self.counts
         bad, read = sum(counts[kind] for kind in LOSSES), counts["read"] - counts["other split"]
-        if read >= JUDGED_AFTER and bad > self.config.max_bad_fraction * read:
-            raise ValueError(
+        if bad > self.config.max_bad_fraction * read:
+            raise UserError(
                 f"{bad} of {read} samples are unusable, more than data.max_bad_fraction = "
                 f"{self.config.max_bad_fraction} allows ({self._summary()}): {'; '.join(self._reasons())}"
             )
 
-    def _unusable(self) -> ValueError:
+    def _unusable(self) -> UserError:
         named = "".join(f"; {sentence}" for sentence in self._reasons())
-        return ValueError(f"no sample of {self.source.name} could be used: {self._summary()}{named}")
+        return UserError(f"no sample of {self.source.name} could be used: {self._summary()}{named}")
 
     def _reasons(self) -> list[str]:
         return [sentence for slot in self.slots.values() for sentence in slot.reasons][:NAMED]

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from nanovlm.data.source import IN_ORDER, Order, Ref, Source, deal
+from nanovlm.errors import UserError
 
 
 def parts_of(source: Source) -> list[Source]:
@@ -60,11 +61,11 @@ class Mixture:
         self.sources, self.weights, self.lengths = list(sources), weights, lengths
         if not sources or (weights is not None and len(weights) != len(sources)):
             num_weights = "no" if weights is None else len(weights)
-            raise ValueError(
+            raise UserError(
                 f"a mixture needs sources and a weight for each; there are {len(sources)}, {num_weights} weights"
             )
         if (weights is None) == (lengths is None):
-            raise ValueError("a mixture needs either weights or the lengths of its lessons")
+            raise UserError("a mixture needs either weights or the lengths of its lessons")
         self.name = " + ".join(source.name for source in sources)
         self.damaged = [sentence for source in sources for sentence in source.damaged]
         if weights is not None:
@@ -99,7 +100,7 @@ class Mixture:
         """Round the shares to whole rounds that sum to num_rounds, by the largest remainders."""
         for source, weight in zip(self.sources, weights, strict=True):
             if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"the weight of {source.name} is {weight}; it must be positive")
+                raise UserError(f"the weight of {source.name} is {weight}; it must be positive")
         shares = [weight / sum(weights) * self.num_rounds for weight in weights]
         counts = [math.floor(share) for share in shares]
         by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
@@ -107,6 +108,6 @@ class Mixture:
             counts[k] += 1
         for source, weight, count in zip(self.sources, weights, counts, strict=True):
             if count == 0:
-                raise ValueError(f"the weight of {source.name} is {weight}, too little of {sum(weights)}: "
+                raise UserError(f"the weight of {source.name} is {weight}, too little of {sum(weights)}: "
                                  f"it must be at least 1/{self.num_rounds} of the sum")  # fmt: skip
         return counts

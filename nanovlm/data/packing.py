@@ -17,6 +17,7 @@ from collections import defaultdict
 import torch
 
 from nanovlm.data.types import IGNORE, Document, Row
+from nanovlm.errors import UserError
 
 # Shares of the tokens that best fit places after the longer documents have been spread, in the order in which they are
 # tried: from the most even rows to best fit alone (1).
@@ -49,14 +50,14 @@ def pack(lengths: list[int], num_tiles: list[int], row_length: int, max_tiles: i
     O(n log n).
 
     Returns one list of document indices per row, with every index exactly once; the same for the same input.
-    Raises ValueError for a document with more tokens or tiles than a row may have.
+    Raises UserError for a document with more tokens or tiles than a row may have.
     """
     limit = sum(num_tiles) if max_tiles is None else max_tiles
     for i, (length, tiles) in enumerate(zip(lengths, num_tiles, strict=True)):
         if length > row_length:
-            raise ValueError(f"document {i} has {length} tokens, more than row_length = {row_length}")
+            raise UserError(f"document {i} has {length} tokens, more than row_length = {row_length}")
         if tiles > limit:
-            raise ValueError(f"document {i} has {tiles} tiles, more than max_tiles = {max_tiles}")
+            raise UserError(f"document {i} has {tiles} tiles, more than max_tiles = {max_tiles}")
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -num_tiles[i], i))
     least = max(math.ceil(sum(lengths) / row_length), math.ceil(sum(num_tiles) / max(1, limit)))
     best = []

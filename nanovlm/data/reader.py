@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from nanovlm.config import DataConfig
 from nanovlm.data.source import Ref, Source
 from nanovlm.data.types import Document, Filtered
+from nanovlm.errors import UserError, printable
+from nanovlm.limits import time_limit
 
+RECORD_SECONDS = 60  # that a record may take, most of them for images on the network
 CHUNK = 16  # records that a worker turns into documents at a time
 
 
@@ -30,11 +33,11 @@ class Skipped(NamedTuple):
 
 
 class Reader(Dataset):
-    """Reads keys as documents, in a worker or not. Where `process(raw)` raises ValueError, the record is corrupt."""
+    """Reads keys as documents, in a worker or not. A record is corrupt if reading it or `process(raw)` raises."""
 
     def __init__(self, source: Source, process: Callable[[dict], Document], config: DataConfig, split: str):
         if split not in ("train", "val"):
-            raise ValueError(f"unknown split {split!r}; there are train and val")
+            raise UserError(f"unknown split {split!r}; there are train and val")
         self.source, self.process, self.config, self.split = source, process, config, split
 
     def __getitem__(self, keys: list) -> tuple:
@@ -45,14 +48,17 @@ class Reader(Dataset):
         """Read the record of a ref's key."""
         row_length, max_tiles = self.config.row_length, self.config.max_tiles
         try:
-            raw = self.source.read(key)
-            if self.config.val_fraction and is_validation(raw, self.config.val_fraction) != (self.split == "val"):
-                return Skipped("other split")
-            document = self.process(raw)
+            with time_limit(RECORD_SECONDS, "the record"):
+                raw = self.source.read(key)
+                if self.config.val_fraction and is_validation(raw, self.config.val_fraction) != (self.split == "val"):
+                    return Skipped("other split")
+                document = self.process(raw)
         except Filtered as error:
-            return Skipped("filtered", str(error))
+            return Skipped("filtered", printable(str(error)))
         except (ValueError, OSError) as error:
-            return Skipped("corrupt", str(error))
+            return Skipped("corrupt", printable(str(error)))
+        except Exception as error:  # whatever a record does, it is counted and named
+            return Skipped("corrupt", printable(f"{type(error).__name__}: {error}"))
         if len(document) > row_length:
             return Skipped("too long", f"{len(document)} tokens, more than data.row_length = {row_length}")
         if max_tiles and len(document.tiles) > max_tiles:
@@ -81,23 +87,23 @@ class Reader(Dataset):
         except RuntimeError as error:
             if not re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(error)):
                 raise
-            raise ValueError(
+            raise UserError(
                 "a process that reads samples was ended from outside, as a system does that runs out of memory: start "
                 f"the run again, with fewer data.num_workers ({str(error).splitlines()[0]})"
             ) from error
 
 
 def start_worker(_number: int):
-    """Make a worker ignore SIGTERM and SIGUSR1 unless its parent sends them, and die when its parent dies.
+    """Make a worker ignore SIGTERM, SIGUSR1 and SIGINT unless its parent sends them, and die when its parent dies.
 
-    Schedulers and torchrun send SIGTERM to every process, and losing a worker would end the run before it is saved.
+    Schedulers, torchrun and Ctrl-C reach every process, and losing a worker would end the run before it is saved.
     A worker that outlived a killed run would hold the run's lock, and the run could not start again at once.
     """
     if sys.platform != "linux":
         return
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    ends = {signal.SIGTERM, signal.SIGUSR1}
+    ends = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
 
     def wait():
@@ -109,17 +115,32 @@ def start_worker(_number: int):
 
 
 def is_validation(raw: dict, fraction: float) -> bool:
-    """Decide only by a hash of a record's conversation and images (their encoded bytes, else their pixels)."""
+    """Decide only by a hash of a record's conversation and images (their encoded bytes, else their pixels).
+
+    A conversation is the same as `texts` and as `messages`, whose image parts do not count.
+    """
+    if not isinstance(raw, dict):
+        return False
     images = raw.get("images") or []
     digest = hashlib.blake2b(digest_size=8)
-    turns = raw.get("texts") or raw.get("messages") or []
-    said = [
-        turn.get(key) for turn in turns if isinstance(turn, dict) for key in ("user", "assistant", "role", "content")
-    ]
-    digest.update(json.dumps(said, sort_keys=True, default=str).encode(errors="replace"))
+    digest.update(json.dumps(_said(raw), sort_keys=True, default=str).encode(errors="replace"))
     for image in images if isinstance(images, list) else [images]:
         digest.update(image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")())
     return int.from_bytes(digest.digest()) < fraction * 2**64
+
+
+def _said(raw: dict) -> list[tuple]:
+    """Return (role, text) of each message of a record, as far as it has a known form."""
+    texts, messages = raw.get("texts") or [], raw.get("messages") or []
+    said = []
+    for turn in texts if isinstance(texts, list) else []:
+        said += [(role, turn.get(role)) for role in ("user", "assistant")] if isinstance(turn, dict) else [turn]
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else message
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        said.append((message.get("role") if isinstance(message, dict) else None, content))
+    return said
 
 
 def flatten(results: list[Document | Skipped]) -> tuple:

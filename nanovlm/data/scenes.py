@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw
 
 from nanovlm import cli
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
+from nanovlm.errors import UserError
 
 SPLITS = ("train", "test", "compositional")
 # Mean number of questions of a kind in a training scene that allows that many, outside lessons; 1 for all other kinds.
@@ -104,7 +105,7 @@ def draw(split: str, index: int, kinds: Sequence[str] = ()) -> dict:
     least one. Else ask a training scene as PRACTICE says, and other scenes one question of each kind that they allow.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     rng, chosen = random.Random(" ".join((split, *kinds, str(index)))), []
     while not chosen:
         scene = _compose(rng, compositional=split == "compositional")
@@ -330,7 +331,7 @@ class Scenes:
         self.split, self.length, self.kinds, self.order = split, length, kinds, order
         self.name = f"scenes:{','.join(kinds)}" if kinds else "scenes"
         if unknown := [kind for kind in kinds if kind not in LESSON_KINDS]:
-            raise ValueError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(LESSON_KINDS)}")
+            raise UserError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(LESSON_KINDS)}")
 
     def __len__(self):
         return self.length
@@ -355,7 +356,7 @@ def main(
         num: Number of scenes.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder to write to")
+        raise UserError(f"{folder} is a file; name a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "questions.jsonl", "w") as file:
         for index in range(num):

@@ -54,7 +54,7 @@ class Source(Protocol):
         ...
 
     def read(self, key: Any) -> dict:
-        """Return the raw record of a ref. Raises ValueError that says what is wrong with it."""
+        """Return the raw record of a ref. Raises UserError that says what is wrong with it."""
         ...
 
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from nanovlm.data.images import FORMATS
 from nanovlm.data.records import is_empty, kind_of
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
+from nanovlm.errors import UserError
 
-# Suffixes of the image formats that PIL decodes; the four excluded ones it only recognises.
-IMAGE_SUFFIXES = frozenset(
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG")
-)
+# Suffixes of the image formats that are read.
+IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+LARGEST_FILE = 2**29  # bytes of a file that a record names
 # The question for an image that has only a caption.
 CAPTION_QUESTION = "describe the image."
 
@@ -38,15 +37,15 @@ class JsonLines:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):
                     if not self.starts and self.path.suffix == ".json" and line.lstrip().startswith(b"["):
-                        raise ValueError(f"{path} is one JSON list; it must have one record (an object) a line")
+                        raise UserError(f"{path} is one JSON list; it must have one record (an object) a line")
                     if not line.isspace():
                         self.starts.append(offset)
                         self.numbers.append(number)
                     offset += len(line)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}") from error
         if not self.starts:
-            raise ValueError(f"{path} has no records")
+            raise UserError(f"{path} has no records")
 
     def __len__(self):
         return len(self.starts)
@@ -62,7 +61,7 @@ class JsonLines:
                 file.seek(self.starts[key])
                 record = _read_json(file.readline(), where)
         except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+            raise UserError(f"{where} cannot be read: {error}") from error
         return fetch_images(record, lambda name: read_file(self.path.parent / name, where))
 
 
@@ -82,7 +81,7 @@ class Folder:
             found = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
             self.images = [file for file in found if any(file.with_suffix(s).is_file() for s in (".json", ".txt"))]
             if not self.images:
-                raise ValueError(f"{path} has no image file with a .txt or .json of its name")
+                raise UserError(f"{path} has no image file with a .txt or .json of its name")
             if alone := len(found) - len(self.images):
                 self.damaged.append(f"{path}: {alone} of {len(found)} images have no .txt or .json beside them")
 
@@ -108,9 +107,9 @@ def _read_json(data: bytes, where: str) -> dict:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
+        raise UserError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where} must be a JSON object with texts or messages, not {kind_of(record)}")
+        raise UserError(f"{where} must be a JSON object with texts or messages, not {kind_of(record)}")
     return record
 
 
@@ -120,13 +119,13 @@ def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_
     if "texts" in record or "messages" in record:
         return record
     if caption is None:
-        raise ValueError(f"{where} needs a .json with texts or messages, or a .txt with a caption")
+        raise UserError(f"{where} needs a .json with texts or messages, or a .txt with a caption")
     if not has_image:
-        raise ValueError(f"{where} has a caption and no image")
+        raise UserError(f"{where} has a caption and no image")
     try:
         return {"texts": [{"user": CAPTION_QUESTION, "assistant": caption.decode("utf-8-sig").strip()}]}
     except UnicodeDecodeError as error:
-        raise ValueError(f"the .txt of {where} is not UTF-8 text: {error}") from error
+        raise UserError(f"the .txt of {where} is not UTF-8 text: {error}") from error
 
 
 def fetch_images(record: dict, read: Callable[[str], bytes | str]) -> dict:
@@ -162,10 +161,15 @@ def _fetch_parts(message, fetch):
 
 
 def read_file(path: Path, where: str) -> bytes:
+    """Read a regular file that a record names; a device or a pipe might never end."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file")
+        if path.is_file() and (size := path.stat().st_size) > LARGEST_FILE:
+            raise UserError(f"{path} has {size} bytes, more than {LARGEST_FILE}")
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where} names a file that cannot be read: {error}") from error
+        raise UserError(f"{where} names a file that cannot be read: {error}") from error
 
 
 def find_files(paths: str | Path | Iterable[str | Path], suffix: str) -> list[Path]:
@@ -177,10 +181,10 @@ def find_files(paths: str | Path | Iterable[str | Path], suffix: str) -> list[Pa
         else:
             found = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not found:
-            raise ValueError(f"there is no {suffix} file {path}")
+            raise UserError(f"there is no {suffix} file {path}")
         files += found
     if not files:
-        raise ValueError(f"no {suffix} files were given")
+        raise UserError(f"no {suffix} files were given")
     return files
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from nanovlm.data.source import IN_ORDER, Order, Ref
 from nanovlm.data.source_files import fetch_images
+from nanovlm.errors import UserError
 
 
 class Hub:
@@ -24,15 +25,15 @@ class Hub:
         try:
             import datasets
         except ImportError:
-            raise ValueError(f"{spec} needs the package datasets: pip install datasets") from None
+            raise UserError(f"{spec} needs the package datasets: pip install datasets") from None
         self.name, self.order, self.damaged = spec, order, []
         dataset, _, config = spec.removeprefix("hub:").partition(":")
         if not dataset:
-            raise ValueError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
+            raise UserError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
         try:
             self.dataset = datasets.load_dataset(dataset, config or None, split=split, streaming=True, **options)
         except Exception as error:  # the network, the hub and every builder raise errors of their own
-            raise ValueError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
+            raise UserError(f"{spec}, split {split!r}, cannot be opened: {error}") from error
         if self.dataset.features is not None:
             self.dataset = self.dataset.decode(False)  # images as the bytes of their files
         # `datasets` warns that resuming loses the shuffle buffer; ours holds one record, which was already yielded.
@@ -43,12 +44,12 @@ class Hub:
         start = start or {"number": 0, "places": {}}
         is_shared_out = num_slots > 1 and self.dataset.num_shards % num_slots == 0
         if start["number"] and is_shared_out == ("all" in start["places"]):
-            raise ValueError(
+            raise UserError(
                 f"the number of files of {self.name} has changed since the run stopped, so it cannot go on where it was"
             )
         if is_shared_out:
             if start["number"] and not set(map(str, slots)) <= start["places"].keys():
-                raise ValueError(
+                raise UserError(
                     f"the files of {self.name} are shared out among the micro-batches, and those of this rank were on "
                     "several ranks: go on with as many ranks as before"
                 )
@@ -82,7 +83,7 @@ class Hub:
                 yield record, epoch, count, functools.partial(_place, epoch, count + 1, dataset)
                 count += 1
             if not count:
-                raise ValueError(f"{self.name} has no records{f' for slot {slot}' if num_slots > 1 else ''}")
+                raise UserError(f"{self.name} has no records{f' for slot {slot}' if num_slots > 1 else ''}")
             epoch, count, state = epoch + 1, 0, None
 
     def _open(self, epoch: int, slot: int, num_slots: int):
@@ -106,8 +107,11 @@ def _is_no_warning_of_a_lost_buffer(record: logging.LogRecord) -> bool:
 
 
 def _read_remote(name: str) -> bytes | str:
+    """Read a file on the network; a name of any other kind, such as a path of this machine, stays a name."""
     import fsspec  # comes with datasets
 
+    if not name.startswith(("https://", "http://", "hf://")):
+        return name
     try:
         with fsspec.open(name, "rb") as file:
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]

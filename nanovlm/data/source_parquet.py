@@ -8,6 +8,7 @@ from pathlib import Path
 from nanovlm.data.records import RATINGS
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import check_index, fetch_images, find_files, join_names, read_file
+from nanovlm.errors import UserError
 
 
 class Parquet:
@@ -30,14 +31,14 @@ class Parquet:
                 metadata = parquet.read_metadata(file)
                 names = metadata.schema.to_arrow_schema().names
             except (OSError, ValueError, NotImplementedError) as error:
-                raise ValueError(f"{file} is damaged or no parquet file: {error}") from error
+                raise UserError(f"{file} is damaged or no parquet file: {error}") from error
             if not {"texts", "messages"} & set(names):
-                raise ValueError(f"{file} needs a column texts or messages; it has {', '.join(names)}")
+                raise UserError(f"{file} needs a column texts or messages; it has {', '.join(names)}")
             for number in range(metadata.num_row_groups):
                 self.groups.append((file, number))
                 self.starts.append(self.starts[-1] + metadata.row_group(number).num_rows)
         if not len(self):
-            raise ValueError(f"{self.name} has no rows")
+            raise UserError(f"{self.name} has no rows")
         self.last = None  # (row group, its table)
 
     def __len__(self):
@@ -61,7 +62,7 @@ class Parquet:
                     last = self.last = group, opened.read_row_group(number, columns=names, use_threads=False)
             record = last[1].slice(row, 1).to_pylist()[0]
         except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+            raise UserError(f"{where} cannot be read: {error}") from error
         return fetch_images(record, lambda name: read_file(file.parent / name, where))
 
 
@@ -69,5 +70,5 @@ def _import_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("parquet files need the package pyarrow: pip install pyarrow") from None
+        raise UserError("parquet files need the package pyarrow: pip install pyarrow") from None
     return pyarrow.parquet

@@ -8,6 +8,7 @@ from pathlib import Path
 from nanovlm.data.records import is_empty
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, find_files, join_names, read_record
+from nanovlm.errors import UserError
 
 
 class Tar:
@@ -54,7 +55,7 @@ class Tar:
                     f"{file}: {len(alone)} samples have images and no .txt or .json, the first is {alone[0]}"
                 )
         if not self.samples:
-            raise ValueError("; ".join(self.damaged) or f"{self.name} has no samples")
+            raise UserError("; ".join(self.damaged) or f"{self.name} has no samples")
 
     def __len__(self):
         return len(self.samples)
@@ -72,20 +73,20 @@ class Tar:
                 for suffix, offset, size in members:
                     if suffix in ("json", "txt") or _is_image(suffix):
                         if suffix in contents:
-                            raise ValueError(f"{where} has two members .{suffix}")
+                            raise UserError(f"{where} has two members .{suffix}")
                         opened.seek(offset)
                         contents[suffix] = opened.read(size)
                         if len(contents[suffix]) != size:
-                            raise ValueError(f"{where} is cut off: the file became shorter since it was opened")
+                            raise UserError(f"{where} is cut off: the file became shorter since it was opened")
         except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+            raise UserError(f"{where} cannot be read: {error}") from error
         images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
         record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
         for name in ("images", "image"):
             named = record.pop(name, None)
             num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
             if num_named > len(images):
-                raise ValueError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
+                raise UserError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
         if images:
             record["images"] = images
         return record
@@ -101,6 +102,8 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
         size = file.stat().st_size
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
+                if member.size < 0:  # the next header would be at or before this one
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
                 folder, _, name = member.name.rpartition("/")
                 key, dot, suffix = name.partition(".")
                 if member.isreg() and key and dot:

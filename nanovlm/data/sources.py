@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
 from nanovlm.data.mixture import Concatenation, Mixture, parts_of
-from nanovlm.data.records import content_parts, to_sample
+from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import IN_ORDER, Order, Source, first_pass
 from nanovlm.data.source_files import Folder, JsonLines
 from nanovlm.data.source_hub import Hub
 from nanovlm.data.source_parquet import Parquet
 from nanovlm.data.source_tar import Tar
+from nanovlm.errors import UserError
 
 FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": Tar}
 
@@ -35,7 +36,7 @@ def open_source(spec: str, split: str = "train", order: Order = IN_ORDER) -> Sou
     if path.suffix in FILES and (is_file or glob.glob(spec, recursive=True)):
         return FILES[path.suffix](spec, order)
     problem = "is of no kind that is understood" if is_file else "does not exist"
-    raise ValueError(
+    raise UserError(
         f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, a file .jsonl, a file or glob .parquet or "
         ".tar, a folder of these or of images with .txt or .json beside them, or hub:owner/name"
     )
@@ -58,7 +59,7 @@ def open_sources(
     if is_mixed:
         return Mixture(sources, list(weights) or None, list(lessons) or None)
     if streams := [source.name for source in sources if not isinstance(source, Sized)]:
-        raise ValueError(f"{streams[0]} is a stream of unknown size: mix it with other sources by data.weights")
+        raise UserError(f"{streams[0]} is a stream of unknown size: mix it with other sources by data.weights")
     return Concatenation(sources, Order(seed, shuffle))
 
 
@@ -83,8 +84,8 @@ def sample_texts(source: Source, num_samples: int) -> Iterator[str]:
     """Yield the texts of about `num_samples` samples, to train a tokenizer on."""
     for record in sample_records(source, num_samples):
         try:
-            sample = to_sample(record)
+            _images, messages, _independent = check(record)
         except ValueError:
             continue
-        for message in sample.messages:
+        for message in messages:
             yield from (part["text"] for part in content_parts(message["content"]) if part["type"] == "text")

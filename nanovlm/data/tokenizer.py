@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanovlm.data.images import FAKE
+from nanovlm.errors import UserError
 
 IMAGE_TOKEN = "<image>"
 # Their indices in this tuple are their ids: VLMConfig.pad_token_id, image_token_id, eos_token_id, and roles.
@@ -50,12 +51,12 @@ CHAT_TEMPLATES = {"roles": CHAT_TEMPLATE, "chatml": CHATML_TEMPLATE, "completion
 def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterable[str] = ()) -> Tokenizer:
     """Train a BPE tokenizer on `texts`; numbers are split into digits.
 
-    `extra_tokens` are special tokens after ours, such as images.marker_tokens. Raises ValueError when `vocab_size`
+    `extra_tokens` are special tokens after ours, such as images.marker_tokens. Raises UserError when `vocab_size`
     has no room for the special tokens and the 256 bytes.
     """
     special_tokens = (*SPECIAL_TOKENS, *extra_tokens)
     if vocab_size < len(special_tokens) + 256:
-        raise ValueError(f"data.tokenizer_size = {vocab_size} must be at least {len(special_tokens) + 256}")
+        raise UserError(f"data.tokenizer_size = {vocab_size} must be at least {len(special_tokens) + 256}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -93,24 +94,24 @@ def with_blank_line(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. Raises ValueError that names the file when it cannot be read."""
+    """Read a tokenizer.json. Raises UserError that names the file when it cannot be read."""
     if not path.is_file():
-        raise ValueError(f"there is no {path}; tokenizers in other files are not read")
+        raise UserError(f"there is no {path}; tokenizers in other files are not read")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
+        raise UserError(f"{path} is not a readable tokenizer file: {error}") from error
 
 
 def extend_tokenizer(tokenizer: Tokenizer, markers: Iterable[str], image_token_id: int | None) -> Tokenizer:
     """Append the special tokens of images that a tokenizer lacks; return it. Without image_token_id, change nothing.
 
-    The image token comes first, then the markers of layouts. Raises ValueError if its id is not `image_token_id`.
+    The image token comes first, then the markers of layouts. Raises UserError if its id is not `image_token_id`.
     """
     if image_token_id is None:
         return tokenizer
     missing = [token for token in (IMAGE_TOKEN, *markers) if tokenizer.token_to_id(token) is None]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     if (found := tokenizer.token_to_id(IMAGE_TOKEN)) != image_token_id:
-        raise ValueError(f"image_token_id = {image_token_id}, but {IMAGE_TOKEN} is token {found} of the tokenizer")
+        raise UserError(f"image_token_id = {image_token_id}, but {IMAGE_TOKEN} is token {found} of the tokenizer")
     return tokenizer

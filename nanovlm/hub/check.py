@@ -10,6 +10,7 @@ from torch import Tensor
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import SPECIAL_TOKENS
+from nanovlm.errors import UserError
 from nanovlm.hub.families import IMAGE, find_family
 from nanovlm.hub.read import load
 from nanovlm.model.vision import normalize
@@ -22,7 +23,7 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 def check(folder: Path, model: VLM):
     """Compare an exported folder with its model and, if installed, with transformers; print results and known traps.
 
-    Raises ValueError if a tensor differs from the model's in any bit, or transformers gives other tokens or logits.
+    Raises UserError if a tensor differs from the model's in any bit, or transformers gives other tokens or logits.
     """
     written, _ = load(folder)
     tensors, expected = written.state_dict(), model.state_dict()
@@ -32,7 +33,7 @@ def check(folder: Path, model: VLM):
         if name not in expected or name not in tensors or not _same_bits(expected[name], tensors[name])
     ]
     if different:
-        raise ValueError(f"{folder} differs from the model in {', '.join(merge_numbers(different))}")
+        raise UserError(f"{folder} differs from the model in {', '.join(merge_numbers(different))}")
     print(f"{len(tensors)} tensors are equal bit for bit")
     del written, tensors
     ours, processor = load(folder, dtype=torch.float32)
@@ -97,7 +98,7 @@ def _depends_on_content_type(processor):
 def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> list[str]:
     """Run the same prompts through transformers and our model, both in fp32; return a line on each comparison.
 
-    Raises ValueError if tensors are missing or do not fit, token ids differ, or logits by over 1e-4 of the largest.
+    Raises UserError if tensors are missing or do not fit, token ids differ, or logits by over 1e-4 of the largest.
     """
     import transformers
 
@@ -107,7 +108,7 @@ def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> 
         folder, dtype=torch.float32, output_loading_info=True
     )
     if wrong := {kind: sorted(keys) for kind, keys in loading.items() if keys}:
-        raise ValueError(f"transformers does not find its tensors in {folder}: {wrong}")
+        raise UserError(f"transformers does not find its tensors in {folder}: {wrong}")
     their_processor = (transformers.AutoProcessor if sees else transformers.AutoTokenizer).from_pretrained(folder)
     lines = []
     for width, height in ((128, 80), (60, 60), (40, 100)) if sees else ((0, 0),):
@@ -124,7 +125,7 @@ def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> 
             )
         what = f"an image of {width} x {height}" if sees else "a question"
         if inputs["input_ids"].tolist() != batch.input_ids.tolist():
-            raise ValueError(
+            raise UserError(
                 f"transformers gives {what} the tokens {inputs['input_ids'].tolist()[0]}, not "
                 f"{batch.input_ids.tolist()[0]}"
             )
@@ -136,7 +137,7 @@ def compare_with_transformers(folder: Path, ours: VLM, processor: Processor) -> 
             line += f"{len(batch.pixel_values)} tiles whose pixels differ by at most {pixels:.1e}, "
         lines.append(line + f"logits that differ from transformers' by at most {difference:.1e} of the largest")
         if not difference <= 1e-4:
-            raise ValueError(lines[-1])
+            raise UserError(lines[-1])
     return lines
 
 

@@ -17,6 +17,7 @@ from nanovlm.config import (
     pick,
 )
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.families import (
     DECODER_FIELDS,
@@ -39,7 +40,7 @@ def read_siglip(folder: Path) -> VisionConfig:
     data = read_json(path)
     if data.get("model_type") not in SIGLIP_TYPES:
         kind = data.get("model_type")
-        raise ValueError(f"{path}: model_type = {kind!r} is no image encoder that we have; there is siglip")
+        raise UserError(f"{path}: model_type = {kind!r} is no image encoder that we have; there is siglip")
     return read_vision(data.get("vision_config", data), SIGLIP_DEFAULTS, path)
 
 
@@ -47,7 +48,7 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     """Read the config of a language model or of a whole VLM. Special tokens are as in read_special_tokens.
 
     Without a tokenizer the config serves only to load weights: a VLM's image settings may be missing.
-    Raises ValueError that names the file and the field.
+    Raises UserError that names the file and the field.
     """
     path = folder / "config.json"
     data = read_json(path)
@@ -55,11 +56,11 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     if data["model_type"] in IDEFICS3_TYPES:
         text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
         if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise ValueError(f"{path}: text_config and vision_config must be JSON objects")
+            raise UserError(f"{path}: text_config and vision_config must be JSON objects")
         text = {"model_type": "llama"} | text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
         vision = read_vision(vision, IDEFICS3_VISION_DEFAULTS, path)
         if vision.patch_size > 0 and vision.grid_size in IDEFICS3_BAD_GRIDS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {vision.grid_size} patches a side are refused, as Idefics3 gives some of their neighbours "
                 "one position"
             )
@@ -76,7 +77,7 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     try:
         return dataclasses.replace(tokens, decoder=decoder, **parts).validate()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
@@ -91,9 +92,9 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     family = pick(DECODERS, str(data.get("model_type")), f"{path}: model_type")
     check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
-        raise ValueError(f"{path}: layer_types has other layers than full_attention, which we do not have")
+        raise UserError(f"{path}: layer_types has other layers than full_attention, which we do not have")
     if data.get("model_type") == "mixtral" and data.get("sliding_window") is not None:
-        raise ValueError(f"{path}: sliding_window = {data['sliding_window']} is not supported; it must be null")
+        raise UserError(f"{path}: sliding_window = {data['sliding_window']} is not supported; it must be null")
     if "num_experts" in family.defaults and "num_local_experts" in data:  # two names for one field
         data = {"num_experts": data["num_local_experts"]} | data
     derived = ("head_dim", "num_key_value_heads")  # null means that other fields determine the value
@@ -122,7 +123,7 @@ def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[i
         return ()
     has_rope = data.get("no_rope_layers", [(i + 1) % interval for i in range(num_layers)])
     if not isinstance(has_rope, list) or len(has_rope) < num_layers:
-        raise ValueError(f"{path}: no_rope_layers = {has_rope!r} must have an entry for each of {num_layers} layers")
+        raise UserError(f"{path}: no_rope_layers = {has_rope!r} must have an entry for each of {num_layers} layers")
     return tuple(i for i in range(num_layers) if not has_rope[i])
 
 
@@ -130,23 +131,23 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
     """Read the base and the scaling of rotary positions, in the form of older or newer configs."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
+        raise UserError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
     theta = {"rope_theta": rope.get("rope_theta", data["rope_theta"])}
     kind = str(rope.get("rope_type", rope.get("type", "default"))).replace("default", "none")
     if kind not in ROPE_FIELDS:
         reason = ": it would change a document with the length of its neighbours" if kind == "dynamic" else ""
         known = ", ".join(key for key in ROPE_FIELDS if key != "none")
-        raise ValueError(f"{path}: rope_type = {kind!r} is not supported{reason}; there are {known}")
+        raise UserError(f"{path}: rope_type = {kind!r} is not supported{reason}; there are {known}")
     known = {"rope_theta", "rope_type", "type", *ROPE_FIELDS[kind]}
     harmless = {"partial_rotary_factor": 1.0, "truncate": True} | ({"mscale": 1.0} if kind == "none" else {})
     for field, value in rope.items():
         if field not in known and value is not None and value != harmless.get(field):
-            raise ValueError(f"{path}: {field} = {value!r} of rope_type {kind!r} is not supported")
+            raise UserError(f"{path}: {field} = {value!r} of rope_type {kind!r} is not supported")
     values = {field: rope[field] for field in ROPE_FIELDS[kind] if rope.get(field) is not None}
     if "original_max_position_embeddings" in ROPE_FIELDS[kind]:
         values.setdefault("original_max_position_embeddings", data["max_position_embeddings"])
     if kind != "none" and "factor" not in values:
-        raise ValueError(f"{path}: rope_type {kind!r} has no factor")
+        raise UserError(f"{path}: rope_type {kind!r} has no factor")
     scaling = _build(RopeScalingConfig, {"type": kind} | values, path)
     return _build(DecoderConfig, theta, path).rope_theta, scaling
 
@@ -159,11 +160,11 @@ def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingCo
         if found := data if name.startswith("pre") else data.get("image_processor"):
             settings, path = found, folder / name
     if not settings and is_needed:
-        raise ValueError(f"{folder} has no preprocessor_config.json, nor image settings in a processor_config.json")
+        raise UserError(f"{folder} has no preprocessor_config.json, nor image settings in a processor_config.json")
     if not settings:
         return TilingConfig(policy="idefics3", longest_edge=vision.image_size)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: image_processor must be a JSON object, got {settings!r}")
+        raise UserError(f"{path}: image_processor must be a JSON object, got {settings!r}")
     settings = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}} | settings
     expected = {
         "max_image_size": {"longest_edge": vision.image_size},
@@ -178,10 +179,10 @@ def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingCo
     }
     for field, value in expected.items():
         if settings.get(field, value) != value:
-            raise ValueError(f"{path}: {field} = {settings[field]} is not supported; it must be {value}")
+            raise UserError(f"{path}: {field} = {settings[field]} is not supported; it must be {value}")
     size = settings["size"]
     if not isinstance(size, dict) or size.keys() != {"longest_edge"}:
-        raise ValueError(f"{path}: size = {size} is not supported; it must have longest_edge and nothing else")
+        raise UserError(f"{path}: size = {size} is not supported; it must have longest_edge and nothing else")
     return _build(TilingConfig, {"policy": "idefics3"} | size, path)
 
 
@@ -200,14 +201,14 @@ def read_special_tokens(
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if not isinstance(token, str | None):
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: {name}_token = {token!r} must be a text")
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {name}_token = {token!r} must be a text")
         return None if token is None or tokenizer is None else tokenizer.token_to_id(token)
 
     def from_config(name):
         ids = [source.get(f"{name}_token_id") for source in (generation, data)]
         ids = [i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
         if wrong := [i for i in ids if type(i) is not int]:
-            raise ValueError(f"{folder}: {name}_token_id = {wrong[0]!r} must be a number")
+            raise UserError(f"{folder}: {name}_token_id = {wrong[0]!r} must be a number")
         return [i for i in ids if i >= 0]  # some configs say -1 for none
 
     ends = [i for i in (from_tokenizer("eos"), *from_config("eos")) if i is not None]
@@ -216,7 +217,7 @@ def read_special_tokens(
         template = read_template(folder)
         ends = [i for i in ends if (tokenizer.id_to_token(i) or "\0") in template] or ends
     if not ends:
-        raise ValueError(f"{folder}: neither the tokenizer nor the config says which token ends a turn (eos_token)")
+        raise UserError(f"{folder}: neither the tokenizer nor the config says which token ends a turn (eos_token)")
     pads = [i for i in (from_tokenizer("pad"), *from_config("pad")) if i is not None]
     begins = [i for i in (from_tokenizer("bos"), *from_config("bos")) if i is not None]
     stops = generation.get("eos_token_id", data.get("eos_token_id"))
@@ -245,7 +246,7 @@ def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
             entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
             template = entries[-1].get("template") if entries else None
         if template and not isinstance(template, str):
-            raise ValueError(f"{path}: chat_template = {template!r} must be a text")
+            raise UserError(f"{path}: chat_template = {template!r} must be a text")
         if template:
             return template
     encoding = tokenizer and tokenizer.encode("a")
@@ -254,20 +255,20 @@ def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
 
 
 def _build(cls, data, path):
-    """Build one of our configs. Raises ValueError that names the file and a field whose value has the wrong type."""
+    """Build one of our configs. Raises UserError that names the file and a field whose value has the wrong type."""
     try:
         return from_dict(cls, data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_kind(data, path):
     known = [*IDEFICS3_TYPES, *DECODERS]
     if (kind := data.get("model_type")) not in known:
-        raise ValueError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
+        raise UserError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
 
 
 def check_fixed(data, fixed, path):
     for field, value in fixed.items():
         if data.get(field) not in (None, value):
-            raise ValueError(f"{path}: {field} = {data[field]!r} is not supported; it must be {value!r}")
+            raise UserError(f"{path}: {field} = {data[field]!r} is not supported; it must be {value!r}")

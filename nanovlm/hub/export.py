@@ -24,6 +24,7 @@ from nanovlm import cli
 from nanovlm.config import RopeScalingConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.errors import UserError
 from nanovlm.files import new_folder
 from nanovlm.hub import families, weights
 from nanovlm.hub.card import describe, model_card
@@ -52,7 +53,7 @@ class ExportConfig:
 
 
 def main(args: list[str] | None = None):
-    """Run the command line. Raises ValueError with one sentence for anything wrong with the input."""
+    """Run the command line. Raises UserError with one sentence for anything wrong with the input."""
     config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export")
     model = export(config.source, config.out, config.dtype, int(config.shard_size * 1e9))
     print(f"wrote {config.out}: {describe(model)}")
@@ -63,18 +64,18 @@ def main(args: list[str] | None = None):
 def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes: int = 5_000_000_000) -> VLM:
     """Write the model of a run directory, a model folder or a repository to the folder `out`; return it.
 
-    Raises ValueError, before anything is written, if `out` is not empty or the layout cannot represent the model.
+    Raises UserError, before anything is written, if `out` is not empty or the layout cannot represent the model.
     """
     source, out = Path(source), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder: name a new one")
+        raise UserError(f"{out} exists and is not an empty folder: name a new one")
     if shard_bytes < 1:
-        raise ValueError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
+        raise UserError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
     model, processor = load(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
     check_exportable(processor)
     if unknown := weights.unknown_tensors(model, find_layout(model)):
-        raise ValueError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
+        raise UserError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
     run = folder.resolve().parent if (folder.resolve().parent / "metrics.jsonl").is_file() else None
     with new_folder(out) as temporary:
         for name, content in make_files(model, processor).items():
@@ -87,10 +88,10 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
 
 
 def check_exportable(processor: Processor):
-    """Raise ValueError that names a setting that no hub layout can represent."""
+    """Raise UserError that names a setting that no hub layout can represent."""
     config, tokenizer = processor.config, processor.tokenizer
     if config.quantization is not None:
-        raise ValueError(
+        raise UserError(
             f"quantization.format = {config.quantization.format!r} cannot be exported: no other program reads it; "
             "export the model that it was made of"
         )
@@ -98,19 +99,19 @@ def check_exportable(processor: Processor):
     if config.vision is None:
         return
     if config.tiling.policy != "idefics3":
-        raise ValueError(
+        raise UserError(
             f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "
             "train with tiling.policy = idefics3"
         )
     if config.vision.grid_size in families.IDEFICS3_BAD_GRIDS:
-        raise ValueError(
+        raise UserError(
             f"vision.image_size / vision.patch_size = {config.vision.grid_size} cannot be exported: Idefics3 gives "
             "some of so many patches a side one position"
         )
     added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
     missing = [token for token in IDEFICS3_TOKENS if token not in added]
     if missing or added[IMAGE] != config.image_token_id:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer cannot be exported: it needs the special tokens {', '.join(IDEFICS3_TOKENS)}, "
             + (f"but lacks {', '.join(missing)}" if missing else f"but image_token_id = {config.image_token_id}")
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from nanovlm.config import DecoderConfig
 from nanovlm.data.images import FAKE
+from nanovlm.errors import UserError
 
 SIGLIP_NAMES = {
     "embeddings.": "vision.",
@@ -216,7 +217,7 @@ IMAGE, IDEFICS3_TOKENS = "<image>", (FAKE, "<image>", "<end_of_utterance>")
 def find_family(decoder: DecoderConfig) -> str:
     """Return the key of DECODERS whose layout supports all features of this decoder.
 
-    Raises ValueError for a combination of features that no family has.
+    Raises UserError for a combination of features that no family has.
     """
     d = decoder
     if d.layers_without_rope:
@@ -230,7 +231,7 @@ def find_family(decoder: DecoderConfig) -> str:
     has_both = bool(d.layers_without_rope) and (d.qk_norm != "none" or d.moe is not None)
     wrong_bias = (d.qkv_bias != d.o_bias and family != "qwen2") or (d.qkv_bias and family == "mixtral")
     if has_both or wrong_bias or (d.qk_norm == "all" and family != "olmoe"):
-        raise ValueError(
+        raise UserError(
             f"no family of language models has decoder.qkv_bias = {d.qkv_bias}, o_bias = {d.o_bias}, qk_norm = "
             f"{d.qk_norm} and layers_without_rope = {d.layers_without_rope}{' in a mixture' if d.moe else ''}: llama, "
             "qwen3 (qk_norm = head) and smollm3 (layers_without_rope) have both biases or none, qwen2 the first alone; "
@@ -241,18 +242,18 @@ def find_family(decoder: DecoderConfig) -> str:
         expected |= {"norm_topk_prob": True} if family == "mixtral" else {"jitter": 0.0}
         for field, value in expected.items():
             if getattr(d.moe, field) != value:
-                raise ValueError(
+                raise UserError(
                     f"decoder.moe.{field} = {getattr(d.moe, field)} cannot be exported: {family} has {value}"
                 )
         if d.moe.balance == "bias":
-            raise ValueError(f"decoder.moe.balance = bias cannot be exported: {family} has no bias of experts")
+            raise UserError(f"decoder.moe.balance = bias cannot be exported: {family} has no bias of experts")
         if family == "olmoe" and d.moe.intermediate_size != d.intermediate_size:
-            raise ValueError(
+            raise UserError(
                 f"decoder.moe.intermediate_size = {d.moe.intermediate_size} cannot be exported: olmoe has one width, "
                 f"decoder.intermediate_size = {d.intermediate_size}"
             )
     if family == "llama" and d.hidden_size % d.num_attention_heads:
-        raise ValueError(
+        raise UserError(
             f"decoder.num_attention_heads = {d.num_attention_heads} must divide decoder.hidden_size = {d.hidden_size}: "
             "transformers reads no other Llama"
         )

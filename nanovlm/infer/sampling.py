@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanovlm.config import VLMConfig
 from nanovlm.data.types import Batch
+from nanovlm.errors import UserError
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
 
@@ -34,7 +35,7 @@ class SamplingConfig:
     seed: int = 0
 
     def validate(self) -> "SamplingConfig":
-        """Return self, or raise ValueError that names the value and what would be right."""
+        """Return self, or raise UserError that names the value and what would be right."""
         for name, ok, right in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
@@ -44,7 +45,7 @@ class SamplingConfig:
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
             if not ok:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {right}")
+                raise UserError(f"{name} = {getattr(self, name)} must be {right}")
         return self
 
 
@@ -53,7 +54,7 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
     """Yield the next token of every row, int64[B], until all rows have ended or have max_new_tokens.
 
     A row ends with eos_token_id or one of stop_token_ids, which is yielded, and yields pad_token_id from then on.
-    Answers never contain padding or image tokens. Raises ValueError if a prompt leaves no room for max_new_tokens.
+    Answers never contain padding or image tokens. Raises UserError if a prompt leaves no room for max_new_tokens.
     """
     config.validate()
     pad, image = model.config.pad_token_id, model.config.image_token_id
@@ -61,7 +62,7 @@ def stream(model: VLM, batch: Batch, config: SamplingConfig) -> Iterator[Tensor]
     never = [token for token in {pad, image} if token not in (*find_stops(model.config), None)]
     lengths = (batch.doc_ids >= 0).sum(1)
     if (longest := int(lengths.max()) + config.max_new_tokens) > model.config.decoder.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {int(lengths.max())} tokens and {config.max_new_tokens} new ones are more than the model's "
             f"{model.config.decoder.max_position_embeddings} positions: shorten the prompt or lower max_new_tokens"
         )
@@ -110,7 +111,7 @@ def find_stops(config: VLMConfig) -> list[int]:
 def prefill(model: VLM, batch: Batch, cache: KVCache) -> Tensor:
     """Run the prompts through the model and into the cache; return logits [B, V] after each row's last token."""
     if bool((batch.doc_ids > batch.doc_ids[:, :1]).any() | (batch.branch_ids != 0).any()):
-        raise ValueError("a row of prompts must hold one document without branches")
+        raise UserError("a row of prompts must hold one document without branches")
     lengths = (batch.doc_ids >= 0).sum(1)
     # Padding goes into the slots behind the prompt, which decoding overwrites before anything sees them.
     slots = torch.arange(batch.input_ids.shape[1], device=lengths.device).expand_as(batch.input_ids)

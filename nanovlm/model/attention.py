@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
+from nanovlm.errors import UserError
+
 
 def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa"):
     """Return which keys a query sees: those up to its own position in its document's prefix and its own branch.
@@ -125,7 +127,7 @@ def load_kernels():
         from kernels import attention
     except ModuleNotFoundError as error:
         missing = f"attention = 'triton' needs the package {error.name}, which is not installed: choose sdpa"
-        raise ValueError(missing) from error
+        raise UserError(missing) from error
     return attention
 
 

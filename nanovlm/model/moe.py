@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.config import MoEConfig, pick
+from nanovlm.errors import UserError
 
 
 class MLP(nn.Module):
@@ -190,7 +191,7 @@ def experts_triton(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up:
     try:
         from kernels.grouped_gemm import grouped_experts
     except ImportError as error:
-        raise ValueError(f"decoder.moe.experts = 'triton' needs the package triton: {error}") from error
+        raise UserError(f"decoder.moe.experts = 'triton' needs the package triton: {error}") from error
     dtype = product_dtype(x)
     gate, up, down = (w.to(dtype) for w in (gate, up, down))
     return grouped_experts(x.to(dtype), choice, weights, gate, up, down).to(x.dtype)

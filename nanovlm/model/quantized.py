@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, dynamic_values, nf4_values, pack
 from nanovlm.config import QuantizationConfig
+from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM
 
 # Fractions of a group's range to try, from 1 down to about a half, closer together near 1. On normal weights, 40 evenly
@@ -30,27 +31,27 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
     """Replace the linear layers that the config names, in place, and note the config in the model's own.
 
     The head, the routers and the experts of a mixture are never replaced; experts are stacked parameters, not linear
-    layers. Raises ValueError if the model is already quantised or no layer's name matches.
+    layers. Raises UserError if the model is already quantised or no layer's name matches.
     """
     if done := next((module for module in model.modules() if isinstance(module, QuantizedLinear)), None):
-        raise ValueError(f"the model is quantised already, to {done.format}")
+        raise UserError(f"the model is quantised already, to {done.format}")
     try:
         pattern = re.compile(config.layers)
     except re.error as error:
-        raise ValueError(f"quantization.layers = {config.layers!r} is no regular expression: {error}") from error
+        raise UserError(f"quantization.layers = {config.layers!r} is no regular expression: {error}") from error
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and pattern.search(name) and not name.endswith(("lm_head", "router"))
     }
     if not layers:
-        raise ValueError(f"quantization.layers = {config.layers!r} is found in the name of no linear layer")
+        raise UserError(f"quantization.layers = {config.layers!r} is found in the name of no linear layer")
     for name, linear in layers.items():
         parent, _, child = name.rpartition(".")
         try:
             layer = QuantizedLinear(linear, config, search)
         except ValueError as error:
-            raise ValueError(f"{name} cannot be quantised: {error}") from error
+            raise UserError(f"{name} cannot be quantised: {error}") from error
         setattr(model.get_submodule(parent), child, layer)
     model.config = dataclasses.replace(model.config, quantization=config)
     return model
@@ -104,10 +105,10 @@ def is_quantized(name: str) -> bool:
 def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: bool = True) -> QuantizedWeight:
     """Weight float[N, K] -> codes and scales; `group_size` is that of int4.
 
-    Without `search`, nf4 gives the same codes as bitsandbytes. Raises ValueError for weights that are not finite.
+    Without `search`, nf4 gives the same codes as bitsandbytes. Raises UserError for weights that are not finite.
     """
     if not weight.is_meta and not weight.isfinite().all():
-        raise ValueError("it has weights that are not finite")
+        raise UserError("it has weights that are not finite")
     N, K = weight.shape
     padded = math.ceil(K / 32) * 32
     group = {"int8": padded, "nf4": 64}.get(format, group_size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig, pick
 from nanovlm.data.types import Batch
+from nanovlm.errors import UserError
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.kv_cache import KVCache
@@ -73,7 +74,7 @@ class VLM(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Return token embeddings [B, T, D] in which image features replace the placeholders, in order.
 
-        On the CPU, raises ValueError if the numbers of placeholders and image features differ, or if tiles belong to
+        On the CPU, raises UserError if the numbers of placeholders and image features differ, or if tiles belong to
         other documents than their placeholders. On a GPU this check would have to wait for the device.
         """
         x_BTD = self.decoder.embed_tokens(batch.input_ids)
@@ -83,13 +84,13 @@ class VLM(nn.Module):
         num_features = len(batch.pixel_values) * self.config.num_image_tokens
         if not is_image.is_cuda and not torch.compiler.is_compiling():
             if int(is_image.sum()) != num_features:
-                raise ValueError(
+                raise UserError(
                     f"{int(is_image.sum())} image placeholders in input_ids, but {num_features} image features "
                     f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
                 )
             shown_in = batch.tile_doc_ids.repeat_interleave(self.config.num_image_tokens)
             if not torch.equal(shown_in, batch.doc_ids[is_image]):
-                raise ValueError("the tiles of the batch are not in the order of the documents that show them")
+                raise UserError("the tiles of the batch are not in the order of the documents that show them")
         pixel_values = batch.pixel_values
         if num_features == 0:
             if not self.always_sees:

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from nanovlm import distributed
 from nanovlm.config import MoEConfig, pick
+from nanovlm.errors import UserError
 
 
 def next_token_loss(
@@ -69,7 +70,7 @@ def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: 
     try:
         from kernels.cross_entropy import CHUNK, linear_cross_entropy
     except ImportError as error:
-        raise ValueError(f"decoder.cross_entropy = 'triton' needs the package triton: {error}") from error
+        raise UserError(f"decoder.cross_entropy = 'triton' needs the package triton: {error}") from error
     chunk = max(1, max_logits // len(weight)) if max_logits else CHUNK
     return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels, chunk=chunk)
 

@@ -2,6 +2,7 @@
 
 ```
 run_dir/checkpoints/step_00000200/   state.json  rng.safetensors  tensors/shard-00001-...safetensors, one of each rank
+                                     checksums.json
 ```
 
 These are torch's distributed checkpoints (DCP) as safetensors; any number of ranks can read them. A folder gets its
@@ -9,10 +10,12 @@ final name once all of it is on disk.
 """
 
 import contextlib
+import hashlib
 import json
+import re
 import shutil
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from nanovlm import distributed
+from nanovlm.errors import UserError
 from nanovlm.files import flush, read_json
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import read_tensors
@@ -53,11 +57,22 @@ class Saving:
             distributed.wait()
             writer = HuggingFaceStorageWriter(str(self.temporary / "tensors"), save_distributed=True)
             group = distributed.checkpoint_group()
-            written = dcp.async_save(  # pyright: ignore[reportPrivateImportUsage]
+            saving = dcp.async_save(  # pyright: ignore[reportPrivateImportUsage]
                 name_tensors(model, optimizers), storage_writer=writer, process_group=group
             )
-            assert isinstance(written, Future)  # an AsyncSaveResponse comes only from an asynchronous stager
-            self.written = written
+        executor = ThreadPoolExecutor(1)
+        self.written: Future = executor.submit(self._finish_files, saving)
+        executor.shutdown(wait=False)
+
+    def _finish_files(self, saving):
+        """Wait until all ranks have written, then write the checksums and flush the files; beside the training."""
+        saving.result()
+        if distributed.rank() == 0:
+            files = [file for file in sorted(self.temporary.rglob("*")) if file.is_file()]
+            sums = {str(file.relative_to(self.temporary)): checksum(file) for file in files}
+            (self.temporary / "checksums.json").write_text(json.dumps(sums))
+            for file in (*self.temporary.rglob("*"), self.temporary):
+                flush(file)
 
     def finish(self, wait: bool = True):
         """Once all is written, for which `wait` waits, rename the folder and remove all but the newest `keep`."""
@@ -66,8 +81,6 @@ class Saving:
         with writing(self.folder):
             self.written.result()
             if distributed.rank() == 0:
-                for file in (*self.temporary.rglob("*"), self.temporary):
-                    flush(file)
                 self.temporary.rename(self.folder)
                 flush(self.folder.parent)
                 for old in list_checkpoints(self.run_dir)[: -self.keep]:
@@ -89,13 +102,49 @@ def name_tensors(model: VLM, optimizers: dict) -> dict[str, torch.Tensor]:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step_*"))
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted(folder for folder in folders if re.fullmatch(r"step_\d{8,}", folder.name) and folder.is_dir())
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run whose files are as they were written, oldest first; name and set aside others."""
+    whole = []
+    for folder in list_checkpoints(run_dir):
+        if damage := find_damage(folder):
+            aside = folder.with_name(f".{folder.name}.damaged")
+            print(f"note: the checkpoint {folder} is damaged: {damage}; it is now {aside}, until the next one is saved")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        else:
+            whole.append(folder)
+    return whole
+
+
+def find_damage(folder: Path) -> str:
+    """Compare the files of a checkpoint with its checksums; return what is wrong, or nothing."""
+    try:
+        sums = read_json(folder / "checksums.json")
+        for name, expected in sums.items():
+            if not (folder / name).is_file():
+                return f"it has no {name}"
+            if checksum(folder / name) != expected:
+                return f"{name} is not as it was written"
+        if missing := {"state.json", "rng.safetensors"} - sums.keys():
+            return f"checksums.json has no {' and no '.join(sorted(missing))}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def checksum(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     """Restore model and optimizers, whatever number of ranks wrote them; return the saved `state` and `rng`.
 
-    Raises ValueError that names what is damaged, missing or of another shape.
+    Raises UserError that names what is damaged, missing or of another shape.
     """
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     parameters = dict(model.named_parameters())
@@ -109,7 +158,7 @@ def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> tuple[dict, d
                 optimizers[kind].state[parameter][field] = like.detach()
         dcp.load(name_tensors(model, optimizers), storage_reader=reader)  # pyright: ignore[reportPrivateImportUsage]
     except (OSError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
-        raise ValueError(f"{folder} is damaged or does not fit the config: {first_line(error)}") from error
+        raise UserError(f"{folder} is damaged or does not fit the config: {first_line(error)}") from error
     return read_json(folder / "state.json"), read_tensors(folder / "rng.safetensors")
 
 
@@ -131,10 +180,11 @@ def set_rng_state(state: dict[str, torch.Tensor]):
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Turn a failed write into an OSError that names the path."""
+    """Turn a failed write into an OSError that names the path; what was written of it is removed."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)  # a full disk would stay full
         raise OSError(f"could not write {path}: {first_line(error)}") from error
 
 

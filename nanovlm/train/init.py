@@ -21,6 +21,7 @@ from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VLMConfig, dif
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, extend_tokenizer, read_tokenizer, train_tokenizer
+from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import read_decoder, read_siglip, read_template
 from nanovlm.hub.download import find
@@ -45,7 +46,7 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
 
     `texts` are for a new tokenizer. The model may be sharded: every rank goes through the same tensors in the same
     order, holds one whole tensor at a time, and keeps its rows, so the weights equal those of one rank bit for bit.
-    Raises ValueError that names the fields in which the config and the model that it starts from differ.
+    Raises UserError that names the fields in which the config and the model that it starts from differ.
     """
     init, wanted = config.init, config.model
     if init.model:
@@ -58,7 +59,7 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     if decoder is not None:
         theirs = read_decoder(read_json(decoder / "config.json"), decoder / "config.json")
         if theirs.vocab_size > wanted.decoder.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{init.decoder} has {theirs.vocab_size} tokens, "
                 f"more than decoder.vocab_size = {wanted.decoder.vocab_size}"
             )
@@ -88,7 +89,7 @@ def _prepare_from_model(config):
     stored = find_model(init.model)
     theirs = stored.config
     if theirs.quantization is not None:
-        raise ValueError(
+        raise UserError(
             f"the run cannot start from {init.model}, which is quantised, to {theirs.quantization.format}: "
             "name the model that it was made from"
         )
@@ -143,7 +144,7 @@ def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Process
 def draw(model: VLM):
     """Fill a model with random weights: each tensor is drawn whole, and a rank keeps its rows.
 
-    Raises ValueError that names tensors left without values.
+    Raises UserError that names tensors left without values.
     """
     skip_constructors(model)
     left = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
@@ -152,7 +153,7 @@ def draw(model: VLM):
         left.pop(id(tensor))
         del values  # before the next one is drawn
     if left:
-        raise ValueError(f"initial_weights (nanovlm/model/vlm.py) has no values for {', '.join(left.values())}")
+        raise UserError(f"initial_weights (nanovlm/model/vlm.py) has no values for {', '.join(left.values())}")
 
 
 @torch.no_grad()
@@ -182,7 +183,7 @@ def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0):
 
 
 def check_upcycling(decoder: DecoderConfig, moe: MoEConfig):
-    """Raise ValueError for a mixture that could not compute what a dense decoder does.
+    """Raise UserError for a mixture that could not compute what a dense decoder does.
 
     It has experts of another width, shared experts, or weights that do not add up to 1.
     """
@@ -194,7 +195,7 @@ def check_upcycling(decoder: DecoderConfig, moe: MoEConfig):
         ("capacity_factor", 0.0),
     ):
         if getattr(moe, field) != wanted:
-            raise ValueError(
+            raise UserError(
                 f"a dense layer can become a mixture where decoder.moe.{field} = {wanted}, not {getattr(moe, field)}"
             )
 
@@ -206,4 +207,4 @@ def _template(config, otherwise=""):
 
 def _check_same(name, theirs, wanted, where=""):
     if changed := differences(theirs, wanted, f"model.{where}"):
-        raise ValueError(f"the run cannot start from {name}, which differs from the config: {'; '.join(changed)}")
+        raise UserError(f"the run cannot start from {name}, which differs from the config: {'; '.join(changed)}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nanovlm import distributed
 from nanovlm.config import TrainConfig
+from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.train.counting import peak_flops
 
@@ -53,7 +54,7 @@ class Log:
     def settle(self):
         """Wait for the last step's numbers and write them.
 
-        Raises ValueError when more steps than `max_skipped_steps` had a loss or gradient that is not finite.
+        Raises UserError when more steps than `max_skipped_steps` had a loss or gradient that is not finite.
         """
         if self.pending is None:
             return
@@ -100,14 +101,14 @@ class Log:
                 self.wandb(numbers)
 
     def skip(self, step: int, names: list[str]):
-        """Count a skipped step and report it; raise ValueError after too many."""
+        """Count a skipped step and report it; raise UserError after too many."""
         self.state.skipped_steps += 1
         what = f"step {step}: the loss or a gradient is not finite"
         if self.state.skipped_steps <= self.config.optim.max_skipped_steps:
             self.say(f"{what}; the step changes nothing")
             return
         documents = itertools.chain(*distributed.gather(names))
-        raise ValueError(
+        raise UserError(
             f"{what}, as in {self.state.skipped_steps - 1} steps before, more than optim.max_skipped_steps = "
             f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(documents)}"
         )
@@ -136,19 +137,35 @@ class Log:
 
 
 def open_metrics(path: Path, step: int):
-    """Open metrics.jsonl to append after the line of `step`; drop later lines of a killed run."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if len(lines) < step:
-        raise ValueError(f"{path} has {len(lines)} lines, but the newest checkpoint is of step {step}")
-    write_file(path, "".join(lines[:step]))
+    """Open metrics.jsonl to append after the line of `step`; drop later lines of a killed run, and damaged ones."""
+    lines = read_metrics(path) if path.exists() else []
+    kept = [line for line in lines if line["step"] <= step]
+    if len(kept) < step:
+        print(f"note: {path} has lines of {len(kept)} of the {step} steps before; the others are lost")
+    write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
     return open(path, "a")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl that are whole, each with a later step than the one before."""
+    lines = []
+    for text in path.read_text("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if (
+                isinstance(line, dict)
+                and type(line.get("step")) is int
+                and line["step"] > (lines or [{"step": 0}])[-1]["step"]
+            ):
+                lines.append(line)
+    return lines
 
 
 def import_wandb():
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError("--wandb needs the package wandb: pip install wandb") from None
+        raise UserError("--wandb needs the package wandb: pip install wandb") from None
     return wandb
 
 

@@ -10,21 +10,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanovlm.config import OptimConfig, ParamRule
+from nanovlm.errors import UserError
 
 
 def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises ValueError for a
+    `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
     parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
     """
     groups, used = {}, set()
     for name, parameter in model.named_parameters():
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), None)
         if rule is None:
-            raise ValueError(f"no rule of optim.rules matches the parameter {name}")
+            raise UserError(f"no rule of optim.rules matches the parameter {name}")
         if rule.optimizer == "muon" and parameter.ndim < 2:
-            raise ValueError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
+            raise UserError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
         frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]
         scaled = [(pattern, scale) for pattern, scale in config.lr_scales if re.search(pattern, name)][:1]
         used |= {("rules", rule.pattern), *(("freeze", p) for p in frozen), *(("lr_scales", p) for p, _ in scaled)}
@@ -37,12 +38,12 @@ def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[
     given = [("rules", rule.pattern) for rule in config.rules] + [("freeze", pattern) for pattern in config.freeze]
     for field, pattern in given + [("lr_scales", pattern) for pattern, _ in config.lr_scales]:
         if (field, pattern) not in used:
-            raise ValueError(f"optim.{field} has a pattern {pattern!r} that holds for no parameter")
+            raise UserError(f"optim.{field} has a pattern {pattern!r} that holds for no parameter")
     return groups
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf16") -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers that have parameters, by name. Raises ValueError as `assign_rules` does.
+    """Return the optimizers that have parameters, by name. Raises UserError as `assign_rules` does.
 
     `precision` is that of the run. Muon multiplies in bf16, except in an fp32 run on a CPU: without bf16 instructions
     that would take twenty times as long. Setting an optimizer's `found_inf` to a tensor of 1 makes it skip a step
@@ -70,7 +71,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
         dtype = torch.float32 if is_slow else torch.bfloat16
         optimizers["muon"] = Muon(muon, lr=config.lr, momentum=config.momentum, dtype=dtype)
     if not optimizers:
-        raise ValueError(
+        raise UserError(
             "optim.rules freeze every parameter, with optim.freeze, so nothing would learn: leave one lr_scale a number"
         )
     return optimizers

@@ -28,6 +28,7 @@ from nanovlm import distributed
 from nanovlm.config import ParallelConfig
 from nanovlm.data.types import Batch
 from nanovlm.distributed import num_ranks, rank
+from nanovlm.errors import UserError
 from nanovlm.model.moe import MoE
 from nanovlm.model.vlm import VLM
 
@@ -43,13 +44,13 @@ def parallelize(
 
     A model on the meta device is sharded, then given memory, which `fill` writes to; without `fill` the caller loads a
     checkpoint. Any other model must have the same weights on all ranks.
-    Raises ValueError if the ranks cannot be divided as the config says.
+    Raises UserError if the ranks cannot be divided as the config says.
     """
     if num_ranks() % config.expert_ranks:
-        raise ValueError(f"ranks = {num_ranks()} cannot form groups of parallel.expert_ranks = {config.expert_ranks}")
+        raise UserError(f"ranks = {num_ranks()} cannot form groups of parallel.expert_ranks = {config.expert_ranks}")
     shard_ranks = config.shard_ranks or num_ranks()
     if num_ranks() % shard_ranks:
-        raise ValueError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
+        raise UserError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
     blocks = [block for name in ("vision", "decoder") if hasattr(model, name) for block in getattr(model, name).layers]
     experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
     for block in blocks:
@@ -223,9 +224,9 @@ def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn
     """Divide each mixture's experts over the ranks and send tokens to them; return the experts' parameters."""
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     if not mixtures:
-        raise ValueError(f"parallel.expert_ranks = {expert_ranks} needs a mixture of experts, but decoder.moe = None")
+        raise UserError(f"parallel.expert_ranks = {expert_ranks} needs a mixture of experts, but decoder.moe = None")
     if (num_experts := mixtures[0].config.num_experts) % expert_ranks:
-        raise ValueError(
+        raise UserError(
             f"decoder.moe.num_experts = {num_experts} cannot be divided by parallel.expert_ranks = {expert_ranks}"
         )
     shape = (num_ranks() // expert_ranks, expert_ranks)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from nanovlm import distributed
 from nanovlm.config import TrainConfig, differences, from_dict
 from nanovlm.environment import git_commit
+from nanovlm.errors import UserError
 from nanovlm.files import read_json, write_file
 from nanovlm.train import checkpoint
+from nanovlm.train.log import read_metrics
 
 # Fields that may change when a run is resumed: none of them changes a loss.
 FREE = (
@@ -24,23 +27,47 @@ FREE = (
 )
 
 
-def check_same_config(run_dir: Path, config: TrainConfig) -> TrainConfig:
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints to go on from, oldest first: none for a new run, or one that never took a step.
+
+    Raises UserError for a run that has lost its checkpoints or its config.
+    """
+    whole = checkpoint.whole_checkpoints(run_dir)
+    lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
+    taken = max(int(whole[-1].name.removeprefix("step_")) if whole else 0, lines[-1]["step"] if lines else 0)
+    if taken and not whole:
+        raise UserError(
+            f"{run_dir} took {taken} steps and has no whole checkpoint to go on from: use another --run-dir"
+        )
+    if taken and not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir} took {taken} steps and has lost its config.json: use another --run-dir")
+    if not taken:  # of a first attempt that failed: what it was asked for does not bind the next
+        for folder in whole:
+            shutil.rmtree(folder)
+    return whole if taken else []
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """Return the config that a run was started with."""
+    saved = read_json(run_dir / "config.json")
+    saved.pop("commit", None)
+    try:
+        return from_dict(TrainConfig, saved)
+    except ValueError as error:
+        raise UserError(f"{run_dir / 'config.json'}: {error}") from error
+
+
+def check_same_config(run_dir: Path, config: TrainConfig, checkpoints: list[Path]) -> TrainConfig:
     """Return `config`, with fields that it leaves open taken from the run's config.json.
 
-    Raises ValueError that names the differing fields that must not change. Besides FREE, these may change: num_workers;
+    Raises UserError that names the differing fields that must not change. Besides FREE, these may change: num_workers;
     threads, to 0 or the run's number; and steps of wsd, to more, while its rate has not begun to fall.
     """
-    path = run_dir / "config.json"
-    saved = read_json(path)
-    if isinstance(saved, dict) and saved.pop("commit", None) != git_commit():
+    if read_json(run_dir / "config.json").get("commit") != git_commit():
         print(f"note: {run_dir} was started at another commit")
-    try:
-        saved = from_dict(TrainConfig, saved)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    saved = read_config(run_dir)
     micro_batches = config.optim.micro_batches or saved.optim.micro_batches
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=micro_batches))
-    checkpoints = checkpoint.list_checkpoints(run_dir)
     state = read_json(checkpoints[-1] / "state.json") if checkpoints else {"threads": saved.threads, "step": 0}
     changes = {name: getattr(config, name) for name in FREE}
     changes["data"] = dataclasses.replace(saved.data, num_workers=config.data.num_workers)
@@ -49,22 +76,22 @@ def check_same_config(run_dir: Path, config: TrainConfig) -> TrainConfig:
     if saved.optim.schedule == "wsd" and config.optim.steps > saved.optim.steps:
         falls = saved.optim.warmup_steps + saved.optim.decay_start * (saved.optim.steps - saved.optim.warmup_steps)
         if state["step"] > falls:
-            raise ValueError(
+            raise UserError(
                 f"optim.steps = {config.optim.steps}: {run_dir} is at step {state['step']}, and its rate began to fall "
                 f"after step {falls:.0f} of {saved.optim.steps}; start another run from its model with --init.model"
             )
         changes["optim"] = dataclasses.replace(saved.optim, steps=config.optim.steps)
     if changed := differences(dataclasses.replace(saved, **changes), config):
-        raise ValueError(
+        raise UserError(
             f"{run_dir} was started with another config ({'; '.join(changed)}): "
             "use the same values to continue it, or another --run-dir"
         )
     return config
 
 
-def write_config(path: Path, config: TrainConfig):
+def write_config(path: Path, config: TrainConfig, is_new: bool):
     """Write config.json, with the commit that the run was started at."""
-    commit = read_json(path).get("commit") if path.exists() else git_commit()
+    commit = git_commit() if is_new else read_json(path).get("commit")
     write_file(path, json.dumps({"commit": commit, **asdict(config)}, indent=2))
 
 
@@ -72,5 +99,5 @@ def share_micro_batches(config: TrainConfig) -> TrainConfig:
     """Return the config with the number of micro-batches of a step, one for each rank by default."""
     num, ranks = config.optim.micro_batches or distributed.num_ranks(), distributed.num_ranks()
     if num % ranks:
-        raise ValueError(f"optim.micro_batches = {num} cannot be shared out evenly among {ranks} ranks")
+        raise UserError(f"optim.micro_batches = {num} cannot be shared out evenly among {ranks} ranks")
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=num))

@@ -199,3 +199,37 @@ def test_mistakes_are_named(processor):
         Processor(processor.tokenizer, template, TINY).prompt(
             [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
         )
+
+
+def test_many_turns_take_few_renderings(processor, monkeypatch):
+    """Over 100 questions about one picture are common; each answer once rendered the whole conversation before it."""
+    renderings = []
+    render = Processor._render_marks
+    monkeypatch.setattr(Processor, "_render_marks", lambda *args: renderings.append(args) or render(*args))
+    document = make_document(processor, 1, *[(f"what is {i}?", f"it is {i}") for i in range(3000)], independent=False)
+    ends = (document.labels == processor.config.eos_token_id).sum()
+    assert ends == 3000 and len(renderings) <= 3
+    answer = trained_texts(processor, document)[-1]
+    assert answer == "it is 2999<end_of_utterance>"
+
+
+def test_a_template_that_wants_parts(processor):
+    """Without images strings are tried first; what then fails, however it fails, is tried with parts."""
+    parts = "{% for p in m.content %}{{ p['text'] }}{% endfor %}"
+    for wants in (
+        parts,
+        "{{ m.content[0].text }}",
+        "{{ (m.content | length) / m.content[0]['text'] | length and '' }}" + parts,
+    ):
+        template = "{% for m in messages %}<|{{ m.role }}|>" + wants + "<end_of_utterance>{% endfor %}"
+        document = make_document(Processor(processor.tokenizer, template, TINY), 0, ("what?", "a thing"), images=0)
+        assert trained_texts(processor, document) == ["a thing<end_of_utterance>"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ messages | sum }}", "{% include 'x' %}", "{{ [1][5] + 2 }}"],
+)
+def test_whatever_a_template_raises_is_one_sentence(processor, fault):
+    with pytest.raises(ValueError, match=r"the chat template refuses a conversation of user, assistant: .+"):
+        make_document(Processor(processor.tokenizer, fault, TINY), 0, ("what?", "a thing"))

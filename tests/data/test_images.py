@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from nanovlm.config import TilingConfig
+from nanovlm.data import images
 from nanovlm.data.images import (
     TILING,
     TilePlan,
@@ -93,7 +94,7 @@ def test_pixels_are_normalised_like_siglip():
 def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "a.avif").write_bytes(b"")
 
-    def fail(path):
+    def fail(path, **options):
         raise RuntimeError("Failed to decode image")
 
     monkeypatch.setattr(Image, "open", fail)
@@ -283,3 +284,35 @@ def test_a_sliver_has_a_tile():
     for size in ((8, 15012), (15012, 8)):
         plan = plan_tiles(*size, config)
         assert sorted((plan.rows, plan.cols)) == [1, 103]
+
+
+def test_to_rgb_in_strips_is_to_rgb_at_once(monkeypatch):
+    """Memory is saved by converting some rows at a time, and no pixel may change."""
+    generator = np.random.default_rng(0)
+    deep = generator.integers(0, 60000, (37, 23)).astype(np.uint16)
+    rgba = Image.fromarray(generator.integers(0, 256, (37, 23, 4)).astype(np.uint8))
+    monkeypatch.setattr(images, "STRIP", 10**9)
+    greys = [Image.fromarray(deep), Image.fromarray(deep.astype(np.int32)), Image.fromarray(deep.astype(np.float32))]
+    greys.append(Image.fromarray(np.where(deep > 30000, np.nan, deep / 60000).astype(np.float32)))
+    whole = [to_rgb(image) for image in (*greys, rgba)]
+    expected = np.round(deep.astype(np.float64) / 65535 * 255 - 0.5).astype(int)  # cut off, as astype does
+    assert np.abs(np.asarray(whole[0])[..., 0] - expected).max() <= 1
+    assert np.array_equal(whole[-1], Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    for strip in (1, 23, 50, 400):
+        monkeypatch.setattr(images, "STRIP", strip)
+        for image, before in zip((*greys, rgba), whole, strict=True):
+            assert np.array_equal(to_rgb(image), before)
+
+
+def test_an_image_longer_than_any_camera_makes_is_refused():
+    with pytest.raises(ValueError, match=r"an image of 70000 x 1 has a side of more than 65535 pixels"):
+        decode_image(save(Image.new("1", (70000, 1)), "PNG"))
+    assert decode_image(save(Image.new("1", (65535, 1)), "PNG")).size == (65535, 1)
+
+
+def test_no_format_runs_a_program():
+    """PIL would start Ghostscript for an EPS file, by whatever name."""
+    eps = save(noise(0, 8), "EPS")
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(ValueError, match="have no known format"):
+        decode_image(eps)

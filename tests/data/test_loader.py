@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanovlm.config import DataConfig
+from nanovlm.data import reader
 from nanovlm.data.loader import Loader, collate
 from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.packing import make_row
@@ -381,10 +382,52 @@ def test_a_bad_sample_is_counted_and_named_once_and_training_goes_on(num_workers
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_a_bug_in_a_worker_reaches_the_training(num_workers):
-    loader = make_loader(Records(10**6, Order()), poisoned(KeyError("the original error")), num_workers=num_workers)
-    with pytest.raises(KeyError, match="the original error"):
-        documents(loader)
+def test_whatever_a_record_raises_is_counted_and_named(num_workers, capsys):
+    for error, named in ((KeyError("a\x1b[31mkey"), r"KeyError: 'a\x1b[31mkey'"), (MemoryError(), "MemoryError: ")):
+        loader = make_loader(Records(101), poisoned(error), num_workers=num_workers, num_epochs=1)
+        assert len(documents(loader)) == 100 and loader.counts["corrupt"] == 1
+        assert capsys.readouterr().out == f"skipped as corrupt: records, sample 33: {named}\n"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_record_that_takes_too_long_is_corrupt(num_workers, capsys, monkeypatch):
+    monkeypatch.setattr(reader, "RECORD_SECONDS", 0.5)
+
+    def process(raw):
+        while raw["number"] == 33:
+            pass
+        return numbered(raw["number"])
+
+    loader = make_loader(Records(101), process, num_workers=num_workers, num_epochs=1)
+    assert len(documents(loader)) == 100 and loader.counts["corrupt"] == 1
+    assert "sample 33: the record took more than 0.5 s" in capsys.readouterr().out
+
+
+def test_few_records_are_judged_at_the_end_of_a_pass():
+    """29 of 30 are below the number of records from which on all are judged as they are read."""
+
+    def process(raw):
+        if raw["number"]:
+            raise ValueError("no such image")
+        return numbered(raw["number"])
+
+    for num_epochs in (1, None):
+        with pytest.raises(ValueError, match=r"29 of 30 samples are unusable, more than data.max_bad_fraction"):
+            documents(make_loader(Records(30), process, num_epochs=num_epochs))
+    assert len(documents(make_loader(Records(30), poisoned(ValueError("x")), num_epochs=1))) == 30
+    assert len(documents(make_loader(Records(34), poisoned(ValueError("x")), num_epochs=1))) == 33
+
+
+def test_a_conversation_is_on_one_side_of_the_split_in_both_of_its_forms():
+    turns = [{"user": f"what is {i}?", "assistant": f"it is {i}"} for i in range(40)]
+    for turn in turns:
+        said = [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
+        parts = [{**said[0], "content": [{"type": "image"}, {"type": "text", "text": turn["user"]}]}, said[1]]
+        forms = [{"texts": [turn]}, {"messages": said}, {"messages": parts}]
+        assert len({is_validation({**form, "images": [b"1"]}, 0.5) for form in forms}) == 1
+    assert 5 < sum(is_validation({"texts": [turn]}, 0.5) for turn in turns) < 35
+    for odd in ({"texts": True}, {"texts": 7}, {"messages": "x"}, {"texts": [1, None]}, [], "text", {"images": 5}):
+        is_validation(odd, 0.5)
 
 
 def test_a_killed_worker_stops_the_run():

@@ -4,11 +4,13 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import re
 import tarfile
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanovlm.data import sources
+from nanovlm.data import source_hub, sources
 from nanovlm.data.images import decode_image
 from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.records import to_sample
@@ -414,6 +416,36 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         open_source("scene")
     with pytest.raises(ValueError, match="'hub:' names no dataset"):
         open_source("hub:")
+
+
+def test_a_record_that_names_a_device_or_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("/dev/zero", "pipe.png", "folder.png", "."):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "texts": TURNS}))
+        with pytest.raises(
+            ValueError, match=r"line 1 of .*a.jsonl names a file that cannot be read: .* not a regular file"
+        ):
+            JsonLines(tmp_path / "a.jsonl").read(0)
+
+
+def test_a_tar_with_a_negative_size_ends(tmp_path):
+    """The next header would be at or before this one, again and again."""
+    write_members(tmp_path / "a.tar", **{f"{key}_{kind}": encode(0) for key in "abc" for kind in ("txt", "png")})
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    at = data.index(b"c.txt")
+    data[at + 124 : at + 136] = b"\xff" * 11 + b"\x00"  # -256, in base 256
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    (tmp_path / "a.tar").write_bytes(data)
+    source = Tar(tmp_path / "a.tar")
+    assert len(source) == 2 and "c.txt has a size of -256" in source.damaged[0]
+
+
+def test_a_record_of_the_hub_names_no_file_of_this_machine(tmp_path):
+    (tmp_path / "own.png").write_bytes(encode(0))
+    for name in (str(tmp_path / "own.png"), f"file://{tmp_path / 'own.png'}", "local://x", "memory://x"):
+        assert source_hub._read_remote(name) == name
 
 
 # --- damage --------------------------------------------------------------------------------------------------
@@ -931,9 +963,11 @@ def test_hub_order_is_of_the_seed_or_of_the_files(hub, tmp_path, monkeypatch):
     assert read(open_sources(["hub:parquet"], shuffle=False), 92) == 4 * written == read(hub, 92)
 
 
-def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path):
+def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(encode(0))
-    images = [{"bytes": None, "path": str(tmp_path / name)} for name in ("a.png", "no.png")]
+    opened = fsspec.open
+    monkeypatch.setattr(fsspec, "open", lambda name, mode: opened(name.replace("https:/", str(tmp_path)), mode))
+    images = [{"bytes": None, "path": f"https://{name}"} for name in ("a.png", "no.png")]
     pq.write_table(pa.table({"image": images, "texts": [TURNS] * 2}), tmp_path / "a.parquet")
     hub = Hub("hub:parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
     good, bad = (hub.read(ref.key) for ref in itertools.islice(hub.refs([0], 1), 2))

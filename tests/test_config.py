@@ -1,0 +1,96 @@
+"""A config is believed only as far as any model goes: what a damaged one says takes no memory and no time."""
+
+import dataclasses
+import json
+
+import pytest
+
+import nanovlm
+from nanovlm.config import TilingConfig, TrainConfig, VLMConfig, from_dict
+from nanovlm.data.chat import Processor
+from nanovlm.hub.model_folder import save_model
+from nanovlm.model.vlm import VLM
+from tests.conftest import TINY, make_document
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"decoder": {"num_hidden_layers": 10**9}}, "decoder.num_hidden_layers = 1000000000 must be at most 1024"),
+        ({"decoder": {"hidden_size": 2**40}}, "decoder.hidden_size = 1099511627776 must be at most 16777216"),
+        ({"decoder": {"moe": {"num_experts": 10**6}}}, "decoder.moe.num_experts = 1000000 must be at most 4096"),
+        ({"vision": {"image_size": 10**6}}, "vision.image_size = 1000000 must be at most 16384"),
+        ({"tiling": {"max_tiles": 10**8}}, "tiling.max_tiles = 100000000 must be at most 1024"),
+        (
+            {"tiling": {"policy": "idefics3", "longest_edge": 4096}, "vision": {"image_size": 16, "patch_size": 4}},
+            "tiling.longest_edge = 4096 is more than 128 tiles of vision.image_size = 16",
+        ),
+        ({"decoder": {"rope_theta": float("nan")}}, "decoder.rope_theta = nan must be a finite number"),
+        ({"decoder": {"rms_norm_eps": float("inf")}}, "decoder.rms_norm_eps = inf must be a finite number"),
+        ({"decoder": {"rope_theta": -1.0}}, "decoder.rope_theta = -1.0 must be positive"),
+        ({"vision": {"layer_norm_eps": 0}}, "vision.layer_norm_eps = 0.0 must be positive"),
+        ({"decoder": {"rope_theta": 10**400}}, "decoder.rope_theta must be float, got 1000000"),
+    ],
+)
+def test_numbers_beyond_any_model_are_refused(changes, sentence):
+    with pytest.raises(ValueError) as error:
+        from_dict(VLMConfig, json.loads(json.dumps(changes))).validate()
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed": 10**23}, r"seed = 1\d* must be below 2\*\*63"),
+        ({"run_dir": " "}, "run_dir is empty: name a folder"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr = inf must be a finite number"),
+        ({"optim": {"betas": [0.9, float("nan")]}}, "optim.betas = nan must be a finite number"),
+    ],
+)
+def test_mistakes_in_the_config_of_a_run(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        from_dict(TrainConfig, changes).validate()
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_no_memory_is_taken_for_what_the_weights_do_not_hold(tmp_path, processor, field):
+    """A model of 2**24 by anything would not fit into this machine."""
+    save_model(tmp_path / "model", VLM(TINY), processor)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["decoder"][field] = 2**24
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit the config: .*the config says .*16777216"):
+        nanovlm.load(tmp_path / "model")
+
+
+def test_every_token_id_of_a_tokenizer_has_an_embedding(processor):
+    """Also the ids of a tokenizer that leaves some out, so that it has fewer tokens than its highest id says."""
+    tokenizer = json.loads(processor.tokenizer.to_str())
+    tokenizer["model"]["vocab"]["far"] = 10**6
+    far = type(processor.tokenizer).from_str(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"the tokenizer has 1000001 tokens, more than decoder.vocab_size"):
+        Processor(far, processor.chat_template, TINY)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ range(10 ** 9) | list }}",
+        "{{ lipsum(n=10000) }}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ [1] * 1000000000 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    ],
+)
+def test_a_template_takes_no_memory_and_ends(processor, monkeypatch, attack):
+    monkeypatch.setattr("nanovlm.data.chat.RENDER_SECONDS", 1)
+    with pytest.raises(ValueError, match="the chat template refuses a conversation of user, assistant: "):
+        make_document(Processor(processor.tokenizer, attack, TINY), 0, ("what?", "a thing"))
+
+
+def test_a_grid_of_any_model_is_believed():
+    for tiling in (TilingConfig("idefics3", longest_edge=2048), TilingConfig("nanovlm", longest_edge=64)):
+        dataclasses.replace(TINY, tiling=tiling).validate()
