@@ -1,0 +1,16 @@
+"""Some of the damaged inputs of attack.py, those of its first seeds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KINDS = ["jsonl", "tar", "parquet", "images", "templates", "models", "gguf", "runs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_inputs_are_read_or_named(kind):
+    command = [sys.executable, "-m", "tests.attack.attack", kind, "--num", "200"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0 and "0 inputs broke something" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
