@@ -10,6 +10,7 @@
 An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
 """
 
+import contextlib
 import json
 import resource
 import sys
@@ -152,7 +153,9 @@ def format_routing(model: VLM, processor: Processor, prompt: Document, text: str
 
 
 def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):
-    """Talk until the input ends. The conversation so far is part of every prompt."""
+    """Talk until the input ends; the conversation so far is part of every prompt. Ctrl-C stops an answer alone."""
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401, lets `input` edit lines and recall earlier ones
     about = "Ask" if processor.config.vision is None else "Ask about the image. /image FILE shows another one"
     print(f"{about}. /new forgets the conversation, /exit leaves.")
     messages, pending = [], list(images)
@@ -163,6 +166,9 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print("\n/exit leaves.")
+            continue
         if line == "/exit":
             return
         if line == "/new":
@@ -180,6 +186,9 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
             text = answer(model, processor, [prompt], config, echo=True)[0][0]
         except ValueError as error:
             print(error)
+            continue
+        except KeyboardInterrupt:
+            print("\nstopped; the question and its answer are forgotten.")
             continue
         messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
 

@@ -196,6 +196,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         training = TrainingScan(source, (ref.key for ref in loader.refs_read()))
         training.add_up()
     loader.close()
+    print(describe_counts(distributed.add_up(dict(loader.counts))))
 
     # --- end ---------------------------------------------------------------------------------------------
     weights = parallel.whole_tensors(model)
@@ -237,6 +238,19 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
         config.optim.micro_batches,
         split,
         num_epochs=1 if split == "val" else config.data.num_epochs or None,
+    )
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """Say what became of the records that were read; the numbers add up."""
+    kinds = {
+        "trained": counts["packed"],
+        "not reached by the last step": counts["documents"] - counts["packed"],
+        "held out": counts["other split"],
+        **{kind: counts[kind] for kind in ("filtered", "too long", "corrupt")},
+    }
+    return f"{counts['read']} records read: " + ", ".join(
+        f"{number} {kind}" for kind, number in kinds.items() if number
     )
 
 

@@ -110,6 +110,31 @@ def test_a_chat_remembers(folder, monkeypatch, processor):
     ]
 
 
+def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys):
+    asked = []
+
+    def answer(model, processor, prompts, config, echo):
+        asked.append(processor.tokenizer.decode(prompts[0].input_ids.tolist()))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return ["fine"], {}
+
+    lines = iter(["one?", KeyboardInterrupt(), "two?"])
+
+    def read(_prompt):
+        line = next(lines, "/exit")
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr("builtins.input", read)
+    generate.chat(None, processor, [], generate.SamplingConfig())
+    assert ["one" in text for text in asked] == [True, False] and "two" in asked[1]
+    shown = capsys.readouterr().out
+    assert "stopped; the question and its answer are forgotten." in shown and "/exit leaves." in shown
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

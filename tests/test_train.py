@@ -611,6 +611,8 @@ def test_own_data_beside_the_scenes(tmp_path, capsys):
     assert abs(last["documents_of_scenes"] - last["samples"] / 2) <= 1
     output = capsys.readouterr().out
     assert output.count("skipped as corrupt") == 1 and "own.jsonl, sample 4: " in output
+    read, *others = map(int, re.findall(r"\d+", re.search(r"(\d+ records read: .*)\n", output)[1]))
+    assert [read, others[0], others[-1]] == [last["samples"], last["packed"], last["corrupt"]] and read == sum(others)
 
 
 def test_text_alone(tmp_path):
