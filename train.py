@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from PIL import Image
 
 from eval.controls import TrainingScan
 from eval.routing import draw_routing, measure_routing
@@ -94,6 +95,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
 
     # --- data --------------------------------------------------------------------------------------------
     data = config.data
+    Image.MAX_IMAGE_PIXELS = data.max_pixels
     source = open_sources(data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle)
     if checkpoints:
         processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None

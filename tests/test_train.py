@@ -615,6 +615,19 @@ def test_own_data_beside_the_scenes(tmp_path, capsys):
     assert [read, others[0], others[-1]] == [last["samples"], last["packed"], last["corrupt"]] and read == sum(others)
 
 
+def test_images_of_too_many_pixels_are_corrupt(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # which the run sets
+    lines = []
+    for side in (8, 8, 8, 40):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+        lines.append(json.dumps({"image": f"{side}.png", "texts": [{"user": "what?", "assistant": "black"}]}))
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), max_bad_fraction=0.5)
+    data = dataclasses.replace(data, max_pixels=1000, batch_rows=1)
+    run(tmp_path / "run", data=data, eval=EvalConfig(), optim=dataclasses.replace(SMALL.optim, steps=2))
+    assert re.search(r"sample 3: .*Image size \(1600 pixels\) exceeds limit of 1000", capsys.readouterr().out)
+
+
 def test_text_alone(tmp_path):
     """No image in a whole batch."""
     lines = (json.dumps({"texts": [{"user": f"what is {i}?", "assistant": str(i)}]}) for i in range(50))

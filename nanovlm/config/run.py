@@ -34,6 +34,8 @@ class DataConfig:
     row_length: int = 256
     # Largest number of image tiles in a packed row; 0 for no limit.
     max_tiles: int = 0
+    # Largest number of pixels of an image; one with more is corrupt. The default is PIL's own limit.
+    max_pixels: int = 89_478_485
     # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
     num_epochs: int = 0
     # Worker processes of each rank that read samples; 0 reads in the training process.
