@@ -127,10 +127,10 @@ def comparable(lines):
             KILL_IN_SAVE.format(random.Random(os.getpid()).randint(1, 4), random.Random(os.getpid()).uniform(0, 10)),
             id="in the middle of a save",
         ),
-        # Renames: config.json, tokenizer.json, metrics.jsonl, checkpoints 0, 3 and 6, checkpoint 0 goes, ...
-        pytest.param(KILL_AT_RENAME.format(number=5, before=True), id="before a rename"),
-        pytest.param(KILL_AT_RENAME.format(number=5, before=False), id="after a rename"),
-        pytest.param(KILL_AT_RENAME.format(number=7, before=False), id="while an old checkpoint is removed"),
+        # Renames: config.json, tokenizer.json, chat_template.jinja, metrics.jsonl, checkpoints 0, 3 and 6, 0 goes, ...
+        pytest.param(KILL_AT_RENAME.format(number=6, before=True), id="before a rename"),
+        pytest.param(KILL_AT_RENAME.format(number=6, before=False), id="after a rename"),
+        pytest.param(KILL_AT_RENAME.format(number=8, before=False), id="while an old checkpoint is removed"),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
