@@ -7,6 +7,7 @@ A kill is signal 9 to all processes of a run, a random time after its start. A f
 files, of a random size from a random step on, under which the run ends with one sentence.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -59,7 +60,7 @@ class KillsConfig:
 
 
 def start(run_dir: Path, workers=0, ranks=1, full_at=-1, size=0) -> subprocess.Popen:
-    """Start a run in a process group of its own."""
+    """Start a run in processes of its own."""
     script = run_dir.parent / f"{run_dir.name}.py"
     text = RUN.format(root=str(ROOT), run_dir=str(run_dir), workers=workers, ranks=ranks, full_at=full_at, size=size)
     script.write_text(text)
@@ -68,9 +69,7 @@ def start(run_dir: Path, workers=0, ranks=1, full_at=-1, size=0) -> subprocess.P
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(run_dir: Path, **options) -> tuple[list, float]:
@@ -82,13 +81,24 @@ def finish(run_dir: Path, **options) -> tuple[list, float]:
     return comparable(metrics(run_dir)), time.monotonic() - begin
 
 
+def family(pid: int) -> list[int]:
+    """Return a process and all that it started, and they in turn: torchrun's ranks have process groups of their own."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid, *(descendant for child in children for descendant in family(int(child)))]
+
+
 def kill(rng: random.Random, run_dir: Path, seconds: float, **options) -> str:
     """Kill a run within the seconds that it would take; return when."""
     process, after = start(run_dir, **options), rng.uniform(0, seconds)
     try:
         process.wait(after)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in family(process.pid):
+            with contextlib.suppress(ProcessLookupError):  # it ended, or went with its parent
+                os.kill(pid, signal.SIGKILL)
     process.communicate()
     return f"killed after {after:.2f} s"
 
