@@ -54,7 +54,14 @@ from nanovlm.train import checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
-from nanovlm.train.resume import check_same_config, find_checkpoints, read_config, share_micro_batches, write_config
+from nanovlm.train.resume import (
+    check_same_config,
+    find_checkpoints,
+    has_started,
+    read_config,
+    share_micro_batches,
+    write_config,
+)
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import count, fill_up, train_step
 from nanovlm.train.validate import evaluating, read_held_out, validate
@@ -262,7 +269,7 @@ def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
     for raw in records:
         try:
             document = loader.reader.process(raw)
-        except ValueError:
+        except Exception:
             continue  # the loader counts and names it
         if len(document) <= data.row_length and len(document.tiles) <= (data.max_tiles or len(document.tiles)):
             documents.append((len(document), len(document.tiles)))
@@ -317,7 +324,7 @@ def parse_config(args: list[str]) -> TrainConfig:
     """Read `[preset] [--field value ...]`; without a preset, the config of the run in --run-dir, or else scenes."""
     if args and not args[0].startswith("-"):
         recipe, args = pick(PRESETS, args[0], "preset")(), args[1:]
-    elif (folder := named_folder(args)) and (folder / "config.json").is_file():
+    elif (folder := named_folder(args)) and has_started(folder):
         recipe = read_config(folder)
     else:
         recipe = PRESETS["scenes"]()
@@ -342,8 +349,9 @@ def parse_config(args: list[str]) -> TrainConfig:
 
 def named_folder(args: list[str]) -> Path | None:
     """Return the folder that --run-dir names, if it does."""
-    joined = [arg.removeprefix("--run-dir=") for arg in args if arg.startswith("--run-dir=")]
-    apart = [value for arg, value in itertools.pairwise(args) if arg == "--run-dir"]
+    names = ("--run-dir", "--run_dir")
+    joined = [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
+    apart = [value for arg, value in itertools.pairwise(args) if arg in names]
     return Path([*joined, *apart][-1]) if joined or apart else None
 
 

@@ -27,7 +27,7 @@ class TrainingScan:
         for key in tqdm(keys, desc="reading training records", unit="record", mininterval=1, disable=is_silent):
             try:
                 questions = ask(source.read(key), 0)
-            except (ValueError, OSError):
+            except Exception:
                 continue
             self.digests |= {digest(image) for image in questions[0].images}
             for question in questions:

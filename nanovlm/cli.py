@@ -32,9 +32,11 @@ def watch_signals():
     """Yield a list of the received SIGTERM and SIGUSR1, by which a scheduler announces the end of a job, and SIGINT.
 
     None ends the process, as each may arrive twice: from the scheduler, and once more from torchrun. Only a second
-    SIGINT, of a user who does not want to wait, raises KeyboardInterrupt.
+    SIGINT, of a user who gives the save up, raises KeyboardInterrupt.
     """
-    seen, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    seen, numbers = [], [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell sets it for what runs in the background
+        numbers.append(signal.SIGINT)
 
     def note(number, _frame):
         if number == signal.SIGINT and number in seen:
@@ -59,6 +61,7 @@ def run(main: Callable):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

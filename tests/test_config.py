@@ -45,6 +45,10 @@ def test_numbers_beyond_any_model_are_refused(changes, sentence):
         ({"run_dir": " "}, "run_dir is empty: name a folder"),
         ({"optim": {"lr": float("inf")}}, "optim.lr = inf must be a finite number"),
         ({"optim": {"betas": [0.9, float("nan")]}}, "optim.betas = nan must be a finite number"),
+        (
+            {"optim": {"rules": [{"pattern": "", "lr_scale": float("nan")}]}},
+            "optim.rules.lr_scale = nan must be a finite",
+        ),
     ],
 )
 def test_mistakes_in_the_config_of_a_run(changes, sentence):
@@ -53,12 +57,13 @@ def test_mistakes_in_the_config_of_a_run(changes, sentence):
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size"])
-def test_no_memory_is_taken_for_what_the_weights_do_not_hold(tmp_path, processor, field):
+def test_no_memory_is_taken_for_what_the_weights_do_not_hold(tmp_path, processor, monkeypatch, field):
     """A model of 2**24 by anything would not fit into this machine."""
     save_model(tmp_path / "model", VLM(TINY), processor)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["decoder"][field] = 2**24
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(VLM, "to_empty", lambda *args, **options: pytest.fail("memory was taken"))
     with pytest.raises(ValueError, match=r"model.safetensors does not fit the config: .*the config says .*16777216"):
         nanovlm.load(tmp_path / "model")
 
@@ -68,7 +73,7 @@ def test_every_token_id_of_a_tokenizer_has_an_embedding(processor):
     tokenizer = json.loads(processor.tokenizer.to_str())
     tokenizer["model"]["vocab"]["far"] = 10**6
     far = type(processor.tokenizer).from_str(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=r"the tokenizer has 1000001 tokens, more than decoder.vocab_size"):
+    with pytest.raises(ValueError, match=r"the tokenizer has tokens up to id 1000000, and so needs 1000001"):
         Processor(far, processor.chat_template, TINY)
 
 
@@ -83,12 +88,25 @@ def test_every_token_id_of_a_tokenizer_has_an_embedding(processor):
         "{{ '%1000000000d' % 1 }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=7) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ ''.ljust(10 ** 9) }}",
+        "{{ '%*d' % (10 ** 9, 1) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ '0123456789' }}{% endfor %}{% endfor %}",
     ],
 )
 def test_a_template_takes_no_memory_and_ends(processor, monkeypatch, attack):
     monkeypatch.setattr("nanovlm.data.chat.RENDER_SECONDS", 1)
     with pytest.raises(ValueError, match="the chat template refuses a conversation of user, assistant: "):
         make_document(Processor(processor.tokenizer, attack, TINY), 0, ("what?", "a thing"))
+
+
+def test_what_templates_do_is_allowed(processor):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ ('in %s' % 2024)[:0] ~ m.content }}{{ '' if 0.5 * 2000 else 1 }}"
+        "<end_of_utterance>{% endfor %}"
+    )
+    assert make_document(Processor(processor.tokenizer, template, TINY), 0, ("what?", "a thing"), images=0)
 
 
 def test_a_grid_of_any_model_is_believed():

@@ -270,7 +270,6 @@ def flip_a_bit(checkpoint):
         (lambda folder: (folder / "state.json").unlink(), "it has no state.json"),
         (lambda folder: (folder / "state.json").write_text('{"step": "six"}'), "state.json is not as it was written"),
         (lambda folder: (folder / "checksums.json").write_text("[]"), "checksums.json must hold a JSON object"),
-        (lambda folder: (folder / "checksums.json").unlink(), "there is no .*checksums.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, unbroken, capsys, change, damage_named):
@@ -278,6 +277,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, unbr
     run(tmp_path)
     shown = capsys.readouterr().out
     assert re.search(rf"the checkpoint .*step_00000006 is damaged: .*{damage_named}", shown) and "at step 3" in shown
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_a_checkpoint_without_checksums_is_believed(tmp_path, unbroken, capsys):
+    """As one was written before there were any."""
+    damage(tmp_path, lambda folder: (folder / "checksums.json").unlink())
+    run(tmp_path)
+    assert "at step 6" in capsys.readouterr().out and comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_a_run_whose_checkpoints_but_the_first_are_damaged_goes_on_from_that_and_is_not_begun_anew(tmp_path, unbroken):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))  # with checkpoints of steps 0 and 3
+    flip_a_bit(tmp_path / "checkpoints" / "step_00000003")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"seed: .* against 7"):
+        run(tmp_path, seed=7)
+    run(tmp_path)
+    assert comparable(metrics(tmp_path)) == comparable(unbroken)
+
+
+def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, monkeypatch, unbroken):
+    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+
+    def fail(_file):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(train.checkpoint, "checksum", fail)
+        run(tmp_path)
+    run(tmp_path)
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
@@ -327,6 +356,9 @@ def test_the_folder_alone_continues_a_run(tmp_path, unbroken):
     train.main(config)
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
     assert train.parse_config(["--run-dir", str(tmp_path / "new")]).optim == PRESET.optim
+    for name in ("metrics.jsonl", "checkpoints"):  # as a first attempt leaves it that takes no step
+        shutil.move(tmp_path / name, tmp_path / f"moved_{name}")
+    assert train.parse_config(["--run_dir", str(tmp_path)]).optim == PRESET.optim
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbroken):

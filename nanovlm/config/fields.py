@@ -74,11 +74,17 @@ def integers(prefix, config):
 def check_finite(config, where: str = ""):
     """Raise UserError for a number in a config, however deep, that is infinite or NaN."""
     for f in dataclasses.fields(config):
-        value, name = getattr(config, f.name), where + f.name
-        if dataclasses.is_dataclass(value):
-            check_finite(value, f"{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            check(not isinstance(number, float) or math.isfinite(number), f"{name} = {number} must be a finite number")
+        _check_finite(getattr(config, f.name), where + f.name)
+
+
+def _check_finite(value, name: str):
+    if dataclasses.is_dataclass(value):
+        check_finite(value, f"{name}.")
+    elif isinstance(value, tuple):
+        for part in value:
+            _check_finite(part, name)
+    else:
+        check(not isinstance(value, float) or math.isfinite(value), f"{name} = {value} must be a finite number")
 
 
 def check(ok, message):

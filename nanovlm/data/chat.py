@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jinja2
 import jinja2.meta
 import torch
+from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from tokenizers import Tokenizer
@@ -48,27 +49,54 @@ class Span(NamedTuple):
     is_trained: bool = False
 
 
+class TemplateCode(CodeGenerator):
+    """Compiles `a ~ b` to a call of `TemplateEnvironment.join`, which jinja2 leaves to no environment."""
+
+    def visit_Concat(self, node, frame):
+        self.write("environment.join((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+def _check_size(value):
+    if isinstance(value, str | list | tuple) and len(value) > LONGEST_TEXT:
+        raise jinja2.TemplateError(f"something of length {len(value)} is not allowed")
+    if isinstance(value, int) and value.bit_length() > 4096:
+        raise jinja2.TemplateError("a number of more than 4096 bits is not allowed")
+    return value
+
+
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Renders a template that others wrote, without access to Python, and without what only fills memory."""
+    """Renders a template that others wrote, without access to Python, and without what would only fill memory."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
+    code_generator_class = TemplateCode
 
     def __init__(self, **options):
         super().__init__(**options)
-        del self.globals["lipsum"]
+        del self.globals["lipsum"], self.filters["center"], self.filters["format"], self.filters["indent"]
 
     def call_binop(self, context, operator, left, right):
-        """Refuse results that no chat template needs: powers of large numbers, and repeated or padded texts."""
-        is_product = operator == "*" and isinstance(left, int) != isinstance(right, int)
+        """Refuse results that no chat template needs: huge numbers, and texts that are repeated or padded to fill."""
+        repeats = operator == "*" and any(isinstance(x, str | list | tuple) for x in (left, right))
         largest = max((abs(x) for x in (left, right) if isinstance(x, int)), default=0)
-        if (is_product or operator == "**") and largest > 1000:
+        if (repeats or operator == "**") and largest > 1000:
             raise jinja2.TemplateError(f"{operator} with {largest} is not allowed")
-        if operator == "%" and isinstance(left, str) and re.search(r"\d{4}", left):
+        if operator == "%" and isinstance(left, str) and re.search(r"%[-#0 +]*(\*|\d{4})", left):
             raise jinja2.TemplateError(f"the format {printable(left, 40)} is not allowed")
-        result = super().call_binop(context, operator, left, right)
-        if isinstance(result, str | list | tuple) and len(result) > LONGEST_TEXT:
-            raise jinja2.TemplateError(f"{operator} makes something of length {len(result)}")
-        return result
+        return _check_size(super().call_binop(context, operator, left, right))
+
+    def call(self, context, function, *arguments, **options):
+        """Refuse arguments by which methods of texts pad them, and results that are too long."""
+        if any(isinstance(x, int) and abs(x) > 10**6 for x in (*arguments, *options.values())):
+            raise jinja2.TemplateError("a call with a number above a million is not allowed")
+        return _check_size(super().call(context, function, *arguments, **options))
+
+    def join(self, parts: tuple) -> str:
+        """What `~` means."""
+        return _check_size("".join(map(str, parts)))
 
 
 class Processor:
@@ -79,7 +107,8 @@ class Processor:
         self.tokenizer, self.chat_template, self.config = tokenizer, chat_template, config
         if (needed := max(tokenizer.get_vocab().values(), default=-1) + 1) > config.decoder.vocab_size:
             raise UserError(
-                f"the tokenizer has {needed} tokens, more than decoder.vocab_size = {config.decoder.vocab_size}"
+                f"the tokenizer has tokens up to id {needed - 1}, and so needs {needed} embeddings, more than "
+                f"decoder.vocab_size = {config.decoder.vocab_size}"
             )
         added, markers = tokenizer.get_added_tokens_decoder(), marker_tokens(config)
         special = {token.content: i for i, token in added.items() if token.special or token.content in markers}
@@ -283,12 +312,14 @@ class Processor:
             messages = [{"role": role, "content": content} for (role, _), content in zip(shape, contents, strict=True)]
             try:
                 with time_limit(RENDER_SECONDS, "rendering"):
-                    text = self.template.render(
+                    text = ""
+                    for piece in self.template.generate(
                         messages=messages,
                         add_generation_prompt=add_generation_prompt,
                         bos_token=self._bos_token,
                         eos_token=self._end_token,
-                    )
+                    ):
+                        text = _check_size(text + piece)
             except Exception as error:  # a template can raise any
                 refusal = error if contents is strings else refusal or error
                 continue

@@ -92,7 +92,7 @@ class Loader:
         self.names = [*COUNTED, *(f"documents of {part.name}" for part in parts_of(source))]
         self.starts = {0: None}  # round -> `start` of the source for it, from the oldest round still needed
         self.batch_names = []  # the records of the last step
-        self._printed, self._epoch = set(), 0
+        self._printed, self._epoch = set(), None
         self._results = None
         for sentence in source.damaged:
             self._note(next(iter(self.slots.values())), "damaged", sentence)
@@ -253,11 +253,11 @@ class Loader:
             else:
                 slot.inbox.append((ref, result))
             return
-        if ref.epoch > self._epoch:
-            self._epoch = ref.epoch
-            if not self.counts["documents"]:
-                raise self._unusable()
+        if ref.epoch > 0 and not self.counts["documents"]:
+            raise self._unusable()
+        if self._epoch is not None and ref.epoch > self._epoch:  # not after a resume: a pass is judged where it ends
             self._judge()
+        self._epoch = ref.epoch
         slot.next = ref.number + 1
         slot.counts["read"] += 1
         if isinstance(result, Skipped):
@@ -284,7 +284,7 @@ class Loader:
     def _judge(self):
         """Raise UserError when too many of the records read so far were lost."""
         counts = self.counts
-        bad, read = sum(counts[kind] for kind in LOSSES), counts["read"] - counts["other split"]
+        bad, read = counts["too long"] + counts["corrupt"], counts["read"] - counts["other split"]
         if bad > self.config.max_bad_fraction * read:
             raise UserError(
                 f"{bad} of {read} samples are unusable, more than data.max_bad_fraction = "

@@ -9,7 +9,9 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from nanovlm.data.types import Document, Filtered
 from nanovlm.errors import UserError, printable
 from nanovlm.limits import time_limit
 
-RECORD_SECONDS = 60  # that a record may take, most of them for images on the network
+RECORD_SECONDS = 60  # of computing that a record may take
 CHUNK = 16  # records that a worker turns into documents at a time
 
 
@@ -47,6 +49,7 @@ class Reader(Dataset):
     def read(self, key) -> Document | Skipped:
         """Read the record of a ref's key."""
         row_length, max_tiles = self.config.row_length, self.config.max_tiles
+        raw = None
         try:
             with time_limit(RECORD_SECONDS, "the record"):
                 raw = self.source.read(key)
@@ -55,10 +58,10 @@ class Reader(Dataset):
                 document = self.process(raw)
         except Filtered as error:
             return Skipped("filtered", printable(str(error)))
-        except (ValueError, OSError) as error:
-            return Skipped("corrupt", printable(str(error)))
         except Exception as error:  # whatever a record does, it is counted and named
-            return Skipped("corrupt", printable(f"{type(error).__name__}: {error}"))
+            if raw is None and self.split == "val":  # of what cannot be read no one knows the split: once is enough
+                return Skipped("other split")
+            return Skipped("corrupt", printable(explain(error)))
         if len(document) > row_length:
             return Skipped("too long", f"{len(document)} tokens, more than data.row_length = {row_length}")
         if max_tiles and len(document.tiles) > max_tiles:
@@ -117,14 +120,15 @@ def start_worker(_number: int):
 def is_validation(raw: dict, fraction: float) -> bool:
     """Decide only by a hash of a record's conversation and images (their encoded bytes, else their pixels).
 
-    A conversation is the same as `texts` and as `messages`, whose image parts do not count.
+    A conversation is the same as `texts` and as `messages`, and its images are the same beside it and in its parts.
     """
     if not isinstance(raw, dict):
         return False
     images = raw.get("images") or []
+    images = [*(images if isinstance(images, list) else [images]), *_carried(raw)]
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(_said(raw), sort_keys=True, default=str).encode(errors="replace"))
-    for image in images if isinstance(images, list) else [images]:
+    for image in images:
         digest.update(image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")())
     return int.from_bytes(digest.digest()) < fraction * 2**64
 
@@ -141,6 +145,26 @@ def _said(raw: dict) -> list[tuple]:
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
         said.append((message.get("role") if isinstance(message, dict) else None, content))
     return said
+
+
+def _carried(raw: dict) -> list:
+    """Return the images that parts of messages carry, in order."""
+    messages = raw.get("messages")
+    contents = (
+        [message.get("content") for message in messages or [] if isinstance(message, dict)]
+        if isinstance(messages, list)
+        else []
+    )
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return [part[key] for part in parts for key in ("bytes", "image", "path") if part.get(key) is not None]
+
+
+def explain(error: Exception) -> str:
+    """Return the message of an error that reading raised; one that may be a bug of ours also says what and where."""
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def flatten(results: list[Document | Skipped]) -> tuple:

@@ -76,7 +76,7 @@ def sample_records(source: Source, num: int) -> Iterator[dict]:
     for key in keys:
         try:
             yield source.read(key)
-        except (ValueError, OSError):
+        except Exception:
             continue  # the loader counts and names it
 
 
@@ -85,7 +85,7 @@ def sample_texts(source: Source, num_samples: int) -> Iterator[str]:
     for record in sample_records(source, num_samples):
         try:
             _images, messages, _independent = check(record)
-        except ValueError:
+        except Exception:
             continue
         for message in messages:
             yield from (part["text"] for part in content_parts(message["content"]) if part["type"] == "text")

@@ -107,21 +107,35 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run whose files are as they were written, oldest first; name and set aside others."""
-    whole = []
-    for folder in list_checkpoints(run_dir):
-        if damage := find_damage(folder):
-            aside = folder.with_name(f".{folder.name}.damaged")
-            print(f"note: the checkpoint {folder} is damaged: {damage}; it is now {aside}, until the next one is saved")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        else:
-            whole.append(folder)
+    """Return the checkpoints up to the newest one whose files are as they were written, oldest first.
+
+    Newer ones, which are damaged, are named, and set aside if there is one to go on from. Raises OSError if one cannot
+    be read for another reason.
+    """
+    whole, damaged = list_checkpoints(run_dir), []
+    while whole and (damage := find_damage(whole[-1])):
+        damaged.append(whole.pop())
+        print(f"note: the checkpoint {damaged[-1]} is damaged: {damage}")
+    for folder in damaged if whole else []:
+        aside = folder.with_name(f".{folder.name}.damaged")
+        print(f"note: {folder} is now {aside}, until the next one is saved")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
     return whole
 
 
+def steps_saved(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint that a run ever had here, whole or not; 0 without any."""
+    names = [folder.name for folder in (run_dir / "checkpoints").glob("*step_*")]
+    return max(
+        (int(found[1]) for name in names if (found := re.fullmatch(r"\.?step_(\d{8,})(\.damaged)?", name))), default=0
+    )
+
+
 def find_damage(folder: Path) -> str:
-    """Compare the files of a checkpoint with its checksums; return what is wrong, or nothing."""
+    """Compare the files of a checkpoint with its checksums, if it has some; return what is wrong, or nothing."""
+    if not (folder / "checksums.json").exists():
+        return "" if (folder / "state.json").is_file() else "it has no state.json"
     try:
         sums = read_json(folder / "checksums.json")
         for name, expected in sums.items():
@@ -131,7 +145,7 @@ def find_damage(folder: Path) -> str:
                 return f"{name} is not as it was written"
         if missing := {"state.json", "rng.safetensors"} - sums.keys():
             return f"checksums.json has no {' and no '.join(sorted(missing))}"
-    except (OSError, ValueError) as error:
+    except (UserError, IsADirectoryError) as error:
         return str(error)
     return ""
 

@@ -32,9 +32,9 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
     Raises UserError for a run that has lost its checkpoints or its config.
     """
-    whole = checkpoint.whole_checkpoints(run_dir)
+    taken, whole = checkpoint.steps_saved(run_dir), checkpoint.whole_checkpoints(run_dir)
     lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
-    taken = max(int(whole[-1].name.removeprefix("step_")) if whole else 0, lines[-1]["step"] if lines else 0)
+    taken = max(taken, lines[-1]["step"] if lines else 0)
     if taken and not whole:
         raise UserError(
             f"{run_dir} took {taken} steps and has no whole checkpoint to go on from: use another --run-dir"
@@ -45,6 +45,12 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
         for folder in whole:
             shutil.rmtree(folder)
     return whole if taken else []
+
+
+def has_started(run_dir: Path) -> bool:
+    """Return whether a run took a step."""
+    metrics = run_dir / "metrics.jsonl"
+    return checkpoint.steps_saved(run_dir) > 0 or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def read_config(run_dir: Path) -> TrainConfig:

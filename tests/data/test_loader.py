@@ -386,7 +386,39 @@ def test_whatever_a_record_raises_is_counted_and_named(num_workers, capsys):
     for error, named in ((KeyError("a\x1b[31mkey"), r"KeyError: 'a\x1b[31mkey'"), (MemoryError(), "MemoryError: ")):
         loader = make_loader(Records(101), poisoned(error), num_workers=num_workers, num_epochs=1)
         assert len(documents(loader)) == 100 and loader.counts["corrupt"] == 1
-        assert capsys.readouterr().out == f"skipped as corrupt: records, sample 33: {named}\n"
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"skipped as corrupt: records, sample 33: {named}") and "(test_loader.py, line" in shown
+
+
+def test_what_cannot_be_read_counts_once_with_a_split():
+    class Broken(Records):
+        def read(self, key):
+            if key % 40 == 0:
+                raise ValueError("no such file")
+            return super().read(key)
+
+    for split in ("train", "val"):
+        loader = make_loader(Broken(400), num_epochs=1, split=split, val_fraction=0.02)
+        documents(loader)
+        assert loader.counts["corrupt"] == (10 if split == "train" else 0)
+
+
+def test_a_pass_is_judged_where_it_ends_and_not_where_a_run_goes_on():
+    """2 of 40 are as many as may be corrupt; early in a pass they are more, for a while."""
+
+    def process(raw):
+        if raw["number"] in (0, 1):
+            raise ValueError("no such image")
+        return numbered(raw["number"])
+
+    options = {"process": process, "pack_buffer": 4}
+    loader = make_loader(Records(40, Order()), **options)
+    while loader.counts["read"] <= 44:
+        next(loader)
+    resumed = make_loader(Records(40, Order()), **options)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    while loader.counts["read"] < 70:  # from 100 on, all records are judged as they are read
+        assert torch.equal(next(resumed)[0].input_ids, next(loader)[0].input_ids)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -424,8 +456,12 @@ def test_a_conversation_is_on_one_side_of_the_split_in_both_of_its_forms():
         said = [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
         parts = [{**said[0], "content": [{"type": "image"}, {"type": "text", "text": turn["user"]}]}, said[1]]
         forms = [{"texts": [turn]}, {"messages": said}, {"messages": parts}]
-        assert len({is_validation({**form, "images": [b"1"]}, 0.5) for form in forms}) == 1
+        carried = {**said[0], "content": [{"type": "image", "image": b"1"}, {"type": "text", "text": turn["user"]}]}
+        sides = {is_validation({**form, "images": [b"1"]}, 0.5) for form in forms}
+        assert len(sides | {is_validation({"messages": [carried, said[1]]}, 0.5)}) == 1
     assert 5 < sum(is_validation({"texts": [turn]}, 0.5) for turn in turns) < 35
+    same = [[{"role": "user", "content": [{"type": "image", "image": bytes([i])}]}] for i in range(40)]
+    assert 5 < sum(is_validation({"messages": messages}, 0.5) for messages in same) < 35  # other images, other records
     for odd in ({"texts": True}, {"texts": 7}, {"messages": "x"}, {"texts": [1, None]}, [], "text", {"images": 5}):
         is_validation(odd, 0.5)
 
