@@ -57,9 +57,9 @@ from nanovlm.train.optim import assign_rules, make_optimizers
 from nanovlm.train.resume import (
     check_same_config,
     find_checkpoints,
-    has_started,
     read_config,
     share_micro_batches,
+    steps_taken,
     write_config,
 )
 from nanovlm.train.state import TrainState
@@ -324,7 +324,7 @@ def parse_config(args: list[str]) -> TrainConfig:
     """Read `[preset] [--field value ...]`; without a preset, the config of the run in --run-dir, or else scenes."""
     if args and not args[0].startswith("-"):
         recipe, args = pick(PRESETS, args[0], "preset")(), args[1:]
-    elif (folder := named_folder(args)) and has_started(folder):
+    elif (folder := named_folder(args)) and steps_taken(folder):
         recipe = read_config(folder)
     else:
         recipe = PRESETS["scenes"]()

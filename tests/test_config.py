@@ -91,6 +91,7 @@ def test_every_token_id_of_a_tokenizer_has_an_embedding(processor):
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% set ns = namespace(x=7) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
         "{{ ''.ljust(10 ** 9) }}",
+        "{{ 'a' | indent(10 ** 9, true) }}",
         "{{ '%*d' % (10 ** 9, 1) }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{{ '0123456789' }}{% endfor %}{% endfor %}",
     ],
@@ -103,7 +104,8 @@ def test_a_template_takes_no_memory_and_ends(processor, monkeypatch, attack):
 
 def test_what_templates_do_is_allowed(processor):
     template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ ('in %s' % 2024)[:0] ~ m.content }}{{ '' if 0.5 * 2000 else 1 }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ ('in %s' % 2024)[:0] ~ m.content }}"
+        "{{ '' if 0.5 * 2000 else 'a' | indent }}"
         "<end_of_utterance>{% endfor %}"
     )
     assert make_document(Processor(processor.tokenizer, template, TINY), 0, ("what?", "a thing"), images=0)

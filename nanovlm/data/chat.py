@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import jinja2.filters
 import jinja2.meta
 import torch
 from jinja2.compiler import CodeGenerator
@@ -68,6 +69,13 @@ def _check_size(value):
     return value
 
 
+def _indent(text, width=4, *arguments, **options):
+    """The filter of that name, which published templates use, up to a width that they need."""
+    if (width if isinstance(width, int) else len(width)) > 1000:
+        raise jinja2.TemplateError(f"indent with {printable(str(width), 40)} is not allowed")
+    return _check_size(jinja2.filters.do_indent(text, width, *arguments, **options))
+
+
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """Renders a template that others wrote, without access to Python, and without what would only fill memory."""
 
@@ -76,7 +84,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options):
         super().__init__(**options)
-        del self.globals["lipsum"], self.filters["center"], self.filters["format"], self.filters["indent"]
+        del self.globals["lipsum"], self.filters["center"], self.filters["format"]
+        self.filters["indent"] = _indent
 
     def call_binop(self, context, operator, left, right):
         """Refuse results that no chat template needs: huge numbers, and texts that are repeated or padded to fill."""
@@ -312,14 +321,18 @@ class Processor:
             messages = [{"role": role, "content": content} for (role, _), content in zip(shape, contents, strict=True)]
             try:
                 with time_limit(RENDER_SECONDS, "rendering"):
-                    text = ""
+                    pieces, length = [], 0
                     for piece in self.template.generate(
                         messages=messages,
                         add_generation_prompt=add_generation_prompt,
                         bos_token=self._bos_token,
                         eos_token=self._end_token,
                     ):
-                        text = _check_size(text + piece)
+                        pieces.append(piece)
+                        length += len(piece)
+                        if length > LONGEST_TEXT:
+                            raise jinja2.TemplateError(f"a text of more than {LONGEST_TEXT} characters is not allowed")
+                    text = "".join(pieces)
             except Exception as error:  # a template can raise any
                 refusal = error if contents is strings else refusal or error
                 continue

@@ -133,13 +133,16 @@ def is_validation(raw: dict, fraction: float) -> bool:
     return int.from_bytes(digest.digest()) < fraction * 2**64
 
 
+def _list_of(record: dict, key: str) -> list:
+    return record[key] if isinstance(record.get(key), list) else []
+
+
 def _said(raw: dict) -> list[tuple]:
     """Return (role, text) of each message of a record, as far as it has a known form."""
-    texts, messages = raw.get("texts") or [], raw.get("messages") or []
     said = []
-    for turn in texts if isinstance(texts, list) else []:
+    for turn in _list_of(raw, "texts"):
         said += [(role, turn.get(role)) for role in ("user", "assistant")] if isinstance(turn, dict) else [turn]
-    for message in messages if isinstance(messages, list) else []:
+    for message in _list_of(raw, "messages"):
         content = message.get("content") if isinstance(message, dict) else message
         if isinstance(content, list):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
@@ -149,13 +152,8 @@ def _said(raw: dict) -> list[tuple]:
 
 def _carried(raw: dict) -> list:
     """Return the images that parts of messages carry, in order."""
-    messages = raw.get("messages")
-    contents = (
-        [message.get("content") for message in messages or [] if isinstance(message, dict)]
-        if isinstance(messages, list)
-        else []
-    )
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    messages = [message for message in _list_of(raw, "messages") if isinstance(message, dict)]
+    parts = [part for message in messages for part in _list_of(message, "content") if isinstance(part, dict)]
     return [part[key] for part in parts for key in ("bytes", "image", "path") if part.get(key) is not None]
 
 

@@ -32,9 +32,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
     Raises UserError for a run that has lost its checkpoints or its config.
     """
-    taken, whole = checkpoint.steps_saved(run_dir), checkpoint.whole_checkpoints(run_dir)
-    lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
-    taken = max(taken, lines[-1]["step"] if lines else 0)
+    taken, whole = steps_taken(run_dir), checkpoint.whole_checkpoints(run_dir)
     if taken and not whole:
         raise UserError(
             f"{run_dir} took {taken} steps and has no whole checkpoint to go on from: use another --run-dir"
@@ -47,10 +45,10 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return whole if taken else []
 
 
-def has_started(run_dir: Path) -> bool:
-    """Return whether a run took a step."""
-    metrics = run_dir / "metrics.jsonl"
-    return checkpoint.steps_saved(run_dir) > 0 or (metrics.is_file() and metrics.stat().st_size > 0)
+def steps_taken(run_dir: Path) -> int:
+    """Return the steps that a run took, by its metrics and by the checkpoints that it ever had, whole or not."""
+    lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
+    return max(checkpoint.steps_saved(run_dir), lines[-1]["step"] if lines else 0)
 
 
 def read_config(run_dir: Path) -> TrainConfig:
