@@ -29,6 +29,7 @@ from nanovlm.data.images import decode_image, make_tiles, marker_tokens
 from nanovlm.data.loader import Loader
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import IN_ORDER, deal
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Document
@@ -47,7 +48,7 @@ class LoadingConfig:
 class Tokenised:
     """A source of texts that are tokenised already; the images are left out."""
 
-    name = "tokenised text"
+    name, damaged, blocks, order = "tokenised text", (), None, IN_ORDER
 
     def __init__(self, num: int):
         self.lengths, _num_tiles = documents(num)
@@ -55,7 +56,10 @@ class Tokenised:
     def __len__(self):
         return len(self.lengths)
 
-    def raw(self, index: int) -> dict:
+    def refs(self, slots, num_slots, start=None):
+        return deal(self, slots, num_slots, start)
+
+    def read(self, index: int) -> dict:
         return {"input_ids": np.full(self.lengths[index], index)}
 
 

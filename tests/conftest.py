@@ -21,6 +21,7 @@ from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.hub.stored import read_model
+from nanovlm.model import attention
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Rows
@@ -86,13 +87,16 @@ def processor():
     return Processor(train_tokenizer(sample_texts(Scenes("train"), 50), 512), CHAT_TEMPLATE, TINY)
 
 
-@pytest.fixture(params=sorted(ATTENTION))
-def model(request):
+@pytest.fixture(params=[*sorted(ATTENTION), "sdpa by documents"])
+def model(request, monkeypatch):
     """A random tiny model for each attention backend of the decoder; half of it where the backend is slow on a CPU."""
-    skip_without_interpreter(request.param)
+    backend, by_documents = request.param.removesuffix(" by documents"), request.param.endswith("by documents")
+    skip_without_interpreter(backend)
+    if by_documents:  # which rows as short as those of most tests do not pay
+        monkeypatch.setattr(attention, "CALL", -(10**9))
     torch.manual_seed(0)
-    fewer = {} if request.param == "sdpa" else dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    decoder = dataclasses.replace(TINY.decoder, attention=request.param, **fewer)
+    fewer = {} if backend == "sdpa" else dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    decoder = dataclasses.replace(TINY.decoder, attention=backend, **fewer)
     return VLM(dataclasses.replace(TINY, decoder=decoder)).eval()
 
 

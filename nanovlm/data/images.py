@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
@@ -98,7 +99,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # palettes with byte transparency
             image = image if image.mode == "RGBA" else image.convert("RGBA")
         return _on_white(image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -136,8 +138,9 @@ def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
     plan, side = plan_tiles(*image.size, config), config.tile_size
     tiles = []
     for drawn in pick(TILING, config.tiling.policy, "tiling.policy").draw(image, plan, config):
-        tiles.append(rearrange(np.asarray(drawn), "(row h) (column w) C -> (row column) C h w", h=side, w=side))
-    return torch.from_numpy(np.concatenate(tiles))
+        pixels = torch.from_numpy(np.array(drawn)) if isinstance(drawn, Image.Image) else drawn
+        tiles.append(rearrange(pixels, "(row h) (column w) C -> (row column) C h w", h=side, w=side))
+    return torch.cat(tiles)
 
 
 def layout(plan: TilePlan, image: str, config: VLMConfig, number: int | None = None) -> str:
@@ -172,14 +175,15 @@ def plan_fit(width: int, height: int, config: VLMConfig) -> TilePlan:
     return TilePlan(max(1, round(width * scale)), max(1, round(height * scale)), rows, cols, rows * cols > 1)
 
 
-def draw_fit(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+def draw_fit(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Tensor]:
     """Centre the image on the grid, then the whole image on one tile."""
     side = config.tile_size
     scale = _scale(*image.size, 1, 1, side)
     canvas = _centre(image, (plan.width, plan.height), (plan.cols * side, plan.rows * side))
     if not plan.has_global:
         return [canvas]
-    return [canvas, _centre(image, tuple(max(1, round(edge * scale)) for edge in image.size), (side, side))]
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    return [canvas, _centre(image, (width, height), (side, side))]
 
 
 def layout_fit(plan: TilePlan, image: str, config: VLMConfig) -> str:
@@ -197,15 +201,31 @@ def _scale(width, height, rows, cols, side):
     return min(cols * side / width, rows * side / height)
 
 
-def _centre(image, size, canvas_size):
-    """Resize an image and put it in the middle of a grey canvas."""
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+def _centre(image: Image.Image, size: tuple[int, int], canvas_size: tuple[int, int]) -> Tensor:
+    """Resize an image and put it in the middle of a grey canvas: uint8[H, W, C]."""
+    pixels = _resize(image, size)
     if size == canvas_size:
-        return image
-    canvas = Image.new("RGB", canvas_size, (128, 128, 128))
-    canvas.paste(image, tuple((whole - part) // 2 for whole, part in zip(canvas_size, size, strict=True)))
+        return pixels
+    (width, height), (left, top) = size, ((whole - part) // 2 for whole, part in zip(canvas_size, size, strict=True))
+    canvas = torch.full((canvas_size[1], canvas_size[0], 3), 128, dtype=torch.uint8)
+    canvas[top : top + height, left : left + width] = pixels
     return canvas
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Resize by torch's antialiased bicubic filter, which is as exact as PIL's and two to three times as fast.
+
+    Both round between rows and columns, so a few values of a photograph differ by 1/255, very few by 2/255. PIL resizes
+    what is at least six times as large, where averaging it first (`reducing_gap`) saves more. Returns uint8[H, W, C].
+    """
+    if any(whole >= 6 * part for whole, part in zip(image.size, size, strict=True)):
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    pixels = torch.from_numpy(np.array(image))
+    if size == image.size:
+        return pixels
+    x_1CHW = rearrange(pixels, "H W C -> 1 C H W")
+    x_1CHW = F.interpolate(x_1CHW, (size[1], size[0]), mode="bicubic", antialias=True)
+    return rearrange(x_1CHW, "1 C H W -> H W C")
 
 
 # ---- idefics3: every image at one scale, stretched to whole tiles ----
@@ -344,11 +364,12 @@ def _check_size(width, height):
 class Tiling(NamedTuple):
     """A policy: size -> plan, image -> grid and whole view, plan -> text, config -> markers in such texts.
 
+    Grid and view are RGB images, or already uint8[H, W, C].
     `number` is the text before each of several images.
     """
 
     plan: Callable[[int, int, VLMConfig], TilePlan]
-    draw: Callable[[Image.Image, TilePlan, VLMConfig], list[Image.Image]]
+    draw: Callable[[Image.Image, TilePlan, VLMConfig], list[Image.Image] | list[Tensor]]
     layout: Callable[[TilePlan, str, VLMConfig], str]
     markers: Callable[[VLMConfig], list[str]]
     number: str = ""
