@@ -10,63 +10,41 @@
 An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
 """
 
+import sys
+
+from nanovlm import cli
+from nanovlm.command_line import GenerateConfig, parse_generate
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    CONFIG = cli.run(lambda: parse_generate(sys.argv[1:], __doc__).validate())
+
 import contextlib
 import json
 import resource
-import sys
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 
 import torch
-import tyro
 
 import nanovlm
-from nanovlm import cli
-from nanovlm.config import QuantizationConfig
+from nanovlm.config import QuantizationConfig, SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
+from nanovlm.environment import find_device
 from nanovlm.errors import UserError
-from nanovlm.infer.sampling import SamplingConfig, cut_at_end, stream
+from nanovlm.infer.sampling import cut_at_end, stream
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM, Extras
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
-    # A model folder, as train.py writes it or in a layout of the hub; a repository of the hub, owner/name[@revision];
-    # a .gguf file; or smollm2, a language model from a package.
-    model: str
-    # Image files, in the order in which the model sees them.
-    image: tuple[Path, ...] = ()
-    # Questions about the images; with several, they are answered as one batch. Without any: a chat.
-    prompt: tuple[str, ...] = ()
-    # Print one JSON object for each prompt: text, token counts, speed, memory.
-    json: bool = False
-    # Print which experts the tokens of each answer went to (of a mixture of experts).
-    show_routing: bool = False
-    # How to choose tokens.
-    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
-    # cpu, cuda, or auto (cuda when there is one).
-    device: str = "auto"
-    # Precision of the weights; auto takes that of the file.
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
-    # folder.
-    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
-
-
 def main(config: GenerateConfig):
     """Answer the prompts, or chat. Raises UserError with one sentence for anything wrong with the input."""
-    config.sampling.validate()
-    if config.json and not config.prompt:
-        raise UserError("--json needs a --prompt; a chat has no JSON form")
+    config.validate()
     images = [open_image(path) for path in config.image]
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
-    model, processor = nanovlm.load(config.model, cli.find_device(config.device), dtype)
+    model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
     if config.show_routing and model.config.decoder.moe is None:
@@ -193,10 +171,5 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
         messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
 
 
-def command():
-    """Run this file as a script, or the command nanovlm-generate."""
-    cli.run(lambda: main(tyro.cli(GenerateConfig, description=__doc__)))
-
-
 if __name__ == "__main__":
-    command()
+    cli.run(lambda: main(CONFIG))

@@ -3,25 +3,30 @@
     python train.py                              the default preset, scenes
     python train.py scenes --optim.lr 2e-3       any field by its dotted name
     python train.py --run-dir runs/second        started again with the same folder, a run continues
-    python train.py --help                       every field and its meaning
+    python train.py --help                       what is often set; every field: --help-all
     torchrun --nproc-per-node 8 train.py smolvlm_256m_stage3 --parallel.strategy fsdp      on 8 GPUs
 
 The run directory receives config.json, metrics.jsonl (a line a step), checkpoints/, and at the end model/
 (all that generate.py needs), curves.png, and the results of the tasks: eval.json and samples.png.
 """
 
+import sys
+
+from nanovlm import cli
+from nanovlm.command_line import parse_train
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    CONFIG = cli.run(lambda: parse_train(sys.argv[1:], __doc__).validate())
+
 import contextlib
 import dataclasses
-import itertools
 import json
 import signal
-import sys
 import time
 from collections.abc import Sized
 from pathlib import Path
 
 import torch
-import tyro
 from PIL import Image
 
 from eval.controls import TrainingScan
@@ -29,8 +34,8 @@ from eval.routing import draw_routing, measure_routing
 from eval.run import answer, evaluate, format_table
 from eval.sheet import choose, describe, draw_sheet
 from eval.tasks import Question, Task, open_task, read_questions
-from nanovlm import cli, distributed
-from nanovlm.config import MoEConfig, TrainConfig, pick
+from nanovlm import distributed
+from nanovlm.config import TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
@@ -43,13 +48,13 @@ from nanovlm.environment import (
     choose_threads,
     describe_environment,
     device_name,
+    find_device,
     keep_freed_memory,
 )
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.build import meta_model
 from nanovlm.objectives import OBJECTIVES
-from nanovlm.presets import PRESETS
 from nanovlm.train import checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
@@ -57,9 +62,7 @@ from nanovlm.train.optim import assign_rules, make_optimizers
 from nanovlm.train.resume import (
     check_same_config,
     find_checkpoints,
-    read_config,
     share_micro_batches,
-    steps_taken,
     write_config,
 )
 from nanovlm.train.state import TrainState
@@ -73,7 +76,7 @@ RESTART = 75  # exit status of a run that a signal ended: it is saved and can be
 def main(config: TrainConfig) -> dict:
     """Train, resume or report a finished run; return the contents of its eval.json, an empty dict on other ranks."""
     config.validate()
-    with distributed.ranks(cli.find_device(config.device)) as device:
+    with distributed.ranks(find_device(config.device)) as device:
         if distributed.rank():
             with contextlib.redirect_stdout(None):
                 distributed.wait()  # until the first rank has the folder
@@ -320,45 +323,5 @@ def profile(config: TrainConfig, run_dir: Path, steps_done: int):
         yield profiler.step
 
 
-def parse_config(args: list[str]) -> TrainConfig:
-    """Read `[preset] [--field value ...]`; without a preset, the config of the run in --run-dir, or else scenes."""
-    if args and not args[0].startswith("-"):
-        recipe, args = pick(PRESETS, args[0], "preset")(), args[1:]
-    elif (folder := named_folder(args)) and steps_taken(folder):
-        recipe = read_config(folder)
-    else:
-        recipe = PRESETS["scenes"]()
-    # Naming one of its fields switches the mixture of experts on; the help shows them too.
-    if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help", "-h")) for a in args):
-        decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
-    if any(arg.split("=")[0] == "--data.sources" for arg in args):  # the preset's lessons and tasks fit its own data
-        data, judged = dataclasses.replace(recipe.data, lessons=()), dataclasses.replace(recipe.eval, tasks=())
-        recipe = dataclasses.replace(recipe, data=data, eval=judged)
-    presets = "\n".join(f"    {name:<12} {function.__doc__}" for name, function in PRESETS.items())
-    description = f"{__doc__}\nPresets, named before the options:\n\n{presets}"
-    return tyro.cli(
-        TrainConfig,
-        args=args,
-        prog=f"{Path(sys.argv[0]).name} [preset]",
-        default=recipe,
-        description=description,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
-
-def named_folder(args: list[str]) -> Path | None:
-    """Return the folder that --run-dir names, if it does."""
-    names = ("--run-dir", "--run_dir")
-    joined = [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
-    apart = [value for arg, value in itertools.pairwise(args) if arg in names]
-    return Path([*joined, *apart][-1]) if joined or apart else None
-
-
-def command():
-    """Run this file as a script, or the command nanovlm-train."""
-    cli.run(lambda: main(parse_config(sys.argv[1:])))
-
-
 if __name__ == "__main__":
-    command()
+    cli.run(lambda: main(CONFIG))

@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovlm import cli
 from nanovlm.config import pick
-from nanovlm.environment import describe_environment
+from nanovlm.environment import describe_environment, find_device
 from nanovlm.errors import UserError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.jsonl"
@@ -75,7 +75,7 @@ class Case:
 
 
 def main(config: KernelsConfig):
-    device = cli.find_device("auto")
+    device = find_device("auto")
     if device.type == "cpu" and not config.tiny:
         raise UserError("there is no GPU here, so there is nothing to time; --tiny runs small shapes all the same")
     if device.type == "cpu":

@@ -42,7 +42,7 @@ from nanovlm.config import (
 )
 from nanovlm.data.loader import collate
 from nanovlm.data.types import IGNORE, Batch, Row
-from nanovlm.environment import describe_environment
+from nanovlm.environment import describe_environment, find_device
 from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken
@@ -96,7 +96,7 @@ def main(config: TrainBenchmarkConfig):
     if config.only:
         print(json.dumps(measure(config, **json.loads(config.only))))
         return
-    device = cli.find_device("auto")
+    device = find_device("auto")
     peak = peak_flops(device) or matmul_rate(device, config.threads)
     jobs = [job | {"peak": peak} for shape in config.shapes for job in list_jobs(shape, config)]
     for job in tqdm(jobs, unit="run"):
@@ -141,7 +141,7 @@ def run(config: TrainBenchmarkConfig, job: dict) -> dict:
 def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, way, parallel: dict, peak: float) -> dict:
     """Check the loss of the first step against the plain reading, then time whole steps."""
     torch.set_num_threads(config.threads)
-    device = cli.find_device("auto")
+    device = find_device("auto")
     torch.manual_seed(0)
     model = VLM(SHAPES[shape]).to(device)
     batch = make_batch(model.config, rows, row_length)

@@ -15,6 +15,7 @@ from eval.tasks import Question, open_task, read_questions
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
+from nanovlm.environment import find_device
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.model.moe import expert_load
@@ -100,7 +101,7 @@ class RoutingConfig:
 
 
 def main(config: RoutingConfig):
-    model, processor = load(config.model, cli.find_device(config.device))
+    model, processor = load(config.model, find_device(config.device))
     loads = measure_routing(model, processor, read_questions(open_task(config.task, config.limit)))
     write_file(config.png, draw_routing(loads))
     print(f"drawn in {config.png}")

@@ -23,15 +23,18 @@ from tqdm import tqdm
 from eval.controls import TrainingScan, blank_images, shuffled_images
 from eval.tasks import TASKS, Question, Task, open_task, read_questions
 from nanovlm import cli, load
+from nanovlm.config import SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_sources
+from nanovlm.environment import find_device
 from nanovlm.errors import UserError
-from nanovlm.infer.sampling import SamplingConfig, generate
+from nanovlm.infer.sampling import generate
 from nanovlm.model.vlm import VLM
 
 BATCH_ROWS = 128
 MAX_NEW_TOKENS = 48
+LONGEST_KIND = 40  # characters of a kind that a table shows
 
 
 def answer(
@@ -108,10 +111,11 @@ def format_table(results: dict[str, dict]) -> str:
     lines = []
     for name, result in results.items():
         columns = [column for column in ("blank", "shuffled", "majority") if f"{column}_mean" in result]
-        width = max(14, len(name), *(len(kind) + 2 for kind in result["kinds"]))
+        width = max(14, len(name), *(min(len(kind), LONGEST_KIND) + 2 for kind in result["kinds"]))
         lines.append(f"{name:<{width}} {'exact %':>8}{''.join(f'{c:>10}' for c in columns)}{'n':>7}")
         for kind, row in sorted(result["kinds"].items()):
             shares = "".join(f"{100 * row[column]:10.1f}" for column in columns)
+            kind = kind if len(kind) <= LONGEST_KIND else kind[: LONGEST_KIND - 4] + " ..."
             lines.append(f"{'  ' + kind:<{width}} {100 * row['accuracy']:8.1f}{shares}{row['n']:7}")
         if "mean" in result:
             shares = "".join(f"{100 * result[f'{column}_mean']:10.1f}" for column in columns)
@@ -149,7 +153,7 @@ def main(config: AskConfig):
         raise UserError(f"--limit {config.limit} must be at least 1")
     tasks = [open_task(name, config.limit) for name in config.tasks]
     asked = [(task, read_questions(task)) for task in tasks]
-    model, processor = load(config.model, cli.find_device(config.device))
+    model, processor = load(config.model, find_device(config.device))
     scan = None
     if config.training:
         source = open_sources(config.training, shuffle=False)

@@ -17,11 +17,12 @@ from typing import Protocol
 from PIL import Image
 
 from eval.metrics import exact_match
+from nanovlm.data.reader import explain
 from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source
-from nanovlm.errors import UserError
+from nanovlm.errors import UserError, printable
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def _questions_of(source: Source, limit: int) -> Iterator[Question]:
     for number, ref in enumerate(islice(first_pass(source), limit)):
         try:
             questions = ask(source.read(ref.key), number)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{ref.source}, {ref.where}: {error}") from error
+        except Exception as error:  # whatever a record does, it is named
+            raise UserError(f"{ref.source}, {ref.where}: {explain(error)}") from error
         yield from questions
 
 
@@ -115,7 +116,7 @@ def ask(raw: dict, number: int) -> list[Question]:
     """
     sample, turns = to_sample(raw), raw.get("texts") or ()
     answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    kinds = [turn.get("kind", "answer") for turn in turns] or ["answer"] * len(answers)
+    kinds = [printable(str(turn.get("kind", "answer"))) for turn in turns] or ["answer"] * len(answers)
     return [
         Question(
             number,

@@ -1,4 +1,4 @@
-"""Command lines: choose the device, and report a user's mistake in one sentence."""
+"""Commands: watch for signals, and report a user's mistake in one sentence."""
 
 import contextlib
 import io
@@ -9,22 +9,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from nanovlm.errors import UserError, printable
 
 PROJECT = Path(__file__).resolve().parent.parent  # the checkout; site-packages where the wheel is installed
-
-
-def find_device(name: str) -> torch.device:
-    """Turn cpu, cuda, cuda:1 or auto into an available device. Raises UserError that names a missing one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    present += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name not in present:
-        raise UserError(f"device = {name!r} is not here; there are auto, {', '.join(present)}")
-    return torch.device(name)
 
 
 @contextlib.contextmanager
@@ -52,16 +39,17 @@ def watch_signals():
 
 
 def run(main: Callable):
-    """Call main. A user's mistake and what the system refuses are printed as one sentence, with exit status 2.
+    """Call main and return its result.
 
-    Any other error is a bug and keeps its traceback. Characters that the terminal cannot encode are printed
-    as escapes.
+    A user's mistake and what the system refuses are printed as one sentence, with exit status 2. Any other error is a
+    bug and keeps its traceback. Characters that the terminal cannot encode are printed as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
+        result = main()
         sys.stdout.flush()
+        return result
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -80,11 +80,11 @@ def checkpoint_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo")  # pyright: ignore[reportReturnType]
 
 
-def gather(value) -> list:
-    """Return the values of all ranks, in rank order."""
+def gather(value, group: dist.ProcessGroup | None = None) -> list:
+    """Return the values of all ranks, in rank order; `group` is another one of all ranks than the default."""
     values = [value] * num_ranks()
     if num_ranks() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 

@@ -1,4 +1,4 @@
-"""Choose the threads and precision of a run, and describe what a result was measured on."""
+"""Choose the device, threads and precision of a run, and describe what a result was measured on."""
 
 import ctypes
 import os
@@ -11,6 +11,18 @@ from pathlib import Path
 import torch
 
 from nanovlm import cli
+from nanovlm.errors import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """Turn cpu, cuda, cuda:1 or auto into an available device. Raises UserError that names a missing one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    present += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in present:
+        raise UserError(f"device = {name!r} is not here; there are auto, {', '.join(present)}")
+    return torch.device(name)
 
 
 def choose_threads(device: torch.device) -> int:

@@ -72,13 +72,43 @@ def scenes() -> TrainConfig:
 
 
 def scenes_moe() -> TrainConfig:
-    """Scenes with a mixture of 8 experts, 2 of them for each token: as many active parameters as scenes."""
+    """Scenes with a mixture of 8 experts, 2 for each token: as many active parameters."""
     base = scenes()
     moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=base.model.decoder.intermediate_size // 2)
     decoder = dataclasses.replace(base.model.decoder, moe=moe)
     model = dataclasses.replace(base.model, decoder=decoder)
     optim = dataclasses.replace(base.optim, rules=(ParamRule("router"), *base.optim.rules))
     return dataclasses.replace(base, run_dir="runs/scenes_moe", model=model, optim=optim)
+
+
+def small() -> TrainConfig:
+    """Learn from your own records, named by --data.sources, from random weights: 9 M parameters."""
+    vocab_size = 4096
+    return TrainConfig(
+        run_dir="runs/small",
+        model=VLMConfig(
+            vision=VisionConfig(
+                image_size=256, patch_size=16, hidden_size=256, intermediate_size=1024, num_hidden_layers=4
+            ),
+            projector=ProjectorConfig(scale_factor=2),
+            decoder=DecoderConfig(
+                vocab_size=vocab_size,
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=64,
+            ),
+        ),
+        data=DataConfig(sources=(), row_length=1024, batch_rows=2, val_fraction=0.05, tokenizer_size=vocab_size),
+        optim=OptimConfig(
+            steps=1000,
+            warmup_steps=50,
+            rules=(ParamRule(r"norm|bias|embed_tokens|position_embedding"), ParamRule(r"", weight_decay=0.1)),
+        ),
+        eval=EvalConfig(every=100),
+    )
 
 
 # The usual recipe, in three commands: train the projector between two frozen backbones, then with the decoder, then
@@ -162,5 +192,5 @@ REST = ParamRule(r"", weight_decay=0.01)
 
 PRESETS = {
     function.__name__: function
-    for function in (scenes, scenes_moe, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+    for function in (scenes, scenes_moe, small, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
 }

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nanovlm
 import train
 from nanovlm import cli
+from nanovlm.command_line import parse_train
 from nanovlm.config import EvalConfig, MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.files import lock
 from nanovlm.model.attention import ATTENTION, attend_sdpa
@@ -351,14 +352,15 @@ def test_what_a_failed_attempt_asked_for_does_not_bind_the_next(tmp_path, monkey
 def test_the_folder_alone_continues_a_run(tmp_path, unbroken):
     run_and_kill(tmp_path, KILL_AT_STEP.format(5))
     for option in (["--run-dir", str(tmp_path)], [f"--run-dir={tmp_path}"]):
-        config = train.parse_config(option)
+        config = parse_train(option)
         assert config.optim.steps == SMALL.optim.steps and config.model == SMALL.model
     train.main(config)
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
-    assert train.parse_config(["--run-dir", str(tmp_path / "new")]).optim == PRESET.optim
+    assert parse_train(["--run-dir", str(tmp_path / "new")]).optim == PRESET.optim
     for name in ("metrics.jsonl", "checkpoints"):  # as a first attempt leaves it that takes no step
         shutil.move(tmp_path / name, tmp_path / f"moved_{name}")
-    assert train.parse_config(["--run_dir", str(tmp_path)]).optim == PRESET.optim
+    with pytest.raises(ValueError, match="took no step: name its preset again, one of scenes, "):
+        parse_train(["--run_dir", str(tmp_path)])
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbroken):
@@ -603,10 +605,30 @@ def test_the_examples_suit_their_machines():
     """A node count times GPUs of which every rank has a micro-batch; and one to eight GPUs of one machine."""
     slurm, one_node = ((cli.PROJECT / "examples" / name).read_text() for name in ("slurm.sh", "one_node.sh"))
     nodes, gpus = (int(re.search(rf"#SBATCH --{name}=(\d+)", slurm)[1]) for name in ("nodes", "gpus-per-node"))
-    config = train.parse_config(re.search('recipe="(.*)"', slurm)[1].split())
+    config = parse_train(re.search('recipe="(.*)"', slurm)[1].split())
     assert config.optim.micro_batches % (nodes * gpus) == 0 and config.parallel.shard_ranks == gpus
-    config = train.parse_config(re.search(r'train.py (.*) "\$@"', one_node)[1].split())
+    config = parse_train(re.search(r'train.py (.*) "\$@"', one_node)[1].replace('"', "").split())
     assert all(config.optim.micro_batches % ranks == 0 for ranks in (1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("does", "expected"),
+    [
+        ("exit 0", 0),
+        ("exit 1", 1),
+        ("mkdir -p mine/checkpoints/step_00000009; exit 1", 75),
+        ("mkdir -p mine/checkpoints/step_00000000; exit 1", 1),
+        ("mkdir -p mine/checkpoints/step_00000009; touch mine/eval.json; exit 1", 1),
+        ("trap 'mkdir -p mine/checkpoints/step_00000009; exit 1' TERM; kill -TERM $PPID; sleep 20 & wait", 75),
+    ],
+)
+def test_the_restart_status_passes_through_torchrun(tmp_path, does, expected):
+    """torchrun ends with 1 whatever its ranks end with."""
+    (tmp_path / "torchrun").write_text("#!/bin/sh\n" + does)
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["sh", cli.PROJECT / "examples" / "one_node.sh", "mine", "--seed", "1"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=30).returncode == expected
 
 
 def test_the_evaluation_and_its_files(tmp_path, capsys):
@@ -701,50 +723,6 @@ def test_text_alone_where_the_projector_alone_learns(tmp_path):
     assert first and all(torch.equal(first[name], x) for name, x in last.items())
 
 
-def test_the_command_line():
-    assert train.parse_config([]) == PRESETS["scenes"]()
-    changed = train.parse_config(["scenes", "--optim.lr", "0.5", "--model.vision.hidden-size", "64", "--wandb"])
-    assert (changed.optim.lr, changed.model.vision.hidden_size, changed.wandb) == (0.5, 64, True)
-    with pytest.raises(ValueError, match="preset = 'scene' is unknown; there are scenes"):
-        train.parse_config(["scene"])
-
-
-def test_a_typo_names_the_nearest_field(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.parse_config(["scenes", "--optim.lrr", "1"])
-    assert stopped.value.code == 2
-    output = capsys.readouterr().err
-    assert "--optim.lrr" in output and "Perhaps you meant" in output and "--optim.lr " in output
-
-
-def test_help_shows_every_field_with_its_meaning(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_config(["--help"])
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-
-    def leaves(config, prefix=""):
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if dataclasses.is_dataclass(value):
-                yield from leaves(value, f"{prefix}{field.name}.")
-            elif field.name == "rules":
-                for i, rule in enumerate(value):
-                    yield from leaves(rule, f"{prefix}rules.{i}.")
-            else:
-                yield f"--{prefix}{field.name}".replace("_", "-")
-
-    decoder = dataclasses.replace(TrainConfig().model.decoder, moe=MoEConfig())
-    model = dataclasses.replace(TrainConfig().model, decoder=decoder)
-    options = list(leaves(dataclasses.replace(TrainConfig(), model=model)))
-    options.remove("--model.quantization")  # which a run cannot have
-    assert len(options) > 40
-    for option in options:
-        start = max(shown.rfind(f" {option}{end}") for end in (" ", ","))
-        assert start >= 0, option
-        assert "(default:" in shown[start : start + 400], option
-    assert "Peak learning rate." in shown and "Side of one square patch, in pixels." in shown
-
-
 def test_a_user_mistake_is_one_sentence(tmp_path):
     command = [sys.executable, "train.py", "scenes", "--run-dir", str(tmp_path), "--model.projector.scale-factor", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
@@ -766,20 +744,9 @@ def test_a_bug_keeps_its_traceback(capsys):
     assert capsys.readouterr().err == "error: seed = -1 must be at least 0\n"
 
 
-def test_other_sources_leave_the_lessons_of_the_preset():
-    assert train.parse_config(["scenes"]).data.lessons
-    assert train.parse_config(["scenes", "--data.sources", "a.jsonl"]).validate().data.lessons == ()
-    config = train.parse_config(["--data.sources", "a.jsonl", "b.jsonl", "--data.lessons", "100"]).validate()
-    assert (config.data.sources, config.data.lessons) == (("a.jsonl", "b.jsonl"), (100,))
-    with pytest.raises(
-        ValueError, match=r"data.lessons has 1 entries; it needs one for each of the 1 data.sources but"
-    ):
-        train.parse_config(["--data.sources", "a.jsonl", "--data.lessons", "100"]).validate()
-
-
 def test_what_is_registered_can_be_named_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setitem(ATTENTION, "mine", attend_sdpa)
-    config = train.parse_config(["scenes", "--model.decoder.attention", "mine", "--data.sources", "mine"])
+    config = parse_train(["scenes", "--model.decoder.attention", "mine", "--data.sources", "mine"])
     assert VLM(config.model).decoder.layers[0].self_attn.attend is attend_sdpa
     with pytest.raises(ValueError, match="the source 'mine' does not exist: give scenes, scenes:KIND,KIND, a file"):
         train.main(dataclasses.replace(config, run_dir=str(tmp_path), threads=1))

@@ -1,4 +1,4 @@
-"""Every setting of a model and of a run, as frozen dataclasses.
+"""Every setting of a model, of a run and of an answer, as frozen dataclasses.
 
 The comment above a field is its help text on the command line. Derived values are properties.
 `validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
@@ -16,6 +16,7 @@ from nanovlm.config.model import (
     VLMConfig,
 )
 from nanovlm.config.run import DataConfig, EvalConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+from nanovlm.config.sampling import SamplingConfig
 
 __all__ = [
     "DataConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "ProjectorConfig",
     "QuantizationConfig",
     "RopeScalingConfig",
+    "SamplingConfig",
     "TilingConfig",
     "TrainConfig",
     "VLMConfig",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
+import re
 import types
 import typing
 from typing import Literal
@@ -43,6 +45,19 @@ def differences(a, b, where: str = "") -> list[str]:
         elif x != y:
             lines.append(f"{where}{f.name}: {x!r} against {y!r}")
     return lines
+
+
+def comments(cls) -> dict[str, str]:
+    """Return the comment above each field of a config class, in one line."""
+    found, lines = {}, []
+    for line in map(str.strip, inspect.getsource(cls).splitlines()):
+        if line.startswith("#"):
+            lines.append(line.lstrip("# "))
+        else:
+            if field := re.match(r"(\w+): ", line):
+                found[field[1]] = " ".join(lines)
+            lines = []
+    return found
 
 
 def _convert(hint, value, where):

@@ -48,7 +48,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS.
+    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear.
     type: str = "linear"
     # Pixel shuffle: scale_factor x scale_factor neighbouring patches become one image token.
     scale_factor: int = 2
@@ -111,7 +111,7 @@ class MoEConfig:
     jitter: float = 0.0
     # In training, the most tokens an expert takes, as a multiple of its fair share; 0 drops nothing.
     capacity_factor: float = 0.0
-    # Backend of the experts, a key of nanovlm.model.moe.EXPERTS.
+    # Backend of the experts, a key of nanovlm.model.moe.EXPERTS: loop, grouped (torch's grouped_mm) or triton.
     experts: str = "grouped"
     # What keeps the load even: loss (Switch, over a micro-batch), global_loss (over the whole step so far), bias
     # (DeepSeek-V3, no loss), or none.

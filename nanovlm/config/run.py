@@ -54,7 +54,8 @@ class DataConfig:
     shuffle: bool = True
     # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
     tokenizer_size: int = 640
-    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES; empty for the tokenizer's own way.
+    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES: roles (ours), chatml (as SmolLM2 and
+    # Qwen) or completion (for base models); empty for the tokenizer's own way.
     chat_template: str = ""
 
 
@@ -157,7 +158,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    # What to learn, a key of nanovlm.objectives.OBJECTIVES.
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token.
     objective: str = "next_token"
     # Seed of the weights and of the order of the data.
     seed: int = 0
@@ -214,6 +215,7 @@ class TrainConfig:
             not self.eval.every or self.eval.tasks or d.val_fraction,
             f"eval.every = {self.eval.every} has nothing to look at: name eval.tasks or set data.val_fraction",
         )
+        check(d.sources, "data.sources is empty: name your records, as in --data.sources mine.jsonl")
         check(
             len(d.weights) in (0, len(d.sources)),
             f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",

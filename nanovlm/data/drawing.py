@@ -47,7 +47,7 @@ def _render_tokens(tokens, processor, with_tokens, in_color):
         if kind == "image":
             shown = f"{processor.tokenizer.id_to_token(image)}x{len(ids)}"
         else:
-            pieces = _split_tokens(ids, processor) if with_tokens else [_decode(ids, processor)]
+            pieces = _split_tokens(ids, processor) if with_tokens else [_decode_apart(ids, processor)]
             shown = "│".join(map(show_text, pieces))
             starts_line = starts_line or (kind == "special" and "_col_1>" in shown)  # a row of tiles
         plain = shown
@@ -67,6 +67,25 @@ def _decode(ids, processor):
     return processor.tokenizer.decode([end, *ids], skip_special_tokens=False).removeprefix(
         processor.tokenizer.decode([end], skip_special_tokens=False)
     )
+
+
+def _decode_apart(ids, processor):
+    """Return the text of tokens with a backslash before what only looks like a special token.
+
+    Backslashes of the text before any special token are doubled.
+    """
+    special, text = set(processor.special.values()), ""
+    for is_special, members in itertools.groupby(ids, special.__contains__):
+        piece = _decode(list(members), processor)
+        if not is_special:
+            piece = re.sub(rf"(\\*)({processor.special_pattern.pattern}|$)", _escape, piece)
+        text += piece
+    return text
+
+
+def _escape(found: re.Match) -> str:
+    backslashes, written = found[1], found[2]
+    return 2 * backslashes + (f"\\{written}" if written else "")
 
 
 def _split_tokens(ids, processor):

@@ -1,10 +1,11 @@
 """Look at data as the model gets it: the text of one sample, which tokens are trained, and how samples pack.
 
-    python -m nanovlm.data.inspect scenes
+    python -m nanovlm.data.inspect photos.jsonl --preset small                           as `train.py small` gets it
     python -m nanovlm.data.inspect photos.jsonl --index 7 --tokens --model runs/demo/model
 
-Trained tokens are on green, or ⟦in brackets⟧ where the output is no terminal; ↵ is a newline of the text. The picture
-shows the tiles of the sample, the lengths of the samples and their packed rows.
+Trained tokens are on green, or ⟦in brackets⟧ where the output is no terminal; ↵ is a newline of the text, and \\<image>
+a text that only looks like a special token (not with --tokens, which shows such a text by its pieces). The picture has
+the tiles of the sample, the lengths of the samples and their packed rows.
 """
 
 import io
@@ -22,20 +23,21 @@ import numpy as np
 import tyro
 
 from nanovlm import cli
-from nanovlm.config import DataConfig, TilingConfig, VLMConfig, from_dict
+from nanovlm.config import DataConfig, TrainConfig, VLMConfig, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.packing import pack
 from nanovlm.data.packing_baselines import STRATEGIES, pad
-from nanovlm.data.reader import Reader, Skipped
+from nanovlm.data.reader import Reader, Skipped, explain
 from nanovlm.data.records import to_sample
-from nanovlm.data.source import first_pass
+from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source, sample_texts
-from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.data.tokenizer import CHAT_TEMPLATES, train_tokenizer
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.errors import UserError
-from nanovlm.presets import scenes
+from nanovlm.files import read_json
+from nanovlm.presets import PRESETS
 
 NAMED = 3  # skipped samples to name for each reason
 
@@ -84,15 +86,15 @@ class InspectConfig:
     index: int = 0
     # How many samples to summarise: drawn from the whole source, or the first of a stream.
     num: int = 200
-    # Model folder whose tokenizer, template and tiling to use; without one they are made as in train.py.
+    # The preset of train.py whose tokenizer, tiling and rows to use.
+    preset: str = "scenes"
+    # Model folder whose tokenizer, template and tiling to use in place of the preset's.
     model: Path | None = None
-    # Without a model: most tiles per image.
-    image_tiles: int = 1
     # PNG file to write.
     out: Path = Path("inspect.png")
-    # Tokens in a packed row; a longer document is skipped.
-    row_length: int = 2048
-    # Most tiles in a packed row; 0 for any number.
+    # Tokens in a packed row; a longer document is skipped. 0 takes that of the preset, or of the run of the model.
+    row_length: int = 0
+    # Most tiles in a packed row; 0 takes that of the preset, or of the run of the model.
     max_tiles: int = 0
     # Show where tokens end.
     tokens: bool = False
@@ -114,25 +116,41 @@ def load_processor(folder: Path) -> Processor:
     return Processor.load(folder, config)
 
 
-def make_processor(source, image_tiles: int) -> Processor:
-    """Train a tokenizer on the source for the model of the preset scenes, with up to `image_tiles` tiles per image."""
-    preset = scenes()
-    config = replace(preset.model, tiling=TilingConfig(policy="fit", max_tiles=image_tiles))
-    texts = sample_texts(source, 1000)
-    return Processor(train_tokenizer(texts, preset.data.tokenizer_size, marker_tokens(config)), CHAT_TEMPLATE, config)
+def read_data_config(folder: Path) -> DataConfig:
+    """Return how the run that a model folder lies in reads its data; long rows for a model of elsewhere."""
+    if not (folder.parent / "config.json").is_file():
+        return DataConfig(row_length=2048)
+    saved = read_json(folder.parent / "config.json").get("data", {})
+    return from_dict(DataConfig, saved, f"{folder.parent / 'config.json'}: data.")
+
+
+def make_processor(source: Source, preset: TrainConfig) -> Processor:
+    """Train a tokenizer on the source, as a run of the preset does."""
+    texts, markers = sample_texts(source, 1000), marker_tokens(preset.model)
+    template = pick(CHAT_TEMPLATES, preset.data.chat_template or "roles", "data.chat_template")
+    return Processor(train_tokenizer(texts, preset.data.tokenizer_size, markers), template, preset.model)
 
 
 def main(config: InspectConfig):
     """Print the sample and the summary, and write the picture."""
-    for name, least in (("index", 0), ("num", 1), ("image_tiles", 1), ("row_length", 1), ("max_tiles", 0), ("seed", 0)):
+    for name, least in (("index", 0), ("num", 1), ("row_length", 0), ("max_tiles", 0), ("seed", 0)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}")
-    if config.model is not None and config.image_tiles != 1:
-        raise UserError(f"--image-tiles {config.image_tiles} and --model {config.model} exclude each other")
+    preset = pick(PRESETS, config.preset, "--preset")()
+    if config.model is not None:
+        preset = replace(preset, data=read_data_config(config.model))
+    if config.model is None and (preset.init.model or preset.init.decoder):
+        raise UserError(f"--preset {config.preset} starts from a model of others: name its folder by --model")
+    data = replace(
+        preset.data,
+        row_length=config.row_length or preset.data.row_length,
+        max_tiles=config.max_tiles or preset.data.max_tiles,
+        val_fraction=0.0,
+    )
     source = open_source(config.source)
     if isinstance(source, Sized) and config.index >= len(source):
         raise UserError(f"--index {config.index}: {source.name} has only {len(source)} samples")
-    processor = make_processor(source, config.image_tiles) if config.model is None else load_processor(config.model)
+    processor = make_processor(source, preset) if config.model is None else load_processor(config.model)
 
     def process(raw):
         return processor.document(to_sample(raw))
@@ -143,8 +161,8 @@ def main(config: InspectConfig):
         else:
             key = next((ref.key for ref in itertools.islice(first_pass(source), config.index, None)), None)
         document = None if key is None else process(source.read(key))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{source.name}, sample {config.index}: {error}") from error
+    except Exception as error:  # whatever a record does, it is named
+        raise UserError(f"{source.name}, sample {config.index}: {explain(error)}") from error
     if document is None:
         raise UserError(f"{source.name} ends before sample {config.index}")
     print(f"{source.name}, sample {config.index}: {describe(document)}\n")
@@ -155,18 +173,18 @@ def main(config: InspectConfig):
         keys = ((i, i) for i in sorted(chosen.tolist()))
     else:
         keys = ((ref.number, ref.key) for ref in itertools.islice(first_pass(source), config.num))
-    reader = Reader(source, process, DataConfig(row_length=config.row_length, max_tiles=config.max_tiles), "train")
+    reader = Reader(source, process, data, "train")
     results = [(index, reader.read(key)) for index, key in keys]
     documents = [result for _index, result in results if isinstance(result, Document)]
     skipped = [(index, result) for index, result in results if isinstance(result, Skipped)]
-    print(report(source.name, documents, skipped, source.damaged, config))
+    print(report(source.name, documents, skipped, source.damaged, data))
 
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     if not documents:
         raise UserError(f"no sample of {source.name} could be used, so there is nothing to draw")
-    rows = pack(lengths, num_tiles, config.row_length, config.max_tiles or None)
+    rows = pack(lengths, num_tiles, data.row_length, data.max_tiles or None)
     parts = [draw_tiles(document, processor)] if len(document.tiles) else []
-    parts += [draw_histogram(lengths), draw_rows(rows, lengths, config.row_length)]
+    parts += [draw_histogram(lengths), draw_rows(rows, lengths, data.row_length)]
     png = io.BytesIO()
     stack(parts).save(png, "PNG")
     try:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nanovlm.data.mixture import Concatenation, Mixture, parts_of
 from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
@@ -82,7 +84,8 @@ def sample_records(source: Source, num: int) -> Iterator[dict]:
 
 def sample_texts(source: Source, num_samples: int) -> Iterator[str]:
     """Yield the texts of about `num_samples` samples, to train a tokenizer on."""
-    for record in sample_records(source, num_samples):
+    records = sample_records(source, num_samples)
+    for record in tqdm(records, desc="reading texts for the tokenizer", total=num_samples, unit="record", delay=2):
         try:
             _images, messages, _independent = check(record)
         except Exception:

@@ -28,10 +28,20 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{ '<|assistant|>' if add_generation_prompt }}"""
 
-# For base models, not trained on conversations: the answer continues the text.
-COMPLETION_TEMPLATE = """\
+# Of base models, not trained on conversations: the answer goes on with the text.
+CONTINUATION_TEMPLATE = """\
 {%- for message in messages -%}
 {{ message.content }}{{ eos_token if message.role == 'assistant' }}
+{%- endfor -%}"""
+
+# To train base models: the answer is the line after the question. Without that line break the last token of a question
+# could reach into its answer, and what was trained could not be asked for.
+COMPLETION_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}
+{%- endif -%}
+{{ eos_token if message.role == 'assistant' else '\n' }}
 {%- endfor -%}"""
 
 # The format of SmolLM2, Qwen and others, with images among the text.

@@ -16,7 +16,7 @@ from nanovlm.config import (
     from_dict,
     pick,
 )
-from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.families import (
@@ -251,7 +251,7 @@ def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
             return template
     encoding = tokenizer and tokenizer.encode("a")
     begin = encoding.tokens[: encoding.special_tokens_mask.index(0)] if encoding else []
-    return "".join(begin) + COMPLETION_TEMPLATE
+    return "".join(begin) + CONTINUATION_TEMPLATE
 
 
 def _build(cls, data, path):

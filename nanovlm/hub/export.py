@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from nanovlm import cli
 from nanovlm.config import RopeScalingConfig, VLMConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE
 from nanovlm.errors import UserError
 from nanovlm.files import new_folder
 from nanovlm.hub import families, weights
@@ -128,7 +128,7 @@ def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     tokens = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
     never = sorted({config.pad_token_id, config.image_token_id} - {*find_stops(config), None})
-    template = {} if processor.chat_template == COMPLETION_TEMPLATE else {"chat_template": processor.chat_template}
+    template = {} if processor.chat_template == CONTINUATION_TEMPLATE else {"chat_template": processor.chat_template}
     files = {
         "generation_config.json": {f"{name}_token_id": i for name, i in tokens.items()}
         | ({"eos_token_id": find_stops(config)} if config.stop_token_ids else {})

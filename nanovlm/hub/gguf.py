@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from nanovlm.config import DecoderConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
-from nanovlm.data.tokenizer import COMPLETION_TEMPLATE
+from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE
 from nanovlm.errors import UserError
 from nanovlm.hub.stored import Stored
 from nanovlm.sharded import Places
@@ -63,7 +63,7 @@ def open_model(name: str | Path) -> Stored:
     with _naming(path):
         tokenizer = build_tokenizer(fields)
         config = build_config(fields, is_tied="output.weight" not in tensors)
-        processor = Processor(tokenizer, fields.get("tokenizer.chat_template", COMPLETION_TEMPLATE), config)
+        processor = Processor(tokenizer, fields.get("tokenizer.chat_template", CONTINUATION_TEMPLATE), config)
 
     def fill(places):
         with _naming(path):

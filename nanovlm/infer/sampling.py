@@ -5,48 +5,16 @@ T prompt tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nanovlm.config import VLMConfig
+from nanovlm.config import SamplingConfig, VLMConfig
 from nanovlm.data.types import Batch
 from nanovlm.errors import UserError
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    # Largest number of tokens to generate per prompt.
-    max_new_tokens: int = 128
-    # 0 always takes the likeliest token (greedy); higher is more varied.
-    temperature: float = 0.0
-    # Choose among this many likeliest tokens; 0 for all.
-    top_k: int = 0
-    # Choose among the likeliest tokens that together reach this probability.
-    top_p: float = 1.0
-    # Leave out tokens less likely than this fraction of the likeliest one.
-    min_p: float = 0.0
-    # Above 1: make tokens that occurred in the prompt or the answer less likely.
-    repetition_penalty: float = 1.0
-    # Seed of the random choices; every row has its own generator with this seed.
-    seed: int = 0
-
-    def validate(self) -> "SamplingConfig":
-        """Return self, or raise UserError that names the value and what would be right."""
-        for name, ok, right in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not ok:
-                raise UserError(f"{name} = {getattr(self, name)} must be {right}")
-        return self
 
 
 @torch.inference_mode()

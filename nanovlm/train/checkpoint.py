@@ -12,9 +12,11 @@ final name once all of it is on disk.
 import contextlib
 import hashlib
 import json
+import operator
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from nanovlm import distributed
-from nanovlm.errors import UserError
+from nanovlm.errors import UserError, printable
 from nanovlm.files import flush, read_json
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import read_tensors
@@ -65,14 +67,30 @@ class Saving:
         executor.shutdown(wait=False)
 
     def _finish_files(self, saving):
-        """Wait until all ranks have written, then write the checksums and flush the files; beside the training."""
+        """Wait until all ranks have written, then hash and flush the files, each rank its own; beside the training."""
         saving.result()
+        try:
+            sums = self._finish_own(f"shard-{distributed.rank() + 1:05d}-")  # as DCP names a rank's files
+        except Exception as error:
+            sums = error  # for all ranks to raise, which would wait for this one
+        found = {}
+        for of_rank in distributed.gather(sums, distributed.checkpoint_group()):
+            if isinstance(of_rank, Exception):
+                raise of_rank
+            found |= of_rank
         if distributed.rank() == 0:
-            files = [file for file in sorted(self.temporary.rglob("*")) if file.is_file()]
-            sums = {str(file.relative_to(self.temporary)): checksum(file) for file in files}
-            (self.temporary / "checksums.json").write_text(json.dumps(sums))
-            for file in (*self.temporary.rglob("*"), self.temporary):
+            found |= self._finish_own("", found)
+            (self.temporary / "checksums.json").write_text(json.dumps(found))
+            for file in (self.temporary / "checksums.json", self.temporary / "tensors", self.temporary):
                 flush(file)
+
+    def _finish_own(self, prefix: str, done: Collection[str] = ()) -> dict[str, str]:
+        """Flush the files whose names begin with `prefix`, but those that are done; return their checksums."""
+        files = {str(file.relative_to(self.temporary)): file for file in sorted(self.temporary.rglob(f"{prefix}*"))}
+        own = {name: file for name, file in files.items() if file.is_file() and name not in done}
+        for file in own.values():
+            flush(file)
+        return {name: checksum(file) for name, file in own.items()}
 
     def finish(self, wait: bool = True):
         """Once all is written, for which `wait` waits, rename the folder and remove all but the newest `keep`."""
@@ -115,7 +133,7 @@ def whole_checkpoints(run_dir: Path) -> list[Path]:
     whole, damaged = list_checkpoints(run_dir), []
     while whole and (damage := find_damage(whole[-1])):
         damaged.append(whole.pop())
-        print(f"note: the checkpoint {damaged[-1]} is damaged: {damage}")
+        print(f"note: the checkpoint {damaged[-1]} is damaged: {printable(damage)}")
     for folder in damaged if whole else []:
         aside = folder.with_name(f".{folder.name}.damaged")
         print(f"note: {folder} is now {aside}, until the next one is saved")
@@ -138,10 +156,13 @@ def find_damage(folder: Path) -> str:
         return "" if (folder / "state.json").is_file() else "it has no state.json"
     try:
         sums = read_json(folder / "checksums.json")
-        for name, expected in sums.items():
+        for name in sums:
             if not (folder / name).is_file():
                 return f"it has no {name}"
-            if checksum(folder / name) != expected:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(checksum, (folder / name for name in sums)))
+        for name, is_same in zip(sums, map(operator.eq, found, sums.values()), strict=True):
+            if not is_same:
                 return f"{name} is not as it was written"
         if missing := {"state.json", "rng.safetensors"} - sums.keys():
             return f"checksums.json has no {' and no '.join(sorted(missing))}"

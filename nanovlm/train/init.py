@@ -20,7 +20,14 @@ from nanovlm import distributed
 from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VLMConfig, differences, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
-from nanovlm.data.tokenizer import CHAT_TEMPLATES, extend_tokenizer, read_tokenizer, train_tokenizer
+from nanovlm.data.tokenizer import (
+    CHAT_TEMPLATES,
+    COMPLETION_TEMPLATE,
+    CONTINUATION_TEMPLATE,
+    extend_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import read_decoder, read_siglip, read_template
@@ -108,8 +115,7 @@ def _prepare_from_model(config):
     _check_same(init.model, dataclasses.replace(theirs, vision=vision, decoder=decoder), wanted)
 
     def make_processor():
-        template = _template(config) if config.data.chat_template else stored.processor.chat_template
-        return Processor(stored.processor.tokenizer, template, wanted)
+        return Processor(stored.processor.tokenizer, _template(config, stored.processor.chat_template), wanted)
 
     def fill(model):
         if is_upcycled:
@@ -200,9 +206,13 @@ def check_upcycling(decoder: DecoderConfig, moe: MoEConfig):
             )
 
 
-def _template(config, otherwise=""):
-    name = config.data.chat_template
-    return pick(CHAT_TEMPLATES, name, "data.chat_template") if name else CHAT_TEMPLATES.get(otherwise, otherwise)
+def _template(config: TrainConfig, otherwise: str) -> str:
+    """Return the template that the config names, or else another: the name of one, or one itself."""
+    if name := config.data.chat_template:
+        return pick(CHAT_TEMPLATES, name, "data.chat_template")
+    if otherwise.endswith(CONTINUATION_TEMPLATE):
+        return otherwise.removesuffix(CONTINUATION_TEMPLATE) + COMPLETION_TEMPLATE
+    return CHAT_TEMPLATES.get(otherwise, otherwise)
 
 
 def _check_same(name, theirs, wanted, where=""):

@@ -23,15 +23,16 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
     lr = learning_rate(state.step, config.optim)
     set_learning_rate(state.optimizers, lr)
     loss, extras, stats = torch.zeros((), device=device), Extras(), RoutingStats()
-    for i, batch in enumerate(batches):
-        batch = batch.to(device)
-        with parallel.gradient_sync(state.replica, is_last=i + 1 == len(batches)):
-            with autocast(state):
+    with autocast(state):  # around all of them, so that a weight is cast once
+        for i, batch in enumerate(batches):
+            batch = batch.to(device)
+            with parallel.gradient_sync(state.replica, is_last=i + 1 == len(batches)):
                 loss_sum = state.objective.loss(state.replica, batch, extras) / max(1, num_units)
-            (loss_sum * distributed.num_ranks()).backward()  # the ranks' gradients are averaged
-        loss += loss_sum.detach()
-        if extras.routing:
-            stats.update(extras.routing, batch.doc_ids >= 0, batch.input_ids == config.model.image_token_id)
+                with torch.autocast(device.type, enabled=False):
+                    (loss_sum * distributed.num_ranks()).backward()  # the ranks' gradients are averaged
+            loss += loss_sum.detach()
+            if extras.routing:
+                stats.update(extras.routing, batch.doc_ids >= 0, find_images(batch, config))
     parallel.finish_gradients(state.model)
     parallel.clear_unused(state.model, sum(len(batch.pixel_values) for batch in batches))
     loss = distributed.add_up_tensor(loss)
@@ -58,6 +59,12 @@ def autocast(state: TrainState) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=state.precision == "bf16")
 
 
+def find_images(batch: Batch, config: TrainConfig) -> torch.Tensor:
+    """bool[B, T]: the placeholders of images, none in a language model."""
+    image_token_id = config.model.image_token_id
+    return batch.input_ids == (-1 if image_token_id is None else image_token_id)
+
+
 def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[str, int]:
     """Count what this rank's batches hold, and what its loader has read since the run began."""
     trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in state.model.named_children()}
@@ -66,7 +73,7 @@ def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[
         "units": sum(state.objective.count(batch) for batch in batches),
         "trained_tokens": sum(len(batch.trained) for batch in batches),
         "tokens": sum(int((batch.doc_ids >= 0).sum()) for batch in batches),
-        "image_tokens": sum(int((batch.input_ids == config.model.image_token_id).sum()) for batch in batches),
+        "image_tokens": sum(int(find_images(batch, config).sum()) for batch in batches),
         "places": sum(batch.doc_ids.numel() for batch in batches),
         "flops": sum(count_flops(config.model, batch, trains) for batch in batches),
         **{f"samples {name}": number for name, number in state.loader.counts.items()},

@@ -5,19 +5,24 @@
     python -m tests.attack.attack images --num 1 --seed 4711      one input again
 
 An input may take a time and a memory, and raise nothing but UserError and OSError, whose message is printable. Records
-are also counted: those that were read are documents, or are counted as lost. Input i of a kind follows from seed + i.
+are also counted: those that were read are documents, or are counted as lost. Input i of a kind follows from seed + i,
+but for signals, where the clock decides what they meet.
 """
 
 import contextlib
+import importlib
 import io
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +36,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import nanovlm
-from nanovlm.config import DataConfig, TrainConfig
+import train
+from nanovlm import cli
+from nanovlm.config import DataConfig, EvalConfig, InitConfig, OptimConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import decode_image
 from nanovlm.data.loader import Loader
@@ -151,6 +158,8 @@ class Things:
             said = [{"role": role, "content": turn[role]} for turn in turns for role in ("user", "assistant")]
             form = {"texts": turns, "independent": i % 2 == 0} if i % 4 else {"messages": said}
             self.records.append({"images": [f"{i}.png"], **form})
+        (self.folder / "good.jsonl").write_text("\n".join(map(json.dumps, self.records)))
+        self.runner, self.whole, self.seconds = None, [], 0.0  # of the run that signals disturb
 
 
 def read_all(things: Things, source, val_fraction: float):
@@ -342,6 +351,123 @@ def make_run(run: Path):
     for step in (3, 5):
         state = {"step": step, "threads": 1, "precision": "fp32", "slots": {}}
         checkpoint.Saving(run, model, {}, state, checkpoint.rng_state(), keep=2).finish()
+
+
+def attack_signals(rng, things, folder):
+    """Signals at random moments of a short run: it ends with a sentence, and goes on with the losses of a whole run."""
+    if things.runner is None:
+        things.runner = Runner(things)
+        things.whole, things.seconds = finish_run(things, things.folder / "whole")
+    child = things.runner.start(folder / "run")
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        time.sleep(rng.uniform(0, things.seconds))
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(child, rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)))
+    try:
+        code, said = things.runner.wait(), (folder / "run.txt").read_text()
+        # Saved; interrupted; or ended by a signal that it never watches for, or not before or after its steps.
+        steps, expected = len(read_losses(folder / "run")), {0, 75, 130, -signal.SIGHUP}
+        if not 0 < steps < len(things.whole):
+            expected |= {-signal.SIGTERM, -signal.SIGUSR1}
+        assert code in expected, f"status {code} after {steps} steps: {said}"
+        assert "Traceback" not in said, said
+        assert finish_run(things, folder / "run")[0] == things.whole, "other losses"
+    except OSError as error:  # which other kinds may raise
+        raise AssertionError(str(error)) from error
+    except TooLong:
+        things.runner = None  # it waits for this run for ever
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        raise
+
+
+class Runner:
+    """A process that has imported everything and forks a run when it is told to: an interpreter takes seconds.
+
+    It runs nothing itself, so that it has no threads, whose locks a fork would find closed for ever.
+    """
+
+    def __init__(self, things):
+        code = f"from pathlib import Path; from tests.attack import attack; attack.serve(Path({str(things.folder)!r}))"
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+
+    def start(self, run: Path) -> int:
+        """Start a run in this folder; return the number of its process."""
+        self.process.stdin.write(f"{run}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """Return the exit status of the run, below 0 for a signal."""
+        return int(self.process.stdout.readline())
+
+
+def serve(folder: Path):
+    """Fork a run for every folder named on standard input; print its process and, once it has ended, its status."""
+    torch.set_num_threads(1)
+    train.draw_curves = lambda _path: b""  # half of the time of so short a run
+    child = fork_run(folder, folder / "first", then=lambda: (folder / "modules").write_text("\n".join(sys.modules)))
+    os.waitpid(child, 0)
+    for name in (folder / "modules").read_text().split():  # what a run imports on its way
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    for line in sys.stdin:
+        child = fork_run(folder, Path(line.strip()))
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def fork_run(folder: Path, run: Path, then: Callable = int) -> int:
+    """Train in a fork of this process, which writes what it says to a file; return its number."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        output = os.open(run.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        cli.run(lambda: train.main(short_run(folder, run)))
+        then()
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def short_run(folder: Path, run: Path) -> TrainConfig:
+    return TrainConfig(
+        run_dir=str(run),
+        model=TINY,
+        init=InitConfig(model=str(folder / "model")),
+        data=DataConfig(sources=(str(folder / "good.jsonl"),), row_length=128, batch_rows=1, pack_buffer=4),
+        optim=OptimConfig(steps=4),
+        eval=EvalConfig(show_every=0),
+        checkpoint_every=2,
+        precision="fp32",
+        threads=1,
+    )
+
+
+def finish_run(things, run: Path) -> tuple[list, float]:
+    """Run to the end; return the losses and the seconds that it took."""
+    begin = time.monotonic()
+    things.runner.start(run)
+    assert things.runner.wait() == 0, run.with_suffix(".txt").read_text()
+    return read_losses(run), time.monotonic() - begin
+
+
+def read_losses(run: Path) -> list[tuple]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in whole]
 
 
 KINDS: dict[str, Callable] = {

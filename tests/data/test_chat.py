@@ -1,11 +1,13 @@
 """Which tokens are trained, and which are control tokens."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from nanovlm.data.chat import Processor
 from nanovlm.data.records import to_sample
-from nanovlm.data.tokenizer import CHAT_TEMPLATE
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, CHAT_TEMPLATES, train_tokenizer
 from nanovlm.data.types import IGNORE, Sample
 from tests.conftest import TINY, make_document, make_raw, noise
 
@@ -158,6 +160,24 @@ def test_prompt_is_the_document_up_to_the_answer(processor):
     first = int((document.labels != IGNORE).nonzero()[0])
     assert prompt.input_ids.tolist() == document.input_ids[: first + 1].tolist()
     assert torch.equal(prompt.tiles, document.tiles)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_what_is_trained_can_be_asked_for(name):
+    """A token that reaches from the question into the answer would be trained, and never be the model's to write."""
+    tokenizer = train_tokenizer(["is it redblue?redred"] * 100, 512, ("<|im_start|>", "<|im_end|>"))
+    whole = tokenizer.encode("redred", add_special_tokens=False).ids
+    assert len(whole) == 1  # the tokenizer would join them
+    end = tokenizer.token_to_id("<|im_end|>") if name == "chatml" else EOS
+    config = dataclasses.replace(TINY, image_token_id=None, vision=None, eos_token_id=end)
+    processor = Processor(tokenizer, CHAT_TEMPLATES[name], config)
+    for question in ("red", [{"type": "text", "text": "red"}]):
+        asked = [{"role": "user", "content": question}]
+        document = processor.document(Sample([], [*asked, {"role": "assistant", "content": "red"}]))
+        first = int((document.labels != IGNORE).nonzero()[0])
+        assert processor.prompt(asked).input_ids.tolist() == document.input_ids[: first + 1].tolist()
+        trained = [label for label in document.labels.tolist() if label != IGNORE]
+        assert tokenizer.decode(trained).startswith("red") and whole[0] not in trained
 
 
 def test_images_stand_where_the_messages_put_them(processor):

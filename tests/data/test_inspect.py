@@ -14,17 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
+from nanovlm.command_line import parse_train
 from nanovlm.config import TilingConfig
 from nanovlm.data import inspect
 from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import WIDTH, describe, draw_histogram, draw_rows, draw_tiles, histogram, render
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.inspect import InspectConfig, main
+from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import Ref
-from nanovlm.data.sources import sample_texts
+from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE
+from nanovlm.train import init
 from tests.conftest import TINY, make_document, noise
 
 TURNS = (("what color is it?\nsay", "red ünï 日本"), ("<image> and?", "two\n\nlines"))
@@ -55,7 +58,7 @@ def show(folder, capsys):
 
     def run(source="data.jsonl", **options):
         path = source if source == "scenes" else str(folder / source)
-        main(InspectConfig(path, out=folder / "out.png", **options))
+        main(InspectConfig(path, out=folder / "out.png", **{"row_length": 2048} | options))
         return capsys.readouterr().out, Image.open(folder / "out.png")
 
     return run
@@ -83,7 +86,7 @@ def test_the_whole_text_is_shown_and_images_are_short(tiling_processor):
     per_tile = TINY.num_image_tokens
     assert f"<image>x{2 * per_tile}what color is it?↵\nsay<|assistant|>⟦red" in text
     bare = re.sub(r"<image>x(\d+)", lambda found: "<image>" * int(found[1]), text)
-    bare = re.sub("[⟦⟧\n]", "", bare).replace("↵", "\n")
+    bare = re.sub("[⟦⟧\n]", "", bare).replace("↵", "\n").replace(r"\<image>", "<image>")
     assert bare == tiling_processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
     assert (
         describe(document)
@@ -172,8 +175,8 @@ def test_options(show, folder):
     assert "rows of 400 tokens and at most 3 tiles" in show(row_length=400, max_tiles=3)[0]
     assert "3 tiles, more than data.max_tiles = 2" in show(max_tiles=2)[0]
     noise(0, 90).save(folder / "a.png")
+    assert "1 tile\n" in show(index=4, preset="small")[0]
     assert "1 tile\n" in show(index=4)[0]
-    assert "5 tiles\n" in show(index=4, image_tiles=4)[0]  # 90 pixels are two tiles of 48, and the whole
     text, _picture = show("scenes", num=5)
     assert "scenes, sample 0: " in text and "branch 1" in text and "5 samples of scenes: 5 documents" in text
 
@@ -182,13 +185,17 @@ def test_a_model_folder_is_read_without_its_weights(show, folder, tiling_process
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(dataclasses.asdict(tiling_processor.config)))
     tiling_processor.save(folder / "model")
+    text, _picture = show(index=4, model=folder / "model", row_length=0)
+    assert "rows of 2048 tokens" in text
+    data = {"sources": ["data.jsonl"], "row_length": 300, "max_tiles": 7}
+    (folder / "config.json").write_text(json.dumps({"data": data}))
+    assert "rows of 300 tokens and at most 7 tiles" in show(model=folder / "model", row_length=0)[0]
+    (folder / "config.json").unlink()
     text, _picture = show(index=4, model=folder / "model")
     assert "5 tiles\n" in text  # of at most 6 there are 2 x 2 and the whole
     assert "<row_1_col_1><image>x4<row_1_col_2>" in text
     with pytest.raises(ValueError, match="is the folder of a run; its model is"):
         show(model=folder)
-    with pytest.raises(ValueError, match="--image-tiles 2 and --model"):
-        show(model=folder / "model", image_tiles=2)
     for name, problem in (("tokenizer.json", "has no tokenizer.json"), ("config.json", "is no model folder")):
         (folder / "model" / name).unlink()
         with pytest.raises(ValueError, match=problem):
@@ -196,6 +203,29 @@ def test_a_model_folder_is_read_without_its_weights(show, folder, tiling_process
     (folder / "model" / "config.json").write_text('{"vission": {}}')
     with pytest.raises(ValueError, match=r"config\.json: unknown field 'vission'"):
         show(model=folder / "model")
+
+
+@pytest.mark.parametrize("preset", ["scenes", "small"])
+def test_samples_are_shown_as_a_run_of_the_preset_gets_them(show, folder, monkeypatch, preset):
+    noise(0, 900).save(folder / "a.png")
+    monkeypatch.chdir(folder)
+    config = parse_train([preset, "--data.sources", "data.jsonl"])
+    source = open_sources(config.data.sources, shuffle=False)
+    processor = init.prepare(config, sample_texts(source, 1000))[0]
+    document = processor.document(to_sample(source.read(6)))
+    text, _picture = show(index=6, preset=preset, row_length=0)
+    assert describe(document) in text and render(document, processor) in text
+    assert f"rows of {config.data.row_length} tokens" in text
+
+
+def test_a_written_special_token_is_told_from_a_control_token(show, folder):
+    record = {"images": ["a.png"], "texts": [{"user": "a <image>?", "assistant": "<|user|> no <image>"}]}
+    record["texts"].append({"user": "C:\\", "assistant": "\\<image> \\ d"})
+    (folder / "data.jsonl").write_text(json.dumps(record))
+    text = show()[0]
+    assert r"a \<image>?" in text and r"⟦\<|user|> no \<image><end_of_utterance>⟧" in text
+    assert r"C:\\<|assistant|>" in text and r"⟦\\\<image> \ d<end_of_utterance>⟧" in text
+    assert "<image>x9" in text and "\\<image>x" not in text
 
 
 def test_streams(show, monkeypatch):
@@ -224,13 +254,13 @@ def test_streams(show, monkeypatch):
         (dict(index=12), "--index 12: .* has only 12 samples"),
         (dict(index=-1), "--index -1 must be at least 0"),
         (dict(num=0), "--num 0 must be at least 1"),
-        (dict(image_tiles=0), "--image-tiles 0 must be at least 1"),
-        (dict(row_length=0), "--row-length 0 must be at least 1"),
+        (dict(row_length=-1), "--row-length -1 must be at least 0"),
+        (dict(preset="big"), "--preset = 'big' is unknown; there are scenes, "),
+        (dict(preset="smolvlm_256m_stage1"), "--preset smolvlm_256m_stage1 starts from a model of others"),
         (dict(max_tiles=-1), "--max-tiles -1 must be at least 0"),
         (dict(seed=-1), "--seed -1 must be at least 0"),
         (dict(index=9), "data.jsonl, sample 9: line 10 of .* must be a JSON object"),
         (dict(index=10), "sample 10: .*b.png"),
-        (dict(image_tiles=200), "data.tokenizer_size = 512 must be at least"),
         (dict(row_length=2), "no sample of .* could be used"),
         (dict(model=Path("nowhere")), "nowhere is no model folder"),
         (dict(source="other.jsonl"), "does not exist"),

@@ -21,7 +21,7 @@ from nanovlm.data.scenes import Scenes
 from nanovlm.data.types import Sample
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
-from tests.conftest import TINY
+from tests.conftest import TINY, make_raw
 from tests.test_train import SMALL
 
 
@@ -195,3 +195,22 @@ def test_routing_counts_every_token_of_every_question_once(moe_model, processor)
     assert image.width > 300 and image.height > 300
     with pytest.raises(ValueError, match="the model has no mixture of experts"):
         measure_routing(VLM(TINY), processor, questions)
+
+
+def test_kinds_are_kept_apart_and_are_escaped():
+    kinds = [f"color of the {size} object on the left of the picture" for size in ("large", "small")]
+    record = make_raw(0, ("a?", "1"), ("b?", "2"), ("c?", "3"))
+    for turn, kind in zip(record["texts"], [*kinds, ["\x1b[2J"]], strict=True):
+        turn["kind"] = kind
+    assert [question.kind for question in ask(record, 0)] == [*kinds, "['\\x1b[2J']"]
+    rows = {kind: {"accuracy": 1.0, "n": 1} for kind in kinds}
+    table = format_table({"mine": {"kinds": rows, "n": 2, "dropped": 0}}).splitlines()
+    assert len(table) == 3 and max(map(len, table)) < 70
+
+
+def test_a_record_of_any_form_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"texts": [{"user": "a?", "assistant": "b", "kind": "k"}], "images": 3})
+    )
+    with pytest.raises(ValueError, match=r"cannot be asked: .*a\.jsonl"):
+        read_questions(open_task(str(tmp_path / "a.jsonl"), 4))

@@ -22,7 +22,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
-from nanovlm.data.tokenizer import CHAT_TEMPLATE, COMPLETION_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, CONTINUATION_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 from nanovlm.hub import check, export
 from nanovlm.hub.model_folder import save_model
 from nanovlm.hub.read import find_model
@@ -213,11 +213,11 @@ def test_round_trip(tmp_path, name, sees):
 
 
 def test_a_base_model_gets_no_chat_template(tmp_path):
-    write_own(tmp_path / "model", TEXT_ONLY, template=COMPLETION_TEMPLATE)
+    write_own(tmp_path / "model", TEXT_ONLY, template=CONTINUATION_TEMPLATE)
     export.export(tmp_path / "model", tmp_path / "hub")
     assert not (tmp_path / "hub" / "chat_template.jinja").exists()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hub").chat_template is None
-    assert nanovlm.load(tmp_path / "hub")[1].chat_template == COMPLETION_TEMPLATE
+    assert nanovlm.load(tmp_path / "hub")[1].chat_template == CONTINUATION_TEMPLATE
 
 
 # ---- models of ours, in transformers ----

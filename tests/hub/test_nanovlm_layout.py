@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3VisionConfig, LlamaConfig
 
 import nanovlm
-from nanovlm.config import TilingConfig
+from nanovlm.config import SamplingConfig, TilingConfig
 from nanovlm.data.images import make_tiles, plan_tiles
 from nanovlm.hub.read import find_model
-from nanovlm.infer.sampling import SamplingConfig, generate
+from nanovlm.infer.sampling import generate
 from nanovlm.model.vision import normalize
 from tests.conftest import assert_ranks_fill_their_rows, noise
 from tests.data.test_images import square

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from nanovlm.config import SamplingConfig
 from nanovlm.infer.sampling import (
-    SamplingConfig,
     choose,
     decode_one_token,
     filter_logits,

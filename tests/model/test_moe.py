@@ -19,6 +19,7 @@ from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import train
+from nanovlm.command_line import parse_train
 from nanovlm.config import DecoderConfig, MoEConfig, VLMConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.model.build import empty_model
@@ -582,5 +583,5 @@ def test_experts_begin_as_a_dense_layer_does():
 
 
 def test_one_field_switches_it_on():
-    assert train.parse_config(["scenes"]).model.decoder.moe is None
-    assert train.parse_config(["scenes", "--model.decoder.moe.num-experts", "4"]).model.decoder.moe == MoEConfig(4)
+    assert parse_train(["scenes"]).model.decoder.moe is None
+    assert parse_train(["scenes", "--model.decoder.moe.num-experts", "4"]).model.decoder.moe == MoEConfig(4)

@@ -1,0 +1,206 @@
+"""What train.py and generate.py are asked: arguments -> config.
+
+Imports nothing that takes seconds, so that --help and a mistake are answered at once, also where torch is missing.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+import runpy
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nanovlm.config import MoEConfig, SamplingConfig, TrainConfig, pick
+from nanovlm.config.fields import comments
+from nanovlm.errors import UserError
+from nanovlm.presets import PRESETS
+
+# The fields that --help shows; --help-all shows all.
+USUAL = (
+    "run_dir",
+    "data.sources",
+    "data.val_fraction",
+    "data.num_epochs",
+    "data.num_workers",
+    "data.row_length",
+    "data.batch_rows",
+    "model.tiling.max_tiles",
+    "init.model",
+    "optim.steps",
+    "optim.lr",
+    "optim.micro_batches",
+    "optim.freeze",
+    "eval.tasks",
+    "eval.every",
+    "parallel.strategy",
+    "device",
+    "precision",
+    "seed",
+    "checkpoint_every",
+    "wandb",
+)
+# Packages of pyproject.toml, by the names under which they are imported.
+NEEDED = (
+    *("torch", "tyro", "PIL", "numpy", "einops", "jinja2", "safetensors", "tokenizers", "tqdm"),
+    *("matplotlib", "huggingface_hub"),
+)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    # A model folder, as train.py writes it or in a layout of the hub; a repository of the hub, owner/name[@revision];
+    # a .gguf file; or smollm2, a language model from a package.
+    model: str
+    # Image files, in the order in which the model sees them.
+    image: tuple[Path, ...] = ()
+    # Questions about the images; with several, they are answered as one batch. Without any: a chat.
+    prompt: tuple[str, ...] = ()
+    # Print one JSON object for each prompt: text, token counts, speed, memory.
+    json: bool = False
+    # Print which experts the tokens of each answer went to (of a mixture of experts).
+    show_routing: bool = False
+    # How to choose tokens.
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
+    # Precision of the weights; auto takes that of the file.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
+    # folder.
+    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+
+    def validate(self) -> "GenerateConfig":
+        """Return self, or raise UserError that names a value and what would be right."""
+        self.sampling.validate()
+        if self.json and not self.prompt:
+            raise UserError("--json needs a --prompt; a chat has no JSON form")
+        return self
+
+
+def parse_generate(args: list[str], about: str | None = None) -> GenerateConfig:
+    """Read `--model M [--option value ...]`; `about` is shown by --help."""
+    check_packages()
+    import tyro
+
+    # The options of sampling have no prefix.
+    return tyro.cli(GenerateConfig, args=args, description=about, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def parse_train(args: list[str], about: str | None = None) -> TrainConfig:
+    """Read `[preset] [--field value ...]`; without a preset, the config of the run in --run-dir, or else scenes.
+
+    `about` is shown by --help. Raises UserError for an unknown preset.
+    """
+    check_packages()
+    import tyro
+
+    if args and not args[0].startswith("-"):
+        recipe, args = pick(PRESETS, args[0], "preset")(), args[1:]
+    else:
+        recipe = read_run(args) or PRESETS["scenes"]()
+    about, program = f"{about or ''}\n{list_presets()}", f"{Path(sys.argv[0]).name} [preset]"
+    if {"-h", "--help"} & set(args):
+        print(f"usage: {program} [--field value ...]\n\n{describe(recipe, about)}")
+        sys.exit()
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
+    # Naming one of its fields switches the mixture of experts on; the help shows them too.
+    if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help")) for a in args):
+        decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
+    if values(args, "--model.vision")[-1:] == ["None"]:  # a language model: tyro cannot take a whole part away
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vision=None, image_token_id=None))
+        args = without(args, "--model.vision")
+    if values(args, "--data.sources"):  # the preset's lessons and tasks fit its own data
+        data, judged = dataclasses.replace(recipe.data, lessons=()), dataclasses.replace(recipe.eval, tasks=())
+        recipe = dataclasses.replace(recipe, data=data, eval=judged)
+    return tyro.cli(
+        TrainConfig,
+        args=args,
+        prog=program,
+        default=recipe,
+        description=about,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def read_run(args: list[str]) -> TrainConfig | None:
+    """Return the config of the run that --run-dir names, if there is one. Raises UserError if it never took a step."""
+    folders = values(args, "--run-dir")
+    if not folders or not Path(folders[-1], "config.json").exists():
+        return None
+    from nanovlm.train.resume import read_config, steps_taken  # takes seconds
+
+    if not steps_taken(Path(folders[-1])):
+        raise UserError(f"{folders[-1]} took no step: name its preset again, one of {', '.join(PRESETS)}")
+    return read_config(Path(folders[-1]))
+
+
+def values(args: list[str], option: str) -> list[str]:
+    """Return the first value of an option, as `--option value` or `--option=value`, each time that it is given."""
+    found = []
+    for arg, value in itertools.pairwise([*args, ""]):
+        name, is_joined, joined = arg.partition("=")
+        if name.replace("_", "-") == option:
+            found.append(joined if is_joined else value)
+    return found
+
+
+def without(args: list[str], option: str) -> list[str]:
+    """Leave an option and its one value out."""
+    before = ["", *args]
+    return [arg for last, arg in itertools.pairwise(before) if last != option and arg.partition("=")[0] != option]
+
+
+# --- help on one screen -----------------------------------------------------------------------------------------
+
+
+def list_presets() -> str:
+    lines = (f"    {name:<21} {(function.__doc__ or '').splitlines()[0]}" for name, function in PRESETS.items())
+    return "Presets, named before the options:\n\n" + "\n".join(lines)
+
+
+def describe(config: TrainConfig, about: str) -> str:
+    """Lay out the usual fields, with their values in the preset and the first sentence about each."""
+    lines = [about, "\nOften set, with the values of this preset or run (--help-all lists every field):\n"]
+    for name in USUAL:
+        *parts, last = name.split(".")
+        owner = config
+        for part in parts:
+            owner = getattr(owner, part)
+        value = getattr(owner, last)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        name = name.replace("_", "-")
+        if isinstance(value, bool):  # --wandb is said without a value
+            name, shown = (f"no-{name}", "") if value else (name, "")
+        sentence = re.split(r"(?<=[.;]) ", comments(type(owner))[last])[0].rstrip(".;")
+        option = f"  --{name} {shown if len(shown) <= 40 - len(name) else shown[: 36 - len(name)] + ' ...'}"
+        lines.append(f"{option:<46}{textwrap.shorten(sentence, 74, placeholder=' ...')}")
+    return "\n".join(lines)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+def check_packages():
+    """End the process with one sentence that names this Python if a package is missing."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        print(
+            f"error: {sys.executable} has no {', '.join(missing)}: activate the environment that has nanovlm "
+            "(make demo and make test write one: . .venv/bin/activate), or pip install -c constraints.txt -e .",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def train():
+    """Run train.py, as the command nanovlm-train."""
+    runpy.run_module("train", run_name="__main__")
+
+
+def generate():
+    """Run generate.py, as the command nanovlm-generate."""
+    runpy.run_module("generate", run_name="__main__")
