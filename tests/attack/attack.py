@@ -355,29 +355,31 @@ def make_run(run: Path):
 
 def attack_signals(rng, things, folder):
     """Signals at random moments of a short run: it ends with a sentence, and goes on with the losses of a whole run."""
-    if things.runner is None:
-        things.runner = Runner(things)
-        things.whole, things.seconds = finish_run(things, things.folder / "whole")
-    child = things.runner.start(folder / "run")
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        time.sleep(rng.uniform(0, things.seconds))
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.kill(child, rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)))
     try:
+        if things.runner is None:
+            things.runner = Runner(things)
+            things.whole, things.seconds = finish_run(things, folder / "whole")
+        child = things.runner.start(folder / "run")
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            time.sleep(rng.uniform(0, things.seconds))
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(child, rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)))
         code, said = things.runner.wait(), (folder / "run.txt").read_text()
         # Saved; interrupted; or ended by a signal that it never watches for, or not before or after its steps.
-        steps, expected = len(read_losses(folder / "run")), {0, 75, 130, -signal.SIGHUP}
-        if not 0 < steps < len(things.whole):
+        losses, expected = read_losses(folder / "run"), {0, 75, 130, -signal.SIGHUP}
+        if not 0 < len(losses) < len(things.whole):
             expected |= {-signal.SIGTERM, -signal.SIGUSR1}
-        assert code in expected, f"status {code} after {steps} steps: {said}"
+        assert code in expected, f"status {code} after {len(losses)} steps: {said}"
         assert "Traceback" not in said, said
-        assert finish_run(things, folder / "run")[0] == things.whole, "other losses"
-    except OSError as error:  # which other kinds may raise
-        raise AssertionError(str(error)) from error
-    except TooLong:
-        things.runner = None  # it waits for this run for ever
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+        if code != 0:
+            losses, _seconds = finish_run(things, folder / "run")
+        assert losses == things.whole, "other losses"
+    except BaseException as error:
+        if things.runner is not None:  # it may wait for this run for ever, and what it says next is of this run
+            things.runner.end()
+            things.runner = None
+        if isinstance(error, OSError):  # which other kinds may raise
+            raise AssertionError(str(error)) from error
         raise
 
 
@@ -389,18 +391,34 @@ class Runner:
 
     def __init__(self, things):
         code = f"from pathlib import Path; from tests.attack import attack; attack.serve(Path({str(things.folder)!r}))"
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.read("ready")
 
     def start(self, run: Path) -> int:
         """Start a run in this folder; return the number of its process."""
         self.process.stdin.write(f"{run}\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return self.read("process")
 
     def wait(self) -> int:
         """Return the exit status of the run, below 0 for a signal."""
-        return int(self.process.stdout.readline())
+        return self.read("status")
+
+    def read(self, expected: str) -> int:
+        name, number = self.process.stdout.readline().split()
+        assert name == expected, f"{name} where {expected} was awaited"
+        return int(number)
+
+    def end(self):
+        """End it with the run that it waits for."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
 
 
 def serve(folder: Path):
@@ -412,10 +430,11 @@ def serve(folder: Path):
     for name in (folder / "modules").read_text().split():  # what a run imports on its way
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+    print("ready", os.getpid(), flush=True)
     for line in sys.stdin:
         child = fork_run(folder, Path(line.strip()))
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print("process", child, flush=True)
+        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def fork_run(folder: Path, run: Path, then: Callable = int) -> int:

@@ -4,4 +4,4 @@ from tests.attack.test_attack import attack
 
 
 def test_signals_at_any_moment_leave_a_run_that_goes_on():
-    attack("signals", num=20)  # of seconds each
+    attack("signals", num=200)
