@@ -10,13 +10,10 @@ alike. What has changed here and is not committed is measured too, and marked by
 benchmarks/results/step.jsonl.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import turns  # beside this file; the code of a checkout is imported by its worker alone
 import tyro
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "step.jsonl"
+RESULTS = turns.ROOT / "benchmarks" / "results" / "step.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,75 +70,30 @@ class StepConfig:
 
 
 def main(config: StepConfig):
-    if config.worker:
-        return work(config)
-    sys.path.insert(0, str(ROOT))
+    from benchmarks.speed import append_lines
     from nanovlm.config import pick
     from nanovlm.environment import describe_environment
 
     for name in config.shapes:
         pick(SHAPES, name, "--shapes")
-    with checkout(config.against) as other, tempfile.TemporaryDirectory() as folder:
+    with turns.checkout(config.against) as (other, commit), tempfile.TemporaryDirectory() as folder:
         for name in tqdm(config.shapes, unit="shape"):
-            line = {"shape": name, **dataclasses.asdict(SHAPES[name]), **compare(config, name, other, folder)}
-            line |= describe_environment(torch.device("cpu"), config.threads)
-            tqdm.write(json.dumps(line))
-            with open(RESULTS, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            options = ["--shapes", name, "--threads", str(config.threads), "--start", tempfile.mkdtemp(dir=folder)]
+            steps = turns.compare(__file__, options, other, config.repeats)
+            check_losses(name, steps)
+            ours, theirs = steps[-1]
+            line = {"shape": name, **dataclasses.asdict(SHAPES[name]), **turns.summarize(steps, "cpu_s")}
+            line |= {"peak_memory_gb": ours["peak_memory_gb"], "peak_memory_gb_before": theirs["peak_memory_gb"]}
+            line |= {"loss": ours["loss"], "before": commit}
+            append_lines(RESULTS, [line], describe_environment(torch.device("cpu"), config.threads))
 
 
-def compare(config: StepConfig, shape: str, other: str, folder: str) -> dict:
-    """Take steps of both checkouts by turns; return the medians and the ratio. Exits where the losses differ."""
-    workers, folder = [], tempfile.mkdtemp(dir=folder)
-    for tree in (str(ROOT), other):
-        command = [sys.executable, __file__, "--worker", tree, "--start", folder, "--shapes", shape]
-        command += ["--threads", str(config.threads)]
-        workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        ask(workers[-1])  # the weights are there, and the first step is taken
-    steps = [[ask(worker) for worker in workers] for _ in range(config.repeats + 1)]
-    peaks = []
-    for worker in workers:
-        worker.stdin.close()
-        worker.wait()
-        peaks.append(steps[-1][len(peaks)]["peak_memory_gb"])
+def check_losses(shape: str, steps: list[tuple[dict, dict]]):
+    """Exit where the losses of the two checkouts are not equal to rounding."""
     bound = 1e-4 if SHAPES[shape].precision == "fp32" else 1e-2
     for ours, theirs in steps:
         if abs(ours["loss"] - theirs["loss"]) > bound * abs(theirs["loss"]):
             sys.exit(f"error: {shape}: the losses are {ours['loss']} and {theirs['loss']}: not timed")
-    pairs = [(ours["cpu_s"], theirs["cpu_s"]) for ours, theirs in steps[1:]]
-    ratios = sorted(ours / theirs for ours, theirs in pairs)
-    return {
-        "cpu_s": round(statistics.median(ours for ours, _ in pairs), 4),
-        "cpu_s_before": round(statistics.median(theirs for _, theirs in pairs), 4),
-        "ratio": round(statistics.median(ratios), 3),
-        "least": round(ratios[0], 3),
-        "most": round(ratios[-1], 3),
-        "peak_memory_gb": peaks[0],
-        "peak_memory_gb_before": peaks[1],
-        "loss": steps[-1][0]["loss"],
-        "before": subprocess.check_output(["git", "-C", other, "rev-parse", "HEAD"], text=True).strip(),
-    }
-
-
-def ask(worker: subprocess.Popen) -> dict:
-    """Let a worker take a step; return what it measured."""
-    worker.stdin.write("\n")
-    worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        sys.exit(f"error: {' '.join(worker.args)} ended")
-    return json.loads(line)
-
-
-@contextlib.contextmanager
-def checkout(commit: str):
-    """Yield a temporary folder with the files of a commit."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", folder, commit], check=True)
-        try:
-            yield folder
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", folder], check=True)
 
 
 # --- one process for each checkout ----------------------------------------------------------------------------
@@ -171,13 +123,16 @@ def work(config: StepConfig):
     rows = make_rows(bench, model.config, shape)
     state = start(bench, model, shape, config.threads)
     recipe = bench.TrainConfig(model=model.config)
-    for _ in sys.stdin:
+
+    def take_step() -> dict:
         start_s = time.process_time()
         batch = bench.collate(rows)
         loss = bench.train.train_step(state, [batch], len(batch.trained), recipe)["loss"].item()
         seconds = time.process_time() - start_s
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(json.dumps({"loss": loss, "cpu_s": seconds, "peak_memory_gb": round(peak, 3)}), flush=True)
+        return {"loss": loss, "cpu_s": seconds, "peak_memory_gb": round(peak, 3)}
+
+    turns.work(take_step)
 
 
 def read_config(cls, data: dict):
@@ -245,7 +200,11 @@ def make_rows(bench, config, shape: Shape) -> list:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(StepConfig, description=__doc__))
-    except (ValueError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: {error}")
+    given = tyro.cli(StepConfig, description=__doc__)
+    if given.worker:
+        work(given)
+    else:
+        sys.path.insert(0, str(turns.ROOT))
+        from nanovlm import cli
+
+        cli.run(lambda: main(given))

@@ -98,6 +98,7 @@ def parse_train(args: list[str], about: str | None = None) -> TrainConfig:
     check_packages()
     import tyro
 
+    args = [_with_hyphens(arg) for arg in args]
     if args and not args[0].startswith("-"):
         recipe, args = pick(PRESETS, args[0], "preset")(), args[1:]
     else:
@@ -144,7 +145,7 @@ def values(args: list[str], option: str) -> list[str]:
     found = []
     for arg, value in itertools.pairwise([*args, ""]):
         name, is_joined, joined = arg.partition("=")
-        if name.replace("_", "-") == option:
+        if name == option:
             found.append(joined if is_joined else value)
     return found
 
@@ -153,6 +154,12 @@ def without(args: list[str], option: str) -> list[str]:
     """Leave an option and its one value out."""
     before = ["", *args]
     return [arg for last, arg in itertools.pairwise(before) if last != option and arg.partition("=")[0] != option]
+
+
+def _with_hyphens(arg: str) -> str:
+    """Return an option by its usual name: --data.row_length and --data.row-length are one."""
+    name, *value = arg.split("=", 1)
+    return "=".join([name.replace("_", "-"), *value]) if name.startswith("--") else arg
 
 
 # --- help on one screen -----------------------------------------------------------------------------------------
@@ -186,14 +193,12 @@ def describe(config: TrainConfig, about: str) -> str:
 
 
 def check_packages():
-    """End the process with one sentence that names this Python if a package is missing."""
+    """Raise UserError that names this Python if a package is missing."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        print(
-            f"error: {sys.executable} has no {', '.join(missing)}: activate the environment that has nanovlm "
-            "(make demo and make test write one: . .venv/bin/activate), or pip install -c constraints.txt -e .",
-            file=sys.stderr,
+        raise UserError(
+            f"{sys.executable} has no {', '.join(missing)}: activate the environment that has nanovlm "
+            "(make demo and make test write one: . .venv/bin/activate), or pip install -c constraints.txt -e ."
         )
-        sys.exit(2)
 
 
 def train():

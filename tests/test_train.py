@@ -363,7 +363,15 @@ def test_the_folder_alone_continues_a_run(tmp_path, unbroken):
         parse_train(["--run_dir", str(tmp_path)])
 
 
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbroken):
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT be heard, where a shell that started the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbroken, ctrl_c):
     step, taken = train.train_step, []
 
     def interrupted(*args):
@@ -555,7 +563,7 @@ def test_a_step_asks_the_device_nothing(processor, moe, monkeypatch):
 
     And where documents are, which attention asks for on the CPU alone.
     """
-    monkeypatch.setattr("nanovlm.model.attention.find_documents", lambda *ids: None)
+    monkeypatch.setattr("nanovlm.model.attention.find_documents", lambda *ids: [])
     model = VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe)))
     optim = OptimConfig(rules=(ParamRule("norm|embed|bias"), ParamRule("", optimizer="muon")))
     state = train.TrainState(model, model, make_optimizers(model, optim), [], threads=1, precision="fp32")

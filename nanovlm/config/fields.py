@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -47,6 +48,7 @@ def differences(a, b, where: str = "") -> list[str]:
     return lines
 
 
+@functools.cache
 def comments(cls) -> dict[str, str]:
     """Return the comment above each field of a config class, in one line."""
     found, lines = {}, []

@@ -44,50 +44,61 @@ CALL = 12_000
 KEYS = 512  # without a mask torch skips keys that no query sees, in blocks of so many
 
 
-class Piece(NamedTuple):
-    """Where a document is in a batch, and what is added to its scores: None, where each token sees those before it."""
+class Place(NamedTuple):
+    """Where a document is in a batch."""
 
     row: int
     start: int
     end: int
-    mask: Tensor | None
+    has_branches: bool
 
     def cost(self) -> float:
         """Return the time of attention over the document, in pairs of tokens under a mask."""
         length = self.end - self.start
-        pairs = length * (length if self.mask is not None else min(length, (length + KEYS) / 2))
+        pairs = length * (length if self.has_branches else min(length, (length + KEYS) / 2))
         return CALL * torch.get_num_threads() + pairs
+
+
+# A document, and what is added to its scores: None, where each token sees those before it.
+Piece = tuple[Place, Tensor | None]
 
 
 def make_sdpa_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor | list[Piece]:
     """Return the documents, or a mask where it takes less time or there are none."""
     B, T = doc_ids.shape
     if doc_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        pieces = find_documents(doc_ids, branch_ids)
-        if pieces and sum(piece.cost() for piece in pieces) < B * T * T:
-            return pieces
+        places = find_documents(doc_ids, branch_ids)
+        if places and sum(place.cost() for place in places) < B * T * T:
+            return add_masks(places, branch_ids)
     return make_dense_mask(doc_ids, branch_ids)
 
 
-def find_documents(doc_ids: Tensor, branch_ids: Tensor) -> list[Piece] | None:
-    """Return where the documents are, without padding; None where one is in several places."""
+def find_documents(doc_ids: Tensor, branch_ids: Tensor) -> list[Place]:
+    """Return where the documents are, without padding; nothing where one is in several places."""
     begins = torch.ones_like(doc_ids, dtype=torch.bool)
     begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    T, pieces = doc_ids.shape[1], []
-    starts = begins.nonzero().tolist()
-    ids = doc_ids[begins].tolist()
+    starts, ids, T = begins.nonzero().tolist(), doc_ids[begins].tolist(), doc_ids.shape[1]
     ends = [start or T for _row, start in starts[1:]] + [T] * bool(starts)
-    has_branches = bool(branch_ids.any())
-    for (row, start), end, number in zip(starts, ends, ids, strict=True):
-        if number >= 0:
-            branches = branch_ids[row, start:end]
-            mask = None
-            if has_branches and branches.any():
-                visible = make_dense_mask(torch.zeros_like(branches)[None], branches[None])
-                mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-            pieces.append(Piece(row, start, end, mask))
-    numbers = [number for number in ids if number >= 0]
-    return pieces if len(set(numbers)) == len(numbers) else None
+    branched = set(doc_ids[branch_ids > 0].tolist())
+    places = {
+        number: Place(row, start, end, number in branched)
+        for (row, start), end, number in zip(starts, ends, ids, strict=True)
+        if number >= 0
+    }
+    return list(places.values()) if len(places) == sum(number >= 0 for number in ids) else []
+
+
+def add_masks(places: list[Place], branch_ids: Tensor) -> list[Piece]:
+    """Give each document with branches its mask, float32[1, 1, L, L]: 0 where a query sees a key, else -inf."""
+    pieces = []
+    for place in places:
+        mask = None
+        if place.has_branches:
+            branches = branch_ids[place.row, place.start : place.end][None]
+            visible = make_dense_mask(torch.zeros_like(branches), branches)
+            mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+        pieces.append((place, mask))
+    return pieces
 
 
 def make_dense_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor:
@@ -133,11 +144,11 @@ class AttendDocuments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pieces):
         out, logsumexps = torch.zeros_like(q), []
-        for piece in pieces:
+        for place, mask in pieces:
             found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(_cut(x, piece) for x in (q, k, v)), 0.0, piece.mask is None, attn_mask=piece.mask
+                *(_cut(x, place) for x in (q, k, v)), 0.0, mask is None, attn_mask=mask
             )
-            _cut(out, piece).copy_(found)
+            _cut(out, place).copy_(found)
             logsumexps.append(logsumexp)
         ctx.save_for_backward(q, k, v, out, *logsumexps)
         ctx.pieces = pieces
@@ -148,19 +159,18 @@ class AttendDocuments(torch.autograd.Function):
         q, k, v, out, *logsumexps = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         gradients = [torch.zeros_like(x) for x in (q, k, v)]
-        for piece, logsumexp in zip(ctx.pieces, logsumexps, strict=True):
+        for (place, mask), logsumexp in zip(ctx.pieces, logsumexps, strict=True):
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(_cut(x, piece) for x in (grad_out, q, k, v, out)),
-                logsumexp, 0.0, piece.mask is None, attn_mask=piece.mask,
-            )  # fmt: skip
+                *(_cut(x, place) for x in (grad_out, q, k, v, out)), logsumexp, 0.0, mask is None, attn_mask=mask
+            )
             for gradient, part in zip(gradients, found, strict=True):
-                _cut(gradient, piece).copy_(part)
+                _cut(gradient, place).copy_(part)
         return *gradients, None
 
 
-def _cut(x: Tensor, piece: Piece) -> Tensor:
+def _cut(x: Tensor, place: Place) -> Tensor:
     """[B, T, N, H] -> [1, N, L, H], a view of the document."""
-    return x[piece.row : piece.row + 1, piece.start : piece.end].transpose(1, 2)
+    return x[place.row : place.row + 1, place.start : place.end].transpose(1, 2)
 
 
 # --- flex: a BlockMask, for comparison -----------------------------------------------------------------------

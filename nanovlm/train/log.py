@@ -87,6 +87,7 @@ class Log:
             "elapsed_s": self.state.elapsed_s,
         }
         shown = f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:.0f} tokens/s"
+        shown += f", data {data_wait_s / seconds:.0%}"  # the share of the step that waited for its batch
         if self.device.type == "cuda":
             numbers["mfu"] = totals["flops"] / seconds / self.peak_flops
             numbers["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9

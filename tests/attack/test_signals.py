@@ -1,7 +1,18 @@
-"""Some of the signals of attack.py; in a file of its own, so that it runs beside the other kinds."""
+"""200 of the signals of attack.py."""
 
-from tests.attack.test_attack import attack
+import pytest
+
+from tests.attack.attack import Things, try_one
 
 
-def test_signals_at_any_moment_leave_a_run_that_goes_on():
-    attack("signals", num=200)
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    made = Things(tmp_path_factory.mktemp("things"))
+    yield made
+    if made.runner is not None:
+        made.runner.end()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(seed, things):
+    assert try_one("signals", seed, things) == ""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovlm.model import attention
-from nanovlm.model.attention import attend_sdpa, find_documents, make_dense_mask, make_sdpa_mask
+from nanovlm.model.attention import add_masks, attend_sdpa, find_documents, make_dense_mask, make_sdpa_mask
 
 # A document: tokens of its prefix, and of each branch.
 DOCUMENTS = st.tuples(st.integers(1, 40), st.lists(st.integers(1, 12), max_size=4))
@@ -61,7 +61,8 @@ def test_documents_and_the_mask_agree(rows, padding, heads, H, seed):
 
     mask = make_dense_mask(doc_ids, branch_ids)
     exact = attend(mask, torch.float64)
-    for found in (attend(mask, torch.float32), attend(find_documents(doc_ids, branch_ids), torch.float32)):
+    pieces = add_masks(find_documents(doc_ids, branch_ids), branch_ids)
+    for found in (attend(mask, torch.float32), attend(pieces, torch.float32)):
         for ours, wanted in zip(found, exact, strict=True):
             assert (ours - wanted).abs().max() <= 3e-6 * (1 + wanted.abs().max()) * T**0.5
 
@@ -70,8 +71,9 @@ def test_long_documents_are_attended_alone_and_short_rows_under_a_mask():
     long = make_ids([[(256, []), (512, []), (200, [30])]], 1024)
     short = make_ids([[(16, [])] * 12] * 12, 192)
     one = make_ids([[(192, [])]] * 12, 192)
-    assert [piece[:3] for piece in make_sdpa_mask(*long)] == [(0, 0, 256), (0, 256, 768), (0, 768, 998)]
-    assert make_sdpa_mask(*long)[0].mask is None and make_sdpa_mask(*long)[2].mask is not None
+    places, masks = zip(*make_sdpa_mask(*long), strict=True)
+    assert [place[:3] for place in places] == [(0, 0, 256), (0, 256, 768), (0, 768, 998)]
+    assert masks[:2] == (None, None) and masks[2].shape == (1, 1, 230, 230)
     assert isinstance(make_sdpa_mask(*short), torch.Tensor) and isinstance(make_sdpa_mask(*one), torch.Tensor)
 
 
@@ -83,7 +85,7 @@ def test_padding_alone_has_a_mask():
 def test_a_document_in_two_places_is_one_document(monkeypatch):
     doc_ids = torch.tensor([[0, 1, 0, -1]], dtype=torch.int32)
     monkeypatch.setattr(attention, "CALL", -(10**9))
-    assert find_documents(doc_ids, torch.zeros_like(doc_ids)) is None
+    assert find_documents(doc_ids, torch.zeros_like(doc_ids)) == []
     assert torch.equal(make_sdpa_mask(doc_ids, torch.zeros_like(doc_ids)), make_dense_mask(doc_ids, 0 * doc_ids))
 
 
@@ -91,7 +93,7 @@ def test_a_document_in_two_places_is_one_document(monkeypatch):
 def test_any_gradient_is_taken(grad):
     doc_ids, branch_ids = make_ids([[(40, []), (24, [3])]], 70)
     q = torch.randn(1, 70, 2, 8, requires_grad=True)
-    out = attend_sdpa(q, q.detach(), q.detach(), find_documents(doc_ids, branch_ids))
+    out = attend_sdpa(q, q.detach(), q.detach(), add_masks(find_documents(doc_ids, branch_ids), branch_ids))
     loss = out.sum() if grad == "expanded" else (out.transpose(1, 3).contiguous() ** 1).sum()
     (found,) = torch.autograd.grad(loss, q)
     dense = attend_sdpa(q, q.detach(), q.detach(), make_dense_mask(doc_ids, branch_ids))
