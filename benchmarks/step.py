@@ -47,6 +47,7 @@ SHAPES = {
     "small 1x4096 fp32": Shape("small", 1, 4096, 8, "fp32"),
     "222m 1x512": Shape("222m", 1, 512, 2, "bf16"),
     "222m 1x1024": Shape("222m", 1, 1024, 4, "bf16"),
+    "222m 1x512 fp32": Shape("222m", 1, 512, 2, "fp32"),
     "222m 1x1024 fp32": Shape("222m", 1, 1024, 4, "fp32"),
     "460m 1x512 fp32": Shape("460m", 1, 512, 2, "fp32"),
     "scenes": Shape("scenes", 12, 192, 4, "fp32"),
