@@ -14,19 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 2
 
 
 def compare(script: str, options: list[str], other: str, repeats: int) -> list[tuple[dict, dict]]:
     """Run a script's workers for this checkout and the one in the folder `other`; return what each turn measured.
 
-    Two turns before, in which memory and caches fill, are left out. Exits where a worker fails.
+    WARM_UP turns, in which memory and caches fill, come before the `repeats` that count. Exits where a worker fails.
     """
-    workers = []
+    workers, firsts = [], []
     for tree in (str(ROOT), other):
         command = [sys.executable, script, "--worker", tree, *options]
         workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        _ask(workers[-1])
-    turns = [(_ask(workers[0]), _ask(workers[1])) for _ in range(repeats + 1)][1:]
+        firsts.append(_ask(workers[-1]))
+    turns = [tuple(firsts)] + [(_ask(workers[0]), _ask(workers[1])) for _ in range(WARM_UP - 1 + repeats)]
     for worker in workers:
         worker.communicate()
     return turns
@@ -40,7 +41,7 @@ def work(measure: Callable[[], dict]):
 
 def summarize(turns: list[tuple[dict, dict]], name: str) -> dict:
     """Return the medians of a measured value here and in the other checkout, and of the ratio of neighbouring turns."""
-    pairs = [(ours[name], theirs[name]) for ours, theirs in turns]
+    pairs = [(ours[name], theirs[name]) for ours, theirs in turns[WARM_UP:]]
     ratios = sorted(ours / theirs for ours, theirs in pairs)
     return {
         name: round(statistics.median(ours for ours, _ in pairs), 4),

@@ -45,6 +45,7 @@ def test_numbers_beyond_any_model_are_refused(changes, sentence):
         ({"run_dir": " "}, "run_dir is empty: name a folder"),
         ({"optim": {"lr": float("inf")}}, "optim.lr = inf must be a finite number"),
         ({"optim": {"betas": [0.9, float("nan")]}}, "optim.betas = nan must be a finite number"),
+        ({"optim": {"moments": "bf16"}}, "optim.moments = bf16 needs optim.betas of at most 0.98, not 0.99"),
         (
             {"optim": {"rules": [{"pattern": "", "lr_scale": float("nan")}]}},
             "optim.rules.lr_scale = nan must be a finite",

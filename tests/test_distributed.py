@@ -140,11 +140,17 @@ def dtypes_in_a_block(layout, batch):
 
 
 def update_weights(config, layout):
-    """Let AdamW and Muon take two steps along gradients drawn for each parameter; return the whole weights."""
+    """Let each AdamW and Muon take two steps along gradients drawn for each parameter; return the whole weights."""
+    return {
+        f"{moments} {name}": x for moments in ("fp32", "bf16") for name, x in _update(config, layout, moments).items()
+    }
+
+
+def _update(config, layout, moments):
     torch.manual_seed(0)
     model = VLM(config)
     parallel.parallelize(model, layout, torch.device("cpu"), "fp32")
-    optimizers = make_optimizers(model, OPTIM)
+    optimizers = make_optimizers(model, dataclasses.replace(OPTIM, moments=moments))
     for step in range(2):
         for name, p in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + step)

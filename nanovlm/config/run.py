@@ -109,6 +109,8 @@ class OptimConfig:
     max_skipped_steps: int = 10
     # AdamW: decay of the first and second moments.
     betas: tuple[float, float] = (0.9, 0.99)
+    # AdamW: precision of the moments. bf16 saves half of their memory; betas must then be at most 0.98.
+    moments: Literal["fp32", "bf16"] = "fp32"
     # Muon: momentum.
     momentum: float = 0.95
     # Patterns: a parameter is frozen when one of them is found in its name, whatever the rules say.
@@ -251,6 +253,10 @@ class TrainConfig:
         check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
         for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
             check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
+        check(
+            o.moments == "fp32" or max(o.betas) <= 0.98,
+            f"optim.moments = bf16 needs optim.betas of at most 0.98, not {max(o.betas)}: it loses smaller changes",
+        )
         for rule in o.rules:
             check(rule.weight_decay >= 0, f"the weight_decay {rule.weight_decay} of {rule.pattern!r} is negative")
         for pattern, scale in o.lr_scales:

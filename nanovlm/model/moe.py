@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nanovlm.config import MoEConfig, pick
 from nanovlm.errors import UserError
@@ -35,7 +36,27 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape."""
+    return SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+
+class SwiGLU(torch.autograd.Function):
+    """Keeps gate and up for the backward pass, which computes silu(gate) again: a third less memory, equal bits."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class Routing(NamedTuple):
@@ -148,7 +169,7 @@ def experts_loop(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: T
     y = torch.zeros_like(x)
     for e in range(len(gate)):
         row, place = (choice == e).nonzero(as_tuple=True)
-        h = F.silu(x[row] @ gate[e].T) * (x[row] @ up[e].T)
+        h = swiglu(x[row] @ gate[e].T, x[row] @ up[e].T)
         y = y.index_add(0, row, (weights[row, place, None] * (h @ down[e].T)).to(y.dtype))
     return y
 
@@ -161,7 +182,7 @@ def experts_grouped(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up
     ends = (choice.flatten()[:, None] == torch.arange(len(gate), device=x.device)).sum(0).cumsum(0, dtype=torch.int32)
     gate, up, down = (w.to(dtype).mT for w in (gate, up, down))
     rows = Permute.apply(x.to(dtype).repeat_interleave(k, dim=0), order, place)
-    h = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
+    h = swiglu(F.grouped_mm(rows, gate, offs=ends), F.grouped_mm(rows, up, offs=ends))
     out = Permute.apply(F.grouped_mm(h, down, offs=ends), place, order)
     return (weights[..., None] * out.unflatten(0, (-1, k))).sum(1).to(x.dtype)
 

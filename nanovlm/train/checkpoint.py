@@ -182,15 +182,7 @@ def load_checkpoint(folder: Path, model: VLM, optimizers: dict) -> tuple[dict, d
     Raises UserError that names what is damaged, missing or of another shape.
     """
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
-    parameters = dict(model.named_parameters())
     try:
-        for key in reader.read_metadata().state_dict_metadata:
-            kind, rest = key.split(".", 1)
-            if kind != "model":  # AdamW's step count is a scalar; other fields have their parameter's shape
-                name, field = rest.rsplit(".", 1)
-                parameter = parameters[name]
-                like = torch.zeros((), device=parameter.device) if field == "step" else torch.zeros_like(parameter)
-                optimizers[kind].state[parameter][field] = like.detach()
         dcp.load(name_tensors(model, optimizers), storage_reader=reader)  # pyright: ignore[reportPrivateImportUsage]
     except (OSError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
         raise UserError(f"{folder} is damaged or does not fit the config: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanovlm.config import OptimConfig, ParamRule
 from nanovlm.errors import UserError
+from nanovlm.train.adamw import AdamW, local_part
 
 
 def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[nn.Parameter]]:
@@ -64,8 +65,10 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
 
     optimizers = {}
     if adamw := of("adamw"):
-        optimizers["adamw"] = torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)
-        optimizers["adamw"].grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+        if config.moments == "bf16":
+            optimizers["adamw"] = AdamW(adamw, lr=config.lr, betas=config.betas, dtype=torch.bfloat16)
+        else:
+            optimizers["adamw"] = fused_adamw(adamw, config)
     if muon := of("muon"):
         is_slow = precision == "fp32" and next(model.parameters()).device.type == "cpu"
         dtype = torch.float32 if is_slow else torch.bfloat16
@@ -75,6 +78,17 @@ def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf1
             "optim.rules freeze every parameter, with optim.freeze, so nothing would learn: leave one lr_scale a number"
         )
     return optimizers
+
+
+def fused_adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
+    """Return torch's AdamW with its moments in memory; by itself it makes them in the first step, all over the heap."""
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    for group in groups:
+        for parameter in group["params"]:
+            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **averages}
+    return optimizer
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,6 +104,9 @@ class Muon(torch.optim.Optimizer):
         self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.dtype = dtype
         self.found_inf = torch.zeros(())
 
@@ -115,10 +132,7 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, parameter, momentum):
         """Advance the momentum; return the update before orthogonalization, gathered whole if the matrix is sharded."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"]
+        buffer = self.state[parameter]["momentum_buffer"]
         grad = torch.where(self.found_inf.to(parameter.device) > 0, buffer, parameter.grad)
         buffer.lerp_(grad, 1 - momentum)
         update = grad.lerp(buffer, momentum)
@@ -128,11 +142,6 @@ class Muon(torch.optim.Optimizer):
 def is_split_matrix(x: torch.Tensor) -> TypeGuard[DTensor]:
     """Return whether this rank holds only some rows of a matrix; stacked experts are split into whole experts."""
     return isinstance(x, DTensor) and x.ndim != 3
-
-
-def local_part(x: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor; it shares the tensor's memory."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def part_like(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

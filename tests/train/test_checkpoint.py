@@ -10,11 +10,12 @@ from nanovlm.train.optim import make_optimizers
 from tests.conftest import TINY, make_batch, make_document
 
 
-def test_run_state_comes_back(tmp_path, processor):
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_run_state_comes_back(tmp_path, processor, moments):
     """Weights, both optimizers' states and torch's random state; the newest checkpoints are kept."""
     model = VLM(TINY)
     rules = [{"pattern": "norm|embed|bias|vision"}, {"pattern": "", "optimizer": "muon", "weight_decay": 0.1}]
-    config = from_dict(OptimConfig, {"rules": rules})
+    config = from_dict(OptimConfig, {"rules": rules, "moments": moments, "betas": [0.9, 0.95]})
     optimizers = make_optimizers(model, config)
     batch = make_batch([make_document(processor, 0, ("what?", "red"))])
 
@@ -37,6 +38,8 @@ def test_run_state_comes_back(tmp_path, processor):
     checkpoint.set_rng_state(rng)
     assert state == {"step": 3, "loader": {"next_index": 5}}
     assert torch.equal(step(again, optimizers_again), drawn)
+    ours, theirs = (checkpoint.name_tensors(*pair) for pair in ((model, optimizers), (again, optimizers_again)))
+    assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
     for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(left, right), name
 

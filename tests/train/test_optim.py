@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nanovlm.config import OptimConfig, ParamRule
+from nanovlm.train.adamw import AdamW
 from nanovlm.train.optim import SCHEDULES, Muon, learning_rate, make_optimizers, orthogonalize, set_learning_rate
 
 
@@ -120,6 +121,57 @@ def test_muon_equals_torch_muon():
         reference.step()
     for p, q, start in zip(ours, theirs, before, strict=True):
         assert (p - q).norm() < 0.05 * (q - start).norm()
+
+
+def walk(optimizer_of, num_steps: int, seed: int = 0) -> list[torch.Tensor]:
+    """Return where an optimizer takes two parameters along drawn gradients, of which one step is not finite."""
+    torch.manual_seed(seed)
+    parameters = [nn.Parameter(torch.randn(8, 30)), nn.Parameter(torch.randn(30))]
+    optimizer = optimizer_of(parameters)
+    for step in range(num_steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter) + 0.3 * parameter.detach().sign()
+        optimizer.found_inf = torch.tensor(float(step == 5))
+        if step == 5:
+            parameters[0].grad[0, 0] = float("nan")
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def torch_adamw(parameters):
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    optimizer.grad_scale = None
+    return optimizer
+
+
+def our_adamw(dtype):
+    groups = lambda parameters: [{"params": parameters, "weight_decay": 0.1}]  # noqa: E731
+    return lambda parameters: AdamW(groups(parameters), lr=0.01, betas=(0.9, 0.98), dtype=dtype)
+
+
+def test_adamw_in_fp32_is_torchs():
+    for ours, theirs in zip(walk(our_adamw(torch.float32), 40), walk(torch_adamw, 40), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_with_moments_in_bf16_stays_beside_torchs():
+    """Of ten walks: the ends differ by 0.3 % of the way in the mean, 0.7 % at most; less than 1 % and 2 % is asked."""
+    shares = []
+    for seed in range(10):
+        starts = walk(torch_adamw, 0, seed)
+        ours, theirs = walk(our_adamw(torch.bfloat16), 300, seed), walk(torch_adamw, 300, seed)
+        shares += [float((a - b).norm() / (b - c).norm()) for a, b, c in zip(ours, theirs, starts, strict=True)]
+    assert sum(shares) / len(shares) < 0.01 and max(shares) < 0.02
+
+
+def test_the_moments_are_in_memory_before_the_first_step_and_in_the_asked_precision():
+    for moments, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        rules = (ParamRule("norm|bias"), ParamRule("", optimizer="muon"))
+        net = Net()
+        optimizers = make_optimizers(net, OptimConfig(rules=rules, moments=moments, betas=(0.9, 0.95)))
+        state = optimizers["adamw"].state
+        assert len(state) == 3 and all(x["exp_avg"].dtype == x["exp_avg_sq"].dtype == dtype for x in state.values())
+        assert optimizers["muon"].state[net.body.weight]["momentum_buffer"].shape == (4, 3)
 
 
 def test_muon_takes_convolutions_as_matrices():
