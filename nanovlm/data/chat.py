@@ -30,7 +30,7 @@ from nanovlm.config import VLMConfig
 from nanovlm.data.images import FAKE, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
-from nanovlm.data.tokenizer import read_tokenizer
+from nanovlm.data.tokenizer import read_tokenizer, tokenizer_errors
 from nanovlm.data.types import IGNORE, Batch, Document, Sample
 from nanovlm.errors import UserError, printable
 from nanovlm.files import write_file
@@ -135,7 +135,8 @@ class Processor:
         self.special_pattern = re.compile(f"({'|'.join(longest_first)})")
         # Encodes a special token's string as plain text. No post-processor: it would add tokens and shift offsets.
         plain = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
-        self._text_tokenizer = Tokenizer.from_str(json.dumps(plain))
+        with tokenizer_errors("the tokenizer does not fit together"):
+            self._text_tokenizer = Tokenizer.from_str(json.dumps(plain))
         self._text_tokenizer.encode_special_tokens = True
         self._image_token, self._end_token, self._bos_token = (
             None if i is None else tokenizer.id_to_token(i)
@@ -367,7 +368,8 @@ class Processor:
         def flush():
             text = "".join(text for text, _ in running)
             if text:
-                encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
+                with tokenizer_errors("the tokenizer cannot encode a text"):
+                    encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
                 trained = [flag for text, flag in running for _ in text]  # one per character
                 ids.extend(encoding.ids)
                 is_trained.extend(any(trained[start:end]) for start, end in encoding.offsets)

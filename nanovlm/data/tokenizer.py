@@ -1,7 +1,8 @@
 """Train and read tokenizers: byte-level BPE, which can encode any text, with our special tokens first."""
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -107,10 +108,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json. Raises UserError that names the file when it cannot be read."""
     if not path.is_file():
         raise UserError(f"there is no {path}; tokenizers in other files are not read")
-    try:
+    with tokenizer_errors(f"{path} is not a readable tokenizer file"):
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a readable tokenizer file: {error}") from error
+
+
+@contextlib.contextmanager
+def tokenizer_errors(sentence: str) -> Iterator[None]:
+    """Raise UserError for what the library raises: bare Exception, or a panic of its Rust code, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{sentence}: {error}") from error
 
 
 def extend_tokenizer(tokenizer: Tokenizer, markers: Iterable[str], image_token_id: int | None) -> Tokenizer:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from nanovlm.config import DecoderConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
-from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE
+from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE, tokenizer_errors
 from nanovlm.errors import UserError
 from nanovlm.hub.stored import Stored
 from nanovlm.sharded import Places
@@ -148,10 +148,8 @@ def build_tokenizer(fields: dict) -> Tokenizer:
     tokens, kinds, merges = (_need(fields, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
     if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
         raise UserError(f"tokenizer.ggml has {len(tokens)} tokens, {len(set(tokens))} different, {len(kinds)} types")
-    try:
+    with tokenizer_errors("tokenizer.ggml.merges do not fit the tokens"):
         bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(pair.split(" ")) for pair in merges])
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
