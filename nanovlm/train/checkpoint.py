@@ -151,9 +151,9 @@ def steps_saved(run_dir: Path) -> int:
 
 
 def find_damage(folder: Path) -> str:
-    """Compare the files of a checkpoint with its checksums, if it has some; return what is wrong, or nothing."""
+    """Compare the files of a checkpoint with its checksums; return what is wrong, or nothing."""
     if not (folder / "checksums.json").exists():
-        return "" if (folder / "state.json").is_file() else "it has no state.json"
+        return "it has no checksums.json"
     try:
         sums = read_json(folder / "checksums.json")
         for name in sums:
@@ -164,7 +164,8 @@ def find_damage(folder: Path) -> str:
         for name, is_same in zip(sums, map(operator.eq, found, sums.values()), strict=True):
             if not is_same:
                 return f"{name} is not as it was written"
-        if missing := {"state.json", "rng.safetensors"} - sums.keys():
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        if missing := (files | {"state.json", "rng.safetensors"}) - sums.keys() - {"checksums.json"}:
             return f"checksums.json has no {' and no '.join(sorted(missing))}"
     except (UserError, IsADirectoryError) as error:
         return str(error)
