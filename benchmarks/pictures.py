@@ -63,6 +63,7 @@ def main(config: PicturesConfig):
 
     for name in config.shapes:
         pick(SHAPES, name, "--shapes")
+    environment = describe_environment(torch.device("cpu"), threads=1)  # before a line changes the file of results
     with turns.checkout(config.against) as (other, commit):
         for name in tqdm(config.shapes, unit="shape"):
             found = turns.compare(__file__, ["--shapes", name], other, config.repeats)
@@ -71,7 +72,7 @@ def main(config: PicturesConfig):
             for stage in STAGES:
                 line |= {x: turns.summarize(found, stage)[x] for x in (stage, f"{stage}_before")}
             line |= {"unit": "CPU milliseconds a picture", "tiles": found[0][0]["tiles"], "before": commit}
-            append_lines(RESULTS, [line], describe_environment(torch.device("cpu"), threads=1))
+            append_lines(RESULTS, [line], environment)
 
 
 def check_tiles(shape: str, turn: tuple[dict, dict]):

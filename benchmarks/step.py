@@ -79,6 +79,7 @@ def main(config: StepConfig):
 
     for name in config.shapes:
         pick(SHAPES, name, "--shapes")
+    environment = describe_environment(torch.device("cpu"), config.threads)  # before a line changes the file of results
     with turns.checkout(config.against) as (other, commit), tempfile.TemporaryDirectory() as folder:
         for name in tqdm(config.shapes, unit="shape"):
             options = ["--shapes", name, "--threads", str(config.threads), "--start", tempfile.mkdtemp(dir=folder)]
@@ -88,7 +89,7 @@ def main(config: StepConfig):
             line = {"shape": name, **dataclasses.asdict(SHAPES[name]), **turns.summarize(steps, "cpu_s")}
             line |= {"peak_memory_gb": ours["peak_memory_gb"], "peak_memory_gb_before": theirs["peak_memory_gb"]}
             line |= {"loss": ours["loss"], "before": commit}
-            append_lines(RESULTS, [line], describe_environment(torch.device("cpu"), config.threads))
+            append_lines(RESULTS, [line], environment)
 
 
 def check_losses(shape: str, steps: list[tuple[dict, dict]]):
