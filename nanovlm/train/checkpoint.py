@@ -164,8 +164,8 @@ def find_damage(folder: Path) -> str:
         for name, is_same in zip(sums, map(operator.eq, found, sums.values()), strict=True):
             if not is_same:
                 return f"{name} is not as it was written"
-        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        if missing := (files | {"state.json", "rng.safetensors"}) - sums.keys() - {"checksums.json"}:
+        tensors = {f"tensors/{path.name}" for path in (folder / "tensors").glob("*.safetensors")}
+        if missing := ({"state.json", "rng.safetensors"} | tensors) - sums.keys():
             return f"checksums.json has no {' and no '.join(sorted(missing))}"
     except (UserError, IsADirectoryError) as error:
         return str(error)
