@@ -34,7 +34,7 @@ def read_held_out(loaders: dict[str, Loader], config: TrainConfig) -> dict[str, 
 
 
 def validate(state: TrainState, held_out: dict[str, list[list[Batch]]]) -> dict[str, float]:
-    """Return the mean loss over the held-out units of each source, and of all: `val_loss_SOURCE` and `val_loss`."""
+    """Return the mean loss over the held-out units, `val_loss`, and of each of several sources, `val_loss_SOURCE`."""
     sums, device = {}, next(state.model.parameters()).device
     with evaluating(state):
         for name, steps in held_out.items():
@@ -44,7 +44,8 @@ def validate(state: TrainState, held_out: dict[str, list[list[Batch]]]) -> dict[
                 loss_and_units[1] += state.objective.count(batch)
             sums[name] = distributed.add_up_tensor(loss_and_units)
     if sums:
-        sums = {f"val_loss_{name}": x for name, x in sums.items()} | {"val_loss": sum(sums.values())}
+        of_each = {f"val_loss_{name}": x for name, x in sums.items()} if len(sums) > 1 else {}
+        sums = of_each | {"val_loss": sum(sums.values())}
     return {name: float(loss / units) for name, (loss, units) in sums.items() if units}
 
 
