@@ -129,10 +129,15 @@ def parse_train(args: list[str], about: str | None = None) -> TrainConfig:
 
 
 def read_run(args: list[str]) -> TrainConfig | None:
-    """Return the config of the run that --run-dir names, if there is one. Raises UserError if it never took a step."""
+    """Return the config of the run in --run-dir; None without one named. Raises UserError if it took no step."""
     folders = values(args, "--run-dir")
-    if not folders or not Path(folders[-1], "config.json").exists():
+    if not folders or {"-h", "--help", "--help-all"} & set(args):
         return None
+    if not Path(folders[-1], "config.json").exists():
+        if Path(folders[-1], "checkpoints").exists():  # what is lost is named when the run is read
+            return None
+        presets = ", ".join(PRESETS)
+        raise UserError(f"there is no run in {folders[-1]} to go on with; to begin one, name a preset first: {presets}")
     from nanovlm.train.resume import read_config, steps_taken  # takes seconds
 
     if not steps_taken(Path(folders[-1])):

@@ -120,3 +120,12 @@ def flush(path: Path):
             raise
     finally:
         os.close(descriptor)
+
+
+def refuse_run(folder: Path):
+    """Raise UserError if a folder is that of a run, where that of a model is wanted."""
+    if (folder / "model" / "config.json").exists():
+        raise UserError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+    if (folder / "checkpoints").is_dir():
+        go_on = f"python train.py --run-dir {folder}"
+        raise UserError(f"{folder} is a run that has not ended, so it has no model yet; to go on with it: {go_on}")

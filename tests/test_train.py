@@ -357,7 +357,8 @@ def test_the_folder_alone_continues_a_run(tmp_path, unbroken):
         assert config.optim.steps == SMALL.optim.steps and config.model == SMALL.model
     train.main(config)
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
-    assert parse_train(["--run-dir", str(tmp_path / "new")]).optim == PRESET.optim
+    with pytest.raises(ValueError, match=r"no run in .*new to go on with; to begin one, name a preset first: "):
+        parse_train(["--run-dir", str(tmp_path / "new")])
     for name in ("metrics.jsonl", "checkpoints"):  # as a first attempt leaves it that takes no step
         shutil.move(tmp_path / name, tmp_path / f"moved_{name}")
     with pytest.raises(ValueError, match="took no step: name its preset again, one of scenes, "):

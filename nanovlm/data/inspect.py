@@ -36,7 +36,7 @@ from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, train_tokenizer
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.errors import UserError
-from nanovlm.files import read_json
+from nanovlm.files import read_json, refuse_run
 from nanovlm.presets import PRESETS
 
 NAMED = 3  # skipped samples to name for each reason
@@ -104,8 +104,7 @@ class InspectConfig:
 
 def load_processor(folder: Path) -> Processor:
     """Read the processor of a model folder. Raises UserError that names what is missing or wrong."""
-    if (folder / "model" / "config.json").exists():
-        raise UserError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+    refuse_run(folder)
     path = folder / "config.json"
     try:
         config = from_dict(VLMConfig, json.loads(path.read_bytes())).validate()

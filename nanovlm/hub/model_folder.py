@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
-from nanovlm.files import find_folder, new_folder, read_json
+from nanovlm.files import find_folder, new_folder, read_json, refuse_run
 from nanovlm.hub.stored import Stored, read_model
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM
@@ -45,8 +45,7 @@ def open_folder(folder: str | Path) -> Stored:
     folder = find_folder(Path(folder))
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
-    if (folder / "model" / "config.json").exists():
-        raise UserError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+    refuse_run(folder)
     data = read_json(folder / "config.json")
     try:
         config = from_dict(VLMConfig, data).validate()

@@ -43,10 +43,9 @@ def validate(state: TrainState, held_out: dict[str, list[list[Batch]]]) -> dict[
                 loss_and_units[0] += state.objective.loss(state.replica, batch.to(device), Extras())
                 loss_and_units[1] += state.objective.count(batch)
             sums[name] = distributed.add_up_tensor(loss_and_units)
-    if sums:
-        of_each = {f"val_loss_{name}": x for name, x in sums.items()} if len(sums) > 1 else {}
-        sums = of_each | {"val_loss": sum(sums.values())}
-    return {name: float(loss / units) for name, (loss, units) in sums.items() if units}
+    named = {f"val_loss_{name}": x for name, x in sums.items()} if len(sums) > 1 else {}
+    named["val_loss"] = sum(sums.values(), torch.zeros(2, device=device))
+    return {name: float(loss / units) for name, (loss, units) in named.items() if units}
 
 
 @contextlib.contextmanager

@@ -194,6 +194,14 @@ def test_loading_touches_nothing(folder, monkeypatch):
     assert sorted(p.name for p in folder.parent.iterdir()) == [".model.old", "model"]
 
 
+def test_a_run_that_has_not_ended_says_how_to_go_on(folder):
+    (folder.parent / "checkpoints").mkdir()
+    (folder.parent / "config.json").write_text('{"checkpoint_every": 100}')
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(ValueError, match="a run that has not ended, so it has no model yet; to go on with it: "):
+        nanovlm.load(folder.parent)
+
+
 def test_the_folder_of_a_run_says_where_its_model_is(folder):
     with pytest.raises(ValueError, match=f"is the folder of a run; its model is {re.escape(str(folder))}"):
         nanovlm.load(folder.parent)
