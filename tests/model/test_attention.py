@@ -67,6 +67,36 @@ def test_documents_and_the_mask_agree(rows, padding, heads, H, seed):
             assert (ours - wanted).abs().max() <= 3e-6 * (1 + wanted.abs().max()) * T**0.5
 
 
+def test_long_documents_of_bf16_are_attended_in_bf16(monkeypatch):
+    """Within twice the error of torch's bf16 attention from fp64; outputs of short ones are rounded once."""
+    monkeypatch.setattr(attention, "BF16_LENGTH", 48)
+    doc_ids, branch_ids = make_ids([[(40, []), (64, []), (30, [20, 20])]], 180)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 180, n, 16).bfloat16() for n in (4, 2, 2)]
+    real = (doc_ids >= 0)[..., None, None]
+
+    def attend(mask, dtype):
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        if isinstance(mask, list):
+            out = attend_sdpa(q.float(), k.float(), v, mask)  # queries and keys come from the rotation in fp32
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+            ).transpose(1, 2)
+        gradients = torch.autograd.grad((out * real).sum(), (q, k, v))
+        return [x.double() * real for x in (out, *gradients)]
+
+    dense = make_dense_mask(doc_ids, branch_ids)
+    exact, eager = attend(dense, torch.float64), attend(dense, torch.bfloat16)
+    ours = attend(add_masks(find_documents(doc_ids, branch_ids), branch_ids), torch.bfloat16)
+    is_long = (doc_ids == 1)[0]
+    for found, peer, wanted in zip(ours, eager, exact, strict=True):
+        for part in (is_long, ~is_long):
+            assert (found - wanted)[:, part].abs().max() <= 2 * (peer - wanted)[:, part].abs().max()
+    is_rounded = (ours[0] - exact[0]).abs() <= 2**-8 * exact[0].abs() + 1e-5
+    assert is_rounded[:, ~is_long].all() and not is_rounded[:, is_long].all()
+
+
 def test_long_documents_are_attended_alone_and_short_rows_under_a_mask():
     long = make_ids([[(256, []), (512, []), (200, [30])]], 1024)
     short = make_ids([[(16, [])] * 12] * 12, 192)
