@@ -54,7 +54,8 @@ SHAPES = {
     "222m 1x512 fp32, moments bf16": Shape("222m", 1, 512, 2, "fp32", moments="bf16"),
     "222m 1x1024 fp32": Shape("222m", 1, 1024, 4, "fp32"),
     "460m 1x512 fp32": Shape("460m", 1, 512, 2, "fp32"),
-    "scenes": Shape("scenes", 12, 192, 4, "fp32"),
+    "scenes": Shape("scenes", 12, 192, 4, "bf16"),
+    "scenes fp32": Shape("scenes", 12, 192, 4, "fp32"),
 }
 
 

@@ -42,7 +42,7 @@ def make_cache_mask(position_ids: Tensor, num_slots: int, backend: str = "sdpa")
 # busy. Measured 7,000 (AMD EPYC with AVX2, torch 2.13, fp32, 2026-11-28); more, so that no processor is slower for it.
 CALL = 12_000
 KEYS = 512  # without a mask torch skips keys that no query sees, in blocks of so many
-# Documents of so many tokens are attended in bf16 where values are bf16, shorter ones in fp32. With AVX512_BF16 the time
+# So many queries attend in bf16 on a CPU where values are bf16, fewer in fp32. With AVX512_BF16 the time
 # of bf16 against fp32, forward and backward, was 1.9 at 128 tokens, 1.1 at 256, 0.87 at 512 and 0.72 from 1,024 on
 # (AMD EPYC, torch 2.13, heads of 64, 2026-11-29).
 BF16_LENGTH = 512
@@ -125,13 +125,19 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | list[Piece] | No
         return attend_documents(q, k, v, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped, dtype = q.shape[1] != k.shape[1], v.dtype
-    if q.device.type == "cpu":  # in fp32, which is faster in short rows
+    if q.device.type == "cpu":
+        precision = choose_precision(q.shape[2], dtype)
         with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
+            q, k, v = q.to(precision), k.to(precision), v.to(precision)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     else:
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, attn_mask=mask, enable_gqa=grouped)
     return out.transpose(1, 2).to(dtype)
+
+
+def choose_precision(length: int, dtype: torch.dtype) -> torch.dtype:
+    """Return the precision in which so many queries attend on a CPU to values of this dtype."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and length >= BF16_LENGTH else torch.float32
 
 
 @torch.compiler.disable()
@@ -175,8 +181,8 @@ class AttendDocuments(torch.autograd.Function):
 
 def _cut(x: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     """[B, T, N, H] -> [1, N, L, H], in the precision of the document for values of this dtype."""
-    is_long = place.end - place.start >= BF16_LENGTH and not place.has_branches
-    return _view(x, place).to(torch.bfloat16 if is_long and dtype == torch.bfloat16 else torch.float32)
+    length = 0 if place.has_branches else place.end - place.start  # its mask is fp32
+    return _view(x, place).to(choose_precision(length, dtype))
 
 
 def _view(x: Tensor, place: Place) -> Tensor:
