@@ -1,40 +1,54 @@
 """Every kernel on shapes of real models against what torch and others offer for them, on a GPU.
 
-    python benchmarks/kernels.py                          all, in about five minutes
+    python benchmarks/kernels.py                          all, in about eight minutes
     python benchmarks/kernels.py --only attention cross_entropy --minutes 20
+    python benchmarks/kernels.py --blocks attention_before.py
     python benchmarks/kernels.py --tiny                   does all of it run? small shapes, interpreted where there
                                                           is no GPU, and nothing is written
 
+Each family has a process of its own, so that an error after which a process cannot use the GPU ends with it, and a
+share of the time; the most telling shapes come first. What time was left over goes to the families that had more to do,
+and a last line of each says what was left out.
+
 A result is checked on the timed shape before it is timed, with the rule of tests/kernels/oracle.py: outputs and
-gradients against fp64, of attention for the heads of one key/value head. Inputs are random and taken in turn from so
-many copies that they do not stay in the L2 cache, in one CUDA graph, or without where something cannot be captured
-(`no_graph`). A line of benchmarks/results/kernels.jsonl has the milliseconds, TFLOP/s, GB/s, both as shares of a
-matrix product and of a copy timed at the beginning of the same run, and for each peer its time over ours: above 1 we
-are faster. What a peer cannot do is said in its place.
+gradients against fp64, or on the largest part of the shape that fits into memory; `checked` says which. Inputs are
+random and taken in turn from so many copies that they do not stay in the L2 cache, in one CUDA graph, or without where
+something cannot be captured (`no_graph`). Forward is as in training, where there is a backward pass, whose time is what
+both take less forward. A line of benchmarks/results/kernels.jsonl has the milliseconds, TFLOP/s, GB/s, both as shares
+of a matrix product and of a copy timed at the beginning of the same process, and for each peer its time over ours:
+above 1 we are faster. What a peer cannot do is said in its place. Masks are made beforehand and timed apart
+(`masks_ms`).
+
+`--blocks` takes another table of attention's block sizes, BLOCKS as JSON, or a whole kernels/attention.py of another
+commit (`git show COMMIT:kernels/attention.py > attention_before.py`), and times it as a peer.
 """
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import arguments
 from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.environment import describe_environment, find_device
@@ -42,21 +56,31 @@ from nanovlm.errors import UserError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.jsonl"
 L2_BYTES = 200e6  # several times the cache of any GPU here
+START_S = 15  # a process that begins with less time left measures nothing
+GRACE_S = 60  # a shape that is begun in time may take so much longer
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    # Families to time: attention, packed, decode, dequant_matmul, experts, cross_entropy; none for all.
+    # Families to time, the keys of FAMILIES; none for all.
     only: tuple[str, ...] = ()
     # No new shape is begun after so many minutes.
-    minutes: float = 5.0
-    # Small shapes, and nothing written.
+    minutes: float = 8.0
+    # Small shapes, and nothing written but to --out.
     tiny: bool = False
+    # Block sizes of attention to compare with: a JSON file, or a kernels/attention.py.
+    blocks: str = ""
+    # File to append the results to.
+    out: str = ""
+    # Set by the benchmark itself: time shapes of this one family, from which on, for how long.
+    family: str = ""
+    first: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
 class Case:
-    """One shape. Functions take the tensors of `inputs()` by name; `gradient` names those that learn."""
+    """One shape. Functions take the tensors of `inputs()` by name; `learns` names those that get a gradient."""
 
     kernel: str
     shape: dict
@@ -68,41 +92,132 @@ class Case:
     flops: float
     num_bytes: float
     learns: tuple[str, ...] = ()
-    # Makes smaller inputs for the check where fp64 would not fit.
-    cut: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs
+    # Make smaller inputs for the check where fp64 would not fit; tried in order, by what they leave.
+    cuts: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = field(default_factory=dict)
     # Peers that wait for the device or compile, and so cannot be captured.
-    uncaptured: tuple[str, ...] = field(default=())
+    uncaptured: tuple[str, ...] = ()
+    # What makes a mask, by whose it is.
+    masks: dict[str, Callable[[], object]] = field(default_factory=dict)
+    # Makes `ours` of another version of kernels/attention.py.
+    of_module: Callable[[types.ModuleType], Callable[..., Tensor]] | None = None
 
 
 def main(config: KernelsConfig):
+    if config.family:
+        return time_family(config)
     device = find_device("auto")
     if device.type == "cpu" and not config.tiny:
         raise UserError("there is no GPU here, so there is nothing to time; --tiny runs small shapes all the same")
+    for name in config.only:
+        pick(FAMILIES, name, "only")
+    if not config.out:
+        config = replace(config, out=os.devnull if config.tiny else str(RESULTS))
+    end = time.monotonic() + 60 * config.minutes
+    left = dict.fromkeys([name for name in FAMILIES if name in (config.only or FAMILIES)], 0)  # the next shape of each
+    while left and end - time.monotonic() > START_S:
+        turn = list(left)
+        for i, name in enumerate(turn):
+            seconds = end - time.monotonic()
+            if seconds < START_S:
+                break
+            left[name] = run_family(config, name, left[name], seconds * share(name) / sum(map(share, turn[i:])))
+            if left[name] == len(shapes_of(name, config)):
+                del left[name]
+    for name, first in left.items():
+        report(config.out, {"kernel": name, "left_out": shapes_of(name, config)[first:]})
+
+
+def share(name: str) -> float:
+    return FAMILIES[name][3]
+
+
+def shapes_of(name: str, config: KernelsConfig) -> list[tuple]:
+    _, shapes, tiny, _ = FAMILIES[name]
+    return tiny if config.tiny else shapes
+
+
+def report(out: str, line: dict):
+    """Print a line and append it to the results."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    with open(out, "a") as file:
+        file.write(text + "\n")
+
+
+def run_family(config: KernelsConfig, name: str, first: int, seconds: float) -> int:
+    """Time shapes of a family in a process of its own; return which shape comes next.
+
+    A process that ends early, or does not end, has its last shape reported as not timed.
+    """
+    given = json.dumps(asdict(replace(config, family=name, first=first, seconds=seconds)))
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+        command = [sys.executable, __file__, "--json", given]
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        begun, ended = first, False
+        stopped = threading.Timer(seconds + GRACE_S, worker.kill)
+        stopped.start()
+        for text in worker.stdout:
+            line = json.loads(text)
+            begun, ended = line.get("begun", begun), line.get("ended", False)
+            if "begun" not in line:
+                print(text, end="", flush=True)
+        status = worker.wait()
+        stopped.cancel()
+        if status == 0 and ended:
+            return begun
+        log.seek(0)
+        last = (log.read().strip().splitlines() or ["it printed no error"])[-1]
+    why = f"the process ended with {status}: {last[:300]}"
+    report(config.out, {"kernel": name, "arguments": shapes_of(name, config)[begun], "result": f"not timed: {why}"})
+    return begun + 1
+
+
+# --- in the process of a family -------------------------------------------------------------------------------
+
+
+def time_family(config: KernelsConfig):
+    """Time shapes from `first` on, one at least, until `seconds` are over; print the index of each before it begins."""
+    end, device = time.monotonic() + config.seconds, find_device("auto")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         importlib.import_module("tests.kernels.interpreter")
-    chosen = {name: pick(FAMILIES, name, "only") for name in config.only or FAMILIES}
     torch.manual_seed(0)
-    begin, ceilings = time.perf_counter(), measure_ceilings(device, config.tiny)
+    torch._dynamo.config.recompile_limit = 64  # what is compiled holds for one shape
+    before = load_attention(Path(config.blocks)) if config.blocks else None
+    ceilings = measure_ceilings(device, config.tiny)
     environment = describe_environment(device, torch.get_num_threads()) | ceilings
-    print(json.dumps(environment))
-    # In turn, so that every family has had its first shapes when the time is over.
-    families = [
-        [(make, shape) for shape in (tiny if config.tiny else shapes)] for make, shapes, tiny in chosen.values()
-    ]
-    jobs = [job for turn in itertools.zip_longest(*families) for job in turn if job]
-    for make, shape in tqdm(jobs, unit="shape"):
-        if time.perf_counter() - begin > 60 * config.minutes:
-            print(f"{config.minutes:g} minutes are over; what is missing comes with --only or more --minutes")
-            break
-        for line in time_case(make(device, *shape), device, ceilings):
-            tqdm.write(json.dumps(line))
-            if not config.tiny:
-                with open(RESULTS, "a") as file:
-                    file.write(json.dumps(environment | line) + "\n")
-        torch._dynamo.reset()  # what is compiled holds for one shape, and there is a limit to how many
+    make, shapes = FAMILIES[config.family][0], shapes_of(config.family, config)
+    comes_next = config.first
+    while comes_next < len(shapes) and (comes_next == config.first or time.monotonic() < end):
+        print(json.dumps({"begun": comes_next}), flush=True)
+        case = make(device, *shapes[comes_next])
+        if before and case.of_module:
+            case.peers[f"blocks of {Path(config.blocks).name}"] = case.of_module(before)
+        for line in time_case(case, device, ceilings):
+            report(config.out, environment | line)
+        comes_next += 1
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    print(json.dumps({"begun": comes_next, "ended": True}), flush=True)
+
+
+def load_attention(path: Path) -> types.ModuleType:
+    """Load another kernels/attention.py, or ours a second time with the table of block sizes of a JSON file."""
+    ours = Path(__file__).resolve().parent.parent / "kernels" / "attention.py"
+    spec = importlib.util.spec_from_file_location("attention_before", path if path.suffix == ".py" else ours)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if path.suffix != ".py":
+        module.BLOCKS = read_table(json.loads(path.read_text()))
+    return module
+
+
+def read_table(value):
+    """Turn JSON into a table as Python has it: numbers that are keys, tuples."""
+    if isinstance(value, dict):
+        return {int(key) if key.isdigit() else key: read_table(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def measure_ceilings(device: torch.device, tiny: bool) -> dict:
@@ -117,38 +232,70 @@ def measure_ceilings(device: torch.device, tiny: bool) -> dict:
 
 
 def time_case(case: Case, device: torch.device, ceilings: dict) -> Iterator[dict]:
-    """Check a case, then time it forward, and where it learns forward and backward; yield a line of each."""
+    """Check a case, then time it: a line for forward and, where it learns, for backward and for both."""
     inputs = case.inputs()
-    wrong = check_case(case, case.cut(inputs))
-    size = sum(x.numel() * x.element_size() for x in inputs.values())
-    num_more = min(31, math.ceil(L2_BYTES / max(1, size))) if device.type == "cuda" else 0
-    copies = [inputs, *(case.inputs() for _ in range(num_more))]
-    for learns in ((), case.learns) if case.learns else ((),):
-        line = {"kernel": case.kernel, **case.shape, "pass": "forward and backward" if learns else "forward"}
-        if wrong:
-            yield line | {"result": f"not timed: {wrong}"}
-            continue
-        ours = time_call(with_backward(case.ours, learns), copies, device)
-        # The backward pass of matrix products and attention has twice the operations, and 2.5 times where scores are
-        # computed again.
-        factor = (3.5 if case.kernel.startswith("attention") else 3) if learns else 1
-        tflops, gbs = factor * case.flops / ours / 1e9, case.num_bytes / ours / 1e6
-        line |= {"ms": round(ours, 4), "tflops": round(tflops, 1)}
-        line["of_matmul"] = round(tflops / ceilings["matmul_tflops"], 3)
-        if not learns:
+    names = ("forward", "backward", "forward and backward") if case.learns else ("forward",)
+    wrong, checked = check_case(case, inputs)
+    if not wrong:
+        size = sum(x.numel() * x.element_size() for x in inputs.values())
+        num_more = min(31, math.ceil(L2_BYTES / max(1, size))) if device.type == "cuda" else 0
+        copies = [inputs, *(case.inputs() for _ in range(num_more))]
+        ours = time_passes(case.ours, case.learns, copies, device)
+        wrong = ours if isinstance(ours, str) else ""
+    if wrong:
+        yield {"kernel": case.kernel, **case.shape, "checked": checked, "result": f"not timed: {wrong}"}
+        return
+    peers = {
+        name: time_passes(peer, case.learns, copies, device, name not in case.uncaptured)
+        for name, peer in case.peers.items()
+    }
+    masks = {name: time_passes(make, (), [{}], device, captured=False) for name, make in case.masks.items()}
+    masks = {name: ms if isinstance(ms, str) else round(ms["forward"], 4) for name, ms in masks.items()}
+    for name in names:
+        # Backward, matrix products have twice the operations, attention 2.5 times as it computes scores again.
+        back = 2.5 if case.kernel.startswith("attention") else 2
+        factor = {"forward": 1, "backward": back, "forward and backward": 1 + back}[name]
+        tflops, gbs = factor * case.flops / ours[name] / 1e9, case.num_bytes / ours[name] / 1e6
+        line = {"kernel": case.kernel, **case.shape, "pass": name, "checked": checked, "ms": round(ours[name], 4)}
+        line |= {"tflops": round(tflops, 1), "of_matmul": round(tflops / ceilings["matmul_tflops"], 3)}
+        if name == "forward":
             line |= {"gbs": round(gbs, 1), "of_copy": round(gbs / ceilings["copy_gbs"], 3)}
-        line["peer_over_ours"] = ratios = {}
-        for name, peer in case.peers.items():
-            try:
-                captured = name not in case.uncaptured
-                ratios[name] = round(time_call(with_backward(peer, learns), copies, device, captured) / ours, 3)
-            except Exception as error:  # a peer's limits, whatever they raise, are a result
-                ratios[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
-        yield line | {"no_graph": list(case.uncaptured)}
+        line["peer_over_ours"] = {
+            peer: ms if isinstance(ms, str) else round(ms[name] / ours[name], 3) for peer, ms in peers.items()
+        }
+        yield line | {"no_graph": list(case.uncaptured)} | ({"masks_ms": masks} if masks else {})
 
 
-def check_case(case: Case, inputs: dict[str, Tensor]) -> str:
-    """Return what is wrong with our result on these inputs, or why that is not known, or nothing."""
+def time_passes(
+    function: Callable, learns: tuple[str, ...], copies: list[dict], device: torch.device, captured: bool = True
+) -> dict[str, float] | str:
+    """Return the milliseconds of each pass, or what was raised instead: the limits of a peer are a result."""
+    try:
+        ms = {"forward": time_call(with_passes(function, learns, backward=False), copies, device, captured)}
+        if learns:
+            both = time_call(with_passes(function, learns, backward=True), copies, device, captured)
+            ms |= {"backward": max(both - ms["forward"], 1e-6), "forward and backward": both}
+        return ms
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+def check_case(case: Case, inputs: dict[str, Tensor]) -> tuple[str, str]:
+    """Return what is wrong with our result on these inputs, or nothing, and how much of them was looked at."""
+    for checked, cut in ({"all": lambda inputs: inputs} | case.cuts).items():
+        try:
+            check_part(case, cut(inputs))
+            return "", checked
+        except torch.OutOfMemoryError:
+            pass
+        except Exception as error:  # a kernel that cannot be launched on this shape is one that is wrong on it
+            return f"{type(error).__name__}: {str(error)[:300]}", checked
+        torch.cuda.empty_cache()
+    return "fp64 did not fit into memory", "nothing"
+
+
+def check_part(case: Case, inputs: dict[str, Tensor]):
+    """Raise AssertionError where our result on these inputs is wrong."""
     from tests.kernels.oracle import check, check_gradients
 
     fixed = {name: x for name, x in inputs.items() if name not in case.learns}
@@ -157,34 +304,25 @@ def check_case(case: Case, inputs: dict[str, Tensor]) -> str:
     def exact(**tensors):
         return case.plain(**{n: x.double() if x.is_floating_point() else x for n, x in (fixed | tensors).items()})
 
-    try:
-        if not learning:
-            check(case.ours(**fixed), case.plain(**fixed), exact)
-            return ""
-        with torch.no_grad():
-            gradient = torch.randn_like(case.ours(**inputs))
-        functions = (functools.partial(case.ours, **fixed), functools.partial(case.plain, **fixed), exact)
-        check_gradients(*functions, learning, gradient)
-    except AssertionError as error:
-        return f"wrong: {error}"
-    except torch.OutOfMemoryError as error:
-        return f"not checked: {str(error).partition(chr(10))[0]}"
-    return ""
+    if not learning:
+        check(case.ours(**fixed), case.plain(**fixed), exact)
+        return
+    with torch.no_grad():
+        gradient = torch.randn_like(case.ours(**inputs))
+    functions = (functools.partial(case.ours, **fixed), functools.partial(case.plain, **fixed), exact)
+    check_gradients(*functions, learning, gradient)
 
 
-def with_backward(function: Callable[..., Tensor], learns: tuple[str, ...]) -> Callable[..., object]:
-    """Return a function that goes back too, to the inputs named; without names, forward without gradients."""
+def with_passes(function: Callable[..., Tensor], learns: tuple[str, ...], backward: bool) -> Callable[..., object]:
+    """Return a function that goes forward, as in training if something learns, and then back to what learns."""
 
-    def forward(**inputs):
-        with torch.no_grad():
-            return function(**inputs)
-
-    def both(**inputs):
+    def run(**inputs):
         leaves = {name: inputs[name].detach().requires_grad_() for name in learns}
-        out = function(**inputs | leaves)
-        return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        with torch.set_grad_enabled(bool(learns)):
+            out = function(**inputs | leaves)
+        return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out)) if backward else out
 
-    return both if learns else forward
+    return run
 
 
 def time_call(call: Callable, copies: list[dict], device: torch.device, captured: bool = True) -> float:
@@ -199,10 +337,12 @@ def time_call(call: Callable, copies: list[dict], device: torch.device, captured
         start = time.perf_counter()
         all_copies()
         return 1e3 * (time.perf_counter() - start) / len(copies)
-    stream = torch.cuda.Stream()
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)  # which has made the inputs
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles
             all_copies()
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     replay = all_copies
     if captured:
@@ -248,11 +388,15 @@ BACKENDS = {
 }
 
 
-def flex(causal: bool, device: torch.device, length: int):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+@functools.cache
+def compile_flex(on_gpu: bool):
+    from torch.nn.attention.flex_attention import flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
-    mask = create_block_mask(lambda b, n, t, s: s <= t, None, None, length, length, device=device) if causal else None
+    return torch.compile(flex_attention, dynamic=False) if on_gpu else flex_attention
+
+
+def flex(mask, device: torch.device):
+    attend = compile_flex(device.type == "cuda")
 
     def run(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -264,53 +408,69 @@ def flex(causal: bool, device: torch.device, length: int):
 def cut_heads(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keep the first row and the query heads of the first key/value head."""
     group = inputs["q"].shape[2] // inputs["k"].shape[2]
-    heads = {"q": group, "k": 1, "v": 1}
-    return {name: x[:1, :, : heads[name]] if name in heads else x[:1] for name, x in inputs.items()}
+    return {name: x[:1, :, : group if name == "q" else 1] for name, x in inputs.items()}
+
+
+def cut_to_one_head(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x[:1, :, :1] for name, x in inputs.items()}
+
+
+HEADS = {"one row, one key/value head": cut_heads, "one row, one head": cut_to_one_head}
 
 
 def attention(device: torch.device, B: int, S: int, N: int, K: int, H: int, causal: bool) -> Case:
     """Causal, as a decoder attends in training, and full, as a vision encoder does."""
-    from kernels.attention import attention as ours
+    from torch.nn.attention.flex_attention import create_block_mask
 
+    from kernels import attention as kernel
+
+    def of_module(module):
+        return lambda q, k, v: module.attention(q, k, v, causal=causal)[0]
+
+    def make_mask():
+        return create_block_mask(lambda b, n, t, s: s <= t, None, None, S, S, device=device)
+
+    mask = make_mask() if causal else None
     backends = {name: sdpa(backend, causal) for name, backend in BACKENDS.items() if name != "sdpa math"}
-    peers = {"sdpa": sdpa(None, causal)} if device.type == "cpu" else backends | {"flex": flex(causal, device, S)}
+    peers = {"sdpa": sdpa(None, causal)} if device.type == "cpu" else backends | {"flex": flex(mask, device)}
     pairs = S * (S + 1) / 2 if causal else S * S
     return Case(
         "attention, causal" if causal else "attention, full",
         {"rows": B, "tokens": S, "heads": N, "kv_heads": K, "head_dim": H},
         lambda: dict(zip("qkv", draw(device, (B, S, N, H), (B, S, K, H), (B, S, K, H)), strict=True)),
-        lambda q, k, v: ours(q, k, v, causal=causal)[0],
+        of_module(kernel),
         sdpa(SDPBackend.MATH, causal),
         peers,
         flops=4 * B * N * H * pairs,
         num_bytes=2 * B * S * H * (2 * N + 2 * K),
         learns=("q", "k", "v"),
-        cut=cut_heads,
+        cuts=HEADS,
+        masks={"flex": make_mask} if causal and device.type == "cuda" else {},
+        of_module=of_module,
     )
 
 
 def packed(device: torch.device, T: int, N: int, K: int, H: int, least: int = 16) -> Case:
-    """Documents of all lengths in one row, which do not see each other; masks are made in the time that counts."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """Documents of all lengths in one row, which do not see each other."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    from kernels.attention import attention as ours
-    from kernels.attention import find_runs
+    from kernels import attention as kernel
     from nanovlm.model.attention import make_mask
 
     lengths = draw_lengths(T, least, T // 4)
     doc_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].int().to(device)
     branch_ids = torch.zeros_like(doc_ids)
     ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
-    dense = make_mask(doc_ids, branch_ids)
-    compiled = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+    dense, runs = make_mask(doc_ids, branch_ids), kernel.find_runs(doc_ids, branch_ids)
 
-    def run_flex(q, k, v):
-        def visible(b, _n, t, s):
-            return (doc_ids[0, t] == doc_ids[0, s]) & (s <= t)
+    def visible(b, _n, t, s):
+        return (doc_ids[0, t] == doc_ids[0, s]) & (s <= t)
 
-        mask = create_block_mask(visible, None, None, T, T, device=device)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=N != K).transpose(1, 2)
+    def make_block_mask(make=create_block_mask):
+        return make(visible, None, None, T, T, device=device)
+
+    def of_module(module):
+        return lambda q, k, v: module.attention(q, k, v, module.Runs(*runs))[0]
 
     def run_varlen(q, k, v):
         from torch.nn.attention.varlen import varlen_attn
@@ -323,19 +483,28 @@ def packed(device: torch.device, T: int, N: int, K: int, H: int, least: int = 16
             k, v = (x.repeat_interleave(N // K, dim=2) for x in (k, v))
         return varlen_attn(q[0], k[0], v[0], ends, ends, max(lengths), max(lengths), **options)[None]
 
-    peers = {"flex": run_flex, "sdpa with a mask": sdpa(None, mask=dense)}
+    peers = {"flex": flex(make_block_mask(), device), "sdpa with a mask": sdpa(None, mask=dense)}
+    masks = {
+        "ours": lambda: kernel.find_runs(doc_ids, branch_ids),
+        "flex": make_block_mask,
+        "sdpa": lambda: make_mask(doc_ids, branch_ids),
+    }
+    if device.type == "cuda":
+        compiled = torch.compile(create_block_mask)
+        masks["flex, compiled"] = lambda: make_block_mask(compiled)
     return Case(
         "attention, packed",
         {"tokens": T, "documents": len(lengths), "heads": N, "kv_heads": K, "head_dim": H},
         lambda: dict(zip("qkv", draw(device, (1, T, N, H), (1, T, K, H), (1, T, K, H)), strict=True)),
-        lambda q, k, v: ours(q, k, v, find_runs(doc_ids, branch_ids))[0],
+        of_module(kernel),
         sdpa(SDPBackend.MATH, mask=dense),
         peers | ({"varlen_attn": run_varlen} if device.type == "cuda" else {}),
         flops=4 * N * H * sum(n * (n + 1) / 2 for n in lengths),
         num_bytes=2 * T * H * (2 * N + 2 * K),
         learns=("q", "k", "v"),
-        cut=cut_heads,
-        uncaptured=("flex",),
+        cuts=HEADS,
+        masks=masks,
+        of_module=of_module,
     )
 
 
@@ -349,19 +518,23 @@ def draw_lengths(total: int, least: int, most: int) -> list[int]:
 
 def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case:
     """One new token a row over a cache that is full."""
-    from kernels.attention import attend_slots
+    from kernels import attention as kernel
+
+    def of_module(module):
+        return lambda q, k, v: module.attend_slots(q, k, v, last[: len(q)])
 
     last = torch.full((B, 1), S - 1, device=device)
     return Case(
         "attention, decode",
         {"rows": B, "slots": S, "heads": N, "kv_heads": K, "head_dim": H},
         lambda: dict(zip("qkv", draw(device, (B, 1, N, H), (B, S, K, H), (B, S, K, H)), strict=True)),
-        lambda q, k, v: attend_slots(q, k, v, last[: len(q)]),
+        of_module(kernel),
         sdpa(SDPBackend.MATH),
         {"sdpa": sdpa()},
         flops=4 * B * N * S * H,
         num_bytes=4 * B * S * K * H,
-        cut=cut_heads,
+        cuts=HEADS,
+        of_module=of_module,
     )
 
 
@@ -371,12 +544,8 @@ def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case
 def dequantised(device: torch.device, format: str, M: int, N: int, K: int, group: int = 128) -> Case:
     """A linear layer of which the weight has 8 or 4 bits; above 1 against bf16 is what quantising gains."""
     from kernels.dequant_matmul import dequant_matmul
-    from kernels.quantized_weight import dequantize_ref
-    from nanovlm.model.quantized import quantize_weight
 
-    whole = torch.randn(N, K, device=device) / K**0.5
-    w = quantize_weight(whole, format, group, search=False)
-    dense = dequantize_ref(w)
+    w, dense, peers = make_weight(device, format, N, K, group)
     size = sum(x.numel() * x.element_size() for x in w if isinstance(x, Tensor))
 
     def inputs():
@@ -395,10 +564,21 @@ def dequantised(device: torch.device, format: str, M: int, N: int, K: int, group
         inputs,
         ours,
         plain,
-        dequantised_peers(format, dense, group, device),
+        dict(peers),
         flops=2 * M * N * K,
         num_bytes=size + 2 * M * (N + K),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def make_weight(device: torch.device, format: str, N: int, K: int, group: int):
+    """Return a weight in few bits, the same written out, and the peers, which keep copies of theirs."""
+    from kernels.quantized_weight import dequantize_ref
+    from nanovlm.model.quantized import quantize_weight
+
+    w = quantize_weight(torch.randn(N, K, device=device) / K**0.5, format, group, search=False)
+    dense = dequantize_ref(w)
+    return w, dense, dequantised_peers(format, dense, group, device)
 
 
 def dequantised_peers(format: str, dense: Tensor, group: int, device: torch.device) -> dict[str, Callable]:
@@ -444,8 +624,15 @@ def experts(device: torch.device, R: int, E: int, k: int, D: int, W: int) -> Cas
         flops=6 * R * k * D * W,
         num_bytes=2 * (3 * E * D * W + 2 * R * D),
         learns=("x", "weights", "gate", "up", "down"),
+        cuts={"an eighth of the intermediate columns": cut_width},
         uncaptured=("loop",),
     )
+
+
+def cut_width(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    width = max(16, inputs["gate"].shape[1] // 8)
+    narrow = {name: inputs[name][:, :width].contiguous() for name in ("gate", "up")}
+    return inputs | narrow | {"down": inputs["down"][:, :, :width].contiguous()}
 
 
 def head(device: torch.device, N: int, D: int, V: int) -> Case:
@@ -488,44 +675,61 @@ def head(device: torch.device, N: int, D: int, V: int) -> Case:
         flops=2 * N * D * V,
         num_bytes=2 * (V * D + N * D),
         learns=("hidden", "weight"),
+        cuts={
+            f"{num} tokens": lambda inputs, num=num: inputs | {x: inputs[x][:num] for x in ("hidden", "labels")}
+            for num in (2500, 600)
+        },
         uncaptured=("torch compiled", "liger", "cut cross-entropy"),
     )
 
 
-SIZES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))
+FORMATS = ("int4", "nf4", "int8")
+SIZES = ((8192, 8192), (28672, 8192), (4096, 4096), (14336, 4096))
 
-# What makes a case, its shapes, and a small one.
+# What makes a case, its shapes, small ones, and its share of the time.
 FAMILIES = {
-    "attention": (
-        attention,
-        [
-            *((16384 // S, S, 32, 8, 128, True) for S in (4096, 1024, 16384)),
-            (64, 1024, 12, 12, 64, False),
-            (32, 1024, 16, 16, 72, False),
-            (8, 4096, 15, 5, 64, True),
-            (64, 256, 12, 12, 64, False),
-        ],
-        [(2, 33, 2, 1, 16, True), (2, 20, 2, 2, 24, False)],
-    ),
-    "packed": (packed, [(16384, 32, 8, 128), (16384, 15, 5, 64)], [(40, 2, 1, 16, 3)]),
     "decode": (
         decode,
-        [(B, S, 32, 8, 128) for B, S in ((1, 4096), (16, 4096), (1, 32768), (16, 32768))],
+        [(B, S, 32, 8, 128) for B, S in ((16, 4096), (16, 32768), (1, 32768), (1, 4096))],
         [(2, 40, 4, 2, 16)],
+        1,
     ),
     "dequant_matmul": (
         dequantised,
-        [(format, M, *size) for M in (1, 16, 4, 64, 512) for format in ("int4", "nf4", "int8") for size in SIZES],
-        [(format, M, 64, 96, 32) for format in ("int4", "nf4", "int8") for M in (1, 3)],
+        [
+            (format, M, *size)
+            for sizes, Ms in ((SIZES[:1], (1, 16, 64, 256)), (SIZES[1:], (1, 16, 64, 256)), (SIZES, (4, 512)))
+            for size in sizes
+            for format in FORMATS
+            for M in Ms
+        ],
+        [(format, M, 64, 96, 32) for format in FORMATS for M in (1, 3)],
+        3,
     ),
+    "packed": (packed, [(16384, 32, 8, 128), (16384, 15, 5, 64)], [(40, 2, 1, 16, 3)], 2),
+    "attention": (
+        attention,
+        [
+            (4, 4096, 32, 8, 128, True),
+            (32, 1024, 16, 16, 72, False),
+            (1, 16384, 32, 8, 128, True),
+            (64, 1024, 12, 12, 64, False),
+            (8, 4096, 15, 5, 64, True),
+            (16, 1024, 32, 8, 128, True),
+            (64, 256, 12, 12, 64, False),
+        ],
+        [(2, 33, 2, 1, 16, True), (2, 20, 2, 2, 24, False)],
+        5,
+    ),
+    "cross_entropy": (head, [(8192, 2048, 151936), (8192, 960, 49280)], [(9, 16, 70)], 2),
     "experts": (
         experts,
         [(8192, 128, 8, 2048, 768), (8192, 8, 2, 4096, 14336), (16, 128, 8, 2048, 768)],
         [(9, 4, 2, 16, 24)],
+        2,
     ),
-    "cross_entropy": (head, [(8192, 2048, 151936), (8192, 960, 49280)], [(9, 16, 70)]),
 }
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(KernelsConfig, description=__doc__)))
+    cli.run(lambda: main(arguments.read(KernelsConfig, __doc__)))

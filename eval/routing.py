@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 
 from eval.tasks import Question, open_task, read_questions
 from nanovlm import cli, load
@@ -86,26 +85,27 @@ def draw_routing(loads: dict[str, torch.Tensor]) -> bytes:
     return png.getvalue()
 
 
-@dataclass(frozen=True)
-class RoutingConfig:
-    # A model folder.
-    model: Annotated[Path, tyro.conf.Positional]
-    # Where the picture goes.
-    png: Annotated[Path, tyro.conf.Positional] = Path("routing.png")
-    # What to ask: the name of a task, or a source of records.
-    task: str = "scenes"
-    # How many of its records are asked.
-    limit: int = 256
-    # cpu, cuda, or auto (cuda when there is one).
-    device: str = "auto"
-
-
-def main(config: RoutingConfig):
-    model, processor = load(config.model, find_device(config.device))
-    loads = measure_routing(model, processor, read_questions(open_task(config.task, config.limit)))
-    write_file(config.png, draw_routing(loads))
-    print(f"drawn in {config.png}")
+def main(model: Path, png: Path, task: str, limit: int, device: str):
+    loaded, processor = load(model, find_device(device))
+    loads = measure_routing(loaded, processor, read_questions(open_task(task, limit)))
+    write_file(png, draw_routing(loads))
+    print(f"drawn in {png}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(RoutingConfig, description=__doc__)))
+    import tyro
+
+    @dataclass(frozen=True)
+    class RoutingConfig:
+        # A model folder.
+        model: Annotated[Path, tyro.conf.Positional]
+        # Where the picture goes.
+        png: Annotated[Path, tyro.conf.Positional] = Path("routing.png")
+        # What to ask: the name of a task, or a source of records.
+        task: str = "scenes"
+        # How many of its records are asked.
+        limit: int = 256
+        # cpu, cuda, or auto (cuda when there is one).
+        device: str = "auto"
+
+    cli.run(lambda: main(**vars(tyro.cli(RoutingConfig, description=__doc__))))

@@ -14,9 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Annotated
 
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -133,7 +131,7 @@ def format_table(results: dict[str, dict]) -> str:
 @dataclass(frozen=True)
 class AskConfig:
     # A model folder.
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Path
     # What to ask: names of tasks, or sources of records.
     tasks: tuple[str, ...] = tuple(TASKS)
     # How many records of a task are asked, from its first on.
@@ -167,7 +165,9 @@ def main(config: AskConfig):
 
 def command():
     """Run `python -m eval.run`, or the command nanovlm-eval."""
-    cli.run(lambda: main(tyro.cli(AskConfig, description=__doc__)))
+    import tyro  # only a command needs it
+
+    cli.run(lambda: main(tyro.cli(AskConfig, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-import tyro
 from PIL import Image, ImageDraw
 
 from nanovlm import cli
@@ -344,7 +343,7 @@ class Scenes:
 
 
 def main(
-    folder: Annotated[Path, tyro.conf.Positional],
+    folder: Path,
     split: Literal["train", "test", "compositional"] = "test",
     num: int = 8,
 ):
@@ -367,4 +366,6 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(lambda: tyro.cli(main))
+    import tyro
+
+    cli.run(lambda: tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,)))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from safetensors.torch import save_file
 
 from nanovlm import cli
@@ -41,9 +40,9 @@ class ExportConfig:
     """Write a model in a hub layout: Idefics3, or for a language model that of its family."""
 
     # Run directory, model folder, or repository on the hub.
-    source: tyro.conf.Positional[str]
+    source: str
     # Folder to write; new or empty.
-    out: tyro.conf.Positional[Path]
+    out: Path
     # Read the result again: compare all tensors, and with transformers if installed; list traps of other programs.
     check: bool = False
     # Precision of the weights; auto keeps that of the source.
@@ -54,7 +53,10 @@ class ExportConfig:
 
 def main(args: list[str] | None = None):
     """Run the command line. Raises UserError with one sentence for anything wrong with the input."""
-    config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export")
+    import tyro  # only a command needs it
+
+    options = (tyro.conf.PositionalRequiredArgs,)
+    config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export", config=options)
     model = export(config.source, config.out, config.dtype, int(config.shard_size * 1e9))
     print(f"wrote {config.out}: {describe(model)}")
     if config.check:
