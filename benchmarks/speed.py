@@ -168,12 +168,11 @@ def time_decoding(model, processor, source, config, batch_size):
 def check(model, batch, tokens, logits):
     """Refuse a result whose last logits differ from those of one forward pass over the whole rows."""
     grown = torch.cat([batch.input_ids, tokens], dim=1)
-    zeros = torch.zeros_like(grown, dtype=torch.int32)
     whole = dataclasses.replace(
         batch,
         input_ids=grown,
-        doc_ids=zeros,
-        branch_ids=zeros,
+        doc_ids=batch.doc_ids[:, :1].expand_as(grown),
+        branch_ids=batch.branch_ids[:, :1].expand_as(grown),
         position_ids=torch.arange(grown.shape[1], device=grown.device).expand_as(grown),
     )
     expected = model.head(model(whole)[:, -1])

@@ -13,22 +13,25 @@ else against a large matrix product that is timed before all. Appends lines to b
 """
 
 import dataclasses
+import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
+from benchmarks import arguments
 from nanovlm import cli
 from nanovlm.config import (
     DecoderConfig,
@@ -72,6 +75,10 @@ SHAPES = {
         ),
     ),
 }  # fmt: skip
+BACKENDS = {  # of attention in image encoder and decoder, and of the output head with its loss
+    "torch": ("sdpa", "torch"),
+    "kernels": ("triton", "triton"),
+}
 # Rows and tokens a row of a batch on a CPU.
 CPU_BATCH = {"scenes": (12, 192), "222m": (1, 1024), "460m": (1, 1024), "tiny": (2, 256)}
 
@@ -129,8 +136,8 @@ def list_jobs(shape: str, config: TrainBenchmarkConfig) -> list[dict]:
 
 def run(config: TrainBenchmarkConfig, job: dict) -> dict:
     """Measure one way in a process of its own; what does not fit into memory says so in its line."""
-    command = [sys.executable, __file__, "--threads", str(config.threads), "--repeats", str(config.repeats)]
-    done = subprocess.run([*command, "--only", json.dumps(job)], capture_output=True, text=True)
+    options = {"threads": config.threads, "repeats": config.repeats, "only": json.dumps(job)}
+    done = subprocess.run([sys.executable, __file__, "--json", json.dumps(options)], capture_output=True, text=True)
     if done.returncode:
         if "OutOfMemoryError" in done.stderr:
             return job | {"result": "out of memory"}
@@ -138,12 +145,29 @@ def run(config: TrainBenchmarkConfig, job: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, way, parallel: dict, peak: float) -> dict:
-    """Check the loss of the first step against the plain reading, then time whole steps."""
+def measure(
+    config: TrainBenchmarkConfig,
+    shape,
+    rows,
+    row_length,
+    precision,
+    way,
+    parallel: dict,
+    peak: float = 0,
+    backends: str = "torch",
+    profile: str = "",
+) -> dict:
+    """Check the loss of the first step against the plain reading, then time whole steps.
+
+    `peak` in FLOP/s is found here where it is 0; a profile of one more step is written to the file `profile`.
+    """
     torch.set_num_threads(config.threads)
     device = find_device("auto")
+    peak = peak or peak_flops(device) or matmul_rate(device, config.threads)
+    if backends == "kernels" and device.type == "cpu":
+        interpret_kernels()
     torch.manual_seed(0)
-    model = VLM(SHAPES[shape]).to(device)
+    model = VLM(with_backends(SHAPES[shape], backends)).to(device)
     batch = make_batch(model.config, rows, row_length)
     optim = OptimConfig(rules=(ParamRule("norm|bias|embed"), ParamRule("", weight_decay=0.01)))
     recipe, ways = TrainConfig(model=model.config, optim=optim), {"ours": NextToken(), "plain": PlainNextToken()}
@@ -169,18 +193,21 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ways = ("plain", "ours") if way == "ours" and device.type == "cpu" else (way,)
+    turns = ("plain", "ours") if way == "ours" and device.type == "cpu" else (way,)
     seconds, cpu_seconds = {}, {}
-    for name in ways * config.repeats:
+    for name in turns * config.repeats:
         _, wall, cpu = step(name)
         seconds.setdefault(name, []).append(wall)
         cpu_seconds.setdefault(name, []).append(cpu)
+    if profile:
+        profile_step(lambda: step(way), device, Path(profile))
     seconds, cpu_seconds = ({k: statistics.median(v) for k, v in x.items()} for x in (seconds, cpu_seconds))
     step_s, num_tokens = seconds[way], int((batch.doc_ids >= 0).sum())
     flops = count_flops(model.config, batch, {"vision": True, "projector": True, "decoder": True})
     return {
         "shape": shape,
         "way": way,
+        "backends": backends,
         **parallel,
         "parameters": sum(p.numel() for p in model.parameters()),
         "rows": rows,
@@ -188,7 +215,7 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
         "tiles": len(batch.pixel_values),
         "step_s": round(step_s, 3),
         "cpu_s": round(cpu_seconds[way], 3),
-        **({"times_plain": round(seconds["plain"] / step_s, 3)} if len(ways) == 2 else {}),
+        **({"times_plain": round(seconds["plain"] / step_s, 3)} if len(turns) == 2 else {}),
         "tokens_per_second": round(num_tokens / step_s, 1),
         "trained_tokens_per_second": round(len(batch.trained) / step_s, 1),
         "image_tokens_per_second": round(int((batch.input_ids == model.config.image_token_id).sum()) / step_s, 1),
@@ -197,6 +224,31 @@ def measure(config: TrainBenchmarkConfig, shape, rows, row_length, precision, wa
         "peak_memory_gb": round(memory / 1e9, 3),
         **describe_environment(device, config.threads, precision),
     }
+
+
+def with_backends(config: VLMConfig, backends: str) -> VLMConfig:
+    """Choose who computes attention and cross-entropy, a key of BACKENDS."""
+    attention, cross_entropy = BACKENDS[backends]
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, attention=attention),
+        decoder=dataclasses.replace(config.decoder, attention=attention, cross_entropy=cross_entropy),
+    )
+
+
+def interpret_kernels():
+    """Run kernels on the CPU, which shows whether all of a benchmark runs. Raises UserError if triton does not."""
+    if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported, so it cannot be set here
+        raise UserError("without a GPU the kernels run with TRITON_INTERPRET=1 in the environment only")
+    importlib.import_module("tests.kernels.interpreter")
+
+
+def profile_step(step: Callable[[], object], device: torch.device, path: Path):
+    """Write which operators and kernels one step spends its time in."""
+    with torch.profiler.profile() as profiler:
+        step()
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    path.write_text(profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=100))
 
 
 class PlainNextToken(NextToken):
@@ -257,4 +309,4 @@ def matmul_rate(device: torch.device, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(TrainBenchmarkConfig, description=__doc__)))
+    cli.run(lambda: main(arguments.read(TrainBenchmarkConfig, __doc__)))

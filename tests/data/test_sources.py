@@ -9,7 +9,6 @@ import random
 import re
 import tarfile
 
-import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -32,6 +31,8 @@ from nanovlm.data.source_tar import Tar
 from nanovlm.data.sources import open_source, open_sources, sample_texts
 from nanovlm.data.types import Filtered
 from tests.conftest import noise
+
+datasets = pytest.importorskip("datasets")  # these tests are not for a machine without it
 
 TURNS = [{"user": "what is it?", "assistant": "noise"}, {"user": "sure?", "assistant": "yes"}]
 
