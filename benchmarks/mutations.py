@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
@@ -555,4 +554,6 @@ def children_seconds() -> float:
 
 
 if __name__ == "__main__":
+    import tyro
+
     cli.run(lambda: sys.exit(main(tyro.cli(MutationConfig, description=__doc__))))

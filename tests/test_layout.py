@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.scenes import format_results, format_runs, read_lines
-
 ROOT = Path(__file__).parent.parent
 FILES = [p for folder in ("nanovlm", "eval", "kernels") for p in (ROOT / folder).rglob("*.py")] + [
     ROOT / "train.py",
@@ -76,6 +74,8 @@ def test_no_distribution_takes_the_place_of_our_kernels():
 
 
 def test_the_readme_shows_the_committed_results():
+    from benchmarks.scenes import format_results, format_runs, read_lines
+
     results = json.loads((ROOT / "benchmarks" / "results" / "scenes.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert format_results(results) in readme and format_runs(read_lines()) in readme

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+pytest.importorskip("tyro")  # a machine that is lent for minutes may lack it
 from benchmarks import scenes as benchmark
 from benchmarks.scenes import JOBS, Job, ScenesConfig, compare, figures, format_runs, misses
 

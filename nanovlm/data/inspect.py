@@ -17,10 +17,8 @@ from collections import defaultdict
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
 from nanovlm import cli
 from nanovlm.config import DataConfig, TrainConfig, VLMConfig, from_dict, pick
@@ -81,7 +79,7 @@ def report(name: str, documents: list[Document], skipped: list[tuple[int, Skippe
 @dataclass(frozen=True)
 class InspectConfig:
     # What to look at: scenes, a .jsonl file, .parquet or .tar files, a folder, or hub:owner/name.
-    source: Annotated[str, tyro.conf.Positional]
+    source: str
     # Which sample to show.
     index: int = 0
     # How many samples to summarise: drawn from the whole source, or the first of a stream.
@@ -194,4 +192,6 @@ def main(config: InspectConfig):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(InspectConfig, description=__doc__)))
+    import tyro
+
+    cli.run(lambda: main(tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig
@@ -23,11 +22,11 @@ class QuantizeConfig:
     """Write a model folder with quantised weights, which loads like any other."""
 
     # Model folder, or anything else that generate.py reads.
-    source: tyro.conf.Positional[str]
+    source: str
     # Folder to write; new or empty.
-    out: tyro.conf.Positional[Path]
+    out: Path
     # Which layers to quantise, and to which format.
-    quantization: tyro.conf.OmitArgPrefixes[QuantizationConfig] = field(default_factory=QuantizationConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     # Precision of all other weights; auto keeps that of the source.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Also try smaller ranges for every group of weights; without it, round to nearest in the full range.
@@ -36,7 +35,10 @@ class QuantizeConfig:
 
 def main():
     """Run the command line. Raises UserError with one sentence for anything wrong with the input."""
-    config = tyro.cli(QuantizeConfig, prog="python -m nanovlm.hub.quantize")
+    import tyro  # only a command needs it
+
+    options = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    config = tyro.cli(QuantizeConfig, prog="python -m nanovlm.hub.quantize", config=options)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"{config.out} exists and is not an empty folder: name a new one")
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tqdm import tqdm
 
 from tests.test_train import comparable, metrics
@@ -135,4 +134,6 @@ def main(config: KillsConfig) -> int:
 
 
 if __name__ == "__main__":
+    import tyro
+
     sys.exit(main(tyro.cli(KillsConfig, description=__doc__)))
