@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("tyro")  # of attack.py; a machine that is lent for minutes may lack it
 from tests.attack.attack import Things, try_one
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+pytest.importorskip("tyro")  # of benchmarks/export.py; a machine that is lent for minutes may lack it
 import nanovlm
 from benchmarks.export import ask_transformers
 from eval.run import answer
