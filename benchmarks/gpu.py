@@ -8,6 +8,8 @@ import argparse
 import importlib.metadata
 import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +54,24 @@ def main(args: list[str] | None = None) -> int:
         "PYTHONUNBUFFERED": "1",
         "TRITON_INTERPRET": "0" if has_gpu else "1",
     }
+    machine = json.dumps(describe_machine())
+    print(machine)
+    (given.folder / "machine.json").write_text(machine + "\n")
     return part(given.folder.resolve(), end, given.tiny, environment)
+
+
+def describe_machine() -> dict:
+    """Say what is measured on what; the commit is that of the file carried/commit where git is not there to say it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    carried = CARRIED / "commit"
+    if carried.exists():
+        commit = carried.read_text().strip()
+    else:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton") if is_installed(name)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return {"commit": commit, "device": device, "cores": cores, "python": platform.python_version()} | versions
 
 
 def install(carried: Path, listed: Path) -> list[str]:
