@@ -228,7 +228,8 @@ def measure_ceilings(device: torch.device, tiny: bool) -> dict:
     target = torch.empty_like(source)
     product = time_call(lambda **_: a @ b, [{}], device)
     copy = time_call(lambda **_: target.copy_(source), [{}], device)
-    return {"matmul_tflops": round(2 * size**3 / product / 1e9, 2), "copy_gbs": round(4 * num / copy / 1e6, 1)}
+    rates = {"matmul_tflops": 2 * size**3 / product / 1e9, "copy_gbs": 4 * num / copy / 1e6}
+    return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 
 def time_case(case: Case, device: torch.device, ceilings: dict) -> Iterator[dict]:

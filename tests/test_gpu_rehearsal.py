@@ -86,10 +86,11 @@ def test_kernels(bare, tmp_path):
         "attention", "dequant_matmul", "cross_entropy", "experts",
     }  # fmt: skip
     assert not [line for line in lines if "result" in line or "left_out" in line]
-    assert all(line["checked"] == "all" and line["ms"] > 0 for line in lines)
+    assert all(line["checked"] == "all" for line in lines)
+    assert all(line["ms"] > 0 for line in lines if line["pass"] != "backward")  # a difference, of times of a busy CPU
     packed = [line for line in lines if line["kernel"] == "attention, packed"]
     assert [line["pass"] for line in packed] == ["forward", "backward", "forward and backward"]
-    assert packed[0]["ms"] + packed[1]["ms"] == pytest.approx(packed[2]["ms"], abs=1e-3)
+    assert packed[1]["ms"] == pytest.approx(max(0, packed[2]["ms"] - packed[0]["ms"]), abs=1e-3)
     assert set(packed[0]["masks_ms"]) == {"ours", "flex", "sdpa"}
 
 
