@@ -181,8 +181,11 @@ def time_family(config: KernelsConfig):
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         importlib.import_module("tests.kernels.interpreter")
+    else:
+        torch._dynamo.config.recompile_limit = 64  # what is compiled holds for one shape
+        # The processes that it compiles in would outlive this one where it is killed.
+        importlib.import_module("torch._inductor.config").compile_threads = 1
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # what is compiled holds for one shape
     before = load_attention(Path(config.blocks)) if config.blocks else None
     ceilings = measure_ceilings(device, config.tiny)
     environment = describe_environment(device, torch.get_num_threads()) | ceilings
@@ -197,6 +200,7 @@ def time_family(config: KernelsConfig):
             report(config.out, environment | line)
         comes_next += 1
         if device.type == "cuda":
+            torch.cuda.synchronize()  # raises where an error has cut this process off: another goes on
             torch.cuda.empty_cache()
     print(json.dumps({"begun": comes_next, "ended": True}), flush=True)
 

@@ -171,10 +171,13 @@ def measure(
     batch = make_batch(model.config, rows, row_length)
     optim = OptimConfig(rules=(ParamRule("norm|bias|embed"), ParamRule("", weight_decay=0.01)))
     recipe, ways = TrainConfig(model=model.config, optim=optim), {"ours": NextToken(), "plain": PlainNextToken()}
-    replica = parallelize(model, ParallelConfig(**parallel), device, precision)
-    state = train.TrainState(model, replica, make_optimizers(model, optim, precision), [], config.threads, precision)
+    if device.type == "cuda":
+        batch = batch.pin_memory()  # as the loader does
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         expected = ways["plain"].loss(model, batch.to(device), Extras()).item() / len(batch.trained)
+    # Only now, so that blocks are not compiled for the plain reading too.
+    replica = parallelize(model, ParallelConfig(**parallel), device, precision)
+    state = train.TrainState(model, replica, make_optimizers(model, optim, precision), [], config.threads, precision)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
