@@ -32,28 +32,44 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
+from kernels.gpu import device_class
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (BM, BN, warps, stages) by pass and by compute capability, or "fp32": the first whose width is at least HA + HB.
-# Fixed, not autotuned, so that a restarted run computes the same bits.
+# (BM, BN, warps, stages) by pass and by class of GPU (kernels/gpu.py), or "fp32": the first whose width is at least
+# HA + HB. Fixed, not autotuned, so that a restarted run computes the same bits. Chosen by benchmarks/kernels_static.py
+# among those that spill no register inside a loop; those of class 80 fit the 99 KB of consumer cards.
 BLOCKS = {
     "forward": {
-        90: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
-        80: {32: (128, 32, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
-        "fp32": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1)},
+        90: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+        80: {32: (128, 32, 4, 3), 64: (128, 64, 4, 3), 96: (128, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        "hip": {128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+        "fp32": {64: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
     },
     "backward_q": {
-        90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
-        80: {32: (128, 32, 8, 3), 64: (128, 64, 8, 3), 96: (64, 32, 8, 2), 128: (64, 64, 8, 2)},
-        "fp32": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
+        90: {96: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        80: {32: (64, 64, 4, 3), 64: (128, 64, 8, 3), 96: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
+        "hip": {128: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
+        "fp32": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
     },
     "backward_kv": {
-        90: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2)},
-        80: {64: (32, 128, 8, 2), 80: (16, 64, 8, 1), 96: (16, 64, 8, 2), 128: (32, 64, 8, 2)},
-        "fp32": {128: (16, 16, 4, 1)},
+        90: {64: (64, 128, 8, 3), 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
+        80: {64: (64, 64, 4, 2), 96: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+        "hip": {128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
+        "fp32": {256: (16, 16, 4, 1)},
     },
-    "slots": {90: {128: (64, 64, 4, 3)}, 80: {128: (64, 32, 4, 3)}, "fp32": {128: (32, 32, 8, 1)}},
-    "one_slot": {90: {128: (16, 64, 4, 3)}, 80: {128: (16, 64, 4, 3)}, "fp32": {128: (16, 32, 8, 1)}},
+    "slots": {
+        90: {128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+        80: {128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
+        "hip": {256: (64, 16, 4, 1)},
+        "fp32": {256: (32, 32, 8, 1)},
+    },
+    "one_slot": {
+        90: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
+        80: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
+        "hip": {256: (16, 32, 4, 1)},
+        "fp32": {256: (16, 32, 8, 1)},
+    },
 }
 
 
@@ -382,8 +398,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
         raise ValueError(
             f"q, k, v have shapes {shapes}, but must have [B, T, N, H] and twice [B, S, K, H], K a divisor of N"
         )
-    if q.shape[3] > 128:
-        raise ValueError(f"head size {q.shape[3]} is above 128, the largest that the kernels are made for")
+    if q.shape[3] > 256:
+        raise ValueError(f"head size {q.shape[3]} is above 256, the largest that the kernels are made for")
     if scale <= 0:
         raise ValueError(f"scale = {scale} must be above 0")
 
@@ -397,13 +413,15 @@ def split_head(H: int) -> tuple[int, int, int]:
 
 def choose_blocks(which: str, q: Tensor) -> tuple[int, int, dict]:
     """Return BM, BN and the launch options; when interpreting, those of an H100."""
-    is_fp32 = q.dtype == torch.float32
-    is_hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
-    by_width = BLOCKS[which]["fp32" if is_fp32 else 90 if is_hopper else 80]
+    gpu = device_class(q)
+    by_width = BLOCKS[which]["fp32" if q.dtype == torch.float32 and gpu != "hip" else gpu]
     width = sum(split_head(q.shape[3])[1:])
     BM, BN, num_warps, num_stages = next(blocks for most, blocks in by_width.items() if width <= most)
-    # In fp32 the compiler would otherwise spill a few bytes to fit more programs at a time.
-    return BM, BN, {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": 255 if is_fp32 else None}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if gpu != "hip":
+        # In fp32 the compiler would otherwise spill a few bytes to fit more programs at a time.
+        options["maxnreg"] = 255 if q.dtype == torch.float32 else None
+    return BM, BN, options
 
 
 def name_mask(runs: Runs | None, causal: bool) -> str:

@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
+from kernels.gpu import device_class
+
 
 def grouped_experts_ref(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The formula above, one expert after the other."""
@@ -191,8 +193,8 @@ def tile_sizes(x: Tensor, num_rows: int, num_experts: int, W: int) -> dict:
         sizes = dict(BM=16 if mean <= 16 else 64, BN=64, BK=128, num_warps=4, num_stages=3)
         large = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)
         return dict.fromkeys(("gate_up", "scatter", "through_down"), sizes) | {"matrix_grad": large}
-    # The sums of a tile are in the registers of 256 threads, beside which sm_80 needs some for its operands.
-    half = 1 if not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0) else 2
+    # The sums of a tile are in the registers of 256 threads, beside which mma needs some for its operands.
+    half = 1 if device_class(x) == 90 else 2
     return {
         "gate_up": dict(BM=128, BN=128 // half, BK=64, num_warps=8, num_stages=3),
         "scatter": dict(BM=128, BN=256 // half, BK=64, num_warps=8, num_stages=3),
@@ -341,10 +343,14 @@ def matrix_grad_kernel(
     o_d = i % NUM_N * BN + tl.arange(0, BN)
     first, end = tl.load(p_bounds + i_e), tl.load(p_bounds + i_e + 1)
     b_out = tl.zeros([BM, BN], tl.float32)
+    # Which rows of tokens come next is read a step ahead, as their address has to wait for it.
+    o_first = first + tl.arange(0, BK)
+    o_next = tl.load(p_order + o_first, mask=o_first < end, other=0) // k
     for p in range(first, end, BK):
         o_p = p + tl.arange(0, BK)
         m_p = o_p < end
-        o_r = (tl.load(p_order + o_p, mask=m_p, other=0) // k).to(tl.int64)
+        o_r = o_next.to(tl.int64)
+        o_next = tl.load(p_order + o_p + BK, mask=o_p + BK < end, other=0) // k
         p_block = p_rows + o_p.to(tl.int64)[None, :] * W + o_w[:, None]
         b_rows = tl.load(p_block, mask=m_p[None, :] & (o_w < W)[:, None], other=0.0)  # [BM, BK]
         p_block = p_tokens + o_r[:, None] * s_tokens + o_d[None, :]

@@ -92,6 +92,8 @@ def check_all(inputs, **options):
 LENGTHS_AND_HEADS = [  # T, S, H, N, K
     (15, 15, 64, 2, 1),
     (17, 17, 72, 3, 1),
+    (19, 35, 160, 2, 1),
+    (5, 21, 256, 2, 2),
     (65, 63, 80, 4, 1),
     (63, 65, 96, 3, 1),
     (129, 129, 128, 2, 1),
@@ -408,7 +410,7 @@ def test_mistakes_are_named(device):
         ((draw(1, 4, 3, 16, device=device), x, x), {}, r"K a divisor of N"),
         ((x, x[:, :, :0], x[:, :, :0]), {}, r"\[1, 4, 0, 16\], but must have"),
         ((x[0], x[0], x[0]), {}, r"have shapes \[4, 2, 16\]"),
-        ((draw(1, 4, 2, 144, device=device),) * 3, {}, r"head size 144 is above 128"),
+        ((draw(1, 4, 2, 264, device=device),) * 3, {}, r"head size 264 is above 256"),
         ((x, x, x), {"scale": -1.0}, r"scale = -1.0 must be above 0"),
         ((x, x[:, :3], x[:, :3]), {"runs": runs}, r"as many queries and as many keys, got 4 and 3"),
         ((x, x, x), {"runs": runs, "causal": True}, r"got causal = True"),
