@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton import knobs
+
+from kernels.register import autocast, is_interpreted, operator
 
 from kernels.gpu import device_class
 
@@ -384,9 +385,44 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
     return out, lse
 
 
+def slots_forward(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float) -> Tensor:
+    """Return out [B, T, N, H]."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
+    if not out.numel():
+        return out
+    BM, BN, options = choose_blocks("slots" if T * N // K > 16 else "one_slot", q)
+    num_blocks = triton.cdiv(T * N // K, BM)
+    part_size, num_parts = cut_slots(q, k, BN, num_blocks)
+    unit, strides = divide_strides(q, k, v)
+    lse = torch.empty(num_parts, B, T, N, device=q.device, dtype=torch.float32)
+    parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
+    last = last.contiguous()
+    slots_kernel[(num_blocks * num_parts * B, K)](
+        q, k, v, last, parts, lse, scale * LOG2E.value, part_size, *strides, B, T, S,
+        N // K, unit, *split_head(H), BM, BN, **options,
+    )  # fmt: skip
+    if num_parts > 1:
+        merge_kernel[(B * T * N,)](parts, lse, last, out, part_size, B * T * N, N, H, triton.next_power_of_2(H), 32)
+    return out
+
+
+def cut_slots(q: Tensor, k: Tensor, BN: int, num_blocks: int) -> tuple[int, int]:
+    """Return the size of a part of the slots and their number: one row's programs are two waves on a GPU, at most."""
+    S, K = k.shape[1:3]
+    most = max(1, 2 * num_processors(q) // (num_blocks * K))
+    size = max(128, triton.cdiv(triton.cdiv(S, most), BN) * BN)
+    return size, max(1, triton.cdiv(S, size))
+
+
+def num_processors(q: Tensor) -> int:
+    """Return the number of streaming multiprocessors; when interpreting, that of an H100."""
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
     """Raise ValueError for inputs that the kernels cannot compute."""
-    if not (q.is_cuda or knobs.runtime.interpret):
+    if not (q.is_cuda or is_interpreted()):
         raise ValueError(f"attention = 'triton' needs a GPU, but its tensors are on the {q.device.type}: choose sdpa")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
@@ -615,19 +651,57 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g
     return dq, dk, dv
 
 
-class Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, runs, causal, scale):
-        out, lse = attend_forward(q, k, v, runs, causal, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = runs, causal, scale
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+# --- operators, and their autograd ---------------------------------------------------------------------------
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _grad_lse):
-        return *attend_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
+
+def fake_forward(q, k, v, first, shared, own, until, causal, scale):
+    B, T, N, _H = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, N, T, dtype=torch.float32)
+
+
+@operator("attention", fake_forward)
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor,
+    first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return attend_forward(q, k, v, join_runs(first, shared, own, until), causal, scale)
+
+
+def fake_backward(q, k, v, out, lse, grad, first, shared, own, until, causal, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+@operator("attention_backward", fake_backward)
+def run_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
+    first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return attend_backward(q, k, v, out, lse, grad, join_runs(first, shared, own, until), causal, scale)
+
+
+def join_runs(first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None) -> Runs | None:
+    return None if first is None or shared is None or own is None or until is None else Runs(first, shared, own, until)
+
+
+def save(ctx, inputs, output):
+    q, k, v, *runs, causal, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *runs)
+    ctx.options = causal, scale
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable
+def differentiate(ctx, grad, _grad_lse):
+    q, k, v, out, lse, *runs = ctx.saved_tensors
+    return *run_backward(q, k, v, out, lse, grad, *runs, *ctx.options), *[None] * 6
+
+
+run_forward.register_autograd(differentiate, setup_context=save)
+
+
+@operator("attend_slots", lambda q, k, v, last, scale: q.new_empty(q.shape))
+def run_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float) -> Tensor:
+    return slots_forward(q, k, v, last, scale)
 
 
 # --- what a model calls --------------------------------------------------------------------------------------
@@ -641,9 +715,10 @@ def attention(
     Each key/value head serves N / K neighbouring query heads. `runs` (see find_runs) is for packed rows, where T = S;
     without it all keys are visible, or with `causal` those up to the query, the last of which sees the last key. A
     query that sees nothing has out 0 and lse -inf. `scale` is H**-0.5 unless given. Gradients flow from out, not from
-    lse. Raises ValueError for shapes and dtypes that do not fit, and without a GPU.
+    lse. Under autocast q, k and v are cast to its dtype; else they must have one. Raises ValueError for shapes and
+    dtypes that do not fit, and without a GPU.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in autocast(q, k, v))
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check(q, k, v, scale)
     if runs is not None and (causal or runs.until.shape != q.shape[:2] or q.shape[1] != k.shape[1]):
@@ -651,50 +726,23 @@ def attention(
             f"runs of shape {list(runs.until.shape)} need as many queries and as many keys, got {q.shape[1]} and "
             f"{k.shape[1]}, and are causal themselves, got causal = {causal}"
         )
-    runs = None if runs is None else Runs(*(x.contiguous() for x in runs))
-    return Attention.apply(q, k, v, runs, causal, scale)
+    parts = [None] * 4 if runs is None else [x.contiguous() for x in runs]
+    return run_forward(q, k, v, *parts, causal, scale)
 
 
 def attend_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float | None = None) -> Tensor:
-    """Attend from q [B, T, N, H] to the slots of a cache, k and v [B, S, K, H]; return [B, T, N, H]. No gradients.
+    """Attend from q [B, T, N, H] to the slots of a cache, k and v [B, S, K, H]; return [B, T, N, H]. No gradients:
+    a backward pass raises RuntimeError.
 
     A query sees the slots up to `last` int64[B, T], which is -1 for none. Where the queries of a row are too few to
     fill the GPU, the slots are cut into parts of equal size, whose results a second kernel merges. How many depends on
-    S, T, N and K alone: what a row gets does not depend on the number of rows.
+    S, T, N and K alone: what a row gets does not depend on the number of rows. Under autocast q is cast to the dtype
+    of the cache, which is never cast.
     """
+    q = q.to(v.dtype) if torch.is_autocast_enabled(q.device.type) else q
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check(q, k, v, scale)
     if last.shape != q.shape[:2]:
         raise ValueError(f"last has shape {list(last.shape)}, but q {list(q.shape)} needs {list(q.shape[:2])}")
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
-    if not out.numel():
-        return out
-    BM, BN, options = choose_blocks("slots" if T * N // K > 16 else "one_slot", q)
-    num_blocks = triton.cdiv(T * N // K, BM)
-    part_size, num_parts = cut_slots(q, k, BN, num_blocks)
-    unit, strides = divide_strides(q, k, v)
-    lse = torch.empty(num_parts, B, T, N, device=q.device, dtype=torch.float32)
-    parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
-    last = last.contiguous()
-    slots_kernel[(num_blocks * num_parts * B, K)](
-        q, k, v, last, parts, lse, scale * LOG2E.value, part_size, *strides, B, T, S,
-        N // K, unit, *split_head(H), BM, BN, **options,
-    )  # fmt: skip
-    if num_parts > 1:
-        merge_kernel[(B * T * N,)](parts, lse, last, out, part_size, B * T * N, N, H, triton.next_power_of_2(H), 32)
-    return out
-
-
-def cut_slots(q: Tensor, k: Tensor, BN: int, num_blocks: int) -> tuple[int, int]:
-    """Return the size of a part of the slots and their number: one row's programs are two waves on a GPU, at most."""
-    S, K = k.shape[1:3]
-    most = max(1, 2 * num_processors(q) // (num_blocks * K))
-    size = max(128, triton.cdiv(triton.cdiv(S, most), BN) * BN)
-    return size, max(1, triton.cdiv(S, size))
-
-
-def num_processors(q: Tensor) -> int:
-    """Return the number of streaming multiprocessors; when interpreting, that of an H100."""
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132
+    return run_slots(q, k, v, last, scale)

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dynamic_values, nf4_values, run_length
+from kernels.quantized_weight import NUM_BITS, QuantizedWeight, make_tables, run_length
+from kernels.register import autocast, is_interpreted, operator
 
 MAX_FUSED_ROWS = 256
 
@@ -264,38 +264,82 @@ def _layout(w: QuantizedWeight) -> dict:
 
 
 def _tensors(w: QuantizedWeight) -> tuple:
-    device = w.codes.device
-    tables = (dynamic_values(device), nf4_values(device)) if w.format == "nf4" else (None, None)
-    return w.codes, w.scales, w.nested_scales, w.nested_offset, *tables
+    table, dynamic = (w.tables or make_tables(w.codes.device)) if w.format == "nf4" else (None, None)
+    return w.codes, w.scales, w.nested_scales, w.nested_offset, dynamic, table
 
 
-class DequantMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, w):
-        ctx.w = w
-        return forward(x, w, bias)
+# ---- operators, and their autograd ----
 
-    @staticmethod
-    def backward(ctx, grad):
-        needs_x, needs_bias, _ = ctx.needs_input_grad
-        dx = grad @ dequantize(ctx.w, grad.dtype) if needs_x else None
-        return dx, grad.sum(0) if needs_bias else None, None
+
+def fake_forward(x, codes, scales, nested_scales, nested_offset, table, dynamic, format, N, K, group, bias):
+    return x.new_empty(len(x), N)
+
+
+@operator("dequant_matmul", fake_forward)
+def run_forward(
+    x: Tensor, codes: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None,
+    table: Tensor | None, dynamic: Tensor | None, format: str, N: int, K: int, group: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return forward(x, join(codes, scales, nested_scales, nested_offset, table, dynamic, format, N, K, group), bias)
+
+
+def fake_dequantize(codes, scales, nested_scales, nested_offset, table, dynamic, format, N, K, group, dtype):
+    return codes.new_empty(N, K, dtype=dtype)
+
+
+@operator("dequantize", fake_dequantize)
+def run_dequantize(
+    codes: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None, table: Tensor | None,
+    dynamic: Tensor | None, format: str, N: int, K: int, group: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return dequantize(join(codes, scales, nested_scales, nested_offset, table, dynamic, format, N, K, group), dtype)
+
+
+def take_apart(w: QuantizedWeight) -> tuple:
+    """What an operator can take: tensors, numbers and strings."""
+    table, dynamic = (w.tables or make_tables(w.codes.device)) if w.format == "nf4" else (None, None)
+    return w.codes, w.scales, w.nested_scales, w.nested_offset, table, dynamic, w.format, *w.shape, w.group
+
+
+def join(codes, scales, nested_scales, nested_offset, table, dynamic, format, N, K, group) -> QuantizedWeight:
+    tables = None if table is None else (table, dynamic)
+    return QuantizedWeight(format, (N, K), group, codes, scales, nested_scales, nested_offset, tables)
+
+
+def save(ctx, inputs, output):
+    _x, *tensors, ctx.format, ctx.N, ctx.K, ctx.group, _bias = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def differentiate(ctx, grad):
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ run_dequantize(*ctx.saved_tensors, ctx.format, ctx.N, ctx.K, ctx.group, grad.dtype)
+    return dx, *[None] * 10, grad.sum(0) if ctx.needs_input_grad[11] else None
+
+
+run_forward.register_autograd(differentiate, setup_context=save)
+
+
+# ---- what a layer calls ----
 
 
 def dequant_matmul(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x fp32, fp16 or bf16 [..., K] -> [..., N] in its dtype; differentiable in x and bias.
 
-    Raises ValueError for x or bias of another width or dtype, and on the CPU where Triton does not interpret.
+    Under autocast x and bias are cast to its dtype, for any number of rows. Raises ValueError for x or bias of another
+    width or dtype, and on the CPU where Triton does not interpret.
     """
+    x, bias = (*autocast(x), None) if bias is None else autocast(x, bias)
     if x.shape[-1] != w.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} columns, but the quantised weight {w.shape[1]}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"x.dtype = {x.dtype} must be float32, float16 or bfloat16")
     if bias is not None and (bias.shape != w.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias {bias.dtype}{list(bias.shape)} must be {x.dtype}[{w.shape[0]}]")
-    if not (x.is_cuda or knobs.runtime.interpret):
+    if not (x.is_cuda or is_interpreted()):
         raise ValueError(
             "x is on the CPU, where kernels run interpreted alone (TRITON_INTERPRET=1): see dequant_matmul_ref"
         )
     bias = None if bias is None else bias.contiguous()
-    return DequantMatmul.apply(x.reshape(-1, x.shape[-1]), bias, w).view(*x.shape[:-1], w.shape[0])
+    return run_forward(x.reshape(-1, x.shape[-1]), *take_apart(w), bias).view(*x.shape[:-1], w.shape[0])

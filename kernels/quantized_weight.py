@@ -22,9 +22,9 @@ Legend: N outputs, K inputs; G groups a row.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +45,8 @@ class QuantizedWeight(NamedTuple):
     # nf4: fp32[ceil(N G / 256)] and fp32[].
     nested_scales: Tensor | None = None
     nested_offset: Tensor | None = None
+    # nf4: fp32[16] and fp32[256], what the codes and what the scales stand for; None, made anew for each product.
+    tables: tuple[Tensor, Tensor] | None = None
 
 
 # --- the specification ---------------------------------------------------------------------------------------
@@ -65,7 +67,8 @@ def dequantize_ref(w: QuantizedWeight) -> Tensor:
         values, scales = codes - (w.scales & 15)[:, group_of], (w.scales & -65536).view(torch.float32)
     else:
         assert w.nested_scales is not None and w.nested_offset is not None  # nf4
-        values, scales = nf4_values(codes.device)[codes], dynamic_values(codes.device)[w.scales.int()].flatten()
+        table, dynamic = w.tables or make_tables(codes.device)
+        values, scales = table[codes], dynamic[w.scales.int()].flatten()
         scales = scales * w.nested_scales.repeat_interleave(256)[: len(scales)] + w.nested_offset
     return (values * scales.view(N, -1)[:, group_of])[:, :K]
 
@@ -94,34 +97,49 @@ def _shifts(bits, device):
     return torch.arange(0, 32, bits, dtype=torch.int32, device=device)[:, None]
 
 
-@functools.cache
-def nf4_values(device: torch.device) -> Tensor:
-    """fp32[16]: quantiles of the normal distribution, 0 among them (QLoRA, appendix E)."""
-    # fmt: off
-    return torch.tensor([
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ], device=device)
-    # fmt: on
+# --- the tables of nf4 ---------------------------------------------------------------------------------------
+
+# Quantiles of the normal distribution, 0 among them (QLoRA, appendix E).
+# fmt: off
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022833234, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+# fmt: on
 
 
-def ends_of_parts(num: int) -> Tensor:
+def list_dynamic_values() -> list[float]:
+    """256, ascending: 0, 1, and +-10**(e - 6) times the middles of 2**e equal parts of 0.1 to 1, e from 0 to 6.
+
+    Dettmers et al. 2022, arXiv 2110.02861. Of numbers that are not in fp32 the next is taken after every operation.
+    """
+    positive = []
+    for e in range(7):
+        ends = ends_of_parts(2**e)
+        positive.append(np.float32(10.0 ** (e - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2)))
+    values = np.concatenate(positive)
+    return np.sort(np.concatenate([-values, np.array([0, 1], np.float32), values])).tolist()
+
+
+def ends_of_parts(num: int) -> np.ndarray:
     """fp32[num + 1]: the ends of equal parts of 0.1 to 1, as torch.linspace has them where a processor fuses products.
 
     Computed from both ends with an fp32 step, each rounded once; fp64 arithmetic gives all processors the same bits.
     """
-    first, last = torch.tensor([0.1, 1.0], device="cpu")
-    step, i = ((last - first) / num).double(), torch.arange(num + 1, device="cpu")
-    return torch.where(i < (num + 1) // 2, first + step * i, last - step * (num - i)).float()
+    first, last = np.float32(0.1), np.float32(1)
+    step, i = np.float64((last - first) / np.float32(num)), np.arange(num + 1)
+    return np.where(i < (num + 1) // 2, first + step * i, last - step * (num - i)).astype(np.float32)
 
 
-@functools.cache
-def dynamic_values(device: torch.device) -> Tensor:
-    """fp32[256], ascending: 0, 1, and +-10**(e - 6) times the middles of 2**e equal parts of 0.1 to 1, e from 0 to 6.
+DYNAMIC = tuple(list_dynamic_values())
 
-    Dettmers et al. 2022, arXiv 2110.02861.
+
+def make_tables(device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """fp32[16] and fp32[256]: what nf4's codes and its scales stand for.
+
+    Nothing is remembered: what is made while torch traces has no contents, and what is made while a CUDA graph is
+    captured has them only when it is replayed. For a GPU it is a copy, which no graph can capture: keep the result.
     """
-    parts = [ends_of_parts(2**e) for e in range(7)]
-    positive = torch.cat([10 ** (e - 6) * ((p[:-1] + p[1:]) / 2) for e, p in enumerate(parts)])
-    return torch.cat((-positive, torch.tensor([0.0, 1.0], device="cpu"), positive)).sort().values.to(device)
+    table, dynamic = (torch.tensor(values, dtype=torch.float32, device=device) for values in (NF4, DYNAMIC))
+    return table, dynamic

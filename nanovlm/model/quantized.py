@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, dynamic_values, nf4_values, pack
+from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, make_tables, pack
 from nanovlm.config import QuantizationConfig
 from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM
@@ -63,21 +63,22 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
         super().__init__()
         w = quantize_weight(linear.weight, config.format, config.group_size, search)
-        self.format, self.shape, self.group = w.format, w.shape, w.group
+        # No buffers, as they are not in a state dict and a model that is built without contents is filled from one.
+        self.format, self.shape, self.group, self.tables = w.format, w.shape, w.group, w.tables
         for name in TENSORS:
             self.register_buffer(name, getattr(w, name))
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        w = QuantizedWeight(self.format, self.shape, self.group, *(getattr(self, name) for name in TENSORS))
+        w = QuantizedWeight(self.format, self.shape, self.group, *(getattr(self, name) for name in TENSORS), self.tables)
         return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, w, self.bias)
 
     def _apply(self, fn, recurse=True):
-        """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved."""
+        """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved; tables are made anew."""
         as_bits, buffers = {4: torch.int32, 1: torch.uint8}, {id(t) for t in self.buffers()}
-        return super()._apply(
-            lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse
-        )
+        super()._apply(lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse)
+        self.tables = make_tables(self.codes.device) if self.format == "nf4" else None
+        return self
 
 
 def load_kernel():
@@ -115,7 +116,8 @@ def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: b
     w_NGg = F.pad(weight.float(), (0, -K % group)).view(N, -1, group)
     codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1])
     codes = pack(codes.reshape(N, -1)[:, :padded], NUM_BITS[format])
-    return QuantizedWeight(format, (N, K), group, codes, *scales)
+    w = QuantizedWeight(format, (N, K), group, codes, *scales)
+    return w._replace(tables=make_tables(codes.device)) if format == "nf4" else w
 
 
 def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
@@ -146,7 +148,7 @@ def quantize_int4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
 
 def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
     """Return NF4 codes for [N, G, 64], each absmax minus the mean in 8 bits, a scale for 256 of these, and the mean."""
-    values = nf4_values(w.device)
+    values, table = make_tables(w.device)
 
     def nearest(table, x):
         return torch.bucketize(x, (table[1:] + table[:-1]) / 2, out_int32=True)
@@ -161,7 +163,6 @@ def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
     flat = (absmax - offset).flatten()
     blocks = F.pad(flat, (0, -len(flat) % 256)).view(-1, 256)
     scales = blocks.abs().amax(-1, keepdim=True)
-    table = dynamic_values(w.device)
     nested = nearest(table, (blocks * (1 / scales.clamp(min=1e-38))).clamp(-1, 1))
     if len(clips) > 1:  # the absmax was itself rounded: choose the codes anew for its new value
         absmax = ((table[nested] * scales).flatten()[: len(flat)] + offset).view_as(absmax)

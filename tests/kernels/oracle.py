@@ -10,13 +10,15 @@ processor happens to add, and a kernel that adds in another order is not wrong f
 chosen by hand. NaN and infinities must be where the reference has them.
 """
 
+import contextlib
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -254,11 +256,26 @@ def poison(x: Tensor) -> Tensor:
         return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
 
 
-class PoisonEmpty(TorchFunctionMode):
-    """Within it, what torch.empty and its relatives return is poison: what a kernel leaves out is then seen."""
+class PoisonEmpty(contextlib.ExitStack):
+    """Within it, what torch.empty and its relatives return is poison: what a kernel leaves out is then seen.
 
-    EMPTY = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided)
+    The functions themselves are replaced, as a TorchFunctionMode does not see what an operator of ours calls.
+    """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        return poison(out) if function in self.EMPTY else out
+    EMPTY = (
+        *((torch, name) for name in ("empty", "empty_like", "empty_strided")),
+        *((torch.Tensor, name) for name in ("new_empty", "new_empty_strided")),
+    )
+
+    def __enter__(self):
+        for owner, name in self.EMPTY:
+            self.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        return super().__enter__()
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def make_poison(*args, **kwargs):
+        x = make(*args, **kwargs)
+        return x if isinstance(x, FakeTensor) else poison(x)
+
+    return make_poison

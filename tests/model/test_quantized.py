@@ -11,7 +11,7 @@ from torch import nn
 
 import generate
 import nanovlm
-from kernels.quantized_weight import NUM_BITS, dequantize_ref, dynamic_values, nf4_values, unpack
+from kernels.quantized_weight import NUM_BITS, dequantize_ref, make_tables, unpack
 from nanovlm import cli
 from nanovlm.config import InitConfig, MoEConfig, QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
@@ -76,9 +76,10 @@ def test_nf4_takes_the_nearest_of_its_16_values():
     """For every block the codes are as good as those of a search over all 16, with the absmax as it is stored."""
     weight = random_weight(40, 512)
     w = quantize_weight(weight, "nf4")
-    absmax = dynamic_values(weight.device)[w.scales.int()].flatten()
+    table, dynamic = make_tables(weight.device)
+    absmax = dynamic[w.scales.int()].flatten()
     absmax = (absmax * w.nested_scales.repeat_interleave(256)[: len(absmax)] + w.nested_offset).view(40, 8, 1, 1)
-    error = (weight.view(40, 8, 64, 1) - nf4_values(weight.device) * absmax).abs()
+    error = (weight.view(40, 8, 64, 1) - table * absmax).abs()
     chosen = (dequantize_ref(w) - weight).abs().view(40, 8, 64)
     # A weight midway between two values goes to either, as the quotient and the product are rounded.
     assert (chosen - error.amin(-1) <= 2 * torch.finfo(torch.float32).eps * absmax[..., 0]).all()
