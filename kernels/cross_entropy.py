@@ -14,10 +14,10 @@ z is computed a second time for the gradient, 8 N V D operations against 6, by o
 with cuBLAS. The kernel here moves at most 6 bytes for every 16-bit z, beside 6 D operations of the products: with D =
 2048, 3 TB/s and 800 TFLOP/s an eighth of their time, and nothing to tune.
 
-Why few programs, each of which takes row after row: a row is read twice, and the second time comes from the L2 cache if
-all rows that are being read fit in there. With a program for each of 152k values in bf16, 1,056 rows of an H100 would
-be 321 MB, beside 50 MB of cache; that is 8 bytes moved for every 16-bit z in place of 6. A processor with fewer programs
-takes longer blocks, so that as many bytes are on their way. Arithmetic, not measured yet.
+Why few programs, each of which takes row after row: a row is read twice, and the second time it comes from the L2 cache
+if all rows that are being read fit in there. With a program for every row an H100 runs 1,056 at a time: for 152k values
+in bf16 these are 321 MB, beside 50 MB of cache. Where few programs run on a processor their blocks are longer, so that
+as many bytes are on their way. This is arithmetic, not measured yet.
 
 Why chunks of 2048 rows: adding to dW moves 12 bytes for 2 operations a row, so 1600 rows take as long as their product,
 and a chunk of z is smaller than dW for every D above 1024.
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
 from kernels.register import autocast, is_interpreted, operator
@@ -52,7 +53,7 @@ def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, labels: Tensor, ign
 def cross_entropy_kernel(
     p_logits, p_labels, p_losses, s_n, N, V, ignore_index, GRADIENT: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
-    """Of every so-many-th row: its loss, and softmax - one-hot in place of the logits; zeros if its label is ignored."""
+    """Some rows: of each its loss, and softmax - one-hot in place of the logits; zeros if its label is ignored."""
     LOG2E: tl.constexpr = 1.4426950408889634
     for i in range(tl.cdiv(N - tl.program_id(0), tl.num_programs(0))):
         i_n = tl.program_id(0) + i * tl.num_programs(0)
@@ -105,7 +106,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool = True, ignore
 def split_work(logits: Tensor) -> tuple[int, int]:
     """Return how many programs run at most, and the length of their blocks.
 
-    One to 8 programs a processor, as many as have their rows in the cache; 8 with blocks of 4096, fewer with longer ones.
+    A processor has as many as have their rows in the cache, from 1 to 8; 8 with blocks of 4096, fewer with longer ones.
     """
     processors, cache = measure_gpu(logits)
     V = logits.shape[1]
@@ -122,8 +123,13 @@ def measure_gpu(logits: Tensor) -> tuple[int, int]:
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, chunk: int, has_gradients: tuple[bool, bool]
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int | None,
+    chunk: int,
+    has_gradients: tuple[bool, bool],
+):
     """Return the loss, and the gradients of hidden and weight that are asked for, else None."""
     N = len(hidden)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -174,7 +180,7 @@ def differentiate(ctx, grad, *_):
     Not so if this graph is kept, and a second backward pass begins with the same tensors; nor when torch traces.
     """
     dx, dw = ctx.saved_tensors
-    in_place = type(dw) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    in_place = type(dw) is Tensor and not _get_current_graph_task_keep_graph()
     scale = Tensor.mul_ if in_place else Tensor.mul
     dx = scale(dx, grad) if ctx.needs[0] else None
     dw = scale(dw, grad).to(ctx.weight_dtype) if ctx.needs[1] else None

@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton import knobs
+
+from kernels.register import DTYPES, autocast, is_interpreted, operator
 
 from kernels.gpu import device_class
 
@@ -69,7 +70,7 @@ def add_product(
         b_rows = load(p_rows + o_k[None, :], m_k[None, :], K % BK != 0)  # [BM, BK]
         p_block = p_matrix + o_k[:, None] * s_k + o_n[None, :] * s_n
         b_matrix = load(p_block, m_k[:, None] & (o_n < N)[None, :], MASKED)  # [BK, BN]
-        b_acc = tl.dot(b_rows, b_matrix, b_acc, input_precision="ieee")
+        b_acc = tl.dot(b_rows, b_matrix.to(b_rows.dtype), b_acc, input_precision="ieee")
     return b_acc
 
 
@@ -110,8 +111,10 @@ def gate_up_kernel(
         b_x = load(p_rows + o_d[None, :], m_d[None, :], D % BK != 0)  # [BM, BK]
         o_matrix = i_e * W * D + o_w[None, :] * D + o_d[:, None]  # [BK, BN]
         m_matrix = m_d[:, None] & m_w[None, :]
-        b_g = tl.dot(b_x, load(p_gate + o_matrix, m_matrix, MASKED), b_g, input_precision="ieee")
-        b_u = tl.dot(b_x, load(p_up + o_matrix, m_matrix, MASKED), b_u, input_precision="ieee")
+        b_gate = load(p_gate + o_matrix, m_matrix, MASKED).to(b_x.dtype)
+        b_g = tl.dot(b_x, b_gate, b_g, input_precision="ieee")
+        b_up = load(p_up + o_matrix, m_matrix, MASKED).to(b_x.dtype)
+        b_u = tl.dot(b_x, b_up, b_u, input_precision="ieee")
     i_out = first.to(tl.int64) * W
     o_out = tl.arange(0, BM)[:, None] * W + o_w[None, :]
     m_out = (o_p < end)[:, None] & m_w[None, :]
@@ -178,6 +181,15 @@ class Plan(NamedTuple):
     sizes: dict
 
 
+def launch_sizes(x: Tensor, num_rows: int, matrices: tuple[Tensor, ...]) -> dict:
+    """Tile sizes; fewer, and at most 128 columns, on their way where matrices are fp32 beside rows of 16 bits."""
+    sizes = tile_sizes(x, num_rows, *matrices[0].shape[:2])
+    if all(matrix.dtype == x.dtype for matrix in matrices):
+        return sizes
+    smaller = {name: dict(size, BN=min(128, size["BN"]), num_stages=2) for name, size in sizes.items()}
+    return smaller | {"matrix_grad": sizes["matrix_grad"]}
+
+
 def tile_sizes(x: Tensor, num_rows: int, num_experts: int, W: int) -> dict:
     """Tile sizes, warps and stages of each kernel, by what compiles without spilling registers.
 
@@ -211,7 +223,7 @@ def plan_rows(choice: Tensor, num_experts: int, sizes: dict) -> Plan:
     bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, dtype=torch.int16, device=choice.device))
     tiles_of_expert = (bounds.diff() + BM - 1) // BM
     tile_ends = tiles_of_expert.cumsum(0)
-    tile = torch.arange(num_rows // BM + min(num_experts, num_rows), device=choice.device)  # at least so many
+    tile = torch.arange(count_tiles(num_rows, num_experts, sizes), device=choice.device)
     expert = torch.searchsorted(tile_ends, tile, right=True).clamp(max=num_experts - 1)
     first = bounds.gather(0, expert) + (tile - (tile_ends - tiles_of_expert).gather(0, expert)) * BM
     end = torch.minimum(first + BM, bounds.gather(0, expert + 1))
@@ -219,9 +231,14 @@ def plan_rows(choice: Tensor, num_experts: int, sizes: dict) -> Plan:
     return Plan(order.to(torch.int32), bounds.to(torch.int32), tiles.to(torch.int32), sizes)
 
 
+def count_tiles(num_rows: int, num_experts: int, sizes: dict) -> int:
+    """Return a bound on the number of tiles."""
+    return num_rows // sizes["gate_up"]["BM"] + min(num_experts, num_rows)
+
+
 def check(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor):
     """Raise ValueError for devices, shapes and dtypes that the kernels do not support."""
-    if not x.is_cuda and not knobs.runtime.interpret:
+    if not x.is_cuda and not is_interpreted():
         raise ValueError(f"the experts' kernels run on a GPU, but x is on {x.device}; 'grouped' experts run anywhere")
     if gate.dim() != 3 or choice.dim() != 2:
         raise ValueError(f"gate {tuple(gate.shape)} and choice {tuple(choice.shape)} must be [E, W, D] and [R, k]")
@@ -232,11 +249,11 @@ def check(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, 
     ):  # fmt: skip
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but gate and choice want {shape}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the experts' kernels take float32, float16 and bfloat16")
     for name, tensor in (("gate", gate), ("up", up), ("down", down)):
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}; both must be the same")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}; it must be the same or float32")
     if R * k >= 2**31:
         raise ValueError(f"{R} tokens with {k} experts each are {R * k} rows; there must be fewer than 2^31")
 
@@ -395,26 +412,62 @@ def backward(
     )
 
 
-# --- autograd, and the function to call ----------------------------------------------------------------------
+# --- operators, and their autograd ---------------------------------------------------------------------------
 
 
-class GroupedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, choice, weights, gate, up, down, keeps):
-        sizes = tile_sizes(x, choice.numel(), *gate.shape[:2])
-        ctx.sizes, plan = sizes, plan_rows(choice, len(gate), sizes)
-        out, g, u = forward(x, weights, gate, up, down, plan, keeps)
-        ctx.save_for_backward(x, weights, gate, up, down, g, u, *plan[:3])
-        return out
+def fake_forward(x, choice, weights, gate, up, down, keeps):
+    (R, k), (E, W, _D) = choice.shape, gate.shape
+    a = x.new_empty(R * k, W) if keeps else x.new_empty(0)
+    num_tiles = count_tiles(R * k, E, launch_sizes(x, R * k, (gate, up, down)))
+    plan = (choice.new_empty(shape, dtype=torch.int32) for shape in (R * k, E + 1, (num_tiles, 3)))
+    return x.new_empty(x.shape), a, torch.empty_like(a), *plan
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *saved, order, bounds, tiles = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        plan = Plan(order, bounds, tiles, ctx.sizes)
-        dx, *grads = backward(with_whole_rows(dout), *saved, plan, (needs[0], *needs[2:6]))
-        return dx, None, *grads, None
+
+@operator("grouped_experts", fake_forward)
+def run_forward(
+    x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plan = plan_rows(choice, len(gate), launch_sizes(x, choice.numel(), (gate, up, down)))
+    out, g, u = forward(x, weights, gate, up, down, plan, keeps)
+    return out, *(x.new_empty(0) if kept is None else kept for kept in (g, u)), *plan[:3]
+
+
+def fake_backward(dout, x, weights, gate, up, down, g, u, order, bounds, tiles, wanted):
+    inputs = (x, weights, gate, up, down)
+    return tuple(t.new_empty(t.shape if want else 0) for t, want in zip(inputs, wanted, strict=True))
+
+
+@operator("grouped_experts_backward", fake_backward)
+def run_backward(
+    dout: Tensor, x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, g: Tensor, u: Tensor,
+    order: Tensor, bounds: Tensor, tiles: Tensor, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = Plan(order, bounds, tiles, launch_sizes(x, len(order), (gate, up, down)))
+    grads = backward(with_whole_rows(dout), x, weights, gate, up, down, g, u, plan, tuple(wanted))
+    dx, dweights, dgate, dup, ddown = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return dx, dweights, dgate, dup, ddown
+
+
+def save(ctx, inputs, output):
+    x, _choice, weights, gate, up, down, _keeps = inputs
+    ctx.save_for_backward(x, weights, gate, up, down, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def differentiate(ctx, dout, *_):
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], *needs[2:6]]
+    dx, *grads = (
+        t if want else None for t, want in zip(run_backward(dout, *ctx.saved_tensors, wanted), wanted, strict=True)
+    )
+    return dx, None, *grads, None
+
+
+run_forward.register_autograd(differentiate, setup_context=save)
+
+
+# --- the function to call ------------------------------------------------------------------------------------
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
@@ -425,11 +478,15 @@ def with_whole_rows(x: Tensor) -> Tensor:
 def grouped_experts(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """x [R, D], choice int64[R, k], weights [R, k], gate and up [E, W, D], down [E, D, W] -> [R, D] in the dtype of x.
 
-    x, gate, up and down share a dtype, fp32, fp16 or bf16; sums are fp32. `choice` must be in 0 .. E - 1, which is not
-    checked: that would wait for the GPU. Raises ValueError for other shapes and dtypes, and for tensors on the CPU.
+    x is fp32, fp16 or bf16, and so are gate, up and down, or they are fp32 beside an x of 16 bits: then every number is
+    cast where it is read, without a copy, and has its gradient in fp32. Sums are fp32. Under autocast x is cast to its
+    dtype, which is that of the result. `choice` must be in 0 .. E - 1, which is not checked: that would wait for the
+    GPU. Raises ValueError for other shapes and dtypes, and for tensors on the CPU.
     """
+    (x,) = autocast(x)
+    gate, up, down = (m if m.dtype == torch.float32 else autocast(m)[0] for m in (gate, up, down))
     check(x, choice, weights, gate, up, down)
     tensors = (x, weights, gate, up, down)
     keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     weights, gate, up, down = (t.contiguous() for t in tensors[1:])
-    return GroupedExperts.apply(with_whole_rows(x), choice, weights, gate, up, down, keeps)
+    return run_forward(with_whole_rows(x), choice, weights, gate, up, down, keeps)[0]

@@ -1,9 +1,9 @@
 """What all kernels have in common with torch: operators, on the right GPU, and what autocast does to their inputs.
 
 A host function that launches kernels becomes an operator, `torch.ops.nanovlm.<name>`. torch looks at operators from
-outside only: torch.compile and torch.export keep each as one node, selective checkpointing can name it, and where torch
-traces with tensors that have no contents it calls not the host function but `fake`, which returns empty tensors of the
-right shapes. So a host function may ask for a GPU's properties or keep a table: it never sees a tensor without contents.
+outside only: torch.compile and torch.export keep each as one node, and selective checkpointing can name it. Where torch
+traces, with tensors that have no contents, it calls `fake` in its place, which returns empty tensors of the right
+shapes. So a host function may do what cannot be traced, such as asking for the properties of a GPU.
 """
 
 import functools
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from triton import knobs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +23,7 @@ def operator(name: str, fake: Callable):
     Triton launches on the current GPU, whichever the tensors are on.
     """
 
-    def register(run: Callable) -> torch.library.CustomOpDef:
+    def register(run: Callable) -> CustomOpDef:
         @functools.wraps(run)
         def run_on_its_gpu(x: Tensor, *args):
             with torch.cuda.device_of(x):

@@ -60,6 +60,8 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
 class QuantizedLinear(nn.Module):
     """y = x @ W.T + bias with quantised W; frozen, but differentiable in x."""
 
+    codes: Tensor
+
     def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
         super().__init__()
         w = quantize_weight(linear.weight, config.format, config.group_size, search)
@@ -70,11 +72,12 @@ class QuantizedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        w = QuantizedWeight(self.format, self.shape, self.group, *(getattr(self, name) for name in TENSORS), self.tables)
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        w = QuantizedWeight(self.format, self.shape, self.group, **tensors, tables=self.tables)
         return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, w, self.bias)
 
     def _apply(self, fn, recurse=True):
-        """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved; tables are made anew."""
+        """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved. Make new tables."""
         as_bits, buffers = {4: torch.int32, 1: torch.uint8}, {id(t) for t in self.buffers()}
         super()._apply(lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse)
         self.tables = make_tables(self.codes.device) if self.format == "nf4" else None
@@ -116,8 +119,9 @@ def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: b
     w_NGg = F.pad(weight.float(), (0, -K % group)).view(N, -1, group)
     codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1])
     codes = pack(codes.reshape(N, -1)[:, :padded], NUM_BITS[format])
-    w = QuantizedWeight(format, (N, K), group, codes, *scales)
-    return w._replace(tables=make_tables(codes.device)) if format == "nf4" else w
+    tables = make_tables(codes.device) if format == "nf4" else None
+    named = dict(zip(TENSORS[1:], scales, strict=False))
+    return QuantizedWeight(format, (N, K), group, codes, **named, tables=tables)
 
 
 def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:

@@ -149,7 +149,8 @@ def recompute(forward: Callable, which: str) -> Callable:
     """
 
     def policy(_context, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        is_kept = op in KEPT or op.namespace == "nanovlm"  # our kernels
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     options: dict = {"context_fn": contexts} if which == "selective" else {}

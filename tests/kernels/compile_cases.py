@@ -10,7 +10,7 @@ import torch
 def cross_entropy():
     from kernels.cross_entropy import linear_cross_entropy
 
-    for V, dtype in ((49152, torch.bfloat16), (640, torch.float16), (32001, torch.float32)):
+    for V, dtype in ((151936, torch.bfloat16), (49152, torch.bfloat16), (640, torch.float16), (32001, torch.float32)):
         hidden, weight = (torch.empty(rows, 1024, dtype=dtype, requires_grad=True) for rows in (4096, V))
         linear_cross_entropy(hidden, weight, torch.empty(4096, dtype=torch.long)).backward()
 
@@ -18,17 +18,24 @@ def cross_entropy():
 def grouped_gemm():
     from kernels.grouped_gemm import grouped_experts
 
-    # Mixtral; Qwen3-MoE with many, some and few tokens for an expert; a small mixture in fp32.
-    for R, k, E, D, W, dtype in (
-        (8192, 2, 8, 4096, 14336, torch.bfloat16),
-        (8192, 8, 128, 2048, 768, torch.bfloat16),
-        (512, 8, 128, 2048, 768, torch.bfloat16),
-        (4, 8, 128, 2048, 768, torch.bfloat16),
-        (4096, 2, 8, 192, 144, torch.float32),
-        (4, 2, 8, 192, 144, torch.float32),
+    # Mixtral; Qwen3-MoE with many, some and few tokens for an expert, and so with experts in fp32 under autocast; a
+    # small mixture in fp32.
+    for R, k, E, D, W, dtype, weight_dtype in (
+        (8192, 2, 8, 4096, 14336, torch.bfloat16, torch.bfloat16),
+        (8192, 8, 128, 2048, 768, torch.bfloat16, torch.bfloat16),
+        (512, 8, 128, 2048, 768, torch.bfloat16, torch.bfloat16),
+        (4, 8, 128, 2048, 768, torch.bfloat16, torch.bfloat16),
+        (8192, 8, 128, 2048, 768, torch.bfloat16, torch.float32),
+        (512, 8, 128, 2048, 768, torch.bfloat16, torch.float32),
+        (4, 8, 128, 2048, 768, torch.bfloat16, torch.float32),
+        (4096, 2, 8, 192, 144, torch.float32, torch.float32),
+        (4, 2, 8, 192, 144, torch.float32, torch.float32),
     ):
+        dtypes = (dtype, dtype, *[weight_dtype] * 3)
         shapes = (R, D), (R, k), (E, W, D), (E, W, D), (E, D, W)
-        x, *tensors = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+        x, *tensors = (
+            torch.empty(shape, dtype=dtype, requires_grad=True) for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
         grouped_experts(x, torch.empty(R, k, dtype=torch.int64), *tensors).sum().backward()
 
 

@@ -10,15 +10,12 @@ processor happens to add, and a kernel that adds in another order is not wrong f
 chosen by hand. NaN and infinities must be where the reference has them.
 """
 
-import contextlib
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -256,26 +253,19 @@ def poison(x: Tensor) -> Tensor:
         return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
 
 
-class PoisonEmpty(contextlib.ExitStack):
+class PoisonEmpty:
     """Within it, what torch.empty and its relatives return is poison: what a kernel leaves out is then seen.
 
-    The functions themselves are replaced, as a TorchFunctionMode does not see what an operator of ours calls.
+    torch itself does so in its deterministic mode. A TorchFunctionMode does not see what an operator of ours calls.
     """
 
-    EMPTY = (
-        *((torch, name) for name in ("empty", "empty_like", "empty_strided")),
-        *((torch.Tensor, name) for name in ("new_empty", "new_empty_strided")),
-    )
-
     def __enter__(self):
-        for owner, name in self.EMPTY:
-            self.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
-        return super().__enter__()
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        self.before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
-
-def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def make_poison(*args, **kwargs):
-        x = make(*args, **kwargs)
-        return x if isinstance(x, FakeTensor) else poison(x)
-
-    return make_poison
+    def __exit__(self, *error):
+        torch.use_deterministic_algorithms(self.before[0], warn_only=self.before[1])

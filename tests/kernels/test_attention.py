@@ -240,6 +240,24 @@ def test_views_give_the_same(view, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_keys_may_lie_unlike_values(which, device):
+    """Strides of rows, heads and the batch that belong to one of them alone; read by blocks with a mask and without."""
+    inputs = draw_inputs(2, 65, 65, 2, 2, 16, device=device)
+    grad = inputs.pop("grad")
+    expected = attention(**(leaves := {name: x.requires_grad_() for name, x in inputs.items()}), causal=True)[0]
+    others = leaves | {which: VIEWS["heads first"](leaves[which])}
+    assert others[which].stride() != leaves[which].stride()
+    with blocks_of(32, 16):
+        check_all({name: x.detach() for name, x in others.items()} | {"grad": grad}, causal=True)
+    out = attention(**others, causal=True)[0]
+    gradients = [torch.autograd.grad(o, list(leaves.values()), grad) for o in (expected, out)]
+    assert torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    last = torch.tensor([[64], [40]], device=device)
+    slots = [attend_slots(*(x.detach() for x in (y["q"][:, :1], y["k"], y["v"])), last) for y in (leaves, others)]
+    assert torch.equal(*slots)
+
+
 def test_broadcast_rows_and_heads(device):
     """Keys and values with strides of 0."""
     q, grad = draw(2, 17, 4, 16, device=device), draw(2, 17, 4, 16, seed=1, device=device)
@@ -377,6 +395,17 @@ def test_drawn_slots(data):
     last = torch.tensor([sorted(data.draw(st.integers(-1, S - 1)) for _ in range(T)) for _ in range(B)], device=device)
     inputs = draw_inputs(B, T, S, K * G, K, H, data.draw(st.sampled_from(DTYPES)), device)
     q, k, v = inputs["q"], *(surround(inputs[name]) for name in "kv")
+    ours, eager = attend_slots(q, k, v, last), slots_ref(q, k, v, last)
+    check(ours, eager, lambda: slots_ref(q.double(), k.double(), v.double(), last))
+
+
+def test_more_parts_than_are_merged_at_a_time(device):
+    """40 parts of 128 slots, of which 32 are merged at once; the largest scores are in those after them."""
+    inputs = draw_inputs(2, 1, 5120, 2, 1, 16, device=device)
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    k[0, 4096:] *= 2
+    last = torch.tensor([[5119], [4500]], device=device)
+    assert kernels.cut_slots(q, k, 32, 1)[1] == 40
     ours, eager = attend_slots(q, k, v, last), slots_ref(q, k, v, last)
     check(ours, eager, lambda: slots_ref(q.double(), k.double(), v.double(), last))
 

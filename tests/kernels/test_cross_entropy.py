@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from kernels.cross_entropy import cross_entropy_, linear_cross_entropy, linear_cross_entropy_ref
+from kernels import cross_entropy as kernels
+from kernels.cross_entropy import cross_entropy_, linear_cross_entropy, linear_cross_entropy_ref, split_work
 from tests.kernels.oracle import check_gradients, judge, poison, round_often, surround
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,6 +69,59 @@ def test_ignored_labels_have_no_part(device, ignored, dtype):
     assert loss.isfinite() and weight.grad.isfinite().all() and (hidden.grad[:share] == 0).all()
     if ignored == "all":
         assert loss == 0 and (weight.grad == 0).all()
+
+
+def test_ignored_labels_may_be_in_the_vocabulary(device):
+    hidden, weight, labels = make(9, 16, 65, torch.float32, device)
+    labels[::2] = 3
+    check_loss(hidden, weight, labels, ignore_index=3, chunk=4)
+    logits = make(9, 65, 1, torch.float32, device)[0]
+    before = logits.clone()
+    losses = cross_entropy_(logits, labels, ignore_index=3)
+    assert (losses[::2] == 0).all() and (logits[::2] == 0).all()
+    others = before.clone()
+    assert torch.equal(losses[1::2], cross_entropy_(others, labels)[1::2]) and torch.equal(logits[1::2], others[1::2])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_program_takes_several_rows(device, monkeypatch, gradient):
+    """Two processors, each with room for one row in the cache: seven rows, and as many as there are programs."""
+    for N in (7, 2, 1):
+        logits, labels = make(N, 300, 1, torch.bfloat16, device)[0], torch.arange(N, device=device)
+        expected = logits.clone()
+        losses = cross_entropy_(expected, labels, gradient)
+        monkeypatch.setattr(kernels, "measure_gpu", lambda logits: (2, 2 * 600))
+        assert split_work(logits)[0] == 2
+        assert torch.equal(cross_entropy_(logits, labels, gradient), losses) and torch.equal(logits, expected)
+        monkeypatch.undo()
+
+
+def test_rows_in_flight_fit_into_the_cache(device, monkeypatch):
+    """Of an H100, where they can; a processor has as many bytes on their way with few programs as with many."""
+    monkeypatch.setattr(kernels, "measure_gpu", lambda logits: (132, 50 * 2**20))
+    shapes = ((151936, torch.bfloat16), (49152, torch.bfloat16), (32000, torch.bfloat16), (9000, torch.bfloat16))
+    work = {V: split_work(torch.empty(1, V, dtype=dtype, device="meta")) for V, dtype in shapes}
+    assert work == {151936: (132, 16384), 49152: (4 * 132, 8192), 32000: (6 * 132, 8192), 9000: (8 * 132, 4096)}
+    assert all(programs * 2 * V <= 50 * 2**20 for V, (programs, _) in work.items())
+    assert split_work(torch.empty(1, 2**20, device="meta")) == (132, 16384)  # more than fits
+    assert split_work(torch.empty(1, 3, device="meta")) == (8 * 132, 4)
+
+
+def test_a_gradient_is_scaled_in_place_unless_it_is_needed_again(device):
+    """In fp32, where it is as large as the head; a second backward pass finds what the first one found."""
+    hidden, weight, labels = make(9, 16, 65, torch.float32, device)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=4)
+    kept = {x.data_ptr() for x in loss.grad_fn.saved_tensors}
+    found = []
+    for retain in (True, True, False):
+        found.append(torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=retain))
+        assert len(kept & {x.data_ptr() for x in found[-1]}) == (0 if retain else 2)
+    exact = torch.autograd.grad(3 * linear_cross_entropy_ref(hidden, weight, labels), (hidden, weight))
+    for grads in found:
+        for grad, first, reference in zip(grads, found[0], exact, strict=True):
+            assert torch.equal(grad, first)
+            torch.testing.assert_close(grad, reference)
 
 
 def test_views_and_inputs_without_gradient(device):

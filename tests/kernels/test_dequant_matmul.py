@@ -22,7 +22,7 @@ from kernels.quantized_weight import (
 )
 from nanovlm.model.quantized import quantize_weight
 from tests.conftest import HAS_GPU
-from tests.kernels.oracle import check, check_gradients, poison, surround
+from tests.kernels.oracle import check, check_gradients, poison, reserve, surround
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = sorted(NUM_BITS)
@@ -200,6 +200,15 @@ def test_layouts_of_x(device, layout, M):
     check_product(x, w)
     check_product(x.unflatten(0, (1, M)), w)
     check_product(x[0], w, random_x(device, torch.float16, 1).expand(41))
+
+
+def test_rows_of_x_may_begin_beyond_2_to_the_31(device):
+    """Rows 2^30 elements apart, of which the fourth begins beyond 2^31."""
+    if device == "cuda":
+        pytest.skip("needs 8 GB of addresses, which only the CPU has without memory")
+    x, w = random_x(device, torch.float16, 4, 70), random_weight(device, "int4", N=5, K=70)
+    apart = reserve((3 * 2**30 + 70,), torch.float16).as_strided((4, 70), (2**30, 1)).copy_(x)
+    assert torch.equal(dequant_matmul(apart, w), dequant_matmul(x, w))
 
 
 @pytest.mark.parametrize("format", FORMATS)
