@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 pytest.importorskip("triton")
@@ -176,11 +176,12 @@ def test_selective_checkpointing_names_operators(device, monkeypatch):
 
 
 def test_nothing_is_remembered_of_a_trace(device):
-    """Tables that were made without contents are not used later."""
+    """Tables that were made without contents are not used later, nor the other way round."""
     with FakeTensorMode():
-        make_tables(device)
-    function, inputs = make("nf4, 1 rows", device)
-    assert function(*inputs).isfinite().all()
+        traced = make_tables(torch.device(device))
+    real = make_tables(torch.device(device))
+    assert [isinstance(x, FakeTensor) for x in (*traced, *real)] == [True, True, False, False]
+    _, inputs = make("nf4, 1 rows", device)
     w = quantize_weight(draw(9, 70, device=device), "nf4", search=False)
     assert torch.equal(dequant_matmul(inputs[0], w), dequant_matmul(inputs[0], w._replace(tables=None)))
 
