@@ -289,6 +289,17 @@ def test_a_training_step_has_no_graph_break(processor, moe):
     assert explanation.graph_count == 1 and explanation.graph_break_count == 0, explanation.break_reasons
 
 
+def test_a_training_step_with_kernels_has_no_graph_break(processor):
+    skip_without_interpreter("triton")
+    moe = MoEConfig(num_experts=4, intermediate_size=16, experts="triton")
+    decoder = dataclasses.replace(TINY.decoder, moe=moe, attention="triton", cross_entropy="triton")
+    model = VLM(dataclasses.replace(TINY, decoder=decoder, vision=dataclasses.replace(TINY.vision, attention="triton")))
+    batch = make_batch([make_document(processor, i, *TURNS) for i in range(2)])
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(NextToken().loss)(model, batch, Extras())
+    assert explanation.graph_count == 1 and explanation.graph_break_count == 0, explanation.break_reasons
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_blocks_are_compiled_whole_and_once(processor, monkeypatch, checkpointing):
     """Ten blocks of a kind, one program; also where the backward pass computes them again."""
