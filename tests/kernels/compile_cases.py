@@ -89,21 +89,36 @@ CASES = {
     "dequant_matmul": dequant_matmul,
 }
 
-# Kernels whose matrix products are meant for the tensor cores, by name; True, or which of the compiled ones:
-# compiled.config has the constexprs and num_warps, compiled.dtypes the dtypes of tensor arguments, by name.
+# Kernels whose matrix products are meant for the tensor cores, by name: how many columns wgmma should have at least, 0
+# for those not meant for them. compiled.config has the constexprs and num_warps, compiled.dtypes the dtypes of tensor
+# arguments, by name.
 
 
-def has_64_rows(compiled):
+def width(*sides: int) -> int:
+    """Return the least N that is wanted of products with such sides: 32, or as far as a shorter side goes."""
+    return min(32, *sides)
+
+
+def of_64_rows(*sides):
     """In 16 bits: tiles of 64 rows or more are for the tensor cores of sm_90, those of 16 for the ones before."""
-    return compiled.config["BM"] >= 64 and "torch.float32" not in compiled.dtypes.values()
+
+    def columns(compiled):
+        is_meant = compiled.config["BM"] >= 64 and "torch.float32" not in compiled.dtypes.values()
+        return width(*(compiled.config[side] for side in sides)) if is_meant else 0
+
+    return columns
+
+
+def of_backward_kv(compiled):
+    is_fp32 = "torch.float32" in (compiled.dtypes["p_q"], compiled.dtypes["p_k"])
+    return 0 if is_fp32 else width(compiled.config["BM"], compiled.config["HA"])
 
 
 TENSOR_CORES = {
-    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "slots_kernel"), has_64_rows),
-    "backward_kv_kernel": lambda compiled: "torch.float32" not in {compiled.dtypes[name] for name in ("p_q", "p_k")},
-    "gate_up_kernel": has_64_rows,
-    "scatter_kernel": has_64_rows,
-    "through_down_kernel": has_64_rows,
-    "matrix_grad_kernel": has_64_rows,
-    "matmul_kernel": lambda compiled: compiled.dtypes["x"] != "torch.float32",
+    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "slots_kernel"), of_64_rows("BN", "HA")),
+    "backward_kv_kernel": of_backward_kv,
+    **dict.fromkeys(
+        ("gate_up_kernel", "scatter_kernel", "through_down_kernel", "matrix_grad_kernel"), of_64_rows("BN")
+    ),
+    "matmul_kernel": lambda compiled: 0 if compiled.dtypes["x"] == "torch.float32" else width(compiled.config["BM"]),
 }

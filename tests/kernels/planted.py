@@ -17,6 +17,19 @@ def matmul_kernel(p_a, p_b, p_c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.c
 
 
 @triton.jit
+def outside_kernel(p_x, p_y, K, BIG: tl.constexpr, SMALL: tl.constexpr):
+    """More numbers than registers, which are kept on the stack during a loop that has no use for them."""
+    o = tl.arange(0, BIG)
+    b_x = tl.load(p_x + o)
+    b_sum = tl.zeros([SMALL, SMALL], tl.float32)
+    o_s = tl.arange(0, SMALL)
+    for i in range(K):
+        b_y = tl.load(p_y + i * SMALL + o_s)
+        b_sum += tl.exp2(b_y[:, None] * b_sum + b_y[None, :])
+    tl.store(p_x + o, b_x * tl.sum(tl.sum(b_sum, 0), 0))
+
+
+@triton.jit
 def modifier_kernel(p_x):
     x = tl.load(p_x + tl.arange(0, 128), cache_modifier=".cg", eviction_policy="evict_first")
     tl.store(p_x + tl.arange(0, 128), x)
@@ -51,7 +64,10 @@ def autotuned():
 CASES = {
     "good": lambda: matmul(64, 64, 64, num_warps=4, num_stages=3),
     "spills": lambda: matmul(128, 256, 32, num_warps=4, num_stages=1),
+    "spills_outside": lambda: outside_kernel[(1,)](torch.empty(8192), torch.empty(99), 9, 8192, 32, num_warps=1),
+    "narrow_products": lambda: matmul(64, 64, 64, num_warps=16, num_stages=3),
     "shared": lambda: matmul(128, 64, 128, num_warps=4, num_stages=6),
+    "shared_of_99": lambda: matmul(128, 64, 128, num_warps=8, num_stages=4),
     "no_tensor_cores": lambda: matmul(16, 16, 16, torch.float32, num_warps=1),
     "modifier": lambda: modifier_kernel[(1,)](torch.empty(128)),
     "autotuned": autotuned,

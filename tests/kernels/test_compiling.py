@@ -1,17 +1,34 @@
-"""All kernels compile for sm_80 and sm_90, without spills, within shared memory, on the tensor cores where meant."""
+"""All kernels compile, fit into a multiprocessor, spill in no inner loop, and use tensor cores where they are meant to.
 
+For sm_86 nothing is compiled: with the shared memory of sm_89 and instructions like its own, it is judged by that code.
+"""
+
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton")
 from kernels.attention import BLOCKS
 from tests.kernels.compile_cases import CASES, TENSOR_CORES
-from tests.kernels.compiling import SHARED_MEMORY, Compiled
+from tests.kernels.compiling import Compiled, find_narrowest
 
+CAPABILITIES = (90, 80, 89, 120)
+# Faults that are known: whoever repairs one has to strike it out, as the test then passes.
+KNOWN = {
+    ("attention", 90): "the gradients of keys and values have blocks whose wgmma is 16 columns wide",
+    ("attention", 120): "there are no blocks for sm_120 yet, and those of sm_90 spill",
+    ("grouped_gemm", 120): "there are no tiles for sm_120 yet, and those of sm_90 spill",
+    **dict.fromkeys(
+        [("dequant_matmul", 86), ("dequant_matmul", 89), ("dequant_matmul", 120)],
+        "four stages of 4-bit weights take 123 to 130 KB of shared memory",
+    ),
+}
 MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
@@ -19,37 +36,37 @@ MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 def compiled():
     """Everything that compiles, as Compiled by (case, capability)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.compiling", str(capability), *MODULES],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for capability in SHARED_MEMORY
-    ]
+
+    def run(capability):
+        command = [sys.executable, "-m", "tests.kernels.compiling", str(capability), *MODULES]
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
     results = {}
-    for run in runs:
-        for line in run.communicate()[0].splitlines():
+    with ThreadPoolExecutor(2) as pool:  # processes at a time
+        for line in "".join(pool.map(run, CAPABILITIES)).splitlines():
             record = Compiled(**json.loads(line))
             results.setdefault((record.case, record.capability), []).append(record)
-    assert not any(run.returncode for run in runs)
     return results
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, capability",
+    [
+        pytest.param(*pair, marks=[pytest.mark.xfail(strict=True, reason=KNOWN[pair])] if pair in KNOWN else [])
+        for pair in itertools.product(CASES, (*CAPABILITIES, 86))
+    ],
+)
 def test_shipped_kernels_compile(compiled, case, capability):
-    records = compiled[case, capability]
+    records = compiled[case, 89 if capability == 86 else capability]
     faults = []
     for record in records:
-        meant = TENSOR_CORES.get(record.kernel, False)
-        for fault in record.faults(meant(record) if callable(meant) else meant):
+        columns = TENSOR_CORES.get(record.kernel, lambda compiled: 0)(record)
+        for fault in record.faults(columns, device=capability):
             faults.append(f"{record.kernel} {record.config}: {fault}")
     assert records and not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_blocks_of_attention_compile(compiled, capability):
     names = {"slots": "slots_kernel", "one_slot": "slots_kernel"}
     seen = set()
@@ -58,16 +75,16 @@ def test_all_blocks_of_attention_compile(compiled, capability):
         seen.add((record.kernel, "torch.float32" == record.dtypes.get("p_q"), *options))
     for which, by_arch in BLOCKS.items():
         for arch in (capability, "fp32"):
-            for blocks in by_arch[arch].values():
+            for blocks in by_arch.get(arch, {}).values():  # some GPUs have no blocks of their own
                 assert (names.get(which, f"{which}_kernel"), arch == "fp32", *blocks) in seen, (which, arch, blocks)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
     "case, fault",
     [
         ("good", None),
-        ("spills", "spills"),
+        ("spills", "spills in inner loops"),
         ("shared", "bytes of shared memory are above"),
         ("no_tensor_cores", "mma"),
         ("modifier", "ptxas"),
@@ -77,7 +94,41 @@ def test_all_blocks_of_attention_compile(compiled, capability):
 def test_planted_faults_are_found(compiled, case, fault, capability):
     (record,) = compiled[case, capability]
     faults = record.faults(tensor_cores=True)
-    assert not faults if fault is None else fault in faults[0], faults
+    assert not faults and not record.notes() if fault is None else fault in faults[0], faults
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_spill_outside_of_loops_is_noted_and_no_fault(compiled, capability):
+    (record,) = compiled["spills_outside", capability]
+    assert record.spilled and not record.spills_in_inner_loops and not record.faults(tensor_cores=0)
+    (note,) = record.notes()
+    assert (
+        note == f"spills {record.spilled} bytes in {record.spills} instructions, 0 in outer loops and 0 in inner ones"
+    )
+
+
+def test_narrow_products_are_found(compiled):
+    (record,) = compiled["narrow_products", 90]
+    assert record.faults(tensor_cores=32) == ["wgmma with N = 16, though 32 is possible"]
+    assert not record.faults(tensor_cores=16)
+    assert compiled["good", 90][0].narrowest == 64
+    # Of 64 + 16 columns the 16 are a fifth, and may be narrow.
+    assert find_narrowest([64, 16]) == 64 and find_narrowest([16, 32, 16]) == 16 and find_narrowest([]) == 0
+
+
+def test_shared_memory_is_judged_by_the_gpu(compiled):
+    for capability in (80, 90):
+        assert not compiled["shared_of_99", capability][0].faults(tensor_cores=32)
+    for capability, device in ((89, 89), (89, 86), (120, 120)):
+        (fault,) = compiled["shared_of_99", capability][0].faults(True, device)
+        assert fault.endswith(f"bytes of shared memory are above {99 * 1024} of sm_{device}")
+
+
+def test_a_program_that_no_multiprocessor_holds_is_a_fault():
+    record = Compiled("", "", 89, {}, {}, registers=128, warps=16)
+    assert not record.faults(0) and dataclasses.replace(record, registers=136).faults(0) == [
+        "16 warps of 136 registers do not fit a multiprocessor"
+    ]
 
 
 def test_every_config_that_autotuning_would_try_compiles(compiled):
@@ -86,7 +137,7 @@ def test_every_config_that_autotuning_would_try_compiles(compiled):
     assert sorted(tried) == [(4, False), (4, True), (8, False), (8, True)]
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_packed_weights_come_128_bits_at_a_time_and_become_floats_without_conversion(compiled, capability):
     (planted,) = compiled["narrow", capability]
     assert planted.wide_loads == 0 and planted.conversions > 0
