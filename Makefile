@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick kernels-3.6 lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -22,6 +22,11 @@ QUICK := tests/test_layout.py tests/test_docs.py tests/data/test_chat.py tests/d
 
 quick: .venv/installed-test  ## some tests of every part, in under two minutes on two cores
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK)
+
+kernels-3.6: .venv/installed-test  ## the kernels compile with the oldest Triton that is supported, too
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
+	PYTHONPATH=.venv/triton-3.6 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  tests/kernels/test_sass.py tests/kernels/test_compiling.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

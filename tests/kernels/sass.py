@@ -175,8 +175,6 @@ def count_kinds(code: list[Instruction]) -> Counter:
 
 def count_programs(registers: int, warps: int, shared: int, device: Device) -> int:
     """Return how many programs an SM holds at a time, given registers a thread, and bytes of shared memory."""
-    if shared > device.most_shared:
-        return 0
     of_warp = (registers * 32 + 255) // 256 * 256  # registers are given to a warp in units of 256
     by_registers = REGISTERS // 4 // of_warp * 4 // warps if registers else device.programs
     return min(by_registers, device.shared // (shared + 1024), device.warps // warps, device.programs)

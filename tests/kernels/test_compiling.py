@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
 from kernels.attention import BLOCKS
 from tests.kernels.compile_cases import CASES, TENSOR_CORES
 from tests.kernels.compiling import Compiled, find_narrowest
@@ -29,6 +31,11 @@ KNOWN = {
         "four stages of 4-bit weights take 123 to 130 KB of shared memory",
     ),
 }
+if triton.__version__ < "3.7":
+    KNOWN |= dict.fromkeys(
+        [("grouped_gemm", 80), ("grouped_gemm", 86), ("grouped_gemm", 89)],
+        "the gradients of matrices spill in their inner loop, a dozen instructions",
+    )
 MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
