@@ -30,14 +30,15 @@ class Device(NamedTuple):
     warps: int
     programs: int
     processors: int  # SMs of one GPU of this kind
+    l2_cache: int  # bytes
 
 
 DEVICES = {
-    80: Device(164 * 1024, 163 * 1024, 64, 32, 108),  # A100
-    86: Device(100 * 1024, 99 * 1024, 48, 16, 84),  # RTX A6000
-    89: Device(100 * 1024, 99 * 1024, 48, 24, 142),  # L40S
-    90: Device(228 * 1024, 227 * 1024, 64, 32, 132),  # H100
-    120: Device(100 * 1024, 99 * 1024, 48, 24, 188),  # RTX PRO 6000
+    80: Device(164 * 1024, 163 * 1024, 64, 32, 108, 40 * 2**20),  # A100
+    86: Device(100 * 1024, 99 * 1024, 48, 16, 84, 6 * 2**20),  # RTX A6000
+    89: Device(100 * 1024, 99 * 1024, 48, 24, 142, 96 * 2**20),  # L40S
+    90: Device(228 * 1024, 227 * 1024, 64, 32, 132, 50 * 2**20),  # H100
+    120: Device(100 * 1024, 99 * 1024, 48, 24, 188, 128 * 2**20),  # RTX PRO 6000
 }
 REGISTERS = 65536  # of an SM, in four equal parts
 
