@@ -31,7 +31,7 @@ KNOWN = {
         "four stages of 4-bit weights take 123 to 130 KB of shared memory",
     ),
 }
-if triton.__version__ < "3.7":
+if triton.__version__.startswith("3.6."):
     KNOWN |= dict.fromkeys(
         [("grouped_gemm", 80), ("grouped_gemm", 86), ("grouped_gemm", 89)],
         "the gradients of matrices spill in their inner loop, a dozen instructions",
