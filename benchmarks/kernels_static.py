@@ -301,15 +301,13 @@ def try_blocks(config: StaticConfig):
 
 def format_table(lines: list[dict]) -> str:
     """Markdown for docs/kernels.md; every line says that it is an estimate."""
-    rows = [
-        "| kernel | shape | blocks | clocks | bound by | tensor cores, memory | spills |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ("kernel", "shape", "blocks", "clocks", "busiest", "tensor cores, memory", "registers", "spills")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in lines:
         names = FAMILIES[line["family"]][1]
         start = f"| {line['kernel'].removesuffix('_kernel')} | {' '.join(str(line[name]) for name in names)} | "
         if "clocks" not in line:
-            rows.append(f"{start} | {line['error'][:40]} | | | |")
+            rows.append(f"{start} | {line['error'][:40]} | | | | |")
             continue
         blocks = " ".join(map(str, line["blocks"].values()))
         masked = f", masked {line['clocks_masked']:,.0f}" if "clocks_masked" in line else ""
@@ -318,7 +316,7 @@ def format_table(lines: list[dict]) -> str:
         spills = f"{inner} + {outer} + {total - inner - outer}" if total else "0"
         rows.append(
             f"{start}{blocks} | estimate {line['clocks']:,.0f}{masked} | {line['bound']} {100 * line['busy']:.0f} % | "
-            f"{', '.join(shares)} | {spills} |"
+            f"{', '.join(shares)} | {line['registers']} x {line['programs']} | {spills} |"
         )
     return "\n".join(rows)
 
