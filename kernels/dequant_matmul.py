@@ -229,7 +229,7 @@ def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
     grid = (triton.cdiv(N, BN), triton.cdiv(M, BM), split_k(triton.cdiv(N, BN) * triton.cdiv(M, BM), steps))
     parts = torch.empty(grid[2], M, N, dtype=torch.float32, device=x.device)
     blocks = dict(SPLIT=grid[2], BN=BN, BM=BM, BW=BW)
-    matmul_kernel[grid](x, *tensors, parts, M, N, K, x.stride(0), **shape, **blocks, num_warps=4, num_stages=4)
+    matmul_kernel[grid](x, *tensors, parts, M, N, K, x.stride(0), **shape, **blocks, num_warps=4, num_stages=2)
     reduce_kernel[(triton.cdiv(M * N, 1024),)](parts, bias, y, N, M * N, SPLIT=grid[2], BLOCK=1024)
     return y
 

@@ -1,7 +1,8 @@
 """Which class of GPU a tensor is on: the kernels choose blocks, warps and stages by it.
 
     90       Hopper, and Blackwell of data centers: 227 KB of shared memory for a program; wgmma on Hopper
-    80       others from Ampere on: at least 99 KB (sm_86, sm_89 and sm_120; the A100 has 163), mma
+    80       Ampere and Ada: 99 KB at least (sm_86, sm_89; the A100 has 163), mma
+    120      consumer Blackwell: 99 KB, mma
     "hip"    AMD: 64 KB
 """
 
@@ -15,4 +16,5 @@ def device_class(x: Tensor) -> int | str:
         return 90
     if torch.version.hip:
         return "hip"
-    return 90 if 9 <= torch.cuda.get_device_capability(x.device)[0] <= 11 else 80
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return 120 if major >= 12 else 90 if major >= 9 else 80

@@ -21,21 +21,7 @@ from tests.kernels.compile_cases import CASES, TENSOR_CORES
 from tests.kernels.compiling import Compiled, find_narrowest
 
 CAPABILITIES = (90, 80, 89, 120)
-# Faults that are known: whoever repairs one has to strike it out, as the test then passes.
-KNOWN = {
-    ("attention", 90): "the gradients of keys and values have blocks whose wgmma is 16 columns wide",
-    ("attention", 120): "there are no blocks for sm_120 yet, and those of sm_90 spill",
-    ("grouped_gemm", 120): "there are no tiles for sm_120 yet, and those of sm_90 spill",
-    **dict.fromkeys(
-        [("dequant_matmul", 86), ("dequant_matmul", 89), ("dequant_matmul", 120)],
-        "four stages of 4-bit weights take 123 to 130 KB of shared memory",
-    ),
-}
-if triton.__version__.startswith("3.6."):
-    KNOWN |= dict.fromkeys(
-        [("grouped_gemm", 80), ("grouped_gemm", 86), ("grouped_gemm", 89)],
-        "the gradients of matrices spill in their inner loop, a dozen instructions",
-    )
+KNOWN = {}
 MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
@@ -81,8 +67,8 @@ def test_all_blocks_of_attention_compile(compiled, capability):
         options = (record.config.get(name) for name in ("BM", "BN", "num_warps", "num_stages"))
         seen.add((record.kernel, "torch.float32" == record.dtypes.get("p_q"), *options))
     for which, by_arch in BLOCKS.items():
-        for arch in (capability, "fp32"):
-            for blocks in by_arch.get(arch, {}).values():  # some GPUs have no blocks of their own
+        for arch in (80 if capability == 89 else capability, "fp32"):
+            for blocks in by_arch[arch].values():
                 assert (names.get(which, f"{which}_kernel"), arch == "fp32", *blocks) in seen, (which, arch, blocks)
 
 
