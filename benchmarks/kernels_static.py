@@ -132,7 +132,7 @@ FAMILIES = {
     "dequant_matmul": (
         multiply,
         ("format", "rows", "outputs", "inputs"),
-        [(format, M, 8192, 8192) for format in ("int4", "nf4", "int8") for M in (1, 16, 64, 512)],
+        [(format, M, 8192, 8192) for format in ("int4", "nf4", "int8") for M in (1, 16, 64, 256, 512)],
     ),
     "experts": (
         experts,

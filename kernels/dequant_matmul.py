@@ -4,7 +4,8 @@ quantized_weight.py has the formats, the layout and `dequant_matmul_ref`, the sp
 
 Plane i of a tile, the codes that `words >> (i * bits)` lays open, is RUN neighbouring weights: it is multiplied with
 RUN neighbouring x. A load of 128 bits brings a thread 4 words of one row. A code becomes a float without a conversion:
-its bits, or'ed into those of 2**23, are the float 2**23 + code, and subtracting 2**23 + zero is exact.
+its bits, or'ed into those of 2**23, are the float 2**23 + code, and subtracting 2**23 + zero is exact. Beside x in 16
+bits there are cheaper ways: decode_16, look_up and DENORMAL.
 
 How x [M, K] is multiplied depends on M alone; measured on a GPU: not yet.
 
@@ -20,13 +21,15 @@ added atomically: the same inputs give the same bits.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantized_weight import NUM_BITS, QuantizedWeight, make_tables, run_length
+from kernels.gpu import device_class
+from kernels.quantized_weight import NF4, NUM_BITS, QuantizedWeight, make_tables, run_length
 from kernels.register import autocast, is_interpreted, operator
 
 MAX_FUSED_ROWS = 256
@@ -71,6 +74,39 @@ def decode(b_words, b_zero, b_table, i: tl.constexpr, FORMAT: tl.constexpr, BITS
 
 
 @triton.jit
+def look_up(b_words, ASSEMBLY: tl.constexpr):
+    """Four int32 for every word of nf4: planes 0 and 1, 2 and 3, ... in 16 bits each, by write_lookup's instructions."""
+    FOUR: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+    return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,=r,=r,r", [b_words], dtype=FOUR, is_pure=True, pack=1)
+
+
+@triton.jit
+def decode_16(b_words, b_zero, b_pairs, i: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Plane i of 4-bit words in bf16 or fp16: nf4 rounded, int4 exact.
+
+    An int4 code is or'ed into the bits of 128 in bf16 or 1024 in fp16, planes i and i + 4 at a time; subtracting 128 +
+    zero or 1024 + zero is exact.
+    """
+    if FORMAT == "nf4":
+        b_pair = b_pairs[i // 2]
+        b_half = b_pair if i % 2 == 0 else b_pair >> 16
+        return b_half.to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        ONES: tl.constexpr = 0x43004300 if DTYPE == tl.bfloat16 else 0x64006400
+        BASE: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024
+        b_pair = ((b_words >> (i % 4 * 4)) & 0x000F000F) | ONES
+        b_half = b_pair if i < 4 else b_pair >> 16
+        return b_half.to(tl.int16).to(DTYPE, bitcast=True) - (b_zero + BASE).to(DTYPE)
+
+
+@triton.jit
+def lay_open(b_words, i: tl.constexpr, BITS: tl.constexpr):
+    """fp32: plane i of words as it lies there, which are the bits of code * 2 ** (i * BITS % 12 - 149)."""
+    SHIFT: tl.constexpr = i * BITS % 12
+    return ((b_words >> (i * BITS - SHIFT)) & ((2**BITS - 1) << SHIFT)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def spread(b, RUN: tl.constexpr):
     """[BN, BT] -> [BN, BT * RUN]: what belongs to a tile, for each of its words."""
     BN: tl.constexpr = b.shape[0]
@@ -82,9 +118,14 @@ def spread(b, RUN: tl.constexpr):
 def gemv_kernel(
     x, codes, scales, nested_scales, nested_offset, dynamic, table, bias, y,
     N, K, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    FORMAT: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    FORMAT: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
+    DENORMAL: tl.constexpr,
 ):  # fmt: skip
-    """y [N] = x [K] @ W.T: a program has BN outputs, and takes BT tiles of each at a time."""
+    """y [N] = x [K] @ W.T: a program has BN outputs, and takes BT tiles of each at a time; WHOLE, none beyond the last.
+
+    With DENORMAL a code is multiplied where it lies, as the denormal number of its bits, and the zero point of a group
+    with the sum of its x. x is multiplied by 2**80 for that, so it must be below 2**47.
+    """
     PLANES: tl.constexpr = 32 // BITS
     BW: tl.constexpr = BT * RUN
     o_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -99,7 +140,7 @@ def gemv_kernel(
             b_words = tl.load(p_words, eviction_policy="evict_first")
         else:
             b_words = tl.load(p_words, mask=o_word < TILES * RUN, other=0, eviction_policy="evict_first")
-        part = tl.zeros([BN, BW], tl.float32)
+        part, b_sum = tl.zeros([BN, BW], tl.float32), tl.zeros([1, BW], tl.float32)
         for i in tl.static_range(PLANES):
             if i == 0 or i * RUN % GROUP == 0:
                 o_group = o_row * GROUPS + (o_tile * (PLANES * RUN) + i * RUN) // GROUP
@@ -107,13 +148,24 @@ def gemv_kernel(
                 b_scale = b_scale if FORMAT == "int8" else spread(b_scale, RUN)
                 b_zero = spread(b_zero, RUN) if FORMAT == "int4" else b_zero
             o_k = o_word // RUN * (PLANES * RUN) + i * RUN + o_word % RUN
-            b_x = tl.load(x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-            if FORMAT != "nf4":
-                b_x *= 2.0 ** -(i * BITS % 12)
-            part += decode(b_words, b_zero, b_table, i, FORMAT, BITS) * b_x
+            if WHOLE:
+                b_x = tl.load(x + o_k).to(tl.float32)
+            else:
+                b_x = tl.load(x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            if DENORMAL:
+                b_sum += b_x
+                part += lay_open(b_words, i, BITS) * (b_x * 2.0 ** (80 - i * BITS % 12))
+            elif FORMAT == "nf4":
+                part += decode(b_words, b_zero, b_table, i, FORMAT, BITS) * b_x
+            else:
+                part += decode(b_words, b_zero, b_table, i, FORMAT, BITS) * (b_x * 2.0 ** -(i * BITS % 12))
             if i == PLANES - 1 or (i + 1) * RUN % GROUP == 0:
-                acc += part * b_scale
-                part = tl.zeros([BN, BW], tl.float32)
+                if DENORMAL:
+                    acc += part * (b_scale * 2.0**69)
+                    acc -= b_zero.to(tl.float32) * b_scale * b_sum
+                else:
+                    acc += part * b_scale
+                part, b_sum = tl.zeros([BN, BW], tl.float32), tl.zeros([1, BW], tl.float32)
     b_y = tl.sum(acc, 1)
     m_n = o_n < N
     if FORMAT == "int8":
@@ -128,19 +180,21 @@ def matmul_kernel(
     x, codes, scales, nested_scales, nested_offset, dynamic, table, out,
     M, N, K, stride_xm, TILES: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     FORMAT: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    BW: tl.constexpr,
+    BW: tl.constexpr, SCALES_SUMS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """out fp32[SPLIT, M, N] = x [M, K] @ W.T, each of SPLIT over its own steps of BW words along K.
 
     The tile of W is the left operand, so that it goes from registers into the tensor cores and the few rows of x lie
-    along the side that may be short.
+    along the side that may be short. With SCALES_SUMS codes are multiplied in 16 bits, and the scale of a group with
+    the sum over its codes.
     """
+    DTYPE: tl.constexpr = x.dtype.element_ty
     PLANES: tl.constexpr = 32 // BITS
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     o_row = tl.minimum(o_n, N - 1).to(tl.int64)[:, None]
     p_x = x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * stride_xm
-    b_table = tl.load(table + tl.arange(0, 16)) if FORMAT == "nf4" else 0
+    b_table = tl.load(table + tl.arange(0, 16)) if FORMAT == "nf4" and not SCALES_SUMS else 0
     acc = tl.zeros([BN, BM], tl.float32)
     for step in range(tl.program_id(2), tl.cdiv(TILES * RUN, BW), SPLIT):
         o_word = step * BW + tl.arange(0, BW)
@@ -152,15 +206,22 @@ def matmul_kernel(
             )
         # Of one tile, the words of a row share their groups.
         o_tile = tl.full([1, 1], step, tl.int32) if BW == RUN else tl.minimum(o_word // RUN, TILES - 1)[None, :]
+        b_pairs = look_up(b_words, ASSEMBLY) if FORMAT == "nf4" and SCALES_SUMS else 0
         for i in tl.static_range(PLANES):
             if i == 0 or i * RUN % GROUP == 0:
                 o_group = o_row * GROUPS + (o_tile * (PLANES * RUN) + i * RUN) // GROUP
                 b_scale, b_zero = load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT)
-            b_w = decode(b_words, b_zero, b_table, i, FORMAT, BITS)
-            b_w *= b_scale if FORMAT == "nf4" else b_scale * 2.0 ** -(i * BITS % 12)
+                part = tl.zeros([BN, BM], tl.float32)
             o_k = o_word // RUN * (PLANES * RUN) + i * RUN + o_word % RUN
             b_x = tl.load(p_x + o_k[:, None], mask=o_k[:, None] < K, other=0.0)  # [BW, BM]
-            acc = tl.dot(b_w.to(x.dtype.element_ty), b_x, acc, input_precision="ieee")
+            if SCALES_SUMS:
+                part = tl.dot(decode_16(b_words, b_zero, b_pairs, i, FORMAT, DTYPE), b_x, part)
+                if i == PLANES - 1 or (i + 1) * RUN % GROUP == 0:
+                    acc += part * b_scale
+            else:
+                b_w = decode(b_words, b_zero, b_table, i, FORMAT, BITS)
+                b_w *= b_scale if FORMAT == "nf4" else b_scale * 2.0 ** -(i * BITS % 12)
+                acc = tl.dot(b_w.to(DTYPE), b_x, acc, input_precision="ieee")
     if FORMAT == "int8":
         acc *= tl.load(scales + o_row)
     o_out = (tl.program_id(2).to(tl.int64) * M + o_m[None, :]) * N + o_n[:, None]
@@ -220,18 +281,68 @@ def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     shape, tensors = _layout(w), _tensors(w)
     if M == 1:
-        # 64 threads, 4 words of every row for each: so x, loaded once for all BN rows, lies in the threads as words do.
-        BN, BT = 4, 256 // shape["RUN"]
-        gemv_kernel[(triton.cdiv(N, BN),)](x, *tensors, bias, y, N, K, **shape, BN=BN, BT=BT, num_warps=2)
+        # 32 threads, 4 words of every row for each: so x, loaded once for all BN rows, lies in the threads as words do.
+        BN, BT = 8, 128 // shape["RUN"]
+        is_whole = K == w.codes.shape[1] * 32 // NUM_BITS[w.format] and shape["TILES"] % BT == 0
+        is_denormal = w.format == "int4" and x.dtype != torch.float32
+        gemv_kernel[(triton.cdiv(N, BN),)](
+            x, *tensors, bias, y, N, K, **shape, BN=BN, BT=BT, WHOLE=is_whole, DENORMAL=is_denormal, num_warps=1
+        )
         return y
-    BN, BM, BW = 64, min(64, max(16, triton.next_power_of_2(M))), max(16, shape["RUN"])
+    # Rows for which there are registers beside the sums of wgmma and of mma, and without tensor cores.
+    most = 16 if x.dtype == torch.float32 else 64 if device_class(x) == 90 else 32
+    BN, BM, BW = 64, min(most, max(16, triton.next_power_of_2(M))), max(16, shape["RUN"])
     steps = triton.cdiv(shape["TILES"] * shape["RUN"], BW)
     grid = (triton.cdiv(N, BN), triton.cdiv(M, BM), split_k(triton.cdiv(N, BN) * triton.cdiv(M, BM), steps))
     parts = torch.empty(grid[2], M, N, dtype=torch.float32, device=x.device)
-    blocks = dict(SPLIT=grid[2], BN=BN, BM=BM, BW=BW)
-    matmul_kernel[grid](x, *tensors, parts, M, N, K, x.stride(0), **shape, **blocks, num_warps=4, num_stages=2)
+    blocks = dict(SPLIT=grid[2], BN=BN, BM=BM, BW=BW, **choose_decoding(x, w.format, BW == shape["RUN"]))
+    matmul_kernel[grid](x, *tensors, parts, M, N, K, x.stride(0), **shape, **blocks, num_warps=4, num_stages=3)
     reduce_kernel[(triton.cdiv(M * N, 1024),)](parts, bias, y, N, M * N, SPLIT=grid[2], BLOCK=1024)
     return y
+
+
+def choose_decoding(x: Tensor, format: str, shares_groups: bool) -> dict:
+    """Say whether groups scale sums, which needs words of one group along K, 4 bits and x of 16; and how nf4 is read."""
+    scales_sums = shares_groups and format != "int8" and x.dtype != torch.float32
+    if format == "nf4" and device_class(x) == "hip":  # PTX
+        scales_sums = False
+    return dict(SCALES_SUMS=scales_sums, ASSEMBLY=LOOKUPS.get(x.dtype, "") if format == "nf4" else "")
+
+
+def write_lookup(dtype: torch.dtype) -> str:
+    """Write the PTX that looks up eight codes of nf4 in a table of 16 numbers of 16 bits, held in eight constants.
+
+    prmt takes four bytes from eight by the lower three bits of a code; two of them look up a byte of four codes in
+    either half of the table, a third takes the right half by the fourth bit.
+    """
+    values = np.array(NF4, np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to bf16
+    numbers = (values.astype(np.float16).view(np.uint16) if dtype == torch.float16 else rounded).tolist()
+    low, high = (
+        [int.from_bytes([number >> shift & 255 for number in numbers[i : i + 4]], "little") for i in range(0, 16, 4)]
+        for shift in (0, 8)
+    )
+    lines = [
+        ".reg .b32 code, half, a, b, c, d;",
+        "and.b32 code, $4, 0x77777777;",
+        "shr.b32 half, $4, 1;",
+        "and.b32 half, half, 0x44444444;",
+        "or.b32 half, half, 0x32103210;",
+    ]
+    for first in (0, 2):  # codes 0 to 3, then 4 to 7
+        for left, right, table in (("a", "b", low), ("c", "d", high)):
+            lines += [
+                f"prmt.b32 {left}, {table[0]:#x}, {table[1]:#x}, code;",
+                f"prmt.b32 {right}, {table[2]:#x}, {table[3]:#x}, code;",
+                f"prmt.b32 {left}, {left}, {right}, half;",
+            ]
+        lines += [f"prmt.b32 ${first}, a, c, 0x5140;", f"prmt.b32 ${first + 1}, a, c, 0x7362;"]
+        lines += ["shr.b32 code, code, 16;", "shr.b32 half, half, 16;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+LOOKUPS = {dtype: write_lookup(dtype) for dtype in (torch.bfloat16, torch.float16)}
 
 
 def split_k(programs: int, steps: int) -> int:

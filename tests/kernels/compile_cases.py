@@ -59,6 +59,7 @@ def dequant_matmul():
     run("int4", 1, 4096, 14336, torch.float16, group=128)
     run("nf4", 512, 4096, 4096, torch.bfloat16)
     run("int4", 4, 96, 288, torch.float32)  # the scenes
+    run("int4", 64, 4096, 4096, torch.float32)
 
 
 def attention():

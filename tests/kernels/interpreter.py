@@ -110,6 +110,48 @@ for operation in (interpreter.ReduceOps, interpreter.ScanOps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Inline assembly. Stock: none. Here: a few instructions of PTX on 32 bits, one element at a time.
+
+
+def permute_bytes(a, b, selector):
+    """prmt: byte i of the result is byte number `selector >> 4 i & 7` of b, a; none repeats a sign (bit 3)."""
+    if (selector & 0x8888).any():
+        raise KernelFault("prmt that repeats the sign of a byte is not emulated")
+    both = (b << np.uint64(32)) | a
+    out = np.zeros(np.broadcast_shapes(both.shape, selector.shape), np.uint64)
+    for i in range(4):
+        byte = selector >> np.uint64(4 * i) & np.uint64(7)
+        out |= (both >> byte * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
+    return out
+
+
+PTX = {
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "shr.b32": np.right_shift,
+    "prmt.b32": permute_bytes,
+}
+
+
+def run_assembly(self, assembly, constraints, values, types_, is_pure, pack):
+    """Run instructions `name out, in, ...;`; registers are names, $i are outputs and then inputs."""
+    num_outputs = constraints.count("=")
+    registers = {f"${num_outputs + i}": x.data.view(np.uint32).astype(np.uint64) for i, x in enumerate(values)}
+    for instruction in assembly.strip("{}\n ").split(";"):
+        name, _, operands = instruction.strip().partition(" ")
+        if name in ("", ".reg"):
+            continue
+        out, *inputs = (operand.strip() for operand in operands.split(","))
+        arguments = [registers[x] if x in registers else np.uint64(int(x, 0)) for x in inputs]
+        registers[out] = PTX[name](*arguments)
+    shape = np.shape(values[0].data)
+    results = [np.broadcast_to(registers[f"${i}"], shape).astype(np.uint32).view(np.int32) for i in range(num_outputs)]
+    return types.SimpleNamespace(get_result=lambda i: TensorHandle(results[i], tl.int32))
+
+
+InterpreterBuilder.create_inline_asm = run_assembly
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Other arithmetic.
 
 

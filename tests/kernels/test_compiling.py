@@ -139,5 +139,5 @@ def test_packed_weights_come_128_bits_at_a_time_and_become_floats_without_conver
     for record in kernels:
         assert record.wide_loads >= (2 if record.kernel == "dequantize_kernel" else 4), record
         assert record.conversions == 0, record
-        # Nothing but the last sum goes from thread to thread; tables of nf4 are 64 bytes.
-        assert record.kernel != "gemv_kernel" or record.shared <= 64, record
+        # Nothing but the last sum goes from thread to thread: of a warp at most 4 bytes a thread.
+        assert record.kernel != "gemv_kernel" or record.shared <= 128, record
