@@ -31,15 +31,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.register import autocast, is_interpreted, operator
-
 from kernels.gpu import device_class
+from kernels.register import autocast, is_interpreted, operator
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # (BM, BN, warps, stages) by pass and by class of GPU (kernels/gpu.py), or "fp32": the first whose width is at least
 # HA + HB. Fixed, not autotuned, so that a restarted run computes the same bits. Chosen by benchmarks/kernels_static.py
-# among those that spill no register inside a loop; those of class 80 fit the 99 KB of consumer cards.
+# among those that spill no register inside a loop; those of class 80 fit the 99 KB of consumer cards, and stand for
+# class 120 too where that has none of its own.
 BLOCKS = {
     "forward": {
         90: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
@@ -64,13 +64,13 @@ BLOCKS = {
     },
     "slots": {
         90: {128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
-        **dict.fromkeys((80, 120), {128: (64, 32, 4, 3), 256: (64, 32, 8, 2)}),
+        80: {128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
         "hip": {256: (64, 16, 4, 1)},
         "fp32": {128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
     "one_slot": {
         90: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
-        **dict.fromkeys((80, 120), {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)}),
+        80: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
         "hip": {256: (16, 32, 4, 1)},
         "fp32": {128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -453,7 +453,8 @@ def split_head(H: int) -> tuple[int, int, int]:
 def choose_blocks(which: str, q: Tensor) -> tuple[int, int, dict]:
     """Return BM, BN and the launch options; when interpreting, those of an H100."""
     gpu = device_class(q)
-    by_width = BLOCKS[which]["fp32" if q.dtype == torch.float32 and gpu != "hip" else gpu]
+    by_class = BLOCKS[which]
+    by_width = by_class.get("fp32" if q.dtype == torch.float32 and gpu != "hip" else gpu, by_class[80])
     width = sum(split_head(q.shape[3])[1:])
     BM, BN, num_warps, num_stages = next(blocks for most, blocks in by_width.items() if width <= most)
     options = {"num_warps": num_warps, "num_stages": num_stages}

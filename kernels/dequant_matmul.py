@@ -75,7 +75,7 @@ def decode(b_words, b_zero, b_table, i: tl.constexpr, FORMAT: tl.constexpr, BITS
 
 @triton.jit
 def look_up(b_words, ASSEMBLY: tl.constexpr):
-    """Four int32 for every word of nf4: planes 0 and 1, 2 and 3, ... in 16 bits each, by write_lookup's instructions."""
+    """Four int32 for every word of nf4: planes 0 and 1, 2 and 3, ... in 16 bits each, by what write_lookup wrote."""
     FOUR: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
     return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,=r,=r,r", [b_words], dtype=FOUR, is_pure=True, pack=1)
 
@@ -302,7 +302,7 @@ def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
 
 
 def choose_decoding(x: Tensor, format: str, shares_groups: bool) -> dict:
-    """Say whether groups scale sums, which needs words of one group along K, 4 bits and x of 16; and how nf4 is read."""
+    """Say whether scales multiply sums, for 4 bits beside 16 where a row's words share groups; and how nf4 is read."""
     scales_sums = shares_groups and format != "int8" and x.dtype != torch.float32
     if format == "nf4" and device_class(x) == "hip":  # PTX
         scales_sums = False

@@ -31,9 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.register import DTYPES, autocast, is_interpreted, operator
-
 from kernels.gpu import device_class
+from kernels.register import DTYPES, autocast, is_interpreted, operator
 
 
 def grouped_experts_ref(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -202,7 +201,8 @@ def tile_sizes(x: Tensor, num_rows: int, num_experts: int, W: int) -> dict:
         sizes = dict(BM=16 if mean <= 16 else 64, BN=32, BK=BK, num_warps=4, num_stages=2)
         return dict.fromkeys(("gate_up", "scatter", "through_down"), sizes) | {"matrix_grad": dict(sizes, BM=32)}
     if mean <= 64:
-        sizes = dict(BM=16 if mean <= 16 else 64, BN=64, BK=128, num_warps=4, num_stages=3)
+        BK = 64 if device_class(x) == "hip" else 128
+        sizes = dict(BM=16 if mean <= 16 else 64, BN=64, BK=BK, num_warps=4, num_stages=3)
         large = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)
         return dict.fromkeys(("gate_up", "scatter", "through_down"), sizes) | {"matrix_grad": large}
     # The sums of a tile are in the registers of 256 threads, beside which mma needs some for its operands.

@@ -43,8 +43,8 @@ def make_cache_mask(position_ids: Tensor, num_slots: int, backend: str = "sdpa")
 # and 7,000 on an older one; rather more than in the mean, so that few are slower for it.
 CALL = 6_000
 KEYS = 512  # without a mask torch skips keys that no query sees, in blocks of so many
-# So many queries attend in bf16 on a CPU where values are bf16, fewer in fp32. With AVX512_BF16 the time of bf16 against
-# fp32, forward and backward, was 1.9 at 128 tokens, 1.1 at 256, 0.87 at 512 and 0.72 from 1,024 on (AMD EPYC, torch
+# So many queries attend in bf16 on a CPU where values are bf16, fewer in fp32. With AVX512_BF16 bf16 took 1.9 of the
+# time of fp32, forward and backward, at 128 tokens, 1.1 at 256, 0.87 at 512, and 0.72 from 1,024 on (AMD EPYC, torch
 # 2.13, heads of 64, 2026-11-29).
 BF16_LENGTH = 512
 

@@ -3,8 +3,8 @@
 import torch
 from torch.distributed.tensor import DTensor
 
-# Numbers that are updated at a time, so that what is computed in fp32 stays in a processor's cache: 2.6 times as fast as
-# 2**20 at a time (AMD EPYC, one thread, 2026-11-29).
+# Numbers that are updated at a time, so that what is computed in fp32 stays in a processor's cache: 2.6 times as fast
+# as 2**20 at a time (AMD EPYC, one thread, 2026-11-29).
 CHUNK = 2**18
 
 

@@ -70,14 +70,14 @@ class Compiled:
             faults.append(f"spills in inner loops: {self.spills_in_inner_loops} instructions of {self.spills}")
         if self.shared > most:
             faults.append(f"{self.shared} bytes of shared memory are above {most} of sm_{device}")
-        elif not count_programs(self.registers, self.warps, self.shared, DEVICES[device]):
+        elif device != 942 and not count_programs(self.registers, self.warps, self.shared, DEVICES[device]):
             faults.append(f"{self.warps} warps of {self.registers} registers do not fit a multiprocessor")
         if tensor_cores and self.capability == 90:
             if not self.wgmma:
                 faults.append("no wgmma")
             elif self.narrowest < tensor_cores:
                 faults.append(f"wgmma with N = {self.narrowest}, though {int(tensor_cores)} is possible")
-        if tensor_cores and self.capability != 90 and not self.mma:
+        if tensor_cores and self.capability not in (90, 942) and not self.mma:
             faults.append("no mma")
         return faults
 
@@ -89,6 +89,8 @@ class Compiled:
         inner = f"{self.spills_in_inner_loops} in inner ones"
         return [f"spills {self.spilled} bytes in {self.spills} instructions, {outer} and {inner}"]
 
+
+AMD = GPUTarget("hip", "gfx942", 64)  # MI300; here by the number 942, and judged by its shared memory alone
 
 # What torch calls of an operator whose tensors have no contents: of ours the host function, not what tells the shapes.
 HOST_FUNCTION = property(
@@ -104,7 +106,7 @@ class Driver:
         self.capability = capability
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
+        return AMD if self.capability == 942 else GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
         return self.capability  # Triton keeps what it compiled by device
@@ -170,6 +172,7 @@ def compile_case(case: str, function, capability: int, look: Callable | None = N
         mock.patch.object(FakeTensor, "is_cuda", True),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(torch.version, "hip", "6" if capability == 942 else None),
         contextlib.redirect_stdout(io.StringIO()),  # ptxas errors come with the whole program
         FakeTensorMode(),
     ):
@@ -179,6 +182,10 @@ def compile_case(case: str, function, capability: int, look: Callable | None = N
 
 def measure(kernel, record: Compiled):
     """Fill in the resources of a compiled kernel."""
+    record.shared, record.warps = kernel.metadata.shared, kernel.metadata.num_warps
+    if record.capability == 942:
+        record.programs = 1
+        return
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -193,7 +200,6 @@ def measure(kernel, record: Compiled):
         inner = {n for span in find_loops(code) for n in range(span.first, span.last + 1)}
         record.spills, record.spills_in_inner_loops = len(spills), len(spills & inner)
         record.spills_in_outer_loops = len(spills & find_repeated(code) - inner)
-    record.shared, record.warps = kernel.metadata.shared, kernel.metadata.num_warps
     record.programs = count_programs(record.registers, record.warps, record.shared, DEVICES[record.capability])
     columns = [int(N) for N in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k", kernel.asm["ptx"])]
     record.wgmma, record.narrowest = len(columns), find_narrowest(columns)

@@ -21,7 +21,10 @@ from tests.kernels.compile_cases import CASES, TENSOR_CORES
 from tests.kernels.compiling import Compiled, find_narrowest
 
 CAPABILITIES = (90, 80, 89, 120)
+AMD = 942  # MI300: it compiles, within its shared memory
 KNOWN = {}
+if triton.__version__.startswith("3.6."):
+    KNOWN["attention", 90] = "forward with heads of 64: three instructions of 16 in the loop over blocks with a mask"
 MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
@@ -31,12 +34,13 @@ def compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def run(capability):
-        command = [sys.executable, "-m", "tests.kernels.compiling", str(capability), *MODULES]
+        modules = MODULES[:1] if capability == AMD else MODULES
+        command = [sys.executable, "-m", "tests.kernels.compiling", str(capability), *modules]
         return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
     results = {}
     with ThreadPoolExecutor(2) as pool:  # processes at a time
-        for line in "".join(pool.map(run, CAPABILITIES)).splitlines():
+        for line in "".join(pool.map(run, (*CAPABILITIES, AMD))).splitlines():
             record = Compiled(**json.loads(line))
             results.setdefault((record.case, record.capability), []).append(record)
     return results
@@ -46,7 +50,7 @@ def compiled():
     "case, capability",
     [
         pytest.param(*pair, marks=[pytest.mark.xfail(strict=True, reason=KNOWN[pair])] if pair in KNOWN else [])
-        for pair in itertools.product(CASES, (*CAPABILITIES, 86))
+        for pair in itertools.product(CASES, (*CAPABILITIES, 86, AMD))
     ],
 )
 def test_shipped_kernels_compile(compiled, case, capability):
@@ -68,7 +72,7 @@ def test_all_blocks_of_attention_compile(compiled, capability):
         seen.add((record.kernel, "torch.float32" == record.dtypes.get("p_q"), *options))
     for which, by_arch in BLOCKS.items():
         for arch in (80 if capability == 89 else capability, "fp32"):
-            for blocks in by_arch[arch].values():
+            for blocks in by_arch.get(arch, by_arch[80]).values():
                 assert (names.get(which, f"{which}_kernel"), arch == "fp32", *blocks) in seen, (which, arch, blocks)
 
 
