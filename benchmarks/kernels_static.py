@@ -310,7 +310,7 @@ def format_table(lines: list[dict]) -> str:
             rows.append(f"{start} | {line['error'][:40]} | | | | |")
             continue
         blocks = " ".join(map(str, line["blocks"].values()))
-        masked = f", masked {line['clocks_masked']:,.0f}" if "clocks_masked" in line else ""
+        masked = f" ({line['clocks_masked']:,.0f})" if "clocks_masked" in line else ""
         shares = [f"{100 * line[name]:.0f} %" if name in line else "-" for name in ("tensor_cores", "bandwidth")]
         inner, outer, total = line["spills"]
         spills = f"{inner} + {outer} + {total - inner - outer}" if total else "0"
