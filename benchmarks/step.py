@@ -49,7 +49,6 @@ SHAPES = {
     "222m 1x512": Shape("222m", 1, 512, 2, "bf16"),
     "222m 1x512, moments bf16": Shape("222m", 1, 512, 2, "bf16", moments="bf16"),
     "222m 1x1024": Shape("222m", 1, 1024, 4, "bf16"),
-    "222m 1x1024, one document": Shape("222m", 1, 1024, 1, "bf16"),
     "222m 1x512 fp32": Shape("222m", 1, 512, 2, "fp32"),
     "222m 1x512 fp32, moments bf16": Shape("222m", 1, 512, 2, "fp32", moments="bf16"),
     "222m 1x1024 fp32": Shape("222m", 1, 1024, 4, "fp32"),

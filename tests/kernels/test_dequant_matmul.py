@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import dequant_matmul as kernels
-from kernels.dequant_matmul import dequant_matmul, dequantize, split_k
+from kernels.dequant_matmul import LOOKUPS, dequant_matmul, dequantize, split_k
 from kernels.quantized_weight import (
+    NF4,
     NUM_BITS,
     QuantizedWeight,
     dequant_matmul_ref,
@@ -147,6 +148,23 @@ def test_many_steps_along_k_are_split_and_repeat(device, format, M, K):
     assert split_k(1, K // 128) > 1
     check_product(x, w)
     assert torch.equal(dequant_matmul(x, w), dequant_matmul(x, w))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="asks the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_byte_permutes_look_up_what_nf4_codes_stand_for(dtype):
+    """To the nearest number of 16 bits, for all codes in all eight places of a word."""
+    import triton.language as tl
+
+    from tests.kernels.interpreter import TensorHandle, run_assembly
+
+    codes = (torch.arange(16)[:, None] + torch.arange(8)) % 16
+    words = pack(codes.repeat_interleave(4, 1), 4)[:, :1]  # of four alike
+    handle = TensorHandle(words.numpy(), tl.int32)
+    call = run_assembly(None, LOOKUPS[dtype], "=r,=r,=r,=r,r", [handle], None, True, 1)
+    pairs = [torch.from_numpy(call.get_result(i).data.copy()) for i in range(4)]
+    found = torch.cat([half.to(torch.int16) for pair in pairs for half in (pair, pair >> 16)], dim=1).view(dtype)
+    assert torch.equal(found, torch.tensor(NF4, dtype=torch.float64).to(dtype)[codes])
 
 
 def test_split_k():
