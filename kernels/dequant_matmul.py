@@ -438,7 +438,8 @@ run_forward.register_autograd(differentiate, setup_context=save)
 def dequant_matmul(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x fp32, fp16 or bf16 [..., K] -> [..., N] in its dtype; differentiable in x and bias.
 
-    Under autocast x and bias are cast to its dtype, for any number of rows. Raises ValueError for x or bias of another
+    Under autocast x and bias are cast to its dtype, for any number of rows. A single row in bf16 must be below 2**47 in
+    size beside int4, and is infinite above. Raises ValueError for x or bias of another
     width or dtype, and on the CPU where Triton does not interpret.
     """
     x, bias = (*autocast(x), None) if bias is None else autocast(x, bias)

@@ -138,6 +138,16 @@ def test_groups(device, K, group, M):
     check_product(random_x(device, torch.float32, M, K), w)
 
 
+@pytest.mark.parametrize(("format", "group"), [("int8", 64), ("nf4", 64), ("int4", 32), ("int4", 64), ("int4", 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [1, 3, 65])
+@pytest.mark.parametrize("K", [1020, 2048])
+def test_sixteen_bits_in_whole_tiles(device, format, group, dtype, M, K):
+    """Rows of 32 words that share groups, whose scales multiply sums; x may end before the words do."""
+    w = random_weight(device, format, N=67, K=K, group=group)
+    check_product(random_x(device, dtype, M, K), w)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("M", [1, 3])
 @pytest.mark.parametrize("K", [2048, 2080])
