@@ -692,6 +692,7 @@ def save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, *runs)
     ctx.options = causal, scale
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 @once_differentiable

@@ -171,6 +171,7 @@ def save(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
     ctx.weight_dtype, ctx.needs = inputs[1].dtype, inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros of the sizes of dx and dw would be made for them
 
 
 @once_differentiable

@@ -92,11 +92,11 @@ def decode_16(b_words, b_zero, b_pairs, i: tl.constexpr, FORMAT: tl.constexpr, D
         b_half = b_pair if i % 2 == 0 else b_pair >> 16
         return b_half.to(tl.int16).to(DTYPE, bitcast=True)
     else:
-        ONES: tl.constexpr = 0x43004300 if DTYPE == tl.bfloat16 else 0x64006400
-        BASE: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024
-        b_pair = ((b_words >> (i % 4 * 4)) & 0x000F000F) | ONES
+        BASE: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
+        b_pair = ((b_words >> (i % 4 * 4)) & 0x000F000F) | (BASE << 16 | BASE)
         b_half = b_pair if i < 4 else b_pair >> 16
-        return b_half.to(tl.int16).to(DTYPE, bitcast=True) - (b_zero + BASE).to(DTYPE)
+        b_base = (b_zero | BASE).to(tl.int16).to(DTYPE, bitcast=True)
+        return b_half.to(tl.int16).to(DTYPE, bitcast=True) - b_base
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def gemv_kernel(
             if i == PLANES - 1 or (i + 1) * RUN % GROUP == 0:
                 if DENORMAL:
                     acc += part * (b_scale * 2.0**69)
-                    acc -= b_zero.to(tl.float32) * b_scale * b_sum
+                    acc -= ((b_zero | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23) * b_scale * b_sum
                 else:
                     acc += part * b_scale
                 part, b_sum = tl.zeros([BN, BW], tl.float32), tl.zeros([1, BW], tl.float32)
@@ -408,8 +408,8 @@ def run_dequantize(
 
 def take_apart(w: QuantizedWeight) -> tuple:
     """What an operator can take: tensors, numbers and strings."""
-    table, dynamic = (w.tables or make_tables(w.codes.device)) if w.format == "nf4" else (None, None)
-    return w.codes, w.scales, w.nested_scales, w.nested_offset, table, dynamic, w.format, *w.shape, w.group
+    *tensors, dynamic, table = _tensors(w)
+    return *tensors, table, dynamic, w.format, *w.shape, w.group
 
 
 def join(codes, scales, nested_scales, nested_offset, table, dynamic, format, N, K, group) -> QuantizedWeight:

@@ -1,6 +1,6 @@
 """Which class of GPU a tensor is on: the kernels choose blocks, warps and stages by it.
 
-90       Hopper, and Blackwell of data centers: 227 KB of shared memory for a program; wgmma on Hopper
+90       Hopper: 227 KB of shared memory for a program, wgmma; and Blackwell of data centers, never compiled for
 80       Ampere and Ada: 99 KB at least (sm_86, sm_89; the A100 has 163), mma
 120      consumer Blackwell: 99 KB, mma
 "hip"    AMD: 64 KB

@@ -452,6 +452,7 @@ def save(ctx, inputs, output):
     x, _choice, weights, gate, up, down, _keeps = inputs
     ctx.save_for_backward(x, weights, gate, up, down, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 @once_differentiable

@@ -127,7 +127,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | list[Piece] | No
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped, dtype = q.shape[1] != k.shape[1], v.dtype
     if q.device.type == "cpu":
-        precision = choose_precision(q.shape[2], dtype)
+        # Under a mask of whole rows always fp32: what a document gets does not depend on those beside it.
+        precision = choose_precision(q.shape[2], dtype) if mask is None else torch.float32
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.to(precision), k.to(precision), v.to(precision)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
@@ -153,26 +154,27 @@ class AttendDocuments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, pieces):
-        out, logsumexps = torch.zeros(q.shape, dtype=v.dtype), []
+        out, outs, logsumexps = q.new_zeros(q.shape, dtype=v.dtype), [], []
         for place, mask in pieces:
             found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *(_cut(x, place, v.dtype) for x in (q, k, v)), 0.0, mask is None, attn_mask=mask
             )
             _view(out, place).copy_(found)
+            outs.append(found)
             logsumexps.append(logsumexp)
-        ctx.save_for_backward(q, k, v, out, *logsumexps)
+        ctx.save_for_backward(q, k, v, *outs, *logsumexps)
         ctx.pieces = pieces
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, out, *logsumexps = ctx.saved_tensors
-        grad_out = grad_out.contiguous()
+        q, k, v, *saved = ctx.saved_tensors
+        grad_out, num = grad_out.contiguous(), len(ctx.pieces)
         gradients = [torch.zeros_like(x) for x in (q, k, v)]
-        for (place, mask), logsumexp in zip(ctx.pieces, logsumexps, strict=True):
+        for (place, mask), out, logsumexp in zip(ctx.pieces, saved[:num], saved[num:], strict=True):
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(_cut(x, place, v.dtype) for x in (grad_out, q, k, v, out)),
-                *(logsumexp, 0.0, mask is None),
+                *(_cut(x, place, v.dtype) for x in (grad_out, q, k, v)),
+                *(out, logsumexp, 0.0, mask is None),
                 attn_mask=mask,
             )
             for gradient, part in zip(gradients, found, strict=True):
