@@ -28,7 +28,13 @@ TESTS = {
     "grouped_gemm": ([KERNEL_TESTS.format("grouped_gemm")], 4),
     "dequant_matmul": ([KERNEL_TESTS.format("dequant_matmul")], 3),
     "cross_entropy": ([KERNEL_TESTS.format("cross_entropy")], 1),
-    "models": (["tests/test_gpu.py", "tests/model/test_vlm.py", "tests/model/test_quantized.py"], 2),
+    "models": (
+        [
+            KERNEL_TESTS.format("register"),
+            *("tests/test_gpu.py", "tests/model/test_vlm.py", "tests/model/test_quantized.py"),
+        ],
+        2,
+    ),
 }
 TINY_TESTS = {"cross_entropy": "test_chunks and float32", "models": "same_bits or through_the_kernels and int8"}
 LAST_S = 30  # for tests that are interrupted to write their report

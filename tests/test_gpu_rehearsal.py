@@ -99,7 +99,7 @@ def test_models(bare, tmp_path):
     train, decode = read_lines(tmp_path / "models.jsonl")
     assert train["backends"] == decode["backends"] == "kernels"
     assert train["mfu"] > 0 and decode["tokens_per_second"] > 0 and decode["generated_per_second"] > 0
-    assert "Attention" in (tmp_path / "profile_tiny.txt").read_text()
+    assert "nanovlm::attention" in (tmp_path / "profile_tiny.txt").read_text()
     # Everything that a GPU will be asked for is a shape and a backend that there is.
     for name, (script, _, config) in list_jobs(tmp_path, tiny=False).items():
         given = json.loads(config)
@@ -188,7 +188,7 @@ LOST = """
         gpu_report.is_cut_off = lambda: True
         assert False, "an illegal memory access was encountered"
     def test_after(device): assert gpu_report.is_cut_off() is False
-    def test_hangs(): time.sleep(60)
+    def test_hangs(): time.sleep(300)
 """
 
 
@@ -205,7 +205,7 @@ def test_a_process_that_lost_the_gpu_is_replaced_and_a_hang_is_known(tmp_path):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     process.send_signal(2)
-    assert not gpu.wait(process, time.monotonic() + 30)
+    assert not gpu.wait(process, time.monotonic() + 120)
     told = summarize(lines)
     assert "test_lost.py: 2 passed, 1 failed, 1 not ended" in told
     assert "failed: test_lost.py::test_loses_the_gpu: " in told and "illegal memory access" in told

@@ -252,8 +252,10 @@ def test_lost_metrics_are_noticed(tmp_path, unbroken, capsys):
 
 def damage(run_dir, change):
     """Let a run be killed after its checkpoints of steps 3 and 6, and change one of the newer one's files."""
-    run_and_kill(run_dir, KILL_AT_STEP.format(8))
-    change(run_dir / "checkpoints" / "step_00000006")
+    newest = run_dir / "checkpoints" / "step_00000006"
+    while not newest.exists():  # it may not be written yet when the run is killed
+        run_and_kill(run_dir, KILL_AT_STEP.format(8))
+    change(newest)
 
 
 def flip_a_bit(checkpoint):
