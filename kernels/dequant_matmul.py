@@ -145,6 +145,8 @@ def gemv_kernel(
             if i == 0 or i * RUN % GROUP == 0:
                 o_group = o_row * GROUPS + (o_tile * (PLANES * RUN) + i * RUN) // GROUP
                 b_scale, b_zero = load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT)
+                if DENORMAL:
+                    b_zero = ((b_zero | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23) * b_scale
                 b_scale = b_scale if FORMAT == "int8" else spread(b_scale, RUN)
                 b_zero = spread(b_zero, RUN) if FORMAT == "int4" else b_zero
             o_k = o_word // RUN * (PLANES * RUN) + i * RUN + o_word % RUN
@@ -162,7 +164,7 @@ def gemv_kernel(
             if i == PLANES - 1 or (i + 1) * RUN % GROUP == 0:
                 if DENORMAL:
                     acc += part * (b_scale * 2.0**69)
-                    acc -= ((b_zero | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23) * b_scale * b_sum
+                    acc -= b_zero * b_sum
                 else:
                     acc += part * b_scale
                 part, b_sum = tl.zeros([BN, BW], tl.float32), tl.zeros([1, BW], tl.float32)
