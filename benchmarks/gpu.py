@@ -106,10 +106,13 @@ def is_installed(name: str) -> bool:
 
 
 def start(command: list, environment: dict, log) -> subprocess.Popen:
-    """Start Python in a process group of its own, so that the processes that it starts end with it."""
+    """Start Python in a process group of its own, so that the processes that it starts end with it.
+
+    It can be interrupted, which a shell's background jobs and all that they start ignore otherwise.
+    """
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-        process_group=0,
+        process_group=0, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
