@@ -439,11 +439,11 @@ def serve(folder: Path):
 
 def fork_run(folder: Path, run: Path, then: Callable = int) -> int:
     """Train in a fork of this process, which writes what it says to a file; return its number."""
+    output, code = os.open(run.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
     if child := os.fork():
+        os.close(output)
         return child
-    code = 1
     try:
-        output = os.open(run.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         cli.run(lambda: train.main(short_run(folder, run)))
