@@ -41,6 +41,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -206,12 +207,19 @@ def time_family(config: KernelsConfig):
 
 
 def load_attention(path: Path) -> types.ModuleType:
-    """Load another kernels/attention.py, or ours a second time with the table of block sizes of a JSON file."""
+    """Load another kernels/attention.py, or ours a second time with the table of block sizes of a JSON file.
+
+    Its operators have names of their own: under ours they would take the place of what is compared with them.
+    """
+    from kernels import register
+
+    operator = register.operator
     ours = Path(__file__).resolve().parent.parent / "kernels" / "attention.py"
     spec = importlib.util.spec_from_file_location("attention_before", path if path.suffix == ".py" else ours)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with mock.patch.object(register, "operator", lambda name, fake: operator(f"{name}_before", fake)):
+        spec.loader.exec_module(module)
     if path.suffix != ".py":
         module.BLOCKS = read_table(json.loads(path.read_text()))
     return module
@@ -460,13 +468,13 @@ def packed(device: torch.device, T: int, N: int, K: int, H: int, least: int = 16
     from torch.nn.attention.flex_attention import create_block_mask
 
     from kernels import attention as kernel
-    from nanovlm.model.attention import make_mask
+    from nanovlm.model.attention import make_dense_mask
 
     lengths = draw_lengths(T, least, T // 4)
     doc_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].int().to(device)
     branch_ids = torch.zeros_like(doc_ids)
     ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
-    dense, runs = make_mask(doc_ids, branch_ids), kernel.find_runs(doc_ids, branch_ids)
+    dense, runs = make_dense_mask(doc_ids, branch_ids), kernel.find_runs(doc_ids, branch_ids)
 
     def visible(b, _n, t, s):
         return (doc_ids[0, t] == doc_ids[0, s]) & (s <= t)
@@ -492,7 +500,7 @@ def packed(device: torch.device, T: int, N: int, K: int, H: int, least: int = 16
     masks = {
         "ours": lambda: kernel.find_runs(doc_ids, branch_ids),
         "flex": make_block_mask,
-        "sdpa": lambda: make_mask(doc_ids, branch_ids),
+        "sdpa": lambda: make_dense_mask(doc_ids, branch_ids),
     }
     if device.type == "cuda":
         compiled = torch.compile(create_block_mask)

@@ -10,7 +10,6 @@ forward pass without it on the timed shape before it is timed. Every line has th
 """
 
 import copy
-import dataclasses
 import itertools
 import json
 import statistics
@@ -25,12 +24,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
+from benchmarks.decode import time_decoding
 from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.environment import choose_precision, choose_threads, count_cores, describe_environment, keep_freed_memory
-from nanovlm.infer.sampling import decode_one_token, prefill
-from nanovlm.model.kv_cache import KVCache
 from nanovlm.presets import PRESETS
 from nanovlm.train import init
 from nanovlm.train.optim import make_optimizers
@@ -72,7 +70,7 @@ def main(config: SpeedConfig):
     torch.set_num_threads(threads)
     state = train.TrainState(model, model, make_optimizers(model, preset.optim, precision), loader, threads, precision)
     lines = [time_training(state, preset, config)]
-    lines += [time_decoding(model.eval(), processor, source, config, size) for size in config.batch_sizes]
+    lines += [time_prompts(model.eval(), processor, source, config, size) for size in config.batch_sizes]
     environment = describe_environment(device, state.threads, state.precision)
     append_lines(RESULTS, lines, {"preset": config.preset} | environment)
 
@@ -130,60 +128,13 @@ def time_training(state, preset, config):
     }
 
 
-@torch.inference_mode()
-def time_decoding(model, processor, source, config, batch_size):
-    """Time prefill and decode_one_token over a static cache, in fp32."""
+def time_prompts(model, processor, source, config, batch_size):
+    """Time decoding of prompts of the preset's records, in fp32."""
     question = [{"role": "user", "content": "describe the image."}]
     prompts = [processor.prompt(question, source.read(i)["images"]) for i in range(batch_size)]
     batch = processor.batch(prompts).to(next(model.parameters()).device)
-    length = batch.input_ids.shape[1]
-
-    def decode():
-        cache = KVCache(model.config.decoder, batch_size, length + config.new_tokens, batch.input_ids.device)
-        begin = time.perf_counter()
-        logits = prefill(model, batch, cache)
-        synchronize()
-        middle = time.perf_counter()
-        tokens = []
-        for _ in range(config.new_tokens):
-            tokens.append(logits.argmax(-1).clamp(min=6))  # 6: behind the special tokens
-            logits = decode_one_token(model, tokens[-1], cache)
-        synchronize()
-        return middle - begin, time.perf_counter() - middle, tokens, logits
-
-    _, _, tokens, logits = decode()
-    check(model, batch, torch.stack(tokens, dim=1), logits)
-    prefills, decodes, _, _ = zip(*(decode() for _ in range(config.repeats)), strict=True)
-    return {
-        "what": "decoding",
-        "precision": "fp32",
-        "batch_size": batch_size,
-        "prompt_tokens": length,
-        "new_tokens": config.new_tokens,
-        "prefill_ms": round(1e3 * statistics.median(prefills), 2),
-        "tokens_per_second": round(batch_size * config.new_tokens / statistics.median(decodes)),
-    }
-
-
-def check(model, batch, tokens, logits):
-    """Refuse a result whose last logits differ from those of one forward pass over the whole rows."""
-    grown = torch.cat([batch.input_ids, tokens], dim=1)
-    whole = dataclasses.replace(
-        batch,
-        input_ids=grown,
-        doc_ids=batch.doc_ids[:, :1].expand_as(grown),
-        branch_ids=batch.branch_ids[:, :1].expand_as(grown),
-        position_ids=torch.arange(grown.shape[1], device=grown.device).expand_as(grown),
-    )
-    expected = model.head(model(whole)[:, -1])
-    error = (logits - expected).abs().max() / expected.abs().max()
-    if not error < 1e-4:
-        raise SystemExit(f"decoding is wrong by {error:.1e} relative: it is not timed")
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    times = time_decoding(model, model, batch, config.new_tokens, config.repeats)
+    return {"what": "decoding", "precision": "fp32"} | times
 
 
 if __name__ == "__main__":

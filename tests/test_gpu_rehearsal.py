@@ -177,6 +177,10 @@ def test_other_blocks_of_attention(tmp_path):
     for path in ("table.json", "before.py"):
         module = kernels.load_attention(tmp_path / path)
         assert case.of_module(module)(**inputs).equal(case.ours(**inputs)), path
+        module.choose_blocks = None  # each has its own blocks
+        case.ours(**inputs)
+        with pytest.raises(TypeError):
+            case.of_module(module)(**inputs)
 
 
 LOST = """
