@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.sm_model import BANDWIDTH, L2_LATENCY, MEMORY_LATENCY, TENSOR, simulate
 from kernels.attention import Runs, attend_slots, attention, cut_slots
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.dequant_matmul import NUM_BITS, QuantizedWeight, dequant_matmul
 from kernels.grouped_gemm import grouped_experts
 from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.environment import git_commit
 from nanovlm.errors import UserError
+from tests.kernels.compile_cases import multiply
 from tests.kernels.compiling import Compiled, compile_case
 from tests.kernels.sass import Instruction, find_loops, follow, read_sass
 
@@ -95,13 +95,8 @@ def decode(B: int, S: int, T: int):
     attend_slots(empty(B, T, 32, 128), cache, cache, empty(B, T, dtype=torch.int64))
 
 
-def multiply(format: str, M: int, N: int, K: int, group: int = 128):
-    size = 64 if format == "nf4" else group
-    groups = {"int8": 1, "int4": K // size, "nf4": K // 64}[format]
-    scale = {"int8": torch.float32, "int4": torch.int32, "nf4": torch.uint8}[format]
-    codes = empty(N, K // 32 * NUM_BITS[format], dtype=torch.int32)
-    nested = (torch.empty((N * groups + 255) // 256), torch.empty(())) if format == "nf4" else ()
-    dequant_matmul(empty(M, K), QuantizedWeight(format, (N, K), size, codes, empty(N, groups, dtype=scale), *nested))
+def few_bits(format: str, M: int, N: int, K: int):
+    multiply(format, M, N, K, group=64 if format == "nf4" else 128)
 
 
 def experts(R: int, k: int, E: int, D: int, W: int):
@@ -130,7 +125,7 @@ FAMILIES = {
     ),
     "decode": (decode, ("rows", "slots", "tokens"), [(1, 4096, 1), (16, 32768, 1), (1, 8192, 512)]),
     "dequant_matmul": (
-        multiply,
+        few_bits,
         ("format", "rows", "outputs", "inputs"),
         [(format, M, 8192, 8192) for format in ("int4", "nf4", "int8") for M in (1, 16, 64, 256, 512)],
     ),

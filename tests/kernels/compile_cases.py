@@ -40,26 +40,28 @@ def grouped_gemm():
         grouped_experts(x, torch.empty(R, k, dtype=torch.int64), *tensors).sum().backward()
 
 
-def dequant_matmul():
+def multiply(format, M, N, K, dtype=torch.bfloat16, group=64):
+    """Multiply x [M, K] with a weight [N, K] of few bits; nf4 has groups of 64."""
     from kernels.dequant_matmul import dequant_matmul
     from kernels.quantized_weight import NUM_BITS, QuantizedWeight
 
-    def run(format, M, N, K, dtype, group=64):
-        groups = {"int8": 1, "int4": -(-K // group), "nf4": -(-K // 64)}[format]
-        scale = {"int8": torch.float32, "int4": torch.int32, "nf4": torch.uint8}[format]
-        codes = torch.empty(N, -(-K // 32) * NUM_BITS[format], dtype=torch.int32)
-        nested = (torch.empty(-(-N * groups // 256)), torch.empty(())) if format == "nf4" else ()
-        w = QuantizedWeight(format, (N, K), group, codes, torch.empty(N, groups, dtype=scale), *nested)
-        dequant_matmul(torch.empty(M, K, dtype=dtype), w)
+    num_groups = 1 if format == "int8" else (K + group - 1) // group
+    scale = {"int8": torch.float32, "int4": torch.int32, "nf4": torch.uint8}[format]
+    codes = torch.empty(N, (K + 31) // 32 * NUM_BITS[format], dtype=torch.int32)
+    nested = (torch.empty((N * num_groups + 255) // 256), torch.empty(())) if format == "nf4" else ()
+    scales = torch.empty(N, num_groups, dtype=scale)
+    dequant_matmul(torch.empty(M, K, dtype=dtype), QuantizedWeight(format, (N, K), group, codes, scales, *nested))
 
-    for format in NUM_BITS:
-        run(format, 1, 4096, 4096, torch.bfloat16)
-        run(format, 16, 4096, 4096, torch.bfloat16)
-        run(format, 64, 4096, 14336, torch.float16)
-    run("int4", 1, 4096, 14336, torch.float16, group=128)
-    run("nf4", 512, 4096, 4096, torch.bfloat16)
-    run("int4", 4, 96, 288, torch.float32)  # the scenes
-    run("int4", 64, 4096, 4096, torch.float32)
+
+def dequant_matmul():
+    for format in ("int8", "int4", "nf4"):
+        multiply(format, 1, 4096, 4096)
+        multiply(format, 16, 4096, 4096)
+        multiply(format, 64, 4096, 14336, torch.float16)
+    multiply("int4", 1, 4096, 14336, torch.float16, group=128)
+    multiply("nf4", 512, 4096, 4096)
+    multiply("int4", 4, 96, 288, torch.float32)  # the scenes
+    multiply("int4", 64, 4096, 4096, torch.float32)
 
 
 def attention():
