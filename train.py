@@ -29,11 +29,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eval.controls import TrainingScan
-from eval.routing import draw_routing, measure_routing
-from eval.run import answer, evaluate, format_table
-from eval.sheet import choose, describe, draw_sheet
-from eval.tasks import Question, Task, open_task, read_questions
 from nanovlm import distributed
 from nanovlm.config import TrainConfig, pick
 from nanovlm.data.chat import Processor
@@ -51,6 +46,11 @@ from nanovlm.environment import (
     find_device,
     keep_freed_memory,
 )
+from nanovlm.eval.controls import TrainingScan
+from nanovlm.eval.routing import draw_routing, measure_routing
+from nanovlm.eval.run import answer, evaluate, format_table
+from nanovlm.eval.sheet import choose, describe, draw_sheet
+from nanovlm.eval.tasks import Question, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.build import meta_model

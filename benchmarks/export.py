@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
-from eval.run import MAX_NEW_TOKENS, answer
-from eval.tasks import open_task, read_questions
 from nanovlm import cli
 from nanovlm.environment import describe_environment
+from nanovlm.eval.run import MAX_NEW_TOKENS, answer
+from nanovlm.eval.tasks import open_task, read_questions
 from nanovlm.files import read_json, write_file
 from nanovlm.hub import export
 

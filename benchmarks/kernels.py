@@ -211,7 +211,7 @@ def load_attention(path: Path) -> types.ModuleType:
 
     Its operators have names of their own: under ours they would take the place of what is compared with them.
     """
-    from kernels import register
+    from nanovlm.kernels import register
 
     operator = register.operator
     ours = Path(__file__).resolve().parent.parent / "kernels" / "attention.py"
@@ -435,7 +435,7 @@ def attention(device: torch.device, B: int, S: int, N: int, K: int, H: int, caus
     """Causal, as a decoder attends in training, and full, as a vision encoder does."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from kernels import attention as kernel
+    from nanovlm.kernels import attention as kernel
 
     def of_module(module):
         return lambda q, k, v: module.attention(q, k, v, causal=causal)[0]
@@ -467,7 +467,7 @@ def packed(device: torch.device, T: int, N: int, K: int, H: int, least: int = 16
     """Documents of all lengths in one row, which do not see each other."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from kernels import attention as kernel
+    from nanovlm.kernels import attention as kernel
     from nanovlm.model.attention import make_dense_mask
 
     lengths = draw_lengths(T, least, T // 4)
@@ -531,7 +531,7 @@ def draw_lengths(total: int, least: int, most: int) -> list[int]:
 
 def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case:
     """One new token a row over a cache that is full."""
-    from kernels import attention as kernel
+    from nanovlm.kernels import attention as kernel
 
     def of_module(module):
         return lambda q, k, v: module.attend_slots(q, k, v, last[: len(q)])
@@ -556,7 +556,7 @@ def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case
 
 def dequantised(device: torch.device, format: str, M: int, N: int, K: int, group: int = 128) -> Case:
     """A linear layer of which the weight has 8 or 4 bits; above 1 against bf16 is what quantising gains."""
-    from kernels.dequant_matmul import dequant_matmul
+    from nanovlm.kernels.dequant_matmul import dequant_matmul
 
     w, dense, peers = make_weight(device, format, N, K, group)
     size = sum(x.numel() * x.element_size() for x in w if isinstance(x, Tensor))
@@ -586,7 +586,7 @@ def dequantised(device: torch.device, format: str, M: int, N: int, K: int, group
 @functools.lru_cache(maxsize=1)
 def make_weight(device: torch.device, format: str, N: int, K: int, group: int):
     """Return a weight in few bits, the same written out, and the peers, which keep copies of theirs."""
-    from kernels.quantized_weight import dequantize_ref
+    from nanovlm.kernels.quantized_weight import dequantize_ref
     from nanovlm.model.quantized import quantize_weight
 
     w = quantize_weight(torch.randn(N, K, device=device) / K**0.5, format, group, search=False)
@@ -617,7 +617,7 @@ def dequantised_peers(format: str, dense: Tensor, group: int, device: torch.devi
 
 def experts(device: torch.device, R: int, E: int, k: int, D: int, W: int) -> Case:
     """A layer of experts: Qwen3-MoE's and Mixtral's shapes."""
-    from kernels.grouped_gemm import grouped_experts
+    from nanovlm.kernels.grouped_gemm import grouped_experts
     from nanovlm.model.moe import EXPERTS
 
     def inputs():
@@ -650,7 +650,7 @@ def cut_width(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def head(device: torch.device, N: int, D: int, V: int) -> Case:
     """The output head with its loss, for large vocabularies."""
-    from kernels.cross_entropy import linear_cross_entropy
+    from nanovlm.kernels.cross_entropy import linear_cross_entropy
     from nanovlm.objectives.losses import CROSS_ENTROPY
 
     def plain(hidden, weight, labels):

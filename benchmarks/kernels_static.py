@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.sm_model import BANDWIDTH, L2_LATENCY, MEMORY_LATENCY, TENSOR, simulate
-from kernels.attention import Runs, attend_slots, attention, cut_slots
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.grouped_gemm import grouped_experts
 from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.environment import git_commit
 from nanovlm.errors import UserError
+from nanovlm.kernels.attention import Runs, attend_slots, attention, cut_slots
+from nanovlm.kernels.cross_entropy import linear_cross_entropy
+from nanovlm.kernels.grouped_gemm import grouped_experts
 from tests.kernels.compile_cases import multiply
 from tests.kernels.compiling import Compiled, compile_case
 from tests.kernels.sass import Instruction, find_loops, follow, read_sass
@@ -273,7 +273,7 @@ def try_blocks(config: StaticConfig):
     """Print a line for each of the blocks, the best last."""
     chosen = [tuple(map(int, text.split(","))) for text in config.blocks]
     chosen = chosen or list(product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)))
-    from kernels import attention as module
+    from nanovlm.kernels import attention as module
 
     stock, lines = module.choose_blocks, []
     shape = {"head": config.head, "heads": 32, "kv_heads": 8, "tokens": 4096, "mask": config.mask}

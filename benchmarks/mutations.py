@@ -33,6 +33,7 @@ from nanovlm.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "mutations.json"
+LINKS = ("nanovlm/kernels", "nanovlm/eval")
 
 # For each kernel: (what it is, a text that is there once, what takes its place); they differ in one line.
 MUTATIONS = {
@@ -535,12 +536,12 @@ def write(known: dict) -> list[dict]:
 
 
 def copy_tree(folder: Path):
-    """Copy what git tracks or would track."""
-    files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.toml"]
+    """Copy what git tracks or would track; links stay links."""
+    files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.toml", *LINKS]
     for name in subprocess.run(files, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
 
 
 def check_kernel(root: Path, kernel: str, known: dict):

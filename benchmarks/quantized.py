@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
 import train
 from benchmarks.scenes import TASKS
-from eval.run import answer, average
-from eval.tasks import open_task, read_questions
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig
+from nanovlm.eval.run import answer, average
+from nanovlm.eval.tasks import open_task, read_questions
 from nanovlm.files import read_json, write_file
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.quantized import QuantizedLinear, quantize

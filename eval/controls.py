@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from PIL import Image
 from tqdm import tqdm
 
-from eval.tasks import Question, ask
 from nanovlm import distributed
 from nanovlm.data.source import Source
+from nanovlm.eval.tasks import Question, ask
 
 MOST_RECORDS = 50_000
 

@@ -1,6 +1,6 @@
 """Draw which experts serve which tokens: run held-out questions with their answers through a mixture of experts.
 
-python -m eval.routing runs/scenes_moe/model routing.png
+python -m nanovlm.eval.routing runs/scenes_moe/model routing.png
 """
 
 import io
@@ -10,12 +10,12 @@ from typing import Annotated
 
 import torch
 
-from eval.tasks import Question, open_task, read_questions
 from nanovlm import cli, load
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
+from nanovlm.eval.tasks import Question, open_task, read_questions
 from nanovlm.files import write_file
 from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM, Extras

@@ -1,8 +1,8 @@
 """Ask a model what a task asks, and average the scores.
 
-    python -m eval.run runs/demo/model                            the table of a trained model on drawn scenes
-    python -m eval.run runs/demo/model --tasks mine.jsonl         on the questions of records of your own
-    python -m eval.run runs/demo/model --limit 64                 faster
+    python -m nanovlm.eval.run runs/demo/model                            the table of a trained model on drawn scenes
+    python -m nanovlm.eval.run runs/demo/model --tasks mine.jsonl         on the questions of records of your own
+    python -m nanovlm.eval.run runs/demo/model --limit 64                 faster
 
 All answers are generated greedily. Controls are scored too: answers to the same questions about a grey image (`blank`)
 and about another record's image (`shuffled`), and the commonest training answer to the same question, or to its kind
@@ -18,8 +18,6 @@ from statistics import mean
 from PIL import Image
 from tqdm import tqdm
 
-from eval.controls import TrainingScan, blank_images, shuffled_images
-from eval.tasks import TASKS, Question, Task, open_task, read_questions
 from nanovlm import cli, load
 from nanovlm.config import SamplingConfig
 from nanovlm.data.chat import Processor
@@ -27,6 +25,8 @@ from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_sources
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
+from nanovlm.eval.controls import TrainingScan, blank_images, shuffled_images
+from nanovlm.eval.tasks import TASKS, Question, Task, open_task, read_questions
 from nanovlm.infer.sampling import generate
 from nanovlm.model.vlm import VLM
 
@@ -164,7 +164,7 @@ def main(config: AskConfig):
 
 
 def command():
-    """Run `python -m eval.run`, or the command nanovlm-eval."""
+    """Run `python -m nanovlm.eval.run`, or the command nanovlm-eval."""
     import tyro  # only a command needs it
 
     cli.run(lambda: main(tyro.cli(AskConfig, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))))

@@ -4,8 +4,8 @@ import io
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from eval.metrics import exact_match
-from eval.tasks import Question
+from nanovlm.eval.metrics import exact_match
+from nanovlm.eval.tasks import Question
 
 COLUMNS, SIDE, GAP, LINE = 4, 256, 12, 18
 

@@ -16,13 +16,13 @@ from typing import Protocol
 
 from PIL import Image
 
-from eval.metrics import exact_match
 from nanovlm.data.reader import explain
 from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError, printable
+from nanovlm.eval.metrics import exact_match
 
 
 @dataclass(frozen=True)

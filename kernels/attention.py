@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.gpu import device_class
-from kernels.register import autocast, is_interpreted, operator
+from nanovlm.kernels.gpu import device_class
+from nanovlm.kernels.register import autocast, is_interpreted, operator
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
-from kernels.register import autocast, is_interpreted, operator
+from nanovlm.kernels.register import autocast, is_interpreted, operator
 
 CHUNK = 2048
 

@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import device_class
-from kernels.quantized_weight import NF4, NUM_BITS, QuantizedWeight, make_tables, run_length
-from kernels.register import autocast, is_interpreted, operator
+from nanovlm.kernels.gpu import device_class
+from nanovlm.kernels.quantized_weight import NF4, NUM_BITS, QuantizedWeight, make_tables, run_length
+from nanovlm.kernels.register import autocast, is_interpreted, operator
 
 MAX_FUSED_ROWS = 256
 

@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.gpu import device_class
-from kernels.register import DTYPES, autocast, is_interpreted, operator
+from nanovlm.kernels.gpu import device_class
+from nanovlm.kernels.register import DTYPES, autocast, is_interpreted, operator
 
 
 def grouped_experts_ref(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 `model, processor = nanovlm.load("runs/scenes/model")` reads a trained model, `nanovlm.load("owner/name")` one from the
 hub, and `nanovlm.generate(model, processor(messages, images), max_new_tokens=32)` returns the tokens of an answer.
+
+`nanovlm.kernels` and `nanovlm.eval` are links to `kernels/` and `eval/` at the top of the repository. Neither has an
+__init__.py: the package index has a package called kernels, whose place ours would take.
 """
 
 from typing import TYPE_CHECKING

@@ -67,4 +67,5 @@ def run(main: Callable):
 def is_refused_by_kernels(error: ValueError) -> bool:
     """Return whether a kernel refuses its inputs: as kernels import nothing of ours, they raise no UserError."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).resolve().parent == PROJECT / "kernels" and (last.line or "").startswith("raise ")
+    kernels = Path(__file__).parent / "kernels"
+    return Path(last.filename).resolve().parent == kernels.resolve() and (last.line or "").startswith("raise ")

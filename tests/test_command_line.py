@@ -13,7 +13,6 @@ import pytest
 
 import nanovlm
 import train
-from eval.tasks import TASKS
 from nanovlm import cli
 from nanovlm.command_line import NEEDED, GenerateConfig, parse_generate, parse_train
 from nanovlm.config import (
@@ -29,6 +28,7 @@ from nanovlm.config import (
 from nanovlm.config.fields import comments
 from nanovlm.data.images import TILING
 from nanovlm.data.tokenizer import CHAT_TEMPLATES
+from nanovlm.eval.tasks import TASKS
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.decoder import ROPE_SCALING
 from nanovlm.model.moe import EXPERTS

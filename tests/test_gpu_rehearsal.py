@@ -166,7 +166,7 @@ def test_fp64_that_does_not_fit_is_checked_in_part():
 
 def test_other_blocks_of_attention(tmp_path):
     """As JSON, or a whole file of another commit; both are peers of the same run."""
-    from kernels import attention
+    from nanovlm.kernels import attention
 
     (tmp_path / "table.json").write_text(json.dumps(attention.BLOCKS))
     ours = kernels.load_attention(tmp_path / "table.json")

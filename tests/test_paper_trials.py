@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from eval.run import evaluate
-from eval.tasks import TASKS, Question, open_task
 from nanovlm.config import EvalConfig
 from nanovlm.data.loader import Loader
 from nanovlm.data.source import Ref
+from nanovlm.eval.run import evaluate
+from nanovlm.eval.tasks import TASKS, Question, open_task
 from nanovlm.model import projector
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import OBJECTIVES
@@ -62,7 +62,9 @@ class Parity:
 
 def test_a_new_task(tmp_path, monkeypatch, processor):
     monkeypatch.setitem(TASKS, "parity", lambda name, limit: Parity(limit))
-    monkeypatch.setattr("eval.run.answer", lambda model, processor, questions, *_, **__: ["yes"] * len(questions))
+    monkeypatch.setattr(
+        "nanovlm.eval.run.answer", lambda model, processor, questions, *_, **__: ["yes"] * len(questions)
+    )
     task = open_task("parity", 9)
     result = evaluate(None, None, task, list(task.questions()))
     assert (result["mean"], result["short"], result["n"]) == (pytest.approx(5 / 9), 1.0, 9)

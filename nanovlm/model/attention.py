@@ -250,7 +250,7 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 def load_kernels():
     """Import the kernels on demand, as no other backend needs Triton."""
     try:
-        from kernels import attention
+        from nanovlm.kernels import attention
     except ModuleNotFoundError as error:
         missing = f"attention = 'triton' needs the package {error.name}, which is not installed: choose sdpa"
         raise UserError(missing) from error

@@ -210,7 +210,7 @@ class Permute(torch.autograd.Function):
 def experts_triton(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Our own kernels, which make no sorted copy of x nor casts of fp32 experts, and always add in the same order."""
     try:
-        from kernels.grouped_gemm import grouped_experts
+        from nanovlm.kernels.grouped_gemm import grouped_experts
     except ImportError as error:
         raise UserError(f"decoder.moe.experts = 'triton' needs the package triton: {error}") from error
     dtype = product_dtype(x)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, make_tables, pack
 from nanovlm.config import QuantizationConfig
 from nanovlm.errors import UserError
+from nanovlm.kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, make_tables, pack
 from nanovlm.model.vlm import VLM
 
 # Fractions of a group's range to try, from 1 down to about a half, closer together near 1. On normal weights, 40 evenly
@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Module):
 def load_kernel():
     """Import the fused product on demand, as a CPU does not need Triton; without Triton return the reference."""
     try:
-        from kernels.dequant_matmul import dequant_matmul
+        from nanovlm.kernels.dequant_matmul import dequant_matmul
     except ModuleNotFoundError:
         return dequant_matmul_ref
     return dequant_matmul

@@ -68,7 +68,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
     """Our own kernel from logits to their gradient, both in the dtype of `hidden`."""
     try:
-        from kernels.cross_entropy import CHUNK, linear_cross_entropy
+        from nanovlm.kernels.cross_entropy import CHUNK, linear_cross_entropy
     except ImportError as error:
         raise UserError(f"decoder.cross_entropy = 'triton' needs the package triton: {error}") from error
     chunk = max(1, max_logits // len(weight)) if max_logits else CHUNK

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-import eval.run
 import train
-from eval.controls import TrainingScan, shuffled_images
-from eval.metrics import exact_match
-from eval.routing import draw_routing, measure_routing
-from eval.run import AskConfig, average, evaluate, format_table
-from eval.sheet import choose, describe, draw_sheet
-from eval.tasks import TASKS, Question, ask, open_task, read_questions
 from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.types import Sample
+from nanovlm.eval import run
+from nanovlm.eval.controls import TrainingScan, shuffled_images
+from nanovlm.eval.metrics import exact_match
+from nanovlm.eval.routing import draw_routing, measure_routing
+from nanovlm.eval.run import AskConfig, average, evaluate, format_table
+from nanovlm.eval.sheet import choose, describe, draw_sheet
+from nanovlm.eval.tasks import TASKS, Question, ask, open_task, read_questions
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, make_raw
@@ -58,7 +58,7 @@ def ask_an_oracle(task):
 @pytest.mark.parametrize("name", TASKS)
 def test_scores_and_controls(monkeypatch, name):
     task = open_task(name, 40)
-    monkeypatch.setattr(eval.run, "answer", ask_an_oracle(task))
+    monkeypatch.setattr(run, "answer", ask_an_oracle(task))
     result = evaluate(
         None, None, task, list(task.questions()), TrainingScan(Scenes("train"), range(300)), controls=True
     )
@@ -74,7 +74,7 @@ def test_scores_and_controls(monkeypatch, name):
 
 def test_records_of_the_training_set_are_dropped(monkeypatch):
     task = open_task("scenes", 10)
-    monkeypatch.setattr(eval.run, "answer", ask_an_oracle(task))
+    monkeypatch.setattr(run, "answer", ask_an_oracle(task))
     training = TrainingScan(Scenes("train"), range(5))
     training.digests |= TrainingScan(Scenes("test"), range(3)).digests
     questions = read_questions(task)
@@ -120,7 +120,7 @@ def test_records_of_ones_own_are_a_task(tmp_path, processor, capsys):
     name = str(tmp_path / "own.jsonl")
     assert [q.truth for q in open_task(name, 3).questions()] == ["0", "1", "2"]
     save_model(tmp_path / "model", VLM(TINY), processor)
-    eval.run.main(AskConfig(tmp_path / "model", (name,), training=(), json=True))
+    run.main(AskConfig(tmp_path / "model", (name,), training=(), json=True))
     result = json.loads(capsys.readouterr().out)[name]
     assert (
         result["n"] == 5 and result["kinds"]["answer"]["n"] == 5 and not {"majority_mean", "blank_mean"} & result.keys()

@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("tyro")  # of benchmarks/export.py; a machine that is lent for minutes may lack it
 import nanovlm
 from benchmarks.export import ask_transformers
-from eval.run import answer
-from eval.tasks import open_task
 from nanovlm import cli
 from nanovlm.config import MoEConfig, TilingConfig, VLMConfig
 from nanovlm.data.chat import Processor
@@ -24,6 +22,8 @@ from nanovlm.data.images import marker_tokens
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, CONTINUATION_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from nanovlm.eval.run import answer
+from nanovlm.eval.tasks import open_task
 from nanovlm.hub import check, export
 from nanovlm.hub.model_folder import save_model
 from nanovlm.hub.read import find_model

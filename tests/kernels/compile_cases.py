@@ -8,7 +8,7 @@ import torch
 
 
 def cross_entropy():
-    from kernels.cross_entropy import linear_cross_entropy
+    from nanovlm.kernels.cross_entropy import linear_cross_entropy
 
     for V, dtype in ((151936, torch.bfloat16), (49152, torch.bfloat16), (640, torch.float16), (32001, torch.float32)):
         hidden, weight = (torch.empty(rows, 1024, dtype=dtype, requires_grad=True) for rows in (4096, V))
@@ -17,7 +17,7 @@ def cross_entropy():
 
 
 def grouped_gemm():
-    from kernels.grouped_gemm import grouped_experts
+    from nanovlm.kernels.grouped_gemm import grouped_experts
 
     # Mixtral; Qwen3-MoE with many, some and few tokens for an expert, and so with experts in fp32 under autocast; a
     # small mixture in fp32.
@@ -42,8 +42,8 @@ def grouped_gemm():
 
 def multiply(format, M, N, K, dtype=torch.bfloat16, group=64):
     """Multiply x [M, K] with a weight [N, K] of few bits; nf4 has groups of 64."""
-    from kernels.dequant_matmul import dequant_matmul
-    from kernels.quantized_weight import NUM_BITS, QuantizedWeight
+    from nanovlm.kernels.dequant_matmul import dequant_matmul
+    from nanovlm.kernels.quantized_weight import NUM_BITS, QuantizedWeight
 
     num_groups = 1 if format == "int8" else (K + group - 1) // group
     scale = {"int8": torch.float32, "int4": torch.int32, "nf4": torch.uint8}[format]
@@ -65,7 +65,7 @@ def dequant_matmul():
 
 
 def attention():
-    from kernels.attention import Runs, attend_slots, attention
+    from nanovlm.kernels.attention import Runs, attend_slots, attention
 
     # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3 and Gemma, whose documents are packed; SigLIP So400m; the scenes.
     for H, N, K, T, is_packed, dtype in (

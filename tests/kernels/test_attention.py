@@ -13,8 +13,8 @@ from nanovlm.model.attention import make_mask
 from tests.kernels.oracle import check, check_gradients, reserve, surround
 
 pytest.importorskip("triton")
-from kernels import attention as kernels
-from kernels.attention import Runs, attend_slots, attention, attention_ref, find_runs, split_head
+from nanovlm.kernels import attention as kernels
+from nanovlm.kernels.attention import Runs, attend_slots, attention, attention_ref, find_runs, split_head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from kernels.attention import BLOCKS
+from nanovlm.kernels.attention import BLOCKS
 from tests.kernels.compile_cases import CASES, TENSOR_CORES
 from tests.kernels.compiling import Compiled, find_narrowest
 

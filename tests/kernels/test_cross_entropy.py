@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-from kernels import cross_entropy as kernels
-from kernels.cross_entropy import cross_entropy_, linear_cross_entropy, linear_cross_entropy_ref, split_work
+from nanovlm.kernels import cross_entropy as kernels
+from nanovlm.kernels.cross_entropy import cross_entropy_, linear_cross_entropy, linear_cross_entropy_ref, split_work
 from tests.kernels.oracle import check_gradients, judge, poison, round_often, surround
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

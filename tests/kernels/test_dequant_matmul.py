@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import dequant_matmul as kernels
-from kernels.dequant_matmul import LOOKUPS, dequant_matmul, dequantize, split_k
-from kernels.quantized_weight import (
+from nanovlm.kernels import dequant_matmul as kernels
+from nanovlm.kernels.dequant_matmul import LOOKUPS, dequant_matmul, dequantize, split_k
+from nanovlm.kernels.quantized_weight import (
     NF4,
     NUM_BITS,
     QuantizedWeight,

@@ -9,8 +9,8 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import grouped_gemm
-from kernels.grouped_gemm import grouped_experts, grouped_experts_ref, plan_rows, tile_sizes
+from nanovlm.kernels import grouped_gemm
+from nanovlm.kernels.grouped_gemm import grouped_experts, grouped_experts_ref, plan_rows, tile_sizes
 from tests.kernels.oracle import check_gradients, reserve, surround
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

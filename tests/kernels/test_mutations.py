@@ -22,15 +22,19 @@ def test_caught_and_survived(tmp_path, monkeypatch, capsys):
     """On a function of our own: one bug that its test sees, and one that it does not."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "tests" / "kernels").mkdir(parents=True)
-    (tmp_path / "kernels" / "__init__.py").touch()
+    (tmp_path / "nanovlm").mkdir()
+    (tmp_path / "nanovlm" / "__init__.py").touch()
+    (tmp_path / "nanovlm" / "kernels").symlink_to("../kernels")
     (tmp_path / "tests" / "kernels" / "oracle.py").touch()
     (tmp_path / "kernels" / "twice.py").write_text("def twice(x):\n    return 2 * x\n")
     test = tmp_path / "tests" / "kernels" / "test_twice.py"
-    test.write_text("from kernels.twice import twice\n\n\ndef test_twice():\n    assert twice(2) == 4\n")
+    test.write_text("from nanovlm.kernels.twice import twice\n\n\ndef test_twice():\n    assert twice(2) == 4\n")
     monkeypatch.setattr(mutations, "ROOT", tmp_path)
     monkeypatch.setattr(mutations, "RESULTS", tmp_path / "mutations.json")
     monkeypatch.setattr(
-        mutations, "copy_tree", lambda folder: mutations.shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+        mutations,
+        "copy_tree",
+        lambda folder: mutations.shutil.copytree(tmp_path, folder, symlinks=True, dirs_exist_ok=True),
     )
     bugs = [("product", "2 * x", "3 * x"), ("power", "2 * x", "x ** 2")]
     monkeypatch.setattr(mutations, "MUTATIONS", {"twice": bugs})

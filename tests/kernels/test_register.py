@@ -11,13 +11,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
-from kernels import attention as attention_file
-from kernels import grouped_gemm
-from kernels.attention import attend_slots, attention, find_runs
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.dequant_matmul import dequant_matmul, take_apart
-from kernels.grouped_gemm import grouped_experts
-from kernels.quantized_weight import make_tables
+from nanovlm.kernels import attention as attention_file
+from nanovlm.kernels import grouped_gemm
+from nanovlm.kernels.attention import attend_slots, attention, find_runs
+from nanovlm.kernels.cross_entropy import linear_cross_entropy
+from nanovlm.kernels.dequant_matmul import dequant_matmul, take_apart
+from nanovlm.kernels.grouped_gemm import grouped_experts
+from nanovlm.kernels.quantized_weight import make_tables
 from nanovlm.model.quantized import quantize_weight
 from nanovlm.train.parallel import recompute
 from tests.conftest import HAS_GPU

@@ -11,13 +11,13 @@ from torch import nn
 
 import generate
 import nanovlm
-from kernels.quantized_weight import NUM_BITS, dequantize_ref, make_tables, unpack
 from nanovlm import cli
 from nanovlm.config import InitConfig, MoEConfig, QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.hub import export
 from nanovlm.hub import quantize as quantize_command
 from nanovlm.hub.model_folder import save_model
+from nanovlm.kernels.quantized_weight import NUM_BITS, dequantize_ref, make_tables, unpack
 from nanovlm.model import quantized
 from nanovlm.model.quantized import QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM

@@ -59,8 +59,8 @@ def test_mask_of_a_cache_is_the_slots_up_to_the_position(backend):
 
 def test_without_triton_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "kernels.attention", raising=False)
-    monkeypatch.delattr("kernels.attention", raising=False)
+    monkeypatch.delitem(sys.modules, "nanovlm.kernels.attention", raising=False)
+    monkeypatch.delattr("nanovlm.kernels.attention", raising=False)
     ids = torch.zeros(1, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="attention = 'triton' needs the package triton, which is not installed"):
         make_mask(ids, ids, "triton")
