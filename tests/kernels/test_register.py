@@ -148,9 +148,9 @@ def test_operators_are_what_they_say(device):
     for operator, arguments in operators(device):
         seen.add(operator.default.name().split("::")[1])
         torch.library.opcheck(operator.default, arguments)
-    assert seen == {
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nanovlm::")
-    }
+    names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nanovlm::")]
+    # Those that benchmarks compare with have been loaded where its test has run in this process.
+    assert seen == {name for name in names if not name.endswith("_before")}
 
 
 def test_selective_checkpointing_names_operators(device, monkeypatch):
