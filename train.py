@@ -325,3 +325,4 @@ def profile(config: TrainConfig, run_dir: Path, steps_done: int):
 
 if __name__ == "__main__":
     cli.run(lambda: main(CONFIG))
+    cli.end(0)

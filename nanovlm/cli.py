@@ -1,5 +1,6 @@
 """Commands: watch for signals, and report a user's mistake in one sentence."""
 
+import atexit
 import contextlib
 import io
 import os
@@ -52,16 +53,35 @@ def run(main: Callable):
         return result
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        end(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         if not isinstance(error, UserError | OSError) and not is_refused_by_kernels(error):
             raise
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"{rank}error: {printable(str(error), most=4000)}", file=sys.stderr)
-        sys.exit(2)
+        end(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        end(130)
+    except SystemExit as error:
+        if not isinstance(error.code, int):
+            raise
+        end(error.code)
+
+
+def end(status: int):
+    """End the process; one that torchrun started, without the interpreter's own end.
+
+    The threads of gloo outlive destroy_process_group. One that drops the tensors of its last work when the interpreter
+    is ending aborts the process, and torchrun starts a finished run again (torch 2.13, pytorch pull request 179291).
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def is_refused_by_kernels(error: ValueError) -> bool:

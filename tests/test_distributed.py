@@ -173,7 +173,7 @@ WORKER = """
 import dataclasses, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from nanovlm import distributed
+from nanovlm import cli, distributed
 from nanovlm.train import checkpoint, parallel
 from nanovlm.data.chat import Processor
 from nanovlm.model.vlm import VLM
@@ -222,6 +222,7 @@ with distributed.ranks(torch.device("cpu")):
             mine = make_batches(Processor.load(folder, TINY))[distributed.rank()::2]
             moved = take_text_step(config, layout, mine, Processor.load(folder, TINY))
             assert not moved, (layout, moved)
+cli.end(0)
 """
 
 
@@ -327,6 +328,7 @@ def train_step(state, *args):
     return step(state, *args)
 train.train_step = train_step
 cli.run(lambda: train.main(dataclasses.replace(PARALLEL_RUN, run_dir={run_dir!r}, **{changes})))
+cli.end(0)
 """
 PARALLEL_RUN = dataclasses.replace(
     SMALL,
