@@ -35,7 +35,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.packing import pack
-from nanovlm.data.records import RATINGS, to_sample
+from nanovlm.data.records import options_of, to_sample
 from nanovlm.data.source import Source
 from nanovlm.data.sources import open_sources, sample_records, sample_texts
 from nanovlm.environment import (
@@ -110,7 +110,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if checkpoints:
         processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
     else:
-        processor, fill = init.prepare(config, sample_texts(source, 1000))
+        processor, fill = init.prepare(config, sample_texts(source, 1000, options_of(config.data)))
     loader = make_loader(source, processor, config)
     # Read before the first step, so that what cannot be asked is named now.
     tasks = [open_task(name, config.eval.limit) for name in config.eval.tasks]
@@ -240,10 +240,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
 
 def make_loader(source: Source, processor: Processor, config: TrainConfig, split: str = "train") -> Loader:
     """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
-    least = dict(zip(RATINGS, config.data.min_ratings, strict=True))
+    options = options_of(config.data)
     return Loader(
         source,
-        lambda raw: processor.document(to_sample(raw, least)),
+        lambda raw: processor.document(to_sample(raw, **options)),
         config.data,
         config.model.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),

@@ -44,6 +44,10 @@ class DataConfig:
     val_fraction: float = 0.0
     # Lowest accepted ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
     min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)
+    # How records are laid out, a key of nanovlm.data.layouts.LAYOUTS; empty to recognise it by the keys of each.
+    layout: str = ""
+    # Columns of other names, as name=column: image=img question=q answer=a; images=left,right for a list of several.
+    fields: tuple[str, ...] = ()
     # Stop when more than this share of the samples is corrupt or too long.
     max_bad_fraction: float = 0.05
     # Rows in a batch (a micro-batch, when gradients are accumulated).

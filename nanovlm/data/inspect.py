@@ -28,7 +28,7 @@ from nanovlm.data.images import marker_tokens
 from nanovlm.data.packing import pack
 from nanovlm.data.packing_baselines import STRATEGIES, pad
 from nanovlm.data.reader import Reader, Skipped, explain
-from nanovlm.data.records import to_sample
+from nanovlm.data.records import options_of, to_sample
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, train_tokenizer
@@ -123,7 +123,7 @@ def read_data_config(folder: Path) -> DataConfig:
 
 def make_processor(source: Source, preset: TrainConfig) -> Processor:
     """Train a tokenizer on the source, as a run of the preset does."""
-    texts, markers = sample_texts(source, 1000), marker_tokens(preset.model)
+    texts, markers = sample_texts(source, 1000, options_of(preset.data)), marker_tokens(preset.model)
     template = pick(CHAT_TEMPLATES, preset.data.chat_template or "roles", "data.chat_template")
     return Processor(train_tokenizer(texts, preset.data.tokenizer_size, markers), template, preset.model)
 
@@ -150,7 +150,7 @@ def main(config: InspectConfig):
     processor = make_processor(source, preset) if config.model is None else load_processor(config.model)
 
     def process(raw):
-        return processor.document(to_sample(raw))
+        return processor.document(to_sample(raw, **options_of(data)))
 
     try:
         if isinstance(source, Sized):

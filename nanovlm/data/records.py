@@ -1,20 +1,31 @@
 """A raw record, as datasets publish them -> Sample: checked, its images decoded.
 
-A raw record is a dict in one of two forms. Its images are encoded files (bytes) or PIL images; a text-only sample has
-none:
+A raw record is a dict in one of the forms of layouts.py, such as
 
     {"images": [...], "texts": [{"user": str, "assistant": str}, ...], "independent": bool}
     {"images": [...], "messages": [{"role": str, "content": str | [{"type": "text", "text": str}, {"type": "image"}]}]}
 
-Without `images`, an `image` (one or a list) stands for them.
+Its images are encoded files (bytes), PIL images, or what pictures.py fetches; a text-only sample has none. What a task
+needs of the same record, all right answers and the options of a multiple choice, are `references` and `choices`.
 """
 
-import itertools
 import re
 
 from PIL import Image
 
+from nanovlm.config import DataConfig, pick
+from nanovlm.data.columns import parse_fields, rename
 from nanovlm.data.images import decode_image, to_rgb
+from nanovlm.data.layouts import LAYOUTS, Conversation, known_keys, read_layout, recognise
+from nanovlm.data.pictures import (
+    MARKER,
+    Record,
+    carried_picture,
+    fetch,
+    find_pictures,
+    kind_of,
+    refuse_unread,
+)
 from nanovlm.data.types import Filtered, Sample
 from nanovlm.errors import UserError
 
@@ -22,57 +33,115 @@ from nanovlm.errors import UserError
 RATINGS = ("relevance_ratings", "visual_dependency_ratings", "image_correspondence_ratings", "formatting_ratings")
 
 
-def to_sample(raw: dict, min_ratings: dict[str, int] | None = None) -> Sample:
+def options_of(config: DataConfig) -> dict:
+    """Return the keyword arguments of the functions below that a config sets. Raises UserError for unknown names."""
+    if config.layout:
+        pick(LAYOUTS, config.layout, "data.layout")
+    least = dict(zip(RATINGS, config.min_ratings, strict=True))
+    return {"min_ratings": least, "layout": config.layout, "fields": parse_fields(config.fields)}
+
+
+def to_sample(
+    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+) -> Sample:
     """Check a raw record and decode its images. Raises UserError for anything malformed, Filtered as `check` does."""
-    images, messages, independent = check(raw, min_ratings)
+    images, messages, independent = check(raw, min_ratings, layout, fields)
     return Sample([_to_image(image, i) for i, image in enumerate(images)], messages, independent)
 
 
-def check(raw: dict, min_ratings: dict[str, int] | None = None) -> tuple[list, list[dict], bool]:
+def check(
+    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+) -> tuple[list, list[dict], bool]:
     """Return the images of a record, not decoded yet, its messages, and whether they are independent.
 
-    Images that no image part places stand at the beginning of the first user turn, or of every one with
-    `independent`. Turns of `texts` that are rated below `min_ratings` are dropped. Raises UserError for anything
-    malformed, Filtered where no turn is left.
+    `layout` is a key of LAYOUTS, empty to recognise it; `fields` is what `parse_fields` returns. Images that nothing
+    places stand at the beginning of the first user turn, or of every one with `independent`. Turns of `texts` that are
+    rated below `min_ratings` are dropped. Raises UserError for anything malformed, Filtered where no turn is left.
     """
-    if not isinstance(raw, dict):
-        raise UserError(f"a record must be a dict, not {kind_of(raw)}")
-    texts, messages, independent = raw.get("texts"), raw.get("messages"), raw.get("independent")
-    if (texts is None) == (messages is None):
-        keys = ", ".join(map(str, itertools.islice(raw, 10)))
-        raise UserError(f"a record needs either texts or messages; this one has the keys: {keys or 'none'}")
+    raw, conversation = _read(raw, min_ratings, layout, fields)
+    independent = raw.get("independent")
     if not isinstance(independent, bool | None):
         raise UserError(f"independent must be true or false, not {kind_of(independent)}")
-    pairs = _read_texts(raw, min_ratings or {}) if messages is None else messages
-    if not isinstance(pairs, list):
-        raise UserError(f"messages must be a list, not {kind_of(pairs)}")
-    messages, carried = [], []
-    for number, message in enumerate(pairs):
-        messages.append(_read_message(message, f"message {number}", carried))
+    if not isinstance(conversation.messages, list):
+        raise UserError(f"messages must be a list, not {kind_of(conversation.messages)}")
+    messages = [_read_message(message, f"message {number}") for number, message in enumerate(conversation.messages)]
     _check_roles([message["role"] for message in messages], independent)
+    read = raw.read if isinstance(raw, Record) else None
+    images = [fetch(image, read) for image in _place(messages, find_pictures(raw), bool(independent))]
+    if not any(_text(message).strip() for message in messages if message["role"] == "assistant"):
+        raise UserError("every answer of the record is empty")
+    return images, messages, bool(independent)
 
-    images = [] if raw.get("images") is None else raw["images"]
-    if is_empty(images) and not is_empty(image := raw.get("image")):
-        images = image if isinstance(image, list) else [image]
-    if not isinstance(images, list):
-        raise UserError(f"images must be a list, not {kind_of(images)}")
-    num_parts = sum(_num_images(message) for message in messages)
+
+def references(
+    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+) -> list[tuple[str, ...]]:
+    """Return all that is right for each answer of the sample, in their order; what is trained is the first."""
+    _raw, conversation = _read(raw, min_ratings, layout, fields)
+    if conversation.references:
+        return conversation.references
+    messages = [_read_message(message, f"message {number}") for number, message in enumerate(conversation.messages)]
+    return [(_text(message).strip(),) for message in messages if message["role"] == "assistant"]
+
+
+def choices(
+    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+) -> tuple[str, ...]:
+    """Return the options of a multiple choice in the order of their letters, none for another record."""
+    return _read(raw, min_ratings, layout, fields)[1].options
+
+
+def _read(raw: dict, min_ratings, layout: str, fields: dict | None) -> tuple[dict, Conversation]:
+    """Return a record with the names of `fields`, and what its layout makes of it."""
+    if not isinstance(raw, dict):
+        raise UserError(f"a record must be a dict, not {kind_of(raw)}")
+    raw = rename(raw, fields or {})
+    pictures = find_pictures(raw)
+    layout = layout or recognise(raw)
+    refuse_unread(raw, {"independent", *RATINGS, *known_keys(layout)}, len(pictures))
+    if layout == "texts" and min_ratings:
+        raw = _drop_low(raw, min_ratings)
+    return raw, read_layout(raw, layout)
+
+
+def _place(messages: list[dict], images: list, independent: bool) -> list:
+    """Put the images of a record where parts, markers or nothing places them; return them in the order shown."""
+    shown = [part for message in messages for part in content_parts(message["content"]) if part["type"] == "image"]
+    carried = [part["image"] for part in shown if "image" in part]
+    marked = [part for part in shown if "marker" in part]
+    numbers = [part.get("number", 0) for part in shown]
     if carried:
-        if images or independent or len(carried) != num_parts:
+        if images or independent or len(carried) != len(shown):
             raise UserError("image parts that carry their image must all do so, without images or independent beside")
         images = carried
-    if images and num_parts == 0:
+    if marked and len(marked) != len(shown):
+        raise UserError("the text has the marker <image>, and image parts are beside it: keep one of the two")
+    if marked and not images:
+        raise UserError(
+            f"the text shows <image> {len(marked)} times, and the record has no picture: name its field, as in "
+            "--data.fields image=..., or write the word in another way"
+        )
+    if any("marker" in part for m in messages if m["role"] == "assistant" for part in content_parts(m["content"])):
+        raise UserError("an answer has the marker <image>, and answers show no pictures: move it into the question")
+    if images and not shown:
         for message in [message for message in messages if message["role"] == "user"][: None if independent else 1]:
             message["content"] = [{"type": "image"} for _ in images] + content_parts(message["content"])
     elif independent:
         for number, message in enumerate(messages):
             if _num_images(message) != (len(images) if message["role"] == "user" else 0):
                 raise UserError(f"message {number} shows {_num_images(message)} images, the record has {len(images)}")
-    elif num_parts != len(images):
-        raise UserError(f"the messages show {num_parts} images, the record has {len(images)}")
-    if not any(_text(message).strip() for message in messages if message["role"] == "assistant"):
-        raise UserError("every answer of the record is empty")
-    return images, messages, bool(independent)
+        if any(numbers) and numbers != [*range(1, len(images) + 1)] * (len(messages) // 2):
+            raise UserError(f"independent questions must show the pictures in one order, not {numbers[:20]}")
+    elif any(numbers):
+        if not all(numbers) or {*numbers} != {*range(1, len(images) + 1)}:
+            raise UserError(f"the text shows the pictures {numbers[:20]} (0 is none), the record has {len(images)}")
+        images = [images[number - 1] for number in numbers]
+    elif len(shown) != len(images):
+        raise UserError(f"the messages show {len(shown)} images, the record has {len(images)}")
+    for part in shown:
+        for key in ("image", "marker", "number"):
+            part.pop(key, None)
+    return images
 
 
 def _to_image(image, number: int) -> Image.Image:
@@ -89,15 +158,11 @@ def _to_image(image, number: int) -> Image.Image:
     raise UserError(f"image {number} must be an encoded file (bytes) or a PIL image, not {found}")
 
 
-def _read_texts(raw: dict, min_ratings: dict[str, int]) -> list[dict]:
-    """Return the turns of `texts` that are rated well enough, as messages."""
+def _drop_low(raw: dict, min_ratings: dict[str, int]) -> dict:
+    """Return a record of `texts` without the turns that are not rated well enough."""
     texts = raw["texts"]
-    if not isinstance(texts, list) or not texts:
-        raise UserError(f"texts must be a list of at least one turn, not {kind_of(texts)}")
-    for number, turn in enumerate(texts):
-        for key in ("user", "assistant"):
-            if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
-                raise UserError(f"turn {number} of texts must be a dict with the strings user and assistant")
+    if not isinstance(texts, list) or not all(isinstance(turn, dict) for turn in texts):
+        return raw  # its layout says what is wrong
     low = set()
     for name, lowest in min_ratings.items():
         if name not in RATINGS:
@@ -107,14 +172,18 @@ def _read_texts(raw: dict, min_ratings: dict[str, int]) -> list[dict]:
         if not is_list or not all(isinstance(rating, int | float | None) for rating in ratings):
             raise UserError(f"{name} must be a list of one number for each of {len(texts)} turns")
         low |= {number for number, rating in enumerate(ratings) if rating is not None and rating < lowest}
-    if len(low) == len(texts):
+    if texts and len(low) == len(texts):
         raise Filtered(f"all {len(texts)} turns are rated below the minimum")
-    pairs = [(turn["user"], turn["assistant"]) for number, turn in enumerate(texts) if number not in low]
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]  # noqa: B905
+    kept = {**raw, "texts": [turn for number, turn in enumerate(texts) if number not in low]}
+    return Record(kept, raw.read) if isinstance(raw, Record) else kept
 
 
-def _read_message(message, where: str, carried: list) -> dict:
-    """Check one message and bring its parts to their plain form; add images that parts carry to `carried`."""
+def _read_message(message, where: str) -> dict:
+    """Check one message and bring its parts to their plain form.
+
+    An image part keeps the `image` that it carries or the `number` by which it shows one of the record; one that takes
+    the place of a marker says so.
+    """
     if not isinstance(message, dict):
         raise UserError(f"{where} must be a dict with role and content, not {kind_of(message)}")
     role, content = message.get("role"), message.get("content")
@@ -122,21 +191,41 @@ def _read_message(message, where: str, carried: list) -> dict:
         raise UserError(f"{where} must have the role system, user or assistant, not {str(role)[:40]!r}")
     if isinstance(content, str):
         _check_text(content, where)
-        return {"role": role, "content": content}
+        parts = _split_markers(content)
+        return {"role": role, "content": content if parts == content_parts(content) else parts}
     if not isinstance(content, list):
         raise UserError(f"the content of {where} must be a string or a list of parts, not {kind_of(content)}")
     parts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = (part.get("type") or ("text" if "text" in part else "image")) if isinstance(part, dict) else None
+        picture = carried_picture(part) if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             _check_text(part["text"], where)
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image":
-            carried += [part[key] for key in ("bytes", "image", "path") if part.get(key) is not None][:1]
-            parts.append({"type": "image"})
+            parts += _split_markers(part["text"])
+        elif kind == "image" and part.get("type") == "image" and picture is None:
+            index = part.get("index")
+            parts.append({"type": "image"} | ({"number": index + 1} if isinstance(index, int) else {}))
+        elif kind in ("image", "image_url") and picture is not None:
+            parts.append({"type": "image", "image": picture})
         else:
-            raise UserError(f"each part of {where} must be a text part with a string text or an image part")
+            raise UserError(
+                f"each part of {where} must be a text part with a string text or an image part, not {_describe(part)}"
+            )
     return {"role": role, "content": parts}
+
+
+def _describe(part) -> str:
+    return f"a part of type {str(part.get('type'))[:40]}" if isinstance(part, dict) else kind_of(part)
+
+
+def _split_markers(text: str) -> list[dict]:
+    """Return a text as parts, with an image part in the place of each marker."""
+    parts, end = [], 0
+    for marker in MARKER.finditer(text):
+        parts += [{"type": "text", "text": text[end : marker.start()]}] if marker.start() > end else []
+        parts.append({"type": "image", "marker": True, "number": int(marker[1] or marker[2] or 0)})
+        end = marker.end()
+    return parts + ([{"type": "text", "text": text[end:]}] if end < len(text) or not parts else [])
 
 
 def _check_text(text: str, where: str):
@@ -166,12 +255,3 @@ def _num_images(message: dict) -> int:
 
 def _text(message: dict) -> str:
     return "".join(part.get("text", "") for part in content_parts(message["content"]))
-
-
-def is_empty(image) -> bool:
-    """Tell whether a value of `image` or `images` says that there is none."""
-    return image is None or (isinstance(image, str | list | dict) and not image)
-
-
-def kind_of(value) -> str:
-    return "nothing" if value is None else f"an empty {type(value).__name__}" if value == [] else type(value).__name__

@@ -4,21 +4,20 @@ import glob
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from nanovlm.data.images import FORMATS
-from nanovlm.data.records import is_empty, kind_of
+from nanovlm.data.layouts import CAPTION_QUESTION
+from nanovlm.data.pictures import fetch_images, kind_of
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.errors import UserError
 
 # Suffixes of the image formats that are read.
 IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 LARGEST_FILE = 2**29  # bytes of a file that a record names
-# The question for an image that has only a caption.
-CAPTION_QUESTION = "describe the image."
 
 
 class JsonLines:
@@ -126,38 +125,6 @@ def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_
         return {"texts": [{"user": CAPTION_QUESTION, "assistant": caption.decode("utf-8-sig").strip()}]}
     except UnicodeDecodeError as error:
         raise UserError(f"the .txt of {where} is not UTF-8 text: {error}") from error
-
-
-def fetch_images(record: dict, read: Callable[[str], bytes | str]) -> dict:
-    """Replace file names in `images`, `image` (moved to `images`) and image parts by file contents from `read`."""
-
-    def fetch(image):
-        if isinstance(image, dict):
-            image = image.get("path") if image.get("bytes") is None else image["bytes"]
-        return read(image) if isinstance(image, str) else image
-
-    record = dict(record)
-    image = record.pop("image", None)
-    images = record.get("images")
-    if images is None or (is_empty(images) and not is_empty(image)):
-        images = image
-    if images is not None:
-        record["images"] = [fetch(image) for image in (images if isinstance(images, list) else [images])]
-    if isinstance(record.get("messages"), list):
-        record["messages"] = [_fetch_parts(message, fetch) for message in record["messages"]]
-    return record
-
-
-def _fetch_parts(message, fetch):
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    content = []
-    for part in message["content"]:
-        if isinstance(part, dict) and part.get("type") == "image":
-            carried = part if part.get("image") is None else part["image"]
-            part = {"type": "image", "image": fetch(carried)}
-        content.append(part)
-    return {**message, "content": content}
 
 
 def read_file(path: Path, where: str) -> bytes:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from nanovlm.data.pictures import fetch_images
 from nanovlm.data.source import IN_ORDER, Order, Ref
-from nanovlm.data.source_files import fetch_images
 from nanovlm.errors import UserError
 
 

@@ -5,9 +5,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from nanovlm.data.pictures import fetch_images
 from nanovlm.data.records import RATINGS
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
-from nanovlm.data.source_files import check_index, fetch_images, find_files, join_names, read_file
+from nanovlm.data.source_files import check_index, find_files, join_names, read_file
 from nanovlm.errors import UserError
 
 

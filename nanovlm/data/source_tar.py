@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nanovlm.data.records import is_empty
+from nanovlm.data.pictures import is_empty
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, find_files, join_names, read_record
 from nanovlm.errors import UserError

@@ -82,12 +82,12 @@ def sample_records(source: Source, num: int) -> Iterator[dict]:
             continue  # the loader counts and names it
 
 
-def sample_texts(source: Source, num_samples: int) -> Iterator[str]:
-    """Yield the texts of about `num_samples` samples, to train a tokenizer on."""
+def sample_texts(source: Source, num_samples: int, options: dict | None = None) -> Iterator[str]:
+    """Yield the texts of about `num_samples` samples, to train a tokenizer on; `options` go to `check`."""
     records = sample_records(source, num_samples)
     for record in tqdm(records, desc="reading texts for the tokenizer", total=num_samples, unit="record", delay=2):
         try:
-            _images, messages, _independent = check(record)
+            _images, messages, _independent = check(record, **options or {})
         except Exception:
             continue
         for message in messages:

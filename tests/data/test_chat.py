@@ -145,7 +145,9 @@ def test_special_strings_in_text_are_plain_text(processor, text):
     special = set(processor.special.values())
     plain = make_document(processor, 0, ("plain", "plain"))
     for turn in ((text, "plain"), ("plain", text)):
-        document = make_document(processor, 0, turn)
+        question = [{"type": "image"}, {"type": "text", "text": turn[0]}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": turn[1]}]
+        document = processor.document(Sample([noise(0)], messages))
         count = [sum(i in special for i in d.input_ids.tolist()) for d in (document, plain)]
         assert count[0] == count[1]
         shown = processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)

@@ -136,7 +136,7 @@ def jsonl(tmp_path, rng):
     lines, good, may_be_good = [], [], []
     for number in range(200):
         answer = word(rng, number)
-        strange = rng.choice(["<end_of_utterance>", "<image>", "<|assistant|>", "<|pad|>", ""])
+        strange = rng.choice(["<end_of_utterance>", "<|assistant|>", "<|pad|>", ""])
         record = {"texts": [{"user": f"{strange}{word(rng, number)}", "assistant": answer + strange}]}
         if rng.random() < 0.7:
             record["images"] = [f"{rng.randrange(len(sizes))}.png" for _ in range(rng.randint(1, 3))]

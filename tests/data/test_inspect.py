@@ -30,7 +30,7 @@ from nanovlm.data.types import IGNORE
 from nanovlm.train import init
 from tests.conftest import TINY, make_document, noise
 
-TURNS = (("what color is it?\nsay", "red ünï 日本"), ("<image> and?", "two\n\nlines"))
+TURNS = (("what color is it?\nsay", "red ünï 日本"), ("<|pad|> and?", "two\n\nlines"))
 DOCUMENTS = [dict(), dict(independent=True), dict(images=0), dict(images=3)]
 
 
@@ -86,7 +86,7 @@ def test_the_whole_text_is_shown_and_images_are_short(tiling_processor):
     per_tile = TINY.num_image_tokens
     assert f"<image>x{2 * per_tile}what color is it?↵\nsay<|assistant|>⟦red" in text
     bare = re.sub(r"<image>x(\d+)", lambda found: "<image>" * int(found[1]), text)
-    bare = re.sub("[⟦⟧\n]", "", bare).replace("↵", "\n").replace(r"\<image>", "<image>")
+    bare = re.sub("[⟦⟧\n]", "", bare).replace("↵", "\n").replace(r"\<|pad|>", "<|pad|>")
     assert bare == tiling_processor.tokenizer.decode(document.input_ids.tolist(), skip_special_tokens=False)
     assert (
         describe(document)
@@ -219,12 +219,12 @@ def test_samples_are_shown_as_a_run_of_the_preset_gets_them(show, folder, monkey
 
 
 def test_a_written_special_token_is_told_from_a_control_token(show, folder):
-    record = {"images": ["a.png"], "texts": [{"user": "a <image>?", "assistant": "<|user|> no <image>"}]}
-    record["texts"].append({"user": "C:\\", "assistant": "\\<image> \\ d"})
+    record = {"images": ["a.png"], "texts": [{"user": "a <|pad|>?", "assistant": "<|user|> no <|pad|>"}]}
+    record["texts"].append({"user": "C:\\", "assistant": "\\<|pad|> \\ d"})
     (folder / "data.jsonl").write_text(json.dumps(record))
     text = show()[0]
-    assert r"a \<image>?" in text and r"⟦\<|user|> no \<image><end_of_utterance>⟧" in text
-    assert r"C:\\<|assistant|>" in text and r"⟦\\\<image> \ d<end_of_utterance>⟧" in text
+    assert r"a \<|pad|>?" in text and r"⟦\<|user|> no \<|pad|><end_of_utterance>⟧" in text
+    assert r"C:\\<|assistant|>" in text and r"⟦\\\<|pad|> \ d<end_of_utterance>⟧" in text
     assert "<image>x9" in text and "\\<image>x" not in text
 
 

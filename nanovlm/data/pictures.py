@@ -1,0 +1,156 @@
+"""The pictures of a raw record: under which keys they are, how they are written, and where its text shows them.
+
+A picture is an encoded file (bytes), a PIL image, a file's name, a `data:` URL, base64, or a dict with one of these as
+`bytes`, `path` or `url`. It stands where an image part of a message or a marker in the text is, `<image>` or, by its
+number, `<image 1>`; else before the first question.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from nanovlm.errors import UserError
+
+# The keys of a record's pictures; the first that is not empty holds all of them.
+PICTURE_KEYS = ("images", "image", "file_names", "file_name")
+# A line break that only sets the marker apart from the text goes with it.
+MARKER = re.compile(r"<image(?:[ _]?(\d{1,3}))?>\n?|\n<image(?:[ _]?(\d{1,3}))?>$")
+SUFFIX = re.compile(r"\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|ppm|pgm|avif|heic|jp2|ico)([?#].*)?$", re.IGNORECASE)
+# Keys that name a picture whatever they hold.
+NAMES = re.compile(r"(the_)?(imgs?|images?|pics?|pictures?|photos?)([ _-]?(ids?|paths?|files?|urls?|names?|\d+))*")
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how the base64 of PNG, JPEG, GIF and WebP begins
+HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+
+
+class Record(dict):
+    """A raw record with a function that reads a file which it names."""
+
+    def __init__(self, values: dict, read: Callable[[str], Any]):
+        super().__init__(values)
+        self.read = read
+
+
+def kind_of(value) -> str:
+    return "nothing" if value is None else f"an empty {type(value).__name__}" if value == [] else type(value).__name__
+
+
+def is_empty(image) -> bool:
+    """Tell whether a value of `image` or `images` says that there is none."""
+    return image is None or (isinstance(image, str | list | dict) and not image)
+
+
+def list_keys(raw: dict) -> str:
+    """Name the first keys of a record."""
+    return ", ".join(str(key)[:40] for key in list(raw)[:10]) or "none"
+
+
+def find_pictures(raw: dict) -> list:
+    """Return the pictures of a record that are beside its text, not fetched yet. Raises UserError for other media."""
+    for key in OTHER_MEDIA:
+        if not is_empty(raw.get(key)):
+            raise UserError(f"{key} is not empty, and only pictures are read: give its frames as images")
+    for key in PICTURE_KEYS:
+        if not is_empty(pictures := raw.get(key)):
+            if key in ("images", "file_names") and not isinstance(pictures, list):
+                raise UserError(f"{key} must be a list, not {kind_of(pictures)}")
+            return pictures if isinstance(pictures, list) else [pictures]
+    return []
+
+
+def refuse_unread(raw: dict, known: set[str], num_pictures: int):
+    """Raise UserError that names a key which seems to hold a picture that the sample would lack."""
+    for key, value in raw.items():
+        if key in known or key in PICTURE_KEYS or is_empty(value) or value is False:
+            continue
+        name = str(key).lower()
+        if num_pictures:
+            is_lost = re.fullmatch(r"image[ _]?\d+", name)
+        else:
+            is_lost = NAMES.fullmatch(name) or any(map(_is_picture, value if isinstance(value, list) else [value]))
+        if is_lost:
+            key = str(key)[:40]
+            raise UserError(
+                f"the field {key!r} seems to hold a picture, which the sample would not show: name it, as in "
+                f"--data.fields {'images=image_1,image_2' if num_pictures else f'image={key}'}, or leave it out"
+            )
+
+
+def _is_picture(value) -> bool:
+    """Tell whether a value of any kind looks like a picture or the name of one."""
+    if isinstance(value, dict):
+        return any(_is_picture(value.get(key)) for key in ("bytes", "path", "url"))
+    if isinstance(value, bytes):
+        return value.startswith(HEADS)
+    if not isinstance(value, str):
+        return isinstance(value, Image.Image)
+    is_name = len(value) < 1000 and "\n" not in value and SUFFIX.search(value) is not None
+    return is_name or value.startswith("data:image/") or _is_base64(value)
+
+
+def _is_base64(text: str) -> bool:
+    return len(text) > 60 and text.startswith(BASE64) and re.fullmatch(r"[\w+/-]+={0,2}", text[:200]) is not None
+
+
+def fetch(picture, read: Callable[[str], Any] | None):
+    """Return the bytes of a picture that is a name, a URL or a dict; without `read`, a name stays a name.
+
+    What is no picture comes back as it is. Raises UserError for a `data:` URL that is damaged.
+    """
+    if isinstance(picture, dict):
+        found = [picture[key] for key in ("bytes", "path", "url") if picture.get(key) is not None]
+        picture = found[0] if found else picture
+    if not isinstance(picture, str):
+        return picture
+    if picture.startswith("data:"):
+        head, comma, data = picture.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise UserError(f"a data: URL must be data:image/...;base64,... and not {picture[:40]!r}")
+    elif _is_base64(picture):
+        data = picture
+    else:
+        return picture if read is None else read(picture)
+    try:
+        return base64.b64decode(data.strip(), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"the base64 of a picture that begins with {picture[:40]!r} is damaged: {error}") from error
+
+
+def fetch_images(record: dict, read: Callable[[str], Any]) -> Record:
+    """Replace names in `images`, `image` (moved to `images`) and image parts of messages by what `read` returns.
+
+    Other names, such as those of columns that only `data.fields` tells to be pictures, are read by the record itself.
+    """
+    record = Record(record, read)
+    image = record.pop("image", None)
+    images = record.get("images")
+    if images is None or (is_empty(images) and not is_empty(image)):
+        images = image
+    if images is not None:
+        record["images"] = [fetch(image, read) for image in (images if isinstance(images, list) else [images])]
+    if isinstance(record.get("messages"), list):
+        record["messages"] = [_fetch_parts(message, read) for message in record["messages"]]
+    return record
+
+
+def _fetch_parts(message, read):
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    content = []
+    for part in message["content"]:
+        if isinstance(part, dict) and not is_empty(picture := carried_picture(part)):
+            part = {"type": "image", "image": fetch(picture, read)}
+        content.append(part)
+    return {**message, "content": content}
+
+
+def carried_picture(part: dict):
+    """Return the picture that an image part carries, whatever its spelling; None if it carries none."""
+    if part.get("type") not in ("image", "image_url", None):
+        return None
+    values = [part.get(key) for key in ("bytes", "image", "path", "url", "image_url")]
+    return next((value for value in values if not is_empty(value)), None)
