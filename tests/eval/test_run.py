@@ -134,7 +134,7 @@ def test_records_of_ones_own_are_a_task(tmp_path, processor, capsys):
     [
         ("{damaged", r"the task \S+bad.jsonl cannot be asked: \S+bad.jsonl, sample 2: .*line 3"),
         ('{"image": "none.png", "texts": [{"user": "?", "assistant": "1"}]}', r"\S+bad.jsonl, sample 2: .*none.png"),
-        ('{"images": []}', r"\S+bad.jsonl, sample 2: a record needs either texts or messages"),
+        ('{"images": []}', r"\S+bad.jsonl, sample 2: no layout has the keys of this record: images"),
     ],
 )
 def test_a_task_that_cannot_be_asked_is_refused_before_the_first_step(tmp_path, line, message):
