@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nanovlm.data.layouts import table
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from nanovlm.presets import PRESETS
@@ -140,6 +141,10 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys, processor):
     exec(code, results)  # prints the answer, which of a random model may be empty
     assert results["batch"].pixel_values.shape[0] == 1
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_the_table_of_layouts_is_that_of_the_code():
+    assert "\n".join(["", *table(), ""]) in read(ROOT / "docs" / "data.md")
 
 
 def test_the_tests_of_make_quick_are_there():

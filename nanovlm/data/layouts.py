@@ -7,7 +7,6 @@ layout is a function and an entry of LAYOUTS.
 
 import ast
 import json
-import math
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -210,7 +209,7 @@ def _answers(raw: dict, key: str) -> list[str]:
     answers = []
     for item in value if isinstance(value, list) else [value]:
         item = item.get("answer") if isinstance(item, dict) else item
-        is_number = isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+        is_number = isinstance(item, int | float) and not isinstance(item, bool) and abs(item) < 1e100
         if not isinstance(item, str) and not is_number:
             raise UserError(f"{key} must be a text or a list of texts, not {kind_of(item)}")
         answers.append(str(item))
@@ -273,8 +272,6 @@ def _letter(answer, options: Sequence[str]) -> str:
 
 
 LAYOUTS = {
-    "preference": Layout(refuse_preference, ("chosen", "rejected"), rank=0),
-    "feedback": Layout(refuse_preference, ("rejected_response|kto_tag",), rank=0),
     "texts": Layout(read_texts, ("texts",)),
     "messages": Layout(read_messages, ("messages",), ("system",)),
     "conversations": Layout(read_conversations, ("conversations|conversation",), ("system",)),
@@ -283,7 +280,10 @@ LAYOUTS = {
     "choices": Layout(read_choices, ("question", "options|choices|A", "answer"), ("context", "hint", *LETTERS)),
     "question": Layout(read_question, ("question", "answer|answers|multiple_choice_answer"), ("context", "hint")),
     "completion": Layout(read_completion, ("prompt", "completion")),
-    "caption": Layout(read_caption, ("caption|captions|text", "images|image|file_names|file_name"), rank=2),
+    "caption": Layout(read_caption, ("caption|captions",), rank=2),
+    "image_text": Layout(read_caption, ("text", "images|image|file_names|file_name"), rank=2),
+    "preference": Layout(refuse_preference, ("chosen", "rejected"), rank=0),
+    "feedback": Layout(refuse_preference, ("rejected_response|kto_tag",), rank=0),
     "label": Layout(refuse_label, ("label", "images|image|file_names|file_name"), rank=2),
     "text": Layout(refuse_text, ("text",), rank=3),
 }  # fmt: skip
@@ -334,9 +334,11 @@ def known_keys(name: str) -> set[str]:
 
 def table() -> list[str]:
     """Return the lines of the table of layouts in docs/data.md."""
-    lines = ["| layout | told by | is |", "|---|---|---|"]
+    lines = ["| layout | told by the keys | is |", "|---|---|---|"]
     for name, layout in LAYOUTS.items():
         needs = ", ".join(" or ".join(f"`{key}`" for key in need.split("|")) for need in layout.needs)
+        if also := [f"`{key}`" for key in layout.also if key not in LETTERS]:
+            needs += f" (also {', '.join(also)})"
         text = " ".join((layout.read.__doc__ or "").split())
         lines.append(f"| `{name}` | {needs} | {text} |")
     return lines

@@ -131,6 +131,7 @@ def fetch_images(record: dict, read: Callable[[str], Any]) -> Record:
     if images is None or (is_empty(images) and not is_empty(image)):
         images = image
     if images is not None:
+        images = [] if is_empty(images) else images
         record["images"] = [fetch(image, read) for image in (images if isinstance(images, list) else [images])]
     if isinstance(record.get("messages"), list):
         record["messages"] = [_fetch_parts(message, read) for message in record["messages"]]
