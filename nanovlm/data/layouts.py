@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanovlm.config import pick
-from nanovlm.data.pictures import find_pictures, kind_of, list_keys
+from nanovlm.data.pictures import find_pictures, kind_of, list_keys, refuse_in_turn
 from nanovlm.errors import UserError
 
 # The question for an image that has only a caption.
@@ -60,6 +60,7 @@ def read_texts(raw: dict) -> Conversation:
         for key in ("user", "assistant"):
             if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
                 raise UserError(f"turn {number} of texts must be a dict with the strings user and assistant")
+        refuse_in_turn(turn, ("user", "assistant"))
     return Conversation(_turns((turn["user"], turn["assistant"]) for turn in texts))
 
 
@@ -169,6 +170,7 @@ def _messages(value, key: str) -> list:
                 )
             role = message.get("role") if message.get("role") is not None else message.get("from")
             content = message.get("content") if message.get("content") is not None else message.get("value")
+            refuse_in_turn(message, ("role", "content", "from", "value"))
             message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
         messages.append(message)
     return messages

@@ -62,28 +62,49 @@ def find_pictures(raw: dict) -> list:
     return []
 
 
-def refuse_unread(raw: dict, known: set[str], num_pictures: int):
+def refuse_unread(raw: dict, known: set[str]):
     """Raise UserError that names a key which seems to hold a picture that the sample would lack."""
+    has_pictures = bool(find_pictures(raw)) or any(map(_carries_pictures, raw.values()))
     for key, value in raw.items():
-        if key in known or key in PICTURE_KEYS or is_empty(value) or value is False:
+        if key in known or key in PICTURE_KEYS:
             continue
-        name = str(key).lower()
-        if num_pictures:
-            is_lost = re.fullmatch(r"image[ _]?\d+", name)
-        else:
-            is_lost = NAMES.fullmatch(name) or any(map(_is_picture, value if isinstance(value, list) else [value]))
-        if is_lost:
+        if re.fullmatch(r"image[ _]?\d+", str(key).lower()) if has_pictures else _seems_picture(key, value):
             key = str(key)[:40]
             raise UserError(
                 f"the field {key!r} seems to hold a picture, which the sample would not show: name it, as in "
-                f"--data.fields {'images=image_1,image_2' if num_pictures else f'image={key}'}, or leave it out"
+                f"--data.fields {'images=image_1,image_2' if has_pictures else f'image={key}'}, or leave it out"
             )
 
 
+def refuse_in_turn(turn: dict, known: tuple[str, ...]):
+    """Raise UserError that names a key of one turn of a conversation which seems to hold a picture."""
+    for key, value in turn.items():
+        if key not in known and _seems_picture(key, value):
+            raise UserError(
+                f"the field {str(key)[:40]!r} of a turn seems to hold a picture: put it into the images of the record, "
+                "and <image> where it stands"
+            )
+
+
+def _seems_picture(key, value) -> bool:
+    if is_empty(value) or value is False:
+        return False
+    return NAMES.fullmatch(str(key).lower()) is not None or any(
+        map(_is_picture, value if isinstance(value, list) else [value])
+    )
+
+
+def _carries_pictures(value) -> bool:
+    """Tell whether a field holds messages with parts that carry pictures."""
+    messages = [message for message in value if isinstance(message, dict)] if isinstance(value, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message.get("content"), list)]
+    return any(carried_picture(part) is not None for parts in contents for part in parts if isinstance(part, dict))
+
+
 def _is_picture(value) -> bool:
-    """Tell whether a value of any kind looks like a picture or the name of one."""
+    """Tell whether a value of any kind looks like a picture or the name of one, or has a field that does."""
     if isinstance(value, dict):
-        return any(_is_picture(value.get(key)) for key in ("bytes", "path", "url"))
+        return any(_is_picture(inner) for inner in value.values() if not isinstance(inner, dict))
     if isinstance(value, bytes):
         return value.startswith(HEADS)
     if not isinstance(value, str):
@@ -143,15 +164,14 @@ def _fetch_parts(message, read):
         return message
     content = []
     for part in message["content"]:
-        if isinstance(part, dict) and not is_empty(picture := carried_picture(part)):
+        is_image = isinstance(part, dict) and part.get("type") in ("image", "image_url", None)
+        if is_image and (picture := carried_picture(part)) is not None:
             part = {"type": "image", "image": fetch(picture, read)}
         content.append(part)
     return {**message, "content": content}
 
 
 def carried_picture(part: dict):
-    """Return the picture that an image part carries, whatever its spelling; None if it carries none."""
-    if part.get("type") not in ("image", "image_url", None):
-        return None
+    """Return the picture that a part of a message carries, whatever its spelling; None if it carries none."""
     values = [part.get(key) for key in ("bytes", "image", "path", "url", "image_url")]
     return next((value for value in values if not is_empty(value)), None)

@@ -96,9 +96,8 @@ def _read(raw: dict, min_ratings, layout: str, fields: dict | None) -> tuple[dic
     if not isinstance(raw, dict):
         raise UserError(f"a record must be a dict, not {kind_of(raw)}")
     raw = rename(raw, fields or {})
-    pictures = find_pictures(raw)
     layout = layout or recognise(raw)
-    refuse_unread(raw, {"independent", *RATINGS, *known_keys(layout)}, len(pictures))
+    refuse_unread(raw, {"independent", *RATINGS, *known_keys(layout)})
     if layout == "texts" and min_ratings:
         raw = _drop_low(raw, min_ratings)
     return raw, read_layout(raw, layout)
@@ -199,7 +198,7 @@ def _read_message(message, where: str) -> dict:
     for part in content:
         kind = (part.get("type") or ("text" if "text" in part else "image")) if isinstance(part, dict) else None
         picture = carried_picture(part) if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text" and isinstance(part.get("text"), str) and picture is None:
             _check_text(part["text"], where)
             parts += _split_markers(part["text"])
         elif kind == "image" and part.get("type") == "image" and picture is None:
@@ -215,7 +214,10 @@ def _read_message(message, where: str) -> dict:
 
 
 def _describe(part) -> str:
-    return f"a part of type {str(part.get('type'))[:40]}" if isinstance(part, dict) else kind_of(part)
+    if not isinstance(part, dict):
+        return kind_of(part)
+    has_both = "text" in part and carried_picture(part) is not None
+    return "one with text and a picture" if has_both else f"a part of type {str(part.get('type'))[:40]}"
 
 
 def _split_markers(text: str) -> list[dict]:

@@ -36,6 +36,7 @@ READ = {
     "messages_url": "user {a}what is it? | assistant red",
     "messages_path": "user {a}what is it? | assistant red",
     "messages_image": "user {a}or{b}? | assistant red",
+    "messages_carried_beside_id": "user {a}what is it? | assistant red",
     "messages_qwen": "user {a}what is it? | assistant red",
     "messages_placed": "user first{a}then{b} | assistant red",
     "messages_indexed": "user {b}{a}what is it? | assistant red",
@@ -111,6 +112,9 @@ REFUSED = {
     "refused_choice_doubtful": "the answer '1' can be more than one of the 3 options",
     "refused_choice_several": "answer must be a letter, an index or the text of an option, not list",
     "refused_numpy_cell": "answers looks like a list and is none in the notation of JSON or Python",
+    "refused_image_in_turn": "the field 'images' of a turn seems to hold a picture: put it into the images of the",
+    "refused_image_in_text_part": "each part of message 0 must be .*, not one with text and a picture",
+    "refused_deep_picture": "the field 'media' seems to hold a picture, .* --data.fields image=media",
     "refused_no_answer": "answers is an empty list: there is nothing to train",
     "refused_caption_alone": "a caption needs a picture",
 }
@@ -214,7 +218,7 @@ def test_a_named_layout_decides():
     assert tell(to_sample(raw, layout="messages")) == "user {a}what is it? | assistant blue"
     with pytest.raises(UserError, match="the layout query needs query, response; this record has the keys: "):
         to_sample(raw, layout="query")
-    with pytest.raises(UserError, match=r"data.layout = 'vqa' is unknown; there are preference, "):
+    with pytest.raises(UserError, match=r"data.layout = 'vqa' is unknown; there are texts, messages, "):
         options_of(DataConfig(layout="vqa"))
 
 
@@ -260,7 +264,7 @@ def test_pictures_of_damaged_base64_and_long_names_are_told_shortly(tmp_path, ca
         processor.config.pad_token_id,
         num_epochs=1,
     )
-    with pytest.raises(UserError, match="no sample of .* could be used: 25 corrupt, 25 read") as error:
+    with pytest.raises(UserError, match=r"no sample of .* could be used: 25 corrupt, 25 read") as error:
         next(loader)
     assert len(capsys.readouterr().out) < 25_000 and len(str(error.value)) < 5000
     assert len(json.dumps(loader.state_dict())) < 25_000
