@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanovlm.config import pick
-from nanovlm.data.pictures import find_pictures, kind_of, list_keys, refuse_in_turn
+from nanovlm.data.pictures import MARKER, find_pictures, kind_of, list_keys, refuse_in_turn
 from nanovlm.errors import UserError
 
 # The question for an image that has only a caption.
@@ -115,6 +115,16 @@ def read_completion(raw: dict) -> Conversation:
     return Conversation(messages)
 
 
+def read_text(raw: dict) -> Conversation:
+    """Text to go on with, which is trained whole; `<image>` shows where pictures stand."""
+    return Conversation([{"role": "text", "content": _text(raw, "text")}])
+
+
+def read_image_text(raw: dict) -> Conversation:
+    """A picture's caption, as in `caption`, or where the text has a marker `<image>` as in `text`."""
+    return read_text(raw) if isinstance(raw["text"], str) and MARKER.search(raw["text"]) else read_caption(raw)
+
+
 def read_caption(raw: dict) -> Conversation:
     """A picture's caption, the answer to "describe the image."; of several the first is trained, all are right."""
     if not find_pictures(raw):
@@ -132,19 +142,11 @@ def refuse_preference(_raw: dict) -> Conversation:
     )
 
 
-def refuse_text(_raw: dict) -> Conversation:
-    """Refused, as a text without a question or a picture has no answer to train."""
-    raise UserError(
-        "the record has only a text, and no question, answer or picture: write it as texts, or name its fields by "
-        "--data.fields question=... answer=..."
-    )
-
-
 def refuse_label(_raw: dict) -> Conversation:
-    """Refused, as a class number says nothing: the names of the classes can be trained as captions."""
+    """Refused, as the number of a class says nothing; the name of the class can be trained as a caption or answer."""
     raise UserError(
-        "the record is a picture with a label of a class: write the name of the class, and train it by "
-        "--data.fields caption=label"
+        "the record has the label of a class: write the class's name, and train it by --data.fields caption=label (of "
+        "a picture) or question=text answer=label (of a text)"
     )
 
 
@@ -283,11 +285,11 @@ LAYOUTS = {
     "question": Layout(read_question, ("question", "answer|answers|multiple_choice_answer"), ("context", "hint")),
     "completion": Layout(read_completion, ("prompt", "completion")),
     "caption": Layout(read_caption, ("caption|captions",), rank=2),
-    "image_text": Layout(read_caption, ("text", "images|image|file_names|file_name"), rank=2),
+    "image_text": Layout(read_image_text, ("text", "images|image|file_names|file_name"), rank=2),
+    "text": Layout(read_text, ("text",), rank=3),
     "preference": Layout(refuse_preference, ("chosen", "rejected"), rank=0),
     "feedback": Layout(refuse_preference, ("rejected_response|kto_tag",), rank=0),
-    "label": Layout(refuse_label, ("label", "images|image|file_names|file_name"), rank=2),
-    "text": Layout(refuse_text, ("text",), rank=3),
+    "label": Layout(refuse_label, ("label", "images|image|file_names|file_name|text"), rank=2),
 }  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def _seems_picture(key, value) -> bool:
 def _carries_pictures(value) -> bool:
     """Tell whether a field holds messages with parts that carry pictures."""
     messages = [message for message in value if isinstance(message, dict)] if isinstance(value, list) else []
-    contents = [message.get("content") for message in messages if isinstance(message.get("content"), list)]
+    contents = [parts for message in messages if isinstance(parts := message.get("content"), list)]
     return any(carried_picture(part) is not None for parts in contents for part in parts if isinstance(part, dict))
 
 

@@ -68,8 +68,8 @@ def check(
     _check_roles([message["role"] for message in messages], independent)
     read = raw.read if isinstance(raw, Record) else None
     images = [fetch(image, read) for image in _place(messages, find_pictures(raw), bool(independent))]
-    if not any(_text(message).strip() for message in messages if message["role"] == "assistant"):
-        raise UserError("every answer of the record is empty")
+    if not any(_text(message).strip() for message in messages if message["role"] in ("assistant", "text")):
+        raise UserError(f"{'the text' if messages[0]['role'] == 'text' else 'every answer'} of the record is empty")
     return images, messages, bool(independent)
 
 
@@ -123,7 +123,8 @@ def _place(messages: list[dict], images: list, independent: bool) -> list:
     if any("marker" in part for m in messages if m["role"] == "assistant" for part in content_parts(m["content"])):
         raise UserError("an answer has the marker <image>, and answers show no pictures: move it into the question")
     if images and not shown:
-        for message in [message for message in messages if message["role"] == "user"][: None if independent else 1]:
+        asked = [message for message in messages if message["role"] in ("user", "text")]
+        for message in asked if independent else asked[:1]:
             message["content"] = [{"type": "image"} for _ in images] + content_parts(message["content"])
     elif independent:
         for number, message in enumerate(messages):
@@ -186,7 +187,7 @@ def _read_message(message, where: str) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"{where} must be a dict with role and content, not {kind_of(message)}")
     role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
+    if role not in ("system", "user", "assistant", "text"):
         raise UserError(f"{where} must have the role system, user or assistant, not {str(role)[:40]!r}")
     if isinstance(content, str):
         _check_text(content, where)
@@ -236,6 +237,8 @@ def _check_text(text: str, where: str):
 
 
 def _check_roles(roles: list[str], independent: bool | None):
+    if roles == ["text"] and not independent:
+        return
     if "assistant" not in roles:
         raise UserError(f"a record needs an assistant turn; its messages are of: {', '.join(roles) or 'nobody'}")
     if independent and roles != ["user", "assistant"] * (len(roles) // 2):
