@@ -94,6 +94,10 @@ class InspectConfig:
     row_length: int = 0
     # Most tiles in a packed row; 0 takes that of the preset, or of the run of the model.
     max_tiles: int = 0
+    # How records are laid out, and the names of their columns, as data.layout and data.fields of train.py; empty takes
+    # those of the run of the model, if there are any.
+    layout: str = ""
+    fields: tuple[str, ...] = ()
     # Show where tokens end.
     tokens: bool = False
     # Seed of the choice of samples to summarise.
@@ -142,12 +146,16 @@ def main(config: InspectConfig):
         preset.data,
         row_length=config.row_length or preset.data.row_length,
         max_tiles=config.max_tiles or preset.data.max_tiles,
+        layout=config.layout or preset.data.layout,
+        fields=config.fields or preset.data.fields,
         val_fraction=0.0,
     )
     source = open_source(config.source)
     if isinstance(source, Sized) and config.index >= len(source):
         raise UserError(f"--index {config.index}: {source.name} has only {len(source)} samples")
-    processor = make_processor(source, preset) if config.model is None else load_processor(config.model)
+    processor = (
+        make_processor(source, replace(preset, data=data)) if config.model is None else load_processor(config.model)
+    )
 
     def process(raw):
         return processor.document(to_sample(raw, **options_of(data)))

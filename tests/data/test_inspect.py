@@ -27,6 +27,7 @@ from nanovlm.data.source import Ref
 from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import IGNORE
+from nanovlm.errors import UserError
 from nanovlm.train import init
 from tests.conftest import TINY, make_document, noise
 
@@ -226,6 +227,16 @@ def test_a_written_special_token_is_told_from_a_control_token(show, folder):
     assert r"a \<|pad|>?" in text and r"⟦\<|user|> no \<|pad|><end_of_utterance>⟧" in text
     assert r"C:\\<|assistant|>" in text and r"⟦\\\<|pad|> \ d<end_of_utterance>⟧" in text
     assert "<image>x9" in text and "\\<image>x" not in text
+
+
+def test_columns_are_named_and_a_layout_decides(show, folder):
+    record = {"img": "a.png", "q": "what color?", "answers": ["a red", "crimson"], "messages": []}
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(record | {"id": i}) for i in range(3)))
+    text = show(layout="question", fields=("image=img", "question=q"))[0]
+    assert "<image>x" in text and "what color?<|assistant|>⟦a red<end_of_utterance>⟧" in text
+    assert "3 documents, 0 skipped" in text
+    with pytest.raises(UserError, match="can be read as messages and as question"):
+        show(fields=("image=img", "question=q"))
 
 
 def test_streams(show, monkeypatch):
