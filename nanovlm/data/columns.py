@@ -8,7 +8,7 @@ from nanovlm.errors import UserError
 
 # Names that `data.fields` may give to columns.
 FIELDS = sorted(
-    {*PICTURE_KEYS, "independent"}
+    {*PICTURE_KEYS, "independent", "system"}
     | {key for layout in LAYOUTS.values() for need in (*layout.needs, *layout.also) for key in need.split("|")}
 )
 

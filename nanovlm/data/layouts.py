@@ -66,24 +66,24 @@ def read_texts(raw: dict) -> Conversation:
 
 def read_messages(raw: dict) -> Conversation:
     """Messages with `role` and `content`, a string or parts of text and image (`image_url` too)."""
-    return Conversation(_with_system(raw, _messages(raw["messages"], "messages")))
+    return Conversation(_messages(raw["messages"], "messages"))
 
 
 def read_conversations(raw: dict) -> Conversation:
     """Messages with `from` and `value` (LLaVA, ShareGPT) or `role` and `content`."""
     key = "conversation" if raw.get("conversations") is None else "conversations"
-    return Conversation(_with_system(raw, _messages(raw[key], key)))
+    return Conversation(_messages(raw[key], key))
 
 
 def read_query(raw: dict) -> Conversation:
     """One question and answer, earlier ones as pairs in `history` (ms-swift)."""
-    return Conversation(_with_system(raw, _turns([*_history(raw), (_text(raw, "query"), _text(raw, "response"))])))
+    return Conversation(_turns([*_history(raw), (_text(raw, "query"), _text(raw, "response"))]))
 
 
 def read_instruction(raw: dict) -> Conversation:
     """An instruction, its `input` on the next line, and the answer (Alpaca, LLaMA-Factory)."""
     asked = "\n".join(_text(raw, key) for key in ("instruction", "input") if raw.get(key) not in (None, ""))
-    return Conversation(_with_system(raw, _turns([*_history(raw), (asked, _text(raw, "output"))])))
+    return Conversation(_turns([*_history(raw), (asked, _text(raw, "output"))]))
 
 
 def read_question(raw: dict) -> Conversation:
@@ -178,15 +178,6 @@ def _messages(value, key: str) -> list:
     return messages
 
 
-def _with_system(raw: dict, messages: list) -> list:
-    """Put a system prompt that stands beside the messages before them."""
-    if raw.get("system") in (None, ""):
-        return messages
-    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
-        raise UserError("the record has two system prompts, in system and in its first message: leave one of them out")
-    return [{"role": "system", "content": _text(raw, "system")}, *messages]
-
-
 def _history(raw: dict) -> list[tuple[str, str]]:
     history = [] if raw.get("history") is None else raw["history"]
     is_pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
@@ -234,6 +225,8 @@ def _options(raw: dict) -> tuple[str, ...]:
         key, value = "A, B, ...", values
     else:
         value = _parse_list(raw[key], key)
+        if isinstance(value, dict) and "".join(map(str, value)) == LETTERS[: len(value)]:
+            value = list(value.values())
     if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
         raise UserError(f"{key} must be a list of 2 to {len(LETTERS)} options")
     return tuple(_answers({key: value}, key))
@@ -277,10 +270,10 @@ def _letter(answer, options: Sequence[str]) -> str:
 
 LAYOUTS = {
     "texts": Layout(read_texts, ("texts",)),
-    "messages": Layout(read_messages, ("messages",), ("system",)),
-    "conversations": Layout(read_conversations, ("conversations|conversation",), ("system",)),
-    "query": Layout(read_query, ("query", "response"), ("history", "system")),
-    "instruction": Layout(read_instruction, ("instruction", "output"), ("input", "history", "system")),
+    "messages": Layout(read_messages, ("messages",)),
+    "conversations": Layout(read_conversations, ("conversations|conversation",)),
+    "query": Layout(read_query, ("query", "response"), ("history",)),
+    "instruction": Layout(read_instruction, ("instruction", "output"), ("input", "history")),
     "choices": Layout(read_choices, ("question", "options|choices|A", "answer"), ("context", "hint", *LETTERS)),
     "question": Layout(read_question, ("question", "answer|answers|multiple_choice_answer"), ("context", "hint")),
     "completion": Layout(read_completion, ("prompt", "completion")),
@@ -322,18 +315,27 @@ def _found(raw: dict, layout: Layout) -> set[str]:
 
 
 def read_layout(raw: dict, name: str) -> Conversation:
-    """Read a record in the named layout. Raises UserError where it lacks a key or holds something else."""
+    """Read a record in the named layout, with the system prompt that may be beside any of them.
+
+    Raises UserError where a key is missing or holds something else.
+    """
     layout = pick(LAYOUTS, name, "data.layout")
     if not _found(raw, layout):
         needs = ", ".join(need.replace("|", " or ") for need in layout.needs)
         raise UserError(f"the layout {name} needs {needs}; this record has the keys: {list_keys(raw)}")
-    return layout.read(raw)
+    conversation = layout.read(raw)
+    if raw.get("system") in (None, ""):
+        return conversation
+    messages = conversation.messages
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        raise UserError("the record has two system prompts, in system and in its first message: leave one of them out")
+    return conversation._replace(messages=[{"role": "system", "content": _text(raw, "system")}, *messages])
 
 
 def known_keys(name: str) -> set[str]:
     """Return the keys that a layout reads."""
     layout = LAYOUTS[name]
-    return {key for need in (*layout.needs, *layout.also) for key in need.split("|")}
+    return {"system"} | {key for need in (*layout.needs, *layout.also) for key in need.split("|")}
 
 
 def table() -> list[str]:

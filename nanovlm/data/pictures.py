@@ -21,7 +21,7 @@ PICTURE_KEYS = ("images", "image", "file_names", "file_name")
 MARKER = re.compile(r"<image(?:[ _]?(\d{1,3}))?>\n?|\n<image(?:[ _]?(\d{1,3}))?>$")
 SUFFIX = re.compile(r"\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|ppm|pgm|avif|heic|jp2|ico)([?#].*)?$", re.IGNORECASE)
 # Keys that name a picture whatever they hold.
-NAMES = re.compile(r"(the_)?(imgs?|images?|pics?|pictures?|photos?)([ _-]?(ids?|paths?|files?|urls?|names?|\d+))*")
+NAMES = re.compile(r"(the_)?(imgs?|images?|pics?|pictures?|photos?)([ _-]?(ids?|paths?|files?|urls?|names?|\d))*")
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how the base64 of PNG, JPEG, GIF and WebP begins
 HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
@@ -110,7 +110,7 @@ def _is_picture(value) -> bool:
     if not isinstance(value, str):
         return isinstance(value, Image.Image)
     is_name = len(value) < 1000 and "\n" not in value and SUFFIX.search(value) is not None
-    return is_name or value.startswith("data:image/") or _is_base64(value)
+    return is_name or value[:11].lower() == "data:image/" or _is_base64(value)
 
 
 def _is_base64(text: str) -> bool:
@@ -127,7 +127,7 @@ def fetch(picture, read: Callable[[str], Any] | None):
         picture = found[0] if found else picture
     if not isinstance(picture, str):
         return picture
-    if picture.startswith("data:"):
+    if picture[:5].lower() == "data:":
         head, comma, data = picture.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise UserError(f"a data: URL must be data:image/...;base64,... and not {picture[:40]!r}")
@@ -136,7 +136,7 @@ def fetch(picture, read: Callable[[str], Any] | None):
     else:
         return picture if read is None else read(picture)
     try:
-        return base64.b64decode(data.strip(), validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)  # some wrap its lines
     except (binascii.Error, ValueError) as error:
         raise UserError(f"the base64 of a picture that begins with {picture[:40]!r} is damaged: {error}") from error
 

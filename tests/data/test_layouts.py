@@ -62,6 +62,7 @@ READ = {
     "question_vqav2": "user {a}what is it? | assistant red",
     "question_answer_list": "user {a}what is it? | assistant red",
     "question_cell": "user {a}what is it? | assistant red",
+    "question_system": "system be brief | user {a}what is it? | assistant red",
     "question_number": "user {a}how many? | assistant 3",
     "question_box": "user {a}where? | assistant [1, 2, 3, 4]",
     "question_context": "user It is red.\nwhat is it? | assistant red",
@@ -77,6 +78,7 @@ READ = {
     "text": "text Once upon a time",
     "text_interleaved": "text see {a} above,\nnot {b}.",
     "choices_scienceqa": f"user {{a}}Look.\nwhich color?\nA. red\nB. blue\n{CHOICE} | assistant A",
+    "choices_dict": f"user {{a}}which color?\nA. blue\nB. red\n{CHOICE} | assistant B",
     "choices_letters": f"user {{a}}which color?\nA. blue\nB. red\n{CHOICE} | assistant B",
     "choices_words": f"user {{a}}which color?\nA. blue\nB. red\n{CHOICE} | assistant B",
     "choices_ai2d": f"user {{a}}which color?\nA. green\nB. blue\nC. red\n{CHOICE} | assistant C",
@@ -193,6 +195,7 @@ def test_what_is_right_is_kept_for_tasks(name):
         "choices_scienceqa": ("red", "blue"),
         "choices_words": ("blue", "red"),
         "choices_letters": ("blue", "red"),
+        "choices_dict": ("blue", "red"),
     }
     assert choices(raw, **options(name)) == expected.get(name, ())
 
@@ -247,6 +250,19 @@ def test_an_empty_column_is_a_record_without_picture_and_another_name_wins():
     image = {name: open_image(FOLDER / f"{name}.png") for name in "ab"}
     assert tell(to_sample({**raw, "img": image["a"], "images": [image["b"]]}, fields=fields)).startswith("user {a}1")
     assert tell(to_sample({"image": image["b"], "q": "?", "a": "2"}, fields=fields)).startswith("user {b}?")
+
+
+@pytest.mark.parametrize(
+    "key", ["image" + "1" * 27 + "x", "image" + "_ids" * 40 + "x", "img" + "url" * 1000, "_" * 10**5]
+)
+def test_no_key_takes_long_to_judge(key):
+    """A pattern that tries all ways to cut such a key would not end."""
+    started = time.process_time()
+    try:
+        check({"texts": [{"user": "a", "assistant": "b"}], key: "x" * 10**6 + ".png" * 10**5})
+    except UserError as error:
+        assert "seems to hold a picture" in str(error)
+    assert time.process_time() - started < 5
 
 
 def test_pictures_of_damaged_base64_and_long_names_are_told_shortly(tmp_path, capsys, processor):
