@@ -106,7 +106,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # --- data --------------------------------------------------------------------------------------------
     data = config.data
     Image.MAX_IMAGE_PIXELS = data.max_pixels
-    source = open_sources(data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle)
+    source = open_sources(
+        data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle, allow_urls=data.allow_urls
+    )
     if checkpoints:
         processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
     else:

@@ -695,7 +695,8 @@ def test_images_of_too_many_pixels_are_corrupt(tmp_path, capsys, monkeypatch):
     data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), max_bad_fraction=0.5)
     data = dataclasses.replace(data, max_pixels=1000, batch_rows=1)
     run(tmp_path / "run", data=data, eval=EvalConfig(), optim=dataclasses.replace(SMALL.optim, steps=2))
-    assert re.search(r"sample 3: .*Image size \(1600 pixels\) exceeds limit of 1000", capsys.readouterr().out)
+    sentence = r"sample 3: .*40.png, line 4 of .* has 1600 pixels, more than data.max_pixels = 1000"
+    assert re.search(sentence, capsys.readouterr().out)
 
 
 def test_text_alone(tmp_path):

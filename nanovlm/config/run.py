@@ -23,8 +23,8 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), a .jsonl file,
-    # .parquet or .tar files, a folder, or hub:owner/name.
+    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), files (.jsonl, .json,
+    # .csv, .tsv, .parquet, .arrow, .tar; globs and {000..127}), a folder, or hub:owner/name.
     sources: tuple[str, ...] = ("scenes",)
     # How often each source is read, relative to the others; without weights, each sample once an epoch.
     weights: tuple[float, ...] = ()
@@ -34,8 +34,10 @@ class DataConfig:
     row_length: int = 256
     # Largest number of image tiles in a packed row; 0 for no limit.
     max_tiles: int = 0
-    # Largest number of pixels of an image; one with more is corrupt. The default is PIL's own limit.
-    max_pixels: int = 89_478_485
+    # Largest number of pixels of an image; one with more is corrupt. The default is that of the largest phone cameras.
+    max_pixels: int = 200_000_000
+    # Fetch images that records name by an address, http or https, of a public server.
+    allow_urls: bool = False
     # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
     num_epochs: int = 0
     # Worker processes of each rank that read samples; 0 reads in the training process.

@@ -17,6 +17,7 @@ layout.
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,19 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from nanovlm.config import VLMConfig, pick
+from nanovlm.config import DataConfig, VLMConfig, pick
 from nanovlm.errors import UserError
 
 Image.init()
-# What PIL decodes by itself: not what it only recognises, nor EPS, a program that it would have Ghostscript run.
-FORMATS = tuple(kind for kind in Image.ID if kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
+# What is read, of all that PIL knows: formats that people keep pictures in. Among the others are programs that it would
+# have Ghostscript run (EPS), and decoders that hardly anyone uses or looks after.
+FORMATS = tuple(
+    kind
+    for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+    if kind in Image.OPEN  # AVIF and WEBP are not in every build
+)
+# PIL checks it wherever a size is read. train.py sets it to data.max_pixels of the run.
+Image.MAX_IMAGE_PIXELS = DataConfig.max_pixels
 LONGEST_SIDE = 65535  # that of JPEG; to resize a longer one takes memory out of proportion to its pixels
 STRIP = 2**20  # pixels that are converted at a time
 IDEFICS3_LONGEST_EDGE = 4096  # no image is made longer than this, whatever tiling.longest_edge says
@@ -70,8 +78,11 @@ def open_image(path: str | Path) -> Image.Image:
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
     """Read the bytes of an image file as RGB, the first frame of an animation.
 
-    Raises UserError that begins with `name` for data that are no image, truncated, or above PIL's pixel limit.
+    Raises UserError that begins with `name`, and where the data are from if they know it, for data that are no image,
+    truncated, or of more pixels than the limit.
     """
+    if isinstance(origin := getattr(data, "name", None), str):
+        name = f"{name} ({origin})"
     try:
         with (
             warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
@@ -79,7 +90,14 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
         ):
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name} cannot be read as an image: its {len(data)} bytes have no known format") from error
+        problem = f"its {len(data)} bytes have no format that is read"
+        raise UserError(f"{name} cannot be read as an image: {problem}") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        number = re.search(r"\d+", str(error))
+        raise UserError(
+            f"{name} cannot be read as an image: it has {number[0] if number else 'too many'} pixels, more than "
+            f"data.max_pixels = {Image.MAX_IMAGE_PIXELS}"
+        ) from error
     except Exception as error:  # on damaged files, decoders raise anything
         raise UserError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
 
@@ -91,6 +109,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     or 16 bits, else up to their own maximum. Raises UserError for an image without pixels.
     """
     _check_size(*image.size)
+    if image.format not in (None, "MPO", *FORMATS):  # opened elsewhere, and not decoded yet; MPO is a JPEG of several
+        raise UserError(f"it is of the format {image.format}; what is read is {', '.join(FORMATS)}")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else this would be one more copy
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):

@@ -4,13 +4,16 @@ import copy
 import functools
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from nanovlm.data.pictures import fetch_images
 from nanovlm.data.source import IN_ORDER, Order, Ref
-from nanovlm.errors import UserError
+from nanovlm.data.source_files import LARGEST_FILE
+from nanovlm.data.source_names import fetch_images, is_base64, read_named
+from nanovlm.errors import UserError, printable
 
 
 class Hub:
@@ -20,16 +23,17 @@ class Hub:
     evenly among the slots, each slot reads only its own; else every rank reads all and keeps its slots' records.
     """
 
-    def __init__(self, spec: str, split: str = "train", order: Order = IN_ORDER, **options):
+    def __init__(self, spec: str, split: str = "train", order: Order = IN_ORDER, allow_urls: bool = False, **options):
         """Open the dataset; `options` go to `datasets.load_dataset`."""
         try:
             import datasets
         except ImportError:
             raise UserError(f"{spec} needs the package datasets: pip install datasets") from None
-        self.name, self.order, self.damaged = spec, order, []
+        self.name, self.order, self.damaged, self.allow_urls = spec, order, [], allow_urls
         dataset, _, config = spec.removeprefix("hub:").partition(":")
         if not dataset:
             raise UserError(f"{spec!r} names no dataset; write hub:owner/name or hub:owner/name:config")
+        self.own_files = f"hf://datasets/{dataset}"
         try:
             self.dataset = datasets.load_dataset(dataset, config or None, split=split, streaming=True, **options)
         except Exception as error:  # the network, the hub and every builder raise errors of their own
@@ -67,8 +71,16 @@ class Hub:
                 yield Ref(slot, number, epoch, record, self.name, f"record {count} of pass {epoch}", after)
 
     def read(self, key: dict) -> dict:
-        """Fetch the images of a record; one that cannot be read stays a name, which `to_sample` rejects."""
-        return fetch_images(key, _read_remote)
+        """Fetch the images of a record: in it, among the files of the dataset, or from addresses if allowed."""
+        return fetch_images(key, self._read_named)
+
+    def _read_named(self, name: str) -> bytes:
+        where = f"a record of {self.name}"
+        if re.match(re.escape(self.own_files) + "[@/]", name) and ".." not in name.split("/"):
+            return _read_remote(name, where)
+        if re.match(r"https?://|data:", name, re.IGNORECASE) or is_base64(name):
+            return read_named(name, Path(), Path(), where, self.allow_urls)
+        raise UserError(f"{where} names {printable(name, most=100)}, which is not a file of the dataset")
 
     def _read_on(
         self, place: dict | None, slot: int = 0, num_slots: int = 1
@@ -106,14 +118,15 @@ def _is_no_warning_of_a_lost_buffer(record: logging.LogRecord) -> bool:
     return "without the buffer content" not in record.getMessage()
 
 
-def _read_remote(name: str) -> bytes | str:
-    """Read a file on the network; a name of any other kind, such as a path of this machine, stays a name."""
+def _read_remote(name: str, where: str) -> bytes:
+    """Read a file of the hub. Raises UserError that begins with `where`."""
     import fsspec  # comes with datasets
 
-    if not name.startswith(("https://", "http://", "hf://")):
-        return name
     try:
         with fsspec.open(name, "rb") as file:
-            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except (OSError, ValueError, ImportError):
-        return name
+            data = file.read(LARGEST_FILE + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{where} names {printable(name, most=100)}, which cannot be read: {error}") from error
+    if len(data) > LARGEST_FILE:
+        raise UserError(f"{where} names {printable(name, most=100)}, which has more than {LARGEST_FILE} bytes")
+    return data

@@ -4,11 +4,15 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from nanovlm.data.pictures import is_empty
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
-from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, find_files, join_names, read_record
+from nanovlm.data.source_files import IMAGE_SUFFIXES, LARGEST_FILE, check_index, find_files, join_names
+from nanovlm.data.source_folder import read_record
 from nanovlm.errors import UserError
+
+LARGEST_HEADER = 2**20  # bytes of a header, long names included
 
 
 class Tar:
@@ -23,7 +27,8 @@ class Tar:
 
     blocks = None
 
-    def __init__(self, paths: str | Path | Iterable[str | Path], order: Order = IN_ORDER):
+    def __init__(self, paths: str | Path | Iterable[str | Path], order: Order = IN_ORDER, allow_urls: bool = False):
+        # The images of a sample are its members, so none is fetched from an address.
         self.files, self.damaged, self.order = find_files(paths, ".tar"), [], order
         self.name = join_names(self.files)
         self.samples = []  # (file, key, [(suffix, offset, size), ...])
@@ -74,6 +79,8 @@ class Tar:
                     if suffix in ("json", "txt") or _is_image(suffix):
                         if suffix in contents:
                             raise UserError(f"{where} has two members .{suffix}")
+                        if size > LARGEST_FILE:
+                            raise UserError(f"{where} has a member .{suffix} of more than {LARGEST_FILE} bytes")
                         opened.seek(offset)
                         contents[suffix] = opened.read(size)
                         if len(contents[suffix]) != size:
@@ -82,7 +89,7 @@ class Tar:
             raise UserError(f"{where} cannot be read: {error}") from error
         images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
         record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
-        for name in ("images", "image"):
+        for name in ("images", "image", "file_names", "file_name"):
             named = record.pop(name, None)
             num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
             if num_named > len(images):
@@ -90,6 +97,28 @@ class Tar:
         if images:
             record["images"] = images
         return record
+
+
+class _Headers:
+    """A tar file of which headers are read and nothing else, in order.
+
+    A long name is a member with a size of its own, which damage may turn into that of all memory, and a negative size
+    leads back to a header that was read before.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.furthest, self.tell = file, 0, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header at byte {self.tell()} has a size of {size}")
+        return self.file.read(size)
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        if whence == 0 and place < self.furthest:
+            raise tarfile.ReadError(f"a header leads from byte {self.furthest} back to {place}")
+        self.furthest = self.file.seek(place, whence)
+        return self.furthest
 
 
 def _scan_tar(file: Path) -> tuple[list[tuple], str]:
@@ -100,7 +129,7 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
     members, damage = [], ""
     try:
         size = file.stat().st_size
-        with tarfile.open(file, "r:") as tar:
+        with open(file, "rb") as opened, tarfile.open(fileobj=_Headers(opened), mode="r:") as tar:  # pyright: ignore
             while (member := tar.next()) is not None:
                 if member.size < 0:  # the next header would be at or before this one
                     raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
@@ -111,8 +140,8 @@ def _scan_tar(file: Path) -> tuple[list[tuple], str]:
                     key = re.sub(r"^(\./|/)+", "", f"{folder}/{key}")
                     members.append((key, suffix.lower(), member.offset_data, member.size if is_whole else None))
                 tar.members.clear()  # the list would grow with the file  # pyright: ignore[reportAttributeAccessIssue]
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
+            opened.seek(tar.offset)
+            if opened.read(tarfile.BLOCKSIZE).count(0) < tarfile.BLOCKSIZE:
                 damage = f"has no further header and no end mark at byte {tar.offset}"
     except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError) as error:
         damage = f"is cut off, damaged or compressed ({error})"

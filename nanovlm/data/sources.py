@@ -1,9 +1,7 @@
 """A name, a path or a glob -> a source of raw records (source.py)."""
 
-import glob
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
@@ -13,35 +11,81 @@ from nanovlm.data.mixture import Concatenation, Mixture, parts_of
 from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import IN_ORDER, Order, Source, first_pass
-from nanovlm.data.source_files import Folder, JsonLines
+from nanovlm.data.source_arrow import Arrow, is_saved, open_saved
+from nanovlm.data.source_files import find_paths, suffix_of, walk
+from nanovlm.data.source_folder import Classes, Folder, find_images, is_described
 from nanovlm.data.source_hub import Hub
+from nanovlm.data.source_lines import SUFFIXES, TextFiles
 from nanovlm.data.source_parquet import Parquet
 from nanovlm.data.source_tar import Tar
 from nanovlm.errors import UserError
 
-FILES = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet, ".tar": Tar}
+FILES = {**dict.fromkeys(SUFFIXES, TextFiles), ".parquet": Parquet, ".arrow": Arrow, ".tar": Tar}
+# What is no source, and what to do with it.
+OTHERS = {
+    ".zip": "unpack it",
+    ".tgz": "unpack it to a .tar, whose members are found by their place",
+    ".gz": "unpack it: .jsonl, .json, .csv and .tsv may be compressed",
+    ".zst": "unpack it: .jsonl, .json, .csv and .tsv may be compressed",
+    ".xlsx": "save it as .csv",
+    ".txt": "write one JSON record a line, into a .jsonl file",
+}
+# JSON files beside data that say something about it and hold no records.
+ABOUT = frozenset("dataset_info.json dataset_infos.json dataset_dict.json state.json".split())
+METADATA = ("metadata.jsonl", "metadata.csv")  # of the folders that datasets calls ImageFolder
 
 
-def open_source(spec: str, split: str = "train", order: Order = IN_ORDER) -> Source:
-    """Open the source given by a name, a path or a glob; only drawn scenes and hub datasets use `split`."""
+def open_source(spec: str, split: str = "train", order: Order = IN_ORDER, allow_urls: bool = False) -> Source:
+    """Open the source given by a name, a path, a glob or a name with braces.
+
+    Drawn scenes, hub datasets and saved datasets use `split`. With `allow_urls`, images that records name by their
+    addresses are fetched.
+    """
     if spec == "scenes" or spec.startswith("scenes:"):
         kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
         return Scenes(split, kinds=kinds, order=order)
     if spec.startswith("hub:"):
-        return Hub(spec, split, order)
-    path, is_file = Path(spec), os.path.isfile(spec)
-    if path.is_dir():
-        for suffix in (".parquet", ".tar"):
-            if not (path / "metadata.jsonl").is_file() and next(path.rglob(f"*{suffix}"), None):
-                return FILES[suffix](path, order)
-        return Folder(path, order)
-    if path.suffix in FILES and (is_file or glob.glob(spec, recursive=True)):
-        return FILES[path.suffix](spec, order)
-    problem = "is of no kind that is understood" if is_file else "does not exist"
+        return Hub(spec, split, order, allow_urls)
+    paths = find_paths(spec)
+    if len(paths) == 1 and paths[0].is_dir():
+        return _open_folder(paths[0], split, order, allow_urls)
+    if paths and all(path.is_dir() for path in paths):
+        return Concatenation([_open_folder(path, split, order, allow_urls) for path in paths], order)
+    kinds = {FILES.get(suffix_of(path)) if path.is_file() else None for path in paths}
+    if len(kinds) == 1 and (kind := kinds.pop()) is not None:
+        return kind(paths, order, allow_urls)
+    problem = "does not exist"
+    if paths:
+        problem = "is of no kind that is understood" if len(paths) == 1 else "stands for files of more than one kind"
+        problem = f"cannot be read: {advice}" if (advice := OTHERS.get(paths[0].suffix.lower())) else problem
     raise UserError(
-        f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, a file .jsonl, a file or glob .parquet or "
-        ".tar, a folder of these or of images with .txt or .json beside them, or hub:owner/name"
+        f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, files .jsonl, .json, .csv, .tsv (also .gz, "
+        ".zst), .parquet, .arrow or .tar, a folder of these, of images with .txt or .json beside them or of a folder "
+        "for each class, or hub:owner/name"
     )
+
+
+def _open_folder(path: Path, split: str, order: Order, allow_urls: bool) -> Source:
+    """Open a folder by what is in it; the order of the kinds is that of the table in docs/data.md."""
+    if is_saved(path):
+        return open_saved(path, split, order, allow_urls)
+    files = walk(path)
+    if metadata := [file for file in files if file.name in METADATA]:
+        return TextFiles(metadata, order, allow_urls)
+    for suffix in (".parquet", ".arrow", ".tar"):
+        if found := [file for file in files if suffix_of(file) == suffix]:
+            return FILES[suffix](found, order, allow_urls)
+    images = find_images(path)
+    beside = {image.with_suffix(".json") for image in images}
+    texts = [file for file in files if suffix_of(file) in SUFFIXES and file not in beside and file.name not in ABOUT]
+    if any(map(is_described, images)):
+        source = Folder(path, order, allow_urls)
+        if texts:
+            source.damaged.append(f"{path}: {texts[0]} is not read, as images have texts beside them: name it itself")
+        return source
+    if texts:
+        return TextFiles(texts, order, allow_urls)
+    return Classes(path, order)
 
 
 def open_sources(
@@ -51,13 +95,14 @@ def open_sources(
     split: str = "train",
     seed: int = 0,
     shuffle: bool = True,
+    allow_urls: bool = False,
 ) -> Source:
     """Open one source, or several combined into one, as DataConfig describes."""
     if len(specs) == 1 and not weights:
-        return open_source(specs[0], split, Order(seed, shuffle))
+        return open_source(specs[0], split, Order(seed, shuffle), allow_urls)
     is_mixed = bool(weights or lessons)
     orders = [Order(seed, shuffle, part if is_mixed else None) for part in range(len(specs))]
-    sources = [open_source(spec, split, order) for spec, order in zip(specs, orders, strict=True)]
+    sources = [open_source(spec, split, order, allow_urls) for spec, order in zip(specs, orders, strict=True)]
     if is_mixed:
         return Mixture(sources, list(weights) or None, list(lessons) or None)
     if streams := [source.name for source in sources if not isinstance(source, Sized)]:

@@ -16,7 +16,7 @@ from PIL import Image
 from nanovlm.config import DataConfig
 from nanovlm.data.loader import Loader
 from nanovlm.data.records import to_sample
-from nanovlm.data.source_files import JsonLines
+from nanovlm.data.source_lines import TextFiles
 from nanovlm.data.source_parquet import Parquet
 from nanovlm.data.source_tar import Tar
 from nanovlm.data.types import IGNORE
@@ -153,7 +153,7 @@ def jsonl(tmp_path, rng):
 
 def test_jsonl(jsonl, processor):
     path, good, may_be_good = jsonl
-    source = JsonLines(path)
+    source = TextFiles(path)
     assert len(source) == 200
     check(source, processor, good, may_be_good)
 

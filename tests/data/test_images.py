@@ -138,7 +138,7 @@ def test_a_bomb_is_refused(monkeypatch):
     data = save(Image.new("1", (100, 100)), "PNG")
     for limit in (9999, 4999):  # above the limit PIL warns, above twice the limit it raises
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(ValueError, match=r"image cannot be read as an image: .*10000 pixels"):
+        with pytest.raises(ValueError, match=r"image cannot .*: it has 10000 pixels, more than data.max_pixels = "):
             decode_image(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)
     assert decode_image(data).size == (100, 100)
@@ -331,5 +331,5 @@ def test_no_format_runs_a_program():
     """PIL would start Ghostscript for an EPS file, by whatever name."""
     eps = save(noise(0, 8), "EPS")
     assert Image.open(io.BytesIO(eps)).format == "EPS"
-    with pytest.raises(ValueError, match="have no known format"):
+    with pytest.raises(ValueError, match="have no format that is read"):
         decode_image(eps)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import socket
 import tarfile
 
 import fsspec
@@ -18,14 +19,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanovlm.data import source_hub, sources
+from nanovlm.data import sources
 from nanovlm.data.images import decode_image
 from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import Order, deal
-from nanovlm.data.source_files import Folder, JsonLines
+from nanovlm.data.source_folder import Folder
 from nanovlm.data.source_hub import Hub
+from nanovlm.data.source_lines import TextFiles
 from nanovlm.data.source_parquet import Parquet
 from nanovlm.data.source_tar import Tar
 from nanovlm.data.sources import open_source, open_sources, sample_texts
@@ -100,7 +102,7 @@ def write_tar_files(folder):
 
 
 FILES = {
-    "json lines": (JsonLines, write_json_lines),
+    "json lines": (TextFiles, write_json_lines),
     "parquet": (Parquet, write_parquet),
     "parquet files": (Parquet, write_parquet_files),
     "tar": (Tar, write_tar),
@@ -249,7 +251,7 @@ def test_tar_members(tmp_path):
     assert len(source) == 8 and source.damaged == []
     assert source.read(0)["images"] == small and len(to_sample(source.read(0)).images) == 12
     assert source.read(1) == {"images": small[:1], "texts": [{"user": "describe the image.", "assistant": "Größe"}]}
-    with pytest.raises(ValueError, match=r"sample d of .*a.tar needs a .json with texts or messages, or a .txt"):
+    with pytest.raises(ValueError, match=r"sample d of .*a.tar needs a .json with a record, or a .txt"):
         source.read(2)
     assert to_sample(source.read(3)).images == []
     with pytest.raises(ValueError, match=r"sample f of .*a.tar has two members .txt"):
@@ -386,7 +388,7 @@ def test_folder(tmp_path):
         ([encode(1)], TURNS),
     ]
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"the .json of .*c.webp must be a JSON object .* not an empty list"):
+    with pytest.raises(ValueError, match=r"the .json of .*c.webp must be a JSON object, .* not an empty list"):
         source.read(1)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"image": "b.png", "texts": TURNS}))
     assert read_all(open_source(str(tmp_path))) == [([encode(0)], TURNS)]
@@ -394,22 +396,26 @@ def test_folder(tmp_path):
 
 def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    (tmp_path / "list.json").write_text("[\n{}\n]")
+    (tmp_path / "list.json").write_text("[\n \n]")
     (tmp_path / "a.csv").write_text("")
+    (tmp_path / "a.doc").write_text("")
+    (tmp_path / "a.tar.gz").write_bytes(b"")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 or not")
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 1000)
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "columns.parquet")
     (tmp_path / "images").mkdir()
     for spec, sentence in {
         "empty.jsonl": "empty.jsonl has no records",
-        "list.json": "list.json is one JSON list; it must have one record",
-        "a.csv": r"a.csv' is of no kind that is understood: give scenes, .*\.jsonl.*hub:owner/name",
+        "list.json": "list.json has no records",
+        "a.csv": "a.csv has no records",
+        "a.doc": r"a.doc' is of no kind that is understood: give scenes, .*\.jsonl.*hub:owner/name",
         "missing.jsonl": r"missing.jsonl' does not exist: give scenes",
-        "*.tar.gz": r"does not exist: give scenes",
+        "*.tar.bz2": r"does not exist: give scenes",
+        "a.tar.gz": r"a.tar.gz' cannot be read: unpack it",
+        "*.jsonl*": "empty.jsonl has no records",
+        "*.???": "stands for files of more than one kind",
         "bad.parquet": "bad.parquet is damaged or no parquet file",
         "bad.tar": "bad.tar is cut off, damaged or compressed",
-        "columns.parquet": "columns.parquet needs a column texts or messages; it has text",
-        "images": "images has no image",
+        "images": "images has 0 images and nothing about them: it needs",
     }.items():
         with pytest.raises(ValueError, match=sentence):
             open_source(str(tmp_path / spec))
@@ -422,12 +428,14 @@ def test_what_cannot_be_opened_is_named(tmp_path):
 def test_a_record_that_names_a_device_or_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    for name in ("/dev/zero", "pipe.png", "folder.png", "."):
-        (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "texts": TURNS}))
-        with pytest.raises(
-            ValueError, match=r"line 1 of .*a.jsonl names a file that cannot be read: .* not a regular file"
-        ):
-            JsonLines(tmp_path / "a.jsonl").read(0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.png"))
+        for name in ("pipe.png", "folder.png", ".", "s.png"):
+            (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "texts": TURNS}))
+            with pytest.raises(
+                ValueError, match=r"line 1 of .*a.jsonl names a file that cannot be read: .* not a regular file"
+            ):
+                TextFiles(tmp_path / "a.jsonl").read(0)
 
 
 def test_a_tar_with_a_negative_size_ends(tmp_path):
@@ -445,8 +453,15 @@ def test_a_tar_with_a_negative_size_ends(tmp_path):
 
 def test_a_record_of_the_hub_names_no_file_of_this_machine(tmp_path):
     (tmp_path / "own.png").write_bytes(encode(0))
-    for name in (str(tmp_path / "own.png"), f"file://{tmp_path / 'own.png'}", "local://x", "memory://x"):
-        assert source_hub._read_remote(name) == name
+    hub = Hub("hub:parquet", data_files=str(write_parquet(tmp_path)), cache_dir=str(tmp_path))
+    hub.name, hub.own_files = "hub:a/b", "hf://datasets/a/b"
+    for name in (
+        *(str(tmp_path / "own.png"), f"file://{tmp_path / 'own.png'}", "local://x", "memory://x", "own.png"),
+        *("hf://datasets/a/private/x.png", "hf://datasets/a/bb/x.png", "hf://datasets/a/b/../private/x.png"),
+        f"zip://x.png::file://{tmp_path}/own.zip",
+    ):
+        with pytest.raises(ValueError, match=r"a record of hub:a/b names .* is not a file of the dataset"):
+            hub._read_named(name)
 
 
 # --- damage --------------------------------------------------------------------------------------------------
@@ -535,7 +550,7 @@ def test_a_damaged_line_is_named_when_it_is_read(tmp_path):
         b'{"image": "a\\u0000"}',
     ]
     file.write_bytes(good + b"\n\n" + b"\n".join(bad) + b"\r\n" + good)
-    source = JsonLines(file)
+    source = TextFiles(file)
     assert len(source) == 8 and plain(source.read(0)) == plain(source.read(7))
     for i in range(1, 7):
         with pytest.raises(ValueError, match=f"line {i + 2} of {re.escape(str(file))}"):
@@ -590,7 +605,7 @@ def folder(tmp_path_factory):
 def test_any_json_is_a_sample_or_a_value_error(folder, value):
     (folder / "data.jsonl").write_text(json.dumps(value))
     try:
-        sample = to_sample(JsonLines(folder / "data.jsonl").read(0), {"relevance_ratings": 3})
+        sample = to_sample(TextFiles(folder / "data.jsonl").read(0), {"relevance_ratings": 3})
     except ValueError as error:
         assert "\n" not in str(error).replace(str(value), "")
         return
@@ -619,7 +634,7 @@ def test_any_bytes_are_an_image_or_a_value_error(data, format, draw):
 
 def test_an_image_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"image 0 cannot be read as an image: .*decompression bomb"):
+    with pytest.raises(ValueError, match=r"image 0 cannot .*: it has 256 pixels, more than data.max_pixels = 100"):
         to_sample({"images": [encode(0)], "texts": TURNS})
 
 
@@ -675,7 +690,7 @@ def test_one_image_stands_for_images(tmp_path):
     )
     (tmp_path / "a.png").write_bytes(encode(0))
     (tmp_path / "a.jsonl").write_text(json.dumps({"images": [], "image": "a.png", "texts": TURNS}))
-    assert JsonLines(tmp_path / "a.jsonl").read(0)["images"] == [encode(0)]
+    assert TextFiles(tmp_path / "a.jsonl").read(0)["images"] == [encode(0)]
 
 
 def test_parts_carry_their_images(tmp_path):
@@ -683,7 +698,7 @@ def test_parts_carry_their_images(tmp_path):
     parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "or"}, {"type": "image", "image": "a.png"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
-    sample = to_sample(JsonLines(tmp_path / "a.jsonl").read(0))
+    sample = to_sample(TextFiles(tmp_path / "a.jsonl").read(0))
     assert (
         contents(sample) == ["#or#", "b"] and [image.tobytes() for image in sample.images] == [noise(0).tobytes()] * 2
     )
@@ -712,7 +727,7 @@ def say(*roles, content="x"):
         ({"texts": TURNS, "images": [None]}, "image 0 must be an encoded file .*, not nothing"),
         ({"texts": TURNS, "images": [encode(0), {"path": "a"}]}, "image 1 must be .*, not only the name 'a'"),
         ({"texts": TURNS, "images": [encode(0)[:-30]]}, "image 0 cannot be read as an image: "),
-        ({"texts": TURNS, "images": [b"hello"]}, "image 0 cannot .*: its 5 bytes have no known format"),
+        ({"texts": TURNS, "images": [b"hello"]}, "image 0 cannot .*: its 5 bytes have no format that is read"),
         ({"texts": TURNS, "independent": "yes"}, "independent must be true or false, not str"),
         ({"texts": [{"user": "a", "assistant": " "}]}, "every answer of the record is empty"),
         ({"messages": "hello"}, "messages must be a list, not str"),
@@ -784,7 +799,7 @@ def test_scenes_are_records():
 def test_several_sources_are_one(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"texts": [{"user": "q", "assistant": "a"}]}\nno JSON\n')
     path = str(tmp_path / "a.jsonl")
-    assert isinstance(open_sources([path]), JsonLines)
+    assert isinstance(open_sources([path]), TextFiles)
     assert len(open_sources([path, "scenes"])) == 1_000_002
     assert open_sources([path, "scenes"], [1, 3]).counts == [250, 750]
     assert list(sample_texts(open_sources([path]), 10)) == ["q", "a"]  # the damaged line is left to the loader
@@ -805,7 +820,7 @@ def test_several_sources_are_one(tmp_path):
 
 
 def test_streams_are_mixed_by_weights(hub, monkeypatch):
-    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split, order: hub)
+    monkeypatch.setattr("nanovlm.data.sources.Hub", lambda spec, split, order, allow_urls: hub)
     assert open_sources(["hub:a/b"]) is hub
     assert next(iter(sample_texts(hub, 2)))
     with pytest.raises(ValueError, match=r"hub:parquet is a stream of unknown size: mix it .* by data.weights"):
@@ -964,17 +979,27 @@ def test_hub_order_is_of_the_seed_or_of_the_files(hub, tmp_path, monkeypatch):
     assert read(open_sources(["hub:parquet"], shuffle=False), 92) == 4 * written == read(hub, 92)
 
 
-def test_hub_leaves_images_that_cannot_be_read_to_the_sample(tmp_path, monkeypatch):
+def test_hub_reads_the_files_of_the_dataset_and_addresses_if_they_are_allowed(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(encode(0))
     opened = fsspec.open
-    monkeypatch.setattr(fsspec, "open", lambda name, mode: opened(name.replace("https:/", str(tmp_path)), mode))
-    images = [{"bytes": None, "path": f"https://{name}"} for name in ("a.png", "no.png")]
-    pq.write_table(pa.table({"image": images, "texts": [TURNS] * 2}), tmp_path / "a.parquet")
-    hub = Hub("hub:parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
-    good, bad = (hub.read(ref.key) for ref in itertools.islice(hub.refs([0], 1), 2))
-    assert to_sample(good).images[0].tobytes() == noise(0).tobytes()
-    with pytest.raises(ValueError, match=r"image 0 must be .*, not only the name '.*no.png'"):
-        to_sample(bad)
+    monkeypatch.setattr(
+        fsspec, "open", lambda name, mode: opened(name.replace("hf://datasets/parquet@1", str(tmp_path)), mode)
+    )
+    monkeypatch.setattr("nanovlm.data.source_names.download", lambda name, where: encode(1))
+    names = ["hf://datasets/parquet@1/a.png", "hf://datasets/parquet@1/no.png", "https://a.org/a.png"]
+    images = [{"bytes": None, "path": name} for name in names]
+    pq.write_table(pa.table({"image": images, "texts": [TURNS] * 3}), tmp_path / "a.parquet")
+    for allow_urls in (False, True):
+        hub = Hub("hub:parquet", allow_urls=allow_urls, data_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path))
+        keys = [ref.key for ref in itertools.islice(hub.refs([0], 1), 3)]
+        assert to_sample(hub.read(keys[0])).images[0].tobytes() == noise(0).tobytes()
+        with pytest.raises(ValueError, match=r"a record of hub:parquet names .*no.png, which cannot be read"):
+            hub.read(keys[1])
+        if allow_urls:
+            assert to_sample(hub.read(keys[2])).images[0].tobytes() == noise(1).tobytes()
+            continue
+        with pytest.raises(ValueError, match=r"names the address https://a.org/a.png: set --data.allow-urls True"):
+            hub.read(keys[2])
 
 
 def test_hub_mistakes_are_named(tmp_path):
@@ -989,5 +1014,5 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match="needs the package datasets: pip install datasets"):
         open_source("hub:a/b")
-    with pytest.raises(ValueError, match="need the package pyarrow: pip install pyarrow"):
+    with pytest.raises(ValueError, match="files need the package pyarrow: pip install pyarrow"):
         sources.Parquet("a.parquet")
