@@ -56,11 +56,17 @@ class Parquet:
         last = self.last
         try:
             if last is None or last[0] != group:
+                parquet = import_arrow("pyarrow.parquet")
+                metadata = parquet.read_metadata(file)
+                if (size := metadata.row_group(number).total_byte_size) > LARGEST_GROUP:
+                    raise UserError(f"its row group has {size} bytes, more than {LARGEST_GROUP}")
+                # A value that a file holds once and repeats is not copied for each row, or 20 MB become all memory.
+                columns = map(metadata.schema.column, range(len(metadata.schema)))
+                texts = [
+                    c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"
+                ]
                 # One thread: a forked process does not inherit the other threads.
-                with import_arrow("pyarrow.parquet").ParquetFile(file) as opened:
-                    size = opened.metadata.row_group(number).total_byte_size
-                    if size > LARGEST_GROUP:
-                        raise UserError(f"its row group has {size} bytes, more than {LARGEST_GROUP}")
+                with parquet.ParquetFile(file, read_dictionary=texts, metadata=metadata) as opened:
                     names = class_names(opened.schema_arrow)
                     last = self.last = group, opened.read_row_group(number, use_threads=False), names
             record = name_classes(last[1].slice(row, 1).to_pylist()[0], last[2])
