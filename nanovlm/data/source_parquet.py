@@ -62,9 +62,8 @@ class Parquet:
                     raise UserError(f"its row group has {size} bytes, more than {LARGEST_GROUP}")
                 # A value that a file holds once and repeats is not copied for each row, or 20 MB become all memory.
                 columns = map(metadata.schema.column, range(len(metadata.schema)))
-                texts = [
-                    c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"
-                ]
+                columns = (column for column in columns if column.physical_type == "BYTE_ARRAY")
+                texts = [column.path for column in columns if column.logical_type.type != "DECIMAL"]
                 # One thread: a forked process does not inherit the other threads.
                 with parquet.ParquetFile(file, read_dictionary=texts, metadata=metadata) as opened:
                     names = class_names(opened.schema_arrow)

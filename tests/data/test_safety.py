@@ -214,7 +214,7 @@ def test_the_limit_of_pixels_is_that_of_the_config_alone(monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == DataConfig().max_pixels >= 200_000_000
     assert decode_image(file.getvalue()).size == (10_000, 9_500)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 94_000_000)
-    with pytest.raises(UserError, match="it has 95000000 pixels, more than data.max_pixels = 94000000"):
+    with pytest.raises(UserError, match=r"it has 95000000 pixels, more than data.max_pixels = 94000000"):
         decode_image(file.getvalue())
 
 
@@ -372,7 +372,7 @@ def test_addresses_have_limits(folder, server, monkeypatch):
         with pytest.raises(UserError, match="which cannot be fetched"):
             read_image(folder, address, allow_urls=True)
     for address in ("file:///etc/passwd", f"file://{folder}/sub/a.png", "ftp://127.0.0.1/a.png", "zip://a::http://b/c"):
-        with pytest.raises(UserError, match="must begin with http:// or https://|names the address"):
+        with pytest.raises(UserError, match=r"must begin with http:// or https://|names the address"):
             read_image(folder, address, allow_urls=True)
     assert "127.0.0.2" not in {host for host, _path in Server.asked}
 
