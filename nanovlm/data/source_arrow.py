@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import check_index, find_files, join_names
-from nanovlm.data.source_names import fetch_images, read_named
+from nanovlm.data.source_names import fetch_named
 from nanovlm.data.source_parquet import class_names, import_arrow, name_classes
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
@@ -55,7 +55,7 @@ class Arrow:
                 record = name_classes(rows.to_pylist()[0], self.classes[number])
         except (OSError, ValueError, LookupError, TypeError, EOFError, NotImplementedError) as error:
             raise UserError(f"{where} cannot be read: {error}") from error
-        return fetch_images(record, lambda name: read_named(name, file.parent, file.parent, where, self.allow_urls))
+        return fetch_named(record, file.parent, file.parent, where, self.allow_urls)
 
     def _scan(self, number: int, file: Path):
         """Note where the batches of a file are, and what is wrong with it."""

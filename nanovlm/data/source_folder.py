@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nanovlm.data.records import is_empty
+from nanovlm.data.layouts import CAPTION_QUESTION
+from nanovlm.data.pictures import is_empty
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, walk
 from nanovlm.data.source_lines import parse_json
-from nanovlm.data.source_names import fetch_images, read_file, read_named
+from nanovlm.data.source_names import fetch_named, read_file, read_named
 from nanovlm.errors import UserError
 
-# The question for an image that has only a caption, and for one that has only a class.
-CAPTION_QUESTION = "describe the image."
+# The question for an image that has only a class.
 CLASS_QUESTION = "what is in the image?"
 # Folders of these names are the parts of a data set, not classes.
 SPLITS = frozenset("train training val valid validation dev test testing images".split())
@@ -52,7 +52,7 @@ class Folder:
         if all(is_empty(record.get(key)) for key in ("images", "image", "file_name", "file_names")):
             record["images"] = [image.name]
         # A record names what is beside it, in the folder that the user named.
-        return fetch_images(record, lambda name: read_named(name, image.parent, self.path, where, self.allow_urls))
+        return fetch_named(record, image.parent, self.path, where, self.allow_urls)
 
 
 class Classes:
@@ -101,7 +101,7 @@ def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_
         if not record:
             raise UserError(f"{where} needs a .json with a record, or a .txt with a caption")
         return record
-    if {"texts", "messages", "conversations"} & record.keys():
+    if {"texts", "messages", "conversations", "question"} & record.keys():
         return record
     if not has_image:
         raise UserError(f"{where} has a caption and no image")

@@ -12,7 +12,7 @@ import numpy as np
 
 from nanovlm.data.source import IN_ORDER, Order, Ref
 from nanovlm.data.source_files import LARGEST_FILE
-from nanovlm.data.source_names import fetch_images, is_base64, read_named
+from nanovlm.data.source_names import fetch_from, read_named
 from nanovlm.errors import UserError, printable
 
 
@@ -72,13 +72,13 @@ class Hub:
 
     def read(self, key: dict) -> dict:
         """Fetch the images of a record: in it, among the files of the dataset, or from addresses if allowed."""
-        return fetch_images(key, self._read_named)
+        return fetch_from(key, self._read_named, f"a record of {self.name}")
 
     def _read_named(self, name: str) -> bytes:
         where = f"a record of {self.name}"
         if re.match(re.escape(self.own_files) + "[@/]", name) and ".." not in name.split("/"):
             return _read_remote(name, where)
-        if re.match(r"https?://|data:", name, re.IGNORECASE) or is_base64(name):
+        if re.match(r"https?://", name, re.IGNORECASE):
             return read_named(name, Path(), Path(), where, self.allow_urls)
         raise UserError(f"{where} names {printable(name, most=100)}, which is not a file of the dataset")
 

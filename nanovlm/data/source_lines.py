@@ -10,11 +10,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nanovlm.data.records import kind_of
+from nanovlm.data.pictures import kind_of
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import LARGEST_RECORD, check_index, find_files, join_names, suffix_of
 from nanovlm.data.source_index import Index, index_json, index_lines, index_table
-from nanovlm.data.source_names import fetch_images, read_named
+from nanovlm.data.source_names import fetch_named
 from nanovlm.data.source_text import Text
 from nanovlm.errors import UserError
 
@@ -70,7 +70,7 @@ class TextFiles:
         if len(data) < size:
             raise UserError(f"{where} cannot be read: the file became shorter since it was opened")
         record = parse_json(data, where) if index.columns is None else _parse_row(data, index, where)
-        return fetch_images(record, lambda name: read_named(name, file.parent, file.parent, where, self.allow_urls))
+        return fetch_named(record, file.parent, file.parent, where, self.allow_urls)
 
 
 def parse_json(data: bytes, where: str) -> dict:

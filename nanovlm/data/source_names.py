@@ -3,22 +3,16 @@
 A record is a stranger's: its names may lead out of the folder, to devices, or into the network.
 """
 
-import base64
-import binascii
 import os
 import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from nanovlm.data.records import is_empty
+from nanovlm.data.pictures import Record, fetch_images, is_empty
 from nanovlm.data.source_address import download
 from nanovlm.data.source_files import LARGEST_FILE
 from nanovlm.errors import UserError, printable
-
-# How the files of JPEG, PNG, GIF, WEBP and BMP begin, in base64.
-BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
-LONGEST_NAME = 255  # characters of a file's name, which an image in base64 exceeds
 
 
 class ImageFile(bytes):
@@ -27,33 +21,33 @@ class ImageFile(bytes):
     name: str
 
 
-def fetch_images(record: dict, read: Callable[[str], bytes | str]) -> dict:
-    """Replace the names of images in a record by the contents of their files, from `read`.
+def fetch_named(record: dict, base: Path, folder: Path, where: str, allow_urls: bool) -> Record:
+    """Return a record with the contents of the images that it names, as `read_named` reads them.
 
-    They are in `images`, in `image` or the `file_name(s)` of image folders (both moved to `images`), and in the image
-    parts of messages (all brought to `{"type": "image", "image": ...}`).
+    The images remember that they are from `where`, with which each UserError begins.
     """
+    return fetch_from(record, lambda name: read_named(name, base, folder, where, allow_urls), where)
 
-    def fetch(image):
-        if isinstance(image, dict):
-            image = next((image[key] for key in ("bytes", "path", "url") if image.get(key) is not None), None)
-        return read(image) if isinstance(image, str) else image
 
-    record = _name_images(record)
-    image = record.pop("image", None)
-    images = record.get("images")
-    if images is None or (is_empty(images) and not is_empty(image)):
-        images = image
-    if not is_empty(images):
-        record["images"] = [fetch(image) for image in (images if isinstance(images, list) else [images])]
-    for key, value in record.items():
-        if isinstance(value, list) and any(isinstance(message, dict) and "content" in message for message in value):
-            record[key] = [_fetch_parts(message, fetch) for message in value]
+def fetch_from(record: dict, read: Callable[[str], bytes], where: str) -> Record:
+    """Return a record with the contents of the images that it names, from a function that reads a name."""
+    try:
+        record = fetch_images(_name_images(record), read)
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
+    if isinstance(images := record.get("images"), list):
+        record["images"] = [name_image(image, where) if type(image) is bytes else image for image in images]
     return record
 
 
+def name_image(data: bytes, name: str) -> ImageFile:
+    image = ImageFile(data)
+    image.name = name
+    return image
+
+
 def _name_images(record: dict) -> dict:
-    """Give the columns of image folders the names that they have as columns of `datasets`.
+    """Give the columns of image folders the names that they have as columns of `datasets`; empty ones are left out.
 
     `file_name` becomes `image`, `file_names` `images`, `x_file_name` `x`, unless these are there.
     """
@@ -62,63 +56,22 @@ def _name_images(record: dict) -> dict:
         match = re.fullmatch(r"(?:(.+)_)?file_name(s?)", key) if isinstance(key, str) else None
         new = key if match is None else match[1] or f"image{match[2]}"
         is_other = match is not None and (new in record or (match[1] is None and not is_empty(record.get("images"))))
-        named[key if is_other else new] = value
+        if new != "image" or not is_empty(value):  # an empty cell of a table
+            named[key if is_other else new] = value
     return named
 
 
-def _fetch_parts(message, fetch):
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    content = []
-    for part in message["content"]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image", "image_url"):
-            held = ("image", "image_url", "bytes", "path", "url")
-            carried = next((part[key] for key in held if part.get(key) is not None), None)
-            part = {"type": "image", "image": fetch(carried)}
-        content.append(part)
-    return {**message, "content": content}
-
-
 def read_named(name: str, base: Path, folder: Path, where: str, allow_urls: bool) -> ImageFile:
-    """Return the image that a record names: a file, a data: URL, base64, or an address if allowed.
+    """Return the image that a record names: a file, or an address if allowed.
 
     A file's name is relative to `base`; the file is in `folder` or below. Raises UserError that begins with `where`.
     """
     shown = printable(name, most=100)
-    if name[:5].lower() == "data:":
-        data, shown = decode_data_url(name, where), "a data: URL"
-    elif is_base64(name):
-        data, shown = _decode_base64(name, where), "in base64"
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
         if not allow_urls:
             raise UserError(f"{where} names the address {shown}: set --data.allow-urls True to fetch images from there")
-        data = download(name, where)
-    else:
-        data = read_file(base / name, folder, where)
-    image = ImageFile(data)
-    image.name = f"{shown}, {where}"
-    return image
-
-
-def is_base64(name: str) -> bool:
-    """Tell whether the name of an image is the image itself, as in the tables of VLMEvalKit."""
-    return len(name) > LONGEST_NAME and name.startswith(BASE64_STARTS)
-
-
-def decode_data_url(url: str, where: str) -> bytes:
-    """Return the contents of `data:image/png;base64,...`."""
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise UserError(f"{where} has a data: URL that must begin as data:image/png;base64, not {printable(url, 60)}")
-    return _decode_base64(data, where)
-
-
-def _decode_base64(text: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"{where} has an image whose base64 is damaged: {error}") from error
+        return name_image(download(name, where), f"{shown}, {where}")
+    return name_image(read_file(base / name, folder, where), f"{shown}, {where}")
 
 
 def read_file(path: Path, folder: Path, where: str) -> bytes:

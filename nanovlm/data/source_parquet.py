@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import check_index, find_files, join_names
-from nanovlm.data.source_names import fetch_images, read_named
+from nanovlm.data.source_names import fetch_named
 from nanovlm.errors import UserError
 
 LARGEST_GROUP = 2**32  # bytes of a row group, which is in memory as a whole
@@ -71,7 +71,7 @@ class Parquet:
             record = name_classes(last[1].slice(row, 1).to_pylist()[0], last[2])
         except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
             raise UserError(f"{where} cannot be read: {error}") from error
-        return fetch_images(record, lambda name: read_named(name, file.parent, file.parent, where, self.allow_urls))
+        return fetch_named(record, file.parent, file.parent, where, self.allow_urls)
 
 
 def class_names(schema) -> dict[str, list[str]]:
