@@ -42,7 +42,8 @@ class DataConfig:
     num_epochs: int = 0
     # Worker processes of each rank that read samples; 0 reads in the training process.
     num_workers: int = 0
-    # Share of the samples that a hash of their contents keeps out of training.
+    # Share of the pictures that are held out of training, with every record that shows one; of records without
+    # pictures, the share of texts.
     val_fraction: float = 0.0
     # Lowest accepted ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
     min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)

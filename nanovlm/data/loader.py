@@ -69,7 +69,7 @@ class Loader:
     row with the oldest document, so that none waits for ever, and the fullest other rows; the rest stays in the
     buffer. When a slot's records end, its buffer is used up: its last batches are small, then it has none.
 
-    With `val_fraction` a hash of a record's contents decides whether it is in the split `val` or `train`.
+    With `val_fraction` a record is in the split `val` or `train` by its contents (split.py).
     A loader that loads a saved state goes on with exactly the documents that were not seen, with any number of workers
     and any assignment of slots to ranks.
     """

@@ -1,9 +1,7 @@
 """Raw record -> Document, or why it gave none: in the training process, or in worker processes beside it."""
 
 import ctypes
-import hashlib
 import itertools
-import json
 import os
 import re
 import signal
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.config import DataConfig
 from nanovlm.data.source import Ref, Source
+from nanovlm.data.split import is_validation
 from nanovlm.data.types import Document, Filtered
 from nanovlm.errors import UserError, printable
 from nanovlm.limits import time_limit
@@ -115,46 +114,6 @@ def start_worker(_number: int):
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def is_validation(raw: dict, fraction: float) -> bool:
-    """Decide only by a hash of a record's conversation and images (their encoded bytes, else their pixels).
-
-    A conversation is the same as `texts` and as `messages`, and its images are the same beside it and in its parts.
-    """
-    if not isinstance(raw, dict):
-        return False
-    images = raw.get("images") or []
-    images = [*(images if isinstance(images, list) else [images]), *_carried(raw)]
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(_said(raw), sort_keys=True, default=str).encode(errors="replace"))
-    for image in images:
-        digest.update(image if isinstance(image, bytes) else getattr(image, "tobytes", lambda: b"")())
-    return int.from_bytes(digest.digest()) < fraction * 2**64
-
-
-def _list_of(record: dict, key: str) -> list:
-    return record[key] if isinstance(record.get(key), list) else []
-
-
-def _said(raw: dict) -> list[tuple]:
-    """Return (role, text) of each message of a record, as far as it has a known form."""
-    said = []
-    for turn in _list_of(raw, "texts"):
-        said += [(role, turn.get(role)) for role in ("user", "assistant")] if isinstance(turn, dict) else [turn]
-    for message in _list_of(raw, "messages"):
-        content = message.get("content") if isinstance(message, dict) else message
-        if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        said.append((message.get("role") if isinstance(message, dict) else None, content))
-    return said
-
-
-def _carried(raw: dict) -> list:
-    """Return the images that parts of messages carry, in order."""
-    messages = [message for message in _list_of(raw, "messages") if isinstance(message, dict)]
-    parts = [part for message in messages for part in _list_of(message, "content") if isinstance(part, dict)]
-    return [part[key] for part in parts for key in ("bytes", "image", "path") if part.get(key) is not None]
 
 
 def explain(error: Exception) -> str:

@@ -14,8 +14,9 @@ from nanovlm.data import reader
 from nanovlm.data.loader import Loader, collate
 from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.packing import make_row
-from nanovlm.data.reader import CHUNK, Skipped, flatten, is_validation, unflatten
+from nanovlm.data.reader import CHUNK, Skipped, flatten, unflatten
 from nanovlm.data.source import Order, Ref, deal
+from nanovlm.data.split import is_validation
 from nanovlm.data.types import Document, Filtered
 
 SHUFFLED = Order(0, shuffle=True)
@@ -32,7 +33,8 @@ def numbered(i):
 
 
 def record(number):
-    return {"number": number, "images": [str(number).encode()]}
+    turns = [{"user": "which?", "assistant": "this"}]
+    return {"number": number, "images": [str(number).encode()], "texts": turns}
 
 
 class Records:
@@ -148,7 +150,7 @@ def test_an_epoch_is_the_training_split_once_each(make_source, num_workers, slot
     )
     assert sorted(trained + held_out) == list(range(301))
     assert 30 < len(held_out) < 90
-    assert set(held_out) == {i for i in range(301) if is_validation({"images": [str(i).encode()]}, 0.2)}
+    assert set(held_out) == {i for i in range(301) if is_validation(record(i), 0.2)}
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
@@ -450,22 +452,6 @@ def test_few_records_are_judged_at_the_end_of_a_pass():
     assert len(documents(make_loader(Records(34), poisoned(ValueError("x")), num_epochs=1))) == 33
 
 
-def test_a_conversation_is_on_one_side_of_the_split_in_both_of_its_forms():
-    turns = [{"user": f"what is {i}?", "assistant": f"it is {i}"} for i in range(40)]
-    for turn in turns:
-        said = [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
-        parts = [{**said[0], "content": [{"type": "image"}, {"type": "text", "text": turn["user"]}]}, said[1]]
-        forms = [{"texts": [turn]}, {"messages": said}, {"messages": parts}]
-        carried = {**said[0], "content": [{"type": "image", "image": b"1"}, {"type": "text", "text": turn["user"]}]}
-        sides = {is_validation({**form, "images": [b"1"]}, 0.5) for form in forms}
-        assert len(sides | {is_validation({"messages": [carried, said[1]]}, 0.5)}) == 1
-    assert 5 < sum(is_validation({"texts": [turn]}, 0.5) for turn in turns) < 35
-    same = [[{"role": "user", "content": [{"type": "image", "image": bytes([i])}]}] for i in range(40)]
-    assert 5 < sum(is_validation({"messages": messages}, 0.5) for messages in same) < 35  # other images, other records
-    for odd in ({"texts": True}, {"texts": 7}, {"messages": "x"}, {"texts": [1, None]}, [], "text", {"images": 5}):
-        is_validation(odd, 0.5)
-
-
 def test_a_killed_worker_stops_the_run():
     def process(raw):
         if raw["number"] == 33:
@@ -578,16 +564,6 @@ def test_damage_of_the_source_is_counted(capsys):
     source.damaged = ["a.tar is cut off behind sample 49"]
     assert make_loader(source).counts["damaged"] == 1
     assert "a.tar is cut off" in capsys.readouterr().out
-
-
-def test_the_split_depends_on_the_contents_alone():
-    one = {"texts": [{"user": "a", "assistant": "b"}], "images": [b"x"]}
-    records = [one, {**one, "images": [b"y"]}, {**one, "texts": []}]
-    sides = [[is_validation(record, fraction / 100) for fraction in range(101)] for record in records]
-    assert len({side.index(True) for side in sides}) == 3  # each has a threshold of its own
-    assert all(side == sorted(side) for side in sides)
-    again = {"id": 7, **dict(reversed(one.items())), "texts": [{"assistant": "b", "user": "a", "kind": "x"}]}
-    assert all(is_validation(again, f / 100) == is_validation(one, f / 100) for f in range(101))
 
 
 def test_documents_travel_whole():
