@@ -38,6 +38,7 @@ from nanovlm.data.packing import pack
 from nanovlm.data.records import options_of, to_sample
 from nanovlm.data.source import Source
 from nanovlm.data.sources import open_sources, sample_records, sample_texts
+from nanovlm.data.split import describe_split
 from nanovlm.environment import (
     choose_precision,
     choose_threads,
@@ -46,16 +47,17 @@ from nanovlm.environment import (
     find_device,
     keep_freed_memory,
 )
+from nanovlm.errors import UserError
 from nanovlm.eval.controls import TrainingScan
 from nanovlm.eval.routing import draw_routing, measure_routing
-from nanovlm.eval.run import answer, evaluate, format_table
+from nanovlm.eval.run import MAX_NEW_TOKENS, answer, evaluate, format_table
 from nanovlm.eval.sheet import choose, describe, draw_sheet
-from nanovlm.eval.tasks import Question, Task, open_task, read_questions
+from nanovlm.eval.tasks import Question, Records, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.build import meta_model
 from nanovlm.objectives import OBJECTIVES
-from nanovlm.train import checkpoint, init, parallel
+from nanovlm.train import best, checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
@@ -67,7 +69,7 @@ from nanovlm.train.resume import (
 )
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import count, fill_up, train_step
-from nanovlm.train.validate import evaluating, read_held_out, validate
+from nanovlm.train.validate import HeldOut, evaluating, loss_names, read_held_out, validate
 
 SHOWN = 4  # questions whose answers are shown while a run goes on
 RESTART = 75  # exit status of a run that a signal ended: it is saved and can be started again
@@ -117,12 +119,16 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # Read before the first step, so that what cannot be asked is named now.
     tasks = [open_task(name, config.eval.limit) for name in config.eval.tasks]
     asked = [(task, read_questions(task)) for task in tasks]
-    shown = read_questions(open_task(config.eval.show, SHOWN)) if config.eval.show else asked[0][1] if asked else []
-    shown = choose(shown, SHOWN) if config.eval.show_every else []
     held_out = {}
     if data.val_fraction:
+        if is_first and not checkpoints:
+            print("the split: " + "\nthe split: ".join(describe_split(source, data.val_fraction)))
         loaders = {part.name: make_loader(part, processor, config, "val") for part in parts_of(source)}
         held_out = read_held_out(loaders, config)
+        asked += ask_held_out(loaders, processor, config) if config.eval.every else []
+    shown = read_questions(open_task(config.eval.show, SHOWN)) if config.eval.show else asked[0][1] if asked else []
+    shown = choose(shown, SHOWN) if config.eval.show_every else []
+    metric = best.choose_metric(config.eval, loss_names(held_out) + [f"accuracy_{task.name}" for task, _ in asked])
 
     # --- model, optimizers, state ------------------------------------------------------------------------
     model = meta_model(config.model)  # without memory until it is sharded
@@ -141,6 +147,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
         state.load(checkpoints[-1])
+        best.check_kept(state, run_dir)
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
     if is_first:
@@ -165,7 +172,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     model.train()
     saving, saved_step = None, state.step
     with cli.watch_signals() as signals, profile(config, run_dir, state.step) as profile_step:
-        while state.step < most_steps:
+        while state.step < most_steps and not best.has_stalled(state, metric, config.eval):
             start = time.perf_counter()
             batches = next(loader, [])
             data_wait_s = time.perf_counter() - start
@@ -179,7 +186,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             numbers = train_step(state, batches, totals["units"], config)
             if config.eval.every and state.step % config.eval.every == 0:
                 with log.paused():
-                    numbers |= look(state, processor, asked, held_out)
+                    numbers |= (seen := look(state, processor, asked, held_out))
+                    log.say(best.keep_best(state, seen, metric, config.eval, run_dir, processor))
             log.add(numbers, totals, data_wait_s)
             profile_step()
             if shown and state.step % config.eval.show_every == 0:
@@ -196,6 +204,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
                 distributed.wait()  # for the first rank's rename: torchrun ends all ranks when one exits
                 print(f"stopped by a signal at step {state.step}; start it again to go on")
                 sys.exit(128 + signal.SIGINT if signal.SIGINT in signals else RESTART)
+    if best.has_stalled(state, metric, config.eval):
+        log.say(f"ended at step {state.step}: {state.best['misses']} evaluations were no better (eval.patience)")
+    if metric and state.step % config.eval.every:  # else the last model would have no chance to be the best
+        with log.paused():
+            seen = look(state, processor, asked, held_out)
+            log.say(best.keep_best(state, seen, metric, config.eval, run_dir, processor))
     log.close()
     if saving:
         saving.finish()
@@ -205,6 +219,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         "train_seconds": round(state.elapsed_s, 1),
         "environment": describe_environment(device, state.threads, state.precision),
     } | validate(state, held_out)
+    if state.best.get("step"):
+        results["best"] = best.describe_best(state)
     training = None
     if asked and config.eval.controls:
         training = TrainingScan(source, (ref.key for ref in loader.refs_read()))
@@ -237,6 +253,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
+    if "best" in results:
+        print(
+            "that of step {step}, the best by {metric}, is in {folder}".format(
+                **results["best"], folder=run_dir / best.FOLDER
+            )
+        )
     return results
 
 
@@ -284,6 +306,25 @@ def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
     )
     passes = data.num_epochs * (1 - data.val_fraction) * len(source) / max(1, len(records))
     return max(1, round(num_rows * passes / (data.batch_rows * config.optim.micro_batches)))
+
+
+def ask_held_out(
+    loaders: dict[str, Loader], processor: Processor, config: TrainConfig
+) -> list[tuple[Task, list[Question]]]:
+    """Return the held-out records as a task, with those questions that can be asked; nothing if there are none."""
+    task = Records("held_out", HeldOut([loader.reader for loader in loaders.values()]), config.eval.limit)
+    longest = config.model.decoder.max_position_embeddings - MAX_NEW_TOKENS
+
+    def can_be_asked(question: Question) -> bool:
+        try:
+            return len(processor.prompt(question.messages, question.images)) <= longest
+        except UserError:  # such as an empty question, which can be trained on
+            return False
+
+    questions = [question for question in task.questions() if can_be_asked(question)]
+    num_records = len({question.record for question in questions})
+    print(f"{len(questions)} questions about {num_records} held-out records are asked at every evaluation")
+    return [(task, questions)] if questions else []
 
 
 def look(

@@ -134,15 +134,21 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     # What the model is asked at the end of the run and every `every` steps: names of eval/tasks.py (scenes,
-    # scenes:compositional) or sources of records, where an answer must match the record's word for word.
+    # scenes:compositional) or sources of records, where an answer must match the record's word for word. With `every`
+    # and data.val_fraction the held-out records are a task too, held_out.
     tasks: tuple[str, ...] = ()
     # How many records of a task are asked, from its first on.
     limit: int = 512
     # At the end, also ask with grey images and with another record's, and score the commonest training answers.
     controls: bool = True
-    # Steps between measurements of validation loss (of data.val_fraction, for each source) and tasks; 0 for the
-    # end alone.
+    # Steps between evaluations: validation loss (of data.val_fraction, for each source) and tasks; 0 for the end alone.
     every: int = 0
+    # Which number of the evaluations decides what is kept in run_dir/model-best: val_loss, or another by its name in
+    # metrics.jsonl (accuracy_held_out), of which the higher is better. If empty, val_loss, or else the accuracy of the
+    # first task; none keeps no model.
+    best: str = ""
+    # The run ends after so many evaluations in a row that were no better than the best; 0 for no such end.
+    patience: int = 0
     # Largest number of micro-batches for the validation loss of a source; read once and kept.
     val_batches: int = 16
     # Steps between answers that are shown on the terminal; 0 for none.
@@ -211,6 +217,7 @@ class TrainConfig:
             ("keep_checkpoints", self.keep_checkpoints, 1),
             ("eval.limit", self.eval.limit, 1),
             ("eval.every", self.eval.every, 0),
+            ("eval.patience", self.eval.patience, 0),
             ("eval.val_batches", self.eval.val_batches, 1),
             ("eval.show_every", self.eval.show_every, 0),
         ):
@@ -223,6 +230,15 @@ class TrainConfig:
         check(
             not self.eval.every or self.eval.tasks or d.val_fraction,
             f"eval.every = {self.eval.every} has nothing to look at: name eval.tasks or set data.val_fraction",
+        )
+        check(
+            self.eval.every or not (self.eval.patience or self.eval.best not in ("", "none")),
+            f"eval.best = {self.eval.best!r} and eval.patience = {self.eval.patience} go by the evaluations of "
+            "eval.every = 0: give the steps between them",
+        )
+        check(
+            not (self.eval.patience and self.eval.best == "none"),
+            f"eval.patience = {self.eval.patience} needs an eval.best to go by, not none",
         )
         check(d.sources, "data.sources is empty: name your records, as in --data.sources mine.jsonl")
         check(

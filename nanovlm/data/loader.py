@@ -184,12 +184,12 @@ class Loader:
             self._results = None
 
     def refs_read(self) -> Iterator[Ref]:
-        """Yield the refs that our slots have read in their first pass over the source."""
+        """Yield the refs of our split that our slots have read in their first pass, which takes reading them again."""
         ended = {}
         for ref in self.source.refs(list(self.slots), self.num_slots):
             if ref.number >= self.slots[ref.slot].next or ref.epoch > 0:
                 ended[ref.slot] = True
-            elif ref.slot not in ended:
+            elif ref.slot not in ended and self.reader.is_ours(ref.key):
                 yield ref
             if len(ended) == len(self.slots):
                 return

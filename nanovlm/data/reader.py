@@ -45,6 +45,16 @@ class Reader(Dataset):
         """Read a chunk."""
         return flatten([self.read(key) for key in keys])
 
+    def is_ours(self, key) -> bool:
+        """Tell whether a record is of our split; what cannot be read is of the training split."""
+        try:
+            return not self.config.val_fraction or self._is_of_split(self.source.read(key))
+        except Exception:
+            return self.split == "train"
+
+    def _is_of_split(self, raw: dict) -> bool:
+        return is_validation(raw, self.config.val_fraction) == (self.split == "val")
+
     def read(self, key) -> Document | Skipped:
         """Read the record of a ref's key."""
         row_length, max_tiles = self.config.row_length, self.config.max_tiles
@@ -52,7 +62,7 @@ class Reader(Dataset):
         try:
             with time_limit(RECORD_SECONDS, "the record"):
                 raw = self.source.read(key)
-                if self.config.val_fraction and is_validation(raw, self.config.val_fraction) != (self.split == "val"):
+                if self.config.val_fraction and not self._is_of_split(raw):
                     return Skipped("other split")
                 document = self.process(raw)
         except Filtered as error:

@@ -28,12 +28,14 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     elapsed_s: float = 0.0
+    # The best evaluation so far, as best.py keeps it.
+    best: dict = field(default_factory=dict)
 
     def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
         """Start writing a checkpoint; once it is finished, only the newest `keep` stay."""
         if distributed.rank() == 0:
             flush(run_dir / "metrics.jsonl")
-        names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision")
+        names = ("step", "tokens", "skipped_steps", "elapsed_s", "threads", "precision", "best")
         numbers = {name: getattr(self, name) for name in names}
         states = distributed.gather(self.loader.state_dict())
         numbers["slots"] = {number: state for of_rank in states for number, state in of_rank.items()}

@@ -1,15 +1,18 @@
-"""The loss on held-out documents, for each source."""
+"""Held-out records: the loss on them, for each source, and they as a source of their own, to ask about."""
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from nanovlm import distributed
 from nanovlm.config import TrainConfig
 from nanovlm.data.loader import Loader
-from nanovlm.data.types import Batch
+from nanovlm.data.reader import Reader
+from nanovlm.data.source import Ref, first_pass
+from nanovlm.data.types import Batch, Document
 from nanovlm.model.vlm import Extras
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import autocast, fill_up
@@ -31,6 +34,36 @@ def read_held_out(loaders: dict[str, Loader], config: TrainConfig) -> dict[str, 
             print(f"note: {fraction} holds out no record of {name}, so there is no validation loss for it")
         held_out[name] = [fill_up(step, config) for step in batches + [[]] * (most - len(batches))]
     return held_out
+
+
+def loss_names(held_out: dict[str, list[list[Batch]]]) -> list[str]:
+    """Return the names under which `validate` returns losses, that of all first."""
+    read = [name for name, steps in held_out.items() if steps]
+    return ["val_loss"] * bool(read) + [f"val_loss_{name}" for name in read if len(held_out) > 1]
+
+
+class HeldOut:
+    """The held-out records of one pass over some sources, in turns, as a source; `readers` are of the split `val`.
+
+    They are those that give documents, so that the validation loss and a task on this source tell of the same ones.
+    """
+
+    name, damaged = "held-out records", ()
+
+    def __init__(self, readers: list[Reader]):
+        self.readers = readers
+
+    def refs(self, slots: Sequence[int], num_slots: int, start: Any = None) -> Iterator[Ref]:
+        """Yield refs for a single slot, as `first_pass` asks for them; they end with the pass."""
+        passes = [((k, ref) for ref in first_pass(reader.source)) for k, reader in enumerate(self.readers)]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*passes))
+        for k, ref in (turn for turn in turns if turn is not None):
+            if isinstance(self.readers[k].read(ref.key), Document):
+                yield ref._replace(key=(k, ref.key))
+
+    def read(self, key: tuple) -> dict:
+        k, of_source = key
+        return self.readers[k].source.read(of_source)
 
 
 def validate(state: TrainState, held_out: dict[str, list[list[Batch]]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What is held out is decided by pictures: no training record shows a held-out one, whatever is asked about it."""
 
 import hashlib
+import itertools
 import json
 import math
 
@@ -65,7 +66,7 @@ def test_no_picture_is_both_trained_on_and_held_out(tmp_path, fraction):
 def test_a_record_is_held_out_if_one_of_its_pictures_is():
     """So that no training record shows one, in whatever place; n pictures hold out more records than one does."""
     pictures = [f"{i}".encode() for i in range(200)]
-    records = [{"images": [a, b], "texts": [TURN]} for a, b in zip(pictures, pictures[1:], strict=False)]
+    records = [{"images": [a, b], "texts": [TURN]} for a, b in itertools.pairwise(pictures)]
     sides = [is_validation(record, 0.2) for record in records]
     kept_out = {picture for picture in pictures if is_held_out(picture, 0.2)}
     assert sides == [any(picture in kept_out for picture in record["images"]) for record in records]
