@@ -205,7 +205,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
                 print(f"stopped by a signal at step {state.step}; start it again to go on")
                 sys.exit(128 + signal.SIGINT if signal.SIGINT in signals else RESTART)
     if best.has_stalled(state, metric, config.eval):
-        log.say(f"ended at step {state.step}: {state.best['misses']} evaluations were no better (eval.patience)")
+        log.say(f"ended at step {state.step}: {best.describe_stall(state)}")
     if metric and state.step % config.eval.every:  # else the last model would have no chance to be the best
         with log.paused():
             seen = look(state, processor, asked, held_out)

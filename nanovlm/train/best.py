@@ -34,7 +34,7 @@ def choose_metric(config: EvalConfig, names: list[str]) -> str:
 
 def judge(state: TrainState, metric: str, value: float | None, config: EvalConfig) -> bool:
     """Note an evaluation in `state.best`; return whether it is the best so far. Of losses the lower is better."""
-    best = state.best if state.best.get("of") == measured(metric, config) else {"of": measured(metric, config)}
+    best: dict = state.best if state.best.get("of") == measured(metric, config) else {"of": measured(metric, config)}
     before, sign = best.get("value"), -1 if metric.startswith("val_loss") else 1
     is_best = value is not None and math.isfinite(value) and (before is None or sign * value > sign * before)
     if is_best:
@@ -84,6 +84,12 @@ def check_kept(state: TrainState, run_dir: Path):
     if state.best.get("step") and not distributed.from_first(is_there):
         print(f"note: {run_dir / FOLDER} is gone: the best model is chosen among the evaluations from now on")
         state.best = {}
+
+
+def describe_stall(state: TrainState) -> str:
+    step, metric = state.best.get("step"), state.best["of"][0]
+    than = f"no better than that of step {step}" if step else f"without a finite {metric}"
+    return f"{state.best['misses']} evaluations in a row were {than} (eval.patience)"
 
 
 def describe_best(state: TrainState) -> dict:
