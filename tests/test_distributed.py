@@ -436,6 +436,30 @@ def test_data_that_end_earlier_on_one_rank_end_the_run_on_all(tmp_path):
     assert (tmp_path / "run" / "eval.json").exists() and (tmp_path / "run" / "model").is_dir()
 
 
+def test_two_ranks_judge_the_held_out_records_as_one_and_keep_the_best_model(tmp_path):
+    records = [{"texts": [{"user": f"what is {i}?", "assistant": "no" if i % 4 else "yes"}]} for i in range(60)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
+    changes = f"""{{
+        "data": dataclasses.replace(
+            PARALLEL_RUN.data, sources=({str(tmp_path / "own.jsonl")!r},), lessons=(), val_fraction=0.3
+        ),
+        "eval": EvalConfig(every=2, val_batches=64, controls=False, patience=3),
+        "optim": dataclasses.replace(PARALLEL_RUN.optim, lr=1e-2),
+    }}"""
+    for ranks in (1, 2):
+        finish(start(tmp_path, tmp_path / f"run{ranks}", changes=textwrap.dedent(changes), ranks=ranks))
+    runs = [tmp_path / "run1", tmp_path / "run2"]
+    looks = [[line for line in metrics(folder) if "val_loss" in line] for folder in runs]
+    assert [[line["step"] for line in lines] for lines in looks] == [[2, 4, 6, 8]] * 2
+    for one, two in zip(*looks, strict=True):
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+        assert two["accuracy_held_out"] == pytest.approx(one["accuracy_held_out"])
+    ends = [json.loads((folder / "eval.json").read_text())["best"] for folder in runs]
+    assert ends[0]["step"] == ends[1]["step"] and ends[1]["value"] == min(line["val_loss"] for line in looks[1])
+    one, two = (load_file(folder / "model-best" / "model.safetensors") for folder in runs)
+    assert_close(two, one, 1e-3)
+
+
 def test_an_error_on_one_rank_ends_the_job_with_that_error(tmp_path):
     hook = 'if rank == 1 and state.step == 2: raise ValueError("the sample 17 is broken")'
     _out, error = finish(start(tmp_path, tmp_path / "run", hook), expected=1)
