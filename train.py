@@ -34,10 +34,10 @@ from nanovlm.config import TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
-from nanovlm.data.packing import pack
-from nanovlm.data.records import options_of, to_sample
+from nanovlm.data.process import make_process
+from nanovlm.data.records import options_of
 from nanovlm.data.source import Source
-from nanovlm.data.sources import open_sources, sample_records, sample_texts
+from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.data.split import describe_split
 from nanovlm.environment import (
     choose_precision,
@@ -61,6 +61,7 @@ from nanovlm.train import best, checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
+from nanovlm.train.passes import describe_counts, estimate_steps
 from nanovlm.train.resume import (
     check_same_config,
     find_checkpoints,
@@ -178,7 +179,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             data_wait_s = time.perf_counter() - start
             totals = distributed.add_up(count(batches, state, config) | {"signals": len(signals)})
             if not totals["batches"]:
-                read = f"{totals['samples read']} records in {data.num_epochs} passes over the data"
+                read = f"{totals['samples read']} reads in {data.num_epochs} passes over the data"
                 log.say(f"all was read after {state.step} steps: {read}")
                 break
             if totals["batches"] < config.optim.micro_batches:  # some ranks have no more: all must still take this step
@@ -226,7 +227,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         training = TrainingScan(source, (ref.key for ref in loader.refs_read()))
         training.add_up()
     loader.close()
-    print(describe_counts(distributed.add_up(dict(loader.counts))))
+    print(describe_counts(distributed.add_up(dict(loader.counts)), source))
 
     # --- end ---------------------------------------------------------------------------------------------
     weights = parallel.whole_tensors(model)
@@ -264,10 +265,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
 
 def make_loader(source: Source, processor: Processor, config: TrainConfig, split: str = "train") -> Loader:
     """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
-    options = options_of(config.data)
     return Loader(
         source,
-        lambda raw: processor.document(to_sample(raw, **options)),
+        make_process(processor, config.data),
         config.data,
         config.model.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),
@@ -275,37 +275,6 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
         split,
         num_epochs=1 if split == "val" else config.data.num_epochs or None,
     )
-
-
-def describe_counts(counts: dict[str, int]) -> str:
-    """Say what became of the records that were read; the numbers add up."""
-    kinds = {
-        "trained": counts["packed"],
-        "not reached by the last step": counts["documents"] - counts["packed"],
-        "held out": counts["other split"],
-        **{kind: counts[kind] for kind in ("filtered", "too long", "corrupt")},
-    }
-    return f"{counts['read']} records read: " + ", ".join(
-        f"{number} {kind}" for kind, number in kinds.items() if number
-    )
-
-
-def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
-    """Estimate, to about a fifth, the steps in all passes over a source, from the rows that 200 records fill."""
-    data, documents, records = config.data, [], list(sample_records(source, 200))
-    for raw in records:
-        try:
-            document = loader.reader.process(raw)
-        except Exception:
-            continue  # the loader counts and names it
-        if len(document) <= data.row_length and len(document.tiles) <= (data.max_tiles or len(document.tiles)):
-            documents.append((len(document), len(document.tiles)))
-    buffers = [documents[i : i + data.pack_buffer] for i in range(0, len(documents), data.pack_buffer)]
-    num_rows = sum(
-        len(pack(*map(list, zip(*b, strict=True)), data.row_length, data.max_tiles or None)) for b in buffers
-    )
-    passes = data.num_epochs * (1 - data.val_fraction) * len(source) / max(1, len(records))
-    return max(1, round(num_rows * passes / (data.batch_rows * config.optim.micro_batches)))
 
 
 def ask_held_out(

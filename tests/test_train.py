@@ -681,8 +681,9 @@ def test_own_data_beside_the_scenes(tmp_path, capsys):
     assert abs(last["documents_of_scenes"] - last["samples"] / 2) <= 1
     output = capsys.readouterr().out
     assert output.count("skipped as corrupt") == 1 and "own.jsonl, sample 4: " in output
-    read, *others = map(int, re.findall(r"\d+", re.search(r"(\d+ records read: .*)\n", output)[1]))
+    read, *others = map(int, re.findall(r"\d+", re.search(r"(\d+ reads of records: .*)\n", output)[1]))
     assert [read, others[0], others[-1]] == [last["samples"], last["packed"], last["corrupt"]] and read == sum(others)
+    assert ", 0 too long, " in output
 
 
 def test_images_of_too_many_pixels_are_corrupt(tmp_path, capsys, monkeypatch):
@@ -720,7 +721,8 @@ def test_a_run_whose_data_end_says_so_and_lets_the_rate_fall_by_then(tmp_path, c
     shown = capsys.readouterr()
     planned = int(re.search(r"num_epochs = 2 gives about (\d+) steps, fewer than optim.steps = 1000", shown.out)[1])
     seen = metrics(tmp_path / "run")
-    assert f"all was read after {len(seen)} steps: 180 records in 2 passes" in shown.out
+    assert f"all was read after {len(seen)} steps: 180 reads in 2 passes" in shown.out
+    assert "180 reads of 90 records: 180 trained, 0 too long, 0 corrupt\n" in shown.out
     assert abs(len(seen) - planned) <= 0.25 * planned and seen[-1]["packed"] == 180
     assert seen[-1]["lr"] < 0.2 * optim.lr < seen[len(seen) // 2]["lr"]
 

@@ -30,9 +30,12 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     # Read the sources in turn, as lessons: the number of samples of each but the last, which goes on to the end.
     lessons: tuple[int, ...] = ()
-    # Tokens in a packed row; a longer document is skipped and counted.
+    # Tokens in a packed row; a longer document is too long.
     row_length: int = 256
-    # Largest number of image tiles in a packed row; 0 for no limit.
+    # What becomes of a document that is too long for a row: skip counts it and leaves it out; shrink first cuts its
+    # images into fewer tiles, as many as fit.
+    too_long: Literal["skip", "shrink"] = "skip"
+    # Largest number of image tiles in a packed row, and so of a document; 0 for no limit.
     max_tiles: int = 0
     # Largest number of pixels of an image; one with more is corrupt. The default is that of the largest phone cameras.
     max_pixels: int = 200_000_000

@@ -27,8 +27,9 @@ from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.packing import pack
 from nanovlm.data.packing_baselines import STRATEGIES, pad
+from nanovlm.data.process import make_process
 from nanovlm.data.reader import Reader, Skipped, explain
-from nanovlm.data.records import options_of, to_sample
+from nanovlm.data.records import options_of
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source, sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATES, train_tokenizer
@@ -157,8 +158,7 @@ def main(config: InspectConfig):
         make_processor(source, replace(preset, data=data)) if config.model is None else load_processor(config.model)
     )
 
-    def process(raw):
-        return processor.document(to_sample(raw, **options_of(data)))
+    process = make_process(processor, data)
 
     try:
         if isinstance(source, Sized):

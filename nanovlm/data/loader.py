@@ -20,14 +20,15 @@ from nanovlm.data.mixture import parts_of
 from nanovlm.data.packing import make_row, pack
 from nanovlm.data.reader import Reader, Skipped
 from nanovlm.data.source import Ref, Source
-from nanovlm.data.types import Batch, Document, Row
+from nanovlm.data.types import Batch, Document, Row, Shrunk
 from nanovlm.errors import UserError, printable
 
 NAMED = 20  # skipped records to name; further ones are only counted
+SHOWN = 3  # of them in the error that ends a run
 JUDGED_AFTER = 100  # records to read before the share of bad ones is checked
 LOSSES = ("too long", "corrupt", "damaged")
 # Counts of records that were read, became documents, were packed, or were skipped.
-COUNTED = ("read", "documents", "packed", "filtered", "other split", *LOSSES)
+COUNTED = ("read", "documents", "packed", "shrunk", "filtered", "other split", *LOSSES)
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -264,6 +265,7 @@ class Loader:
             self._note(slot, result.kind, f"{name}: {result.reason}")
             return
         slot.counts["documents"] += 1
+        slot.counts["shrunk"] += isinstance(result, Shrunk)
         slot.counts[f"documents of {ref.source}"] += 1
         slot.inbox.append((ref, result))
 
@@ -286,17 +288,22 @@ class Loader:
         counts = self.counts
         bad, read = counts["too long"] + counts["corrupt"], counts["read"] - counts["other split"]
         if bad > self.config.max_bad_fraction * read:
+            kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("too long", "corrupt") if counts[kind])
+            remedy = ". For what is too long, raise data.row_length, or give data.too_long = shrink"
             raise UserError(
                 f"{bad} of {read} samples are unusable, more than data.max_bad_fraction = "
-                f"{self.config.max_bad_fraction} allows ({self._summary()}): {'; '.join(self._reasons())}"
+                f"{self.config.max_bad_fraction} allows ({kinds}): {self._reasons()}"
+                f"{remedy if counts['too long'] else ''}"
             )
 
     def _unusable(self) -> UserError:
-        named = "".join(f"; {sentence}" for sentence in self._reasons())
-        return UserError(f"no sample of {self.source.name} could be used: {self._summary()}{named}")
+        named = self._reasons()
+        return UserError(f"no sample of {self.source.name} could be used: {self._summary()}{named and f'; {named}'}")
 
-    def _reasons(self) -> list[str]:
-        return [sentence for slot in self.slots.values() for sentence in slot.reasons][:NAMED]
+    def _reasons(self) -> str:
+        """Name the first of what was lost."""
+        reasons = [sentence for slot in self.slots.values() for sentence in slot.reasons]
+        return "; ".join(reasons[:SHOWN]) + ("; and others" if len(reasons) > SHOWN else "")
 
     def _summary(self) -> str:
         return ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()) if number)

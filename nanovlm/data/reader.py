@@ -57,7 +57,6 @@ class Reader(Dataset):
 
     def read(self, key) -> Document | Skipped:
         """Read the record of a ref's key."""
-        row_length, max_tiles = self.config.row_length, self.config.max_tiles
         raw = None
         try:
             with time_limit(RECORD_SECONDS, "the record"):
@@ -71,11 +70,8 @@ class Reader(Dataset):
             if raw is None and self.split == "val":  # of what cannot be read no one knows the split: once is enough
                 return Skipped("other split")
             return Skipped("corrupt", printable(explain(error)))
-        if len(document) > row_length:
-            return Skipped("too long", f"{len(document)} tokens, more than data.row_length = {row_length}")
-        if max_tiles and len(document.tiles) > max_tiles:
-            return Skipped("too long", f"{len(document.tiles)} tiles, more than data.max_tiles = {max_tiles}")
-        return document
+        reason = why_too_long(document, self.config)
+        return Skipped("too long", reason) if reason else document
 
     def read_all(self, refs: Iterable[Ref]) -> Generator[tuple[Ref, Document | Skipped], None, None]:
         """Read refs in their order, here or with `num_workers` processes."""
@@ -103,6 +99,15 @@ class Reader(Dataset):
                 "a process that reads samples was ended from outside, as a system does that runs out of memory: start "
                 f"the run again, with fewer data.num_workers ({str(error).splitlines()[0]})"
             ) from error
+
+
+def why_too_long(document: Document, config: DataConfig) -> str:
+    """Say why a document fits into no row; nothing if it does."""
+    if len(document) > config.row_length:
+        return f"{len(document)} tokens, more than data.row_length = {config.row_length}"
+    if config.max_tiles and len(document.tiles) > config.max_tiles:
+        return f"{len(document.tiles)} tiles, more than data.max_tiles = {config.max_tiles}"
+    return ""
 
 
 def start_worker(_number: int):
@@ -137,20 +142,20 @@ def explain(error: Exception) -> str:
 def flatten(results: list[Document | Skipped]) -> tuple:
     """Join documents into few tensors, as each tensor that goes from one process to another costs a file handle."""
     documents = [result for result in results if isinstance(result, Document)]
-    skipped = [None if isinstance(result, Document) else result for result in results]
+    kinds = [type(result) if isinstance(result, Document) else result for result in results]
     if not documents:
-        return skipped, [], [], None
+        return kinds, [], [], None
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     fields = ("input_ids", "labels", "branch_ids", "tiles")
-    return skipped, lengths, num_tiles, [torch.cat([getattr(d, name) for d in documents]) for name in fields]
+    return kinds, lengths, num_tiles, [torch.cat([getattr(d, name) for d in documents]) for name in fields]
 
 
 def unflatten(flat: tuple) -> list[Document | Skipped]:
     """Undo `flatten`."""
-    skipped, lengths, num_tiles, joined = flat
+    kinds, lengths, num_tiles, joined = flat
     if joined is None:
-        return skipped
+        return kinds
     *texts, tiles = joined
     pieces = [tensor.split(lengths) for tensor in texts]
-    documents = map(Document, *pieces, tiles.split(num_tiles))
-    return [next(documents) if reason is None else reason for reason in skipped]
+    fields = zip(*pieces, tiles.split(num_tiles), strict=True)
+    return [kind(*next(fields)) if isinstance(kind, type) else kind for kind in kinds]

@@ -78,6 +78,11 @@ class Document:
 
 
 @dataclass
+class Shrunk(Document):
+    """A document whose images have fewer tiles than the model gives them, as it would have been too long."""
+
+
+@dataclass
 class Row:
     """Whole documents one after the other, padded to a fixed number of tokens."""
 

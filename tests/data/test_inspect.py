@@ -137,14 +137,14 @@ def test_the_tiles_lie_as_in_the_image(tiling_processor):
     image = Image.new("RGB", (32, 48), "red")
     image.paste((0, 0, 255), (0, 16, 16, 32))  # row 2, column 1 of 3 x 2
     raw = {"images": [image], "texts": [{"user": "?", "assistant": "no"}]}
-    picture = draw_tiles(tiling_processor.document(inspect.to_sample(raw)), tiling_processor)
+    picture = draw_tiles(tiling_processor.document(to_sample(raw)), tiling_processor)
     side, top, left = 160, 40 + 15, 20
     centre = [
         (left + c * (side + 8) + side // 2, top + r * (side + 22) + side // 2) for r in range(3) for c in range(2)
     ]
     assert [picture.getpixel(at) == (0, 0, 255) for at in centre] == [False, False, True, False, False, False]
     assert picture.getpixel((left + 2 * (side + 8) + side // 2, top + 2 * (side + 22) + 4)) == (255, 0, 0)  # whole
-    many = tiling_processor.document(inspect.to_sample(raw | {"images": [noise(i) for i in range(70)]}))
+    many = tiling_processor.document(to_sample(raw | {"images": [noise(i) for i in range(70)]}))
     assert draw_tiles(many, tiling_processor).width == WIDTH
 
 

@@ -4,6 +4,7 @@ import bisect
 import itertools
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -474,6 +475,23 @@ def test_too_many_bad_samples_stop_the_run_with_a_list():
         documents(make_loader(Records(10**6, Order()), process, max_bad_fraction=0.1))
     loader = make_loader(Records(300), process, max_bad_fraction=0.3, num_epochs=1)
     assert len(documents(loader)) == 240 and loader.counts["corrupt"] == 60
+
+
+def test_too_long_is_told_from_corrupt_where_both_are_too_many_and_few_are_listed():
+    def process(raw):
+        if raw["number"] % 5 == 0:
+            raise ValueError("broken")
+        return numbered(raw["number"])
+
+    with pytest.raises(ValueError, match=r"\d+ of 1\d\d samples are unusable") as caught:
+        documents(make_loader(Records(10**6, Order()), process, row_length=20, max_bad_fraction=0.1))
+    message = str(caught.value)
+    bad, read, num_long, num_corrupt = map(
+        int, re.search(r"(\d+) of (\d+) .* \((\d+) too long, (\d+) corrupt\)", message).groups()
+    )
+    assert num_corrupt == len(range(0, read, 5)) and bad == num_long + num_corrupt
+    assert num_long == sum(len(numbered(i)) > 20 for i in range(read) if i % 5)
+    assert message.count("records, sample") == 3 and "; and others. For what is too long, raise data.row" in message
 
 
 def test_too_long_and_too_many_tiles_are_counted(capsys):
