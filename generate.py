@@ -13,6 +13,10 @@ An image belongs to every prompt. With `--json` one JSON object is printed for e
 import sys
 
 from nanovlm import cli
+
+if __name__ == "__main__":
+    cli.end_on_interrupt()
+
 from nanovlm.command_line import GenerateConfig, parse_generate
 
 if __name__ == "__main__":  # before the imports below, which take seconds

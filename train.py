@@ -13,6 +13,10 @@ The run directory receives config.json, metrics.jsonl (a line a step), checkpoin
 import sys
 
 from nanovlm import cli
+
+if __name__ == "__main__":
+    cli.end_on_interrupt()
+
 from nanovlm.command_line import parse_train
 
 if __name__ == "__main__":  # before the imports below, which take seconds

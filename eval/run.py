@@ -9,6 +9,11 @@ and about another record's image (`shuffled`), and the commonest training answer
 if training never asks it (`majority`).
 """
 
+from nanovlm import cli
+
+if __name__ == "__main__":
+    cli.end_on_interrupt()  # the imports below take seconds
+
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -18,7 +23,7 @@ from statistics import mean
 from PIL import Image
 from tqdm import tqdm
 
-from nanovlm import cli, load
+from nanovlm import load
 from nanovlm.config import SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.source import first_pass

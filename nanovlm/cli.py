@@ -15,6 +15,17 @@ from nanovlm.errors import UserError, printable
 PROJECT = Path(__file__).resolve().parent.parent  # the checkout; site-packages where the wheel is installed
 
 
+def end_on_interrupt():
+    """Let Ctrl-C end the process with one line also before and between calls of `run`, where imports take seconds."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(_number, _frame):
+    os.write(sys.stderr.fileno(), b"\nstopped\n")
+    os._exit(130)
+
+
 @contextlib.contextmanager
 def watch_signals():
     """Yield a list of the received SIGTERM and SIGUSR1, by which a scheduler announces the end of a job, and SIGINT.
@@ -48,8 +59,12 @@ def run(main: Callable):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if is_guarded := signal.getsignal(signal.SIGINT) == _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         result = main()
         sys.stdout.flush()
+        if is_guarded:
+            signal.signal(signal.SIGINT, _end)
         return result
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -214,3 +214,8 @@ def train():
 def generate():
     """Run generate.py, as the command nanovlm-generate."""
     runpy.run_module("generate", run_name="__main__")
+
+
+def evaluate():
+    """Run eval/run.py, as the command nanovlm-eval."""
+    runpy.run_module("nanovlm.eval.run", run_name="__main__")

@@ -396,6 +396,26 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbro
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("command", [["train.py"], ["generate.py", "--model", "m"], ["-m", "eval.run", "m"]])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, ctrl_c, command):
+    """A module in place of torch is imported until the signal comes."""
+    marker, stub = tmp_path / "began", tmp_path / "torch.py"
+    stub.write_text(f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cli.PROJECT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (130, "", "\nstopped\n")
+
+
 def test_a_closed_pipe_is_no_success(tmp_path):
     """As in `train.py | head -1`."""
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n" + textwrap.dedent("""
@@ -515,10 +535,19 @@ def test_steps_may_grow_until_the_rate_falls(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run(tmp_path / "late")
     monkeypatch.undo()
-    with pytest.raises(
-        ValueError, match=r"optim.steps = 16: .*late is at step 9, and its rate began to fall after step"
-    ):
-        run(tmp_path / "late", optim=longer)
+    go_on = "To train on, begin another run from its model: --init\\.model {0}/model --run-dir ANOTHER".format
+    late, whole = tmp_path / "late", tmp_path / "whole"
+    with pytest.raises(ValueError, match=rf"= 16: {late} is at step 9, its rate falls after step 6 .*{go_on(late)}"):
+        run(late, optim=longer)
+    with pytest.raises(ValueError, match=rf"= 17: {whole} has ended, after step 16 of 16\. {go_on(whole)}"):
+        run(whole, optim=dataclasses.replace(longer, steps=17))
+    cosine, curved = tmp_path / "cosine", dataclasses.replace(SMALL.optim, schedule="cosine")
+    stop_after(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        run(cosine, optim=curved)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=rf"{cosine} is at step 4, its rate falls from its .* 12, .*{go_on(cosine)}"):
+        run(cosine, optim=dataclasses.replace(curved, steps=13))
     with pytest.raises(ValueError, match=r"optim.steps: 12 against 11"):
         run(tmp_path / "late", optim=dataclasses.replace(SMALL.optim, steps=11))
 

@@ -21,6 +21,8 @@ from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.train.counting import peak_flops
 
+NAMED = 5  # documents of a bad step to name
+
 
 class Log:
     """The numbers of a run, whose TrainState is `state`; the first rank writes them.
@@ -108,10 +110,11 @@ class Log:
         if self.state.skipped_steps <= self.config.optim.max_skipped_steps:
             self.say(f"{what}; the step changes nothing")
             return
-        documents = itertools.chain(*distributed.gather(names))
+        documents = list(itertools.chain(*distributed.gather(names)))
+        more = f"; and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
         raise UserError(
             f"{what}, as in {self.state.skipped_steps - 1} steps before, more than optim.max_skipped_steps = "
-            f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(documents)}"
+            f"{self.config.optim.max_skipped_steps} allows; the step's documents: {'; '.join(documents[:NAMED])}{more}"
         )
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanovlm import distributed
-from nanovlm.config import TrainConfig, differences, from_dict
+from nanovlm.config import OptimConfig, TrainConfig, differences, from_dict
 from nanovlm.environment import git_commit
 from nanovlm.errors import UserError
 from nanovlm.files import read_json, write_file
@@ -77,12 +77,11 @@ def check_same_config(run_dir: Path, config: TrainConfig, checkpoints: list[Path
     changes["data"] = dataclasses.replace(saved.data, num_workers=config.data.num_workers)
     if config.threads in (0, state["threads"]):
         changes["threads"] = config.threads
-    if saved.optim.schedule == "wsd" and config.optim.steps > saved.optim.steps:
-        falls = saved.optim.warmup_steps + saved.optim.decay_start * (saved.optim.steps - saved.optim.warmup_steps)
-        if state["step"] > falls:
+    if config.optim.steps > saved.optim.steps:
+        if reason := why_no_more_steps(run_dir, saved.optim, state["step"]):
             raise UserError(
-                f"optim.steps = {config.optim.steps}: {run_dir} is at step {state['step']}, and its rate began to fall "
-                f"after step {falls:.0f} of {saved.optim.steps}; start another run from its model with --init.model"
+                f"optim.steps = {config.optim.steps}: {run_dir} {reason}. To train on, begin another run from its "
+                f"model: --init.model {run_dir / 'model'} --run-dir ANOTHER"
             )
         changes["optim"] = dataclasses.replace(saved.optim, steps=config.optim.steps)
     if changed := differences(dataclasses.replace(saved, **changes), config):
@@ -91,6 +90,17 @@ def check_same_config(run_dir: Path, config: TrainConfig, checkpoints: list[Path
             "use the same values to continue it, or another --run-dir"
         )
     return config
+
+
+def why_no_more_steps(run_dir: Path, optim: OptimConfig, step: int) -> str:
+    """Say why a run cannot take more steps than it was started with; nothing if it can."""
+    if (run_dir / "eval.json").exists():
+        return f"has ended, after step {step} of {optim.steps}"
+    falls = optim.warmup_steps + optim.decay_start * (optim.steps - optim.warmup_steps)
+    if optim.schedule == "wsd" and step <= falls:
+        return ""
+    since = f"after step {falls:.0f}" if optim.schedule == "wsd" else "from its warm-up on"
+    return f"is at step {step}, its rate falls {since} towards step {optim.steps}, and it must end there"
 
 
 def write_config(path: Path, config: TrainConfig, is_new: bool):
