@@ -127,7 +127,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     held_out = {}
     if data.val_fraction:
         if is_first and not checkpoints:
-            print("the split: " + "\nthe split: ".join(describe_split(source, data.val_fraction)))
+            print("the split: " + "\nthe split: ".join(describe_split(source, data.val_fraction, options_of(data))))
         loaders = {part.name: make_loader(part, processor, config, "val") for part in parts_of(source)}
         held_out = read_held_out(loaders, config)
         asked += ask_held_out(loaders, processor, config) if config.eval.every else []

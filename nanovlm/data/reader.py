@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.config import DataConfig
+from nanovlm.data.records import options_of
 from nanovlm.data.source import Ref, Source
 from nanovlm.data.split import is_validation
 from nanovlm.data.types import Document, Filtered
@@ -40,6 +41,7 @@ class Reader(Dataset):
         if split not in ("train", "val"):
             raise UserError(f"unknown split {split!r}; there are train and val")
         self.source, self.process, self.config, self.split = source, process, config, split
+        self.options = options_of(config)
 
     def __getitem__(self, keys: list) -> tuple:
         """Read a chunk."""
@@ -48,12 +50,13 @@ class Reader(Dataset):
     def is_ours(self, key) -> bool:
         """Tell whether a record is of our split; what cannot be read is of the training split."""
         try:
-            return not self.config.val_fraction or self._is_of_split(self.source.read(key))
+            return not self.config.val_fraction or self.is_of_split(self.source.read(key))
         except Exception:
             return self.split == "train"
 
-    def _is_of_split(self, raw: dict) -> bool:
-        return is_validation(raw, self.config.val_fraction) == (self.split == "val")
+    def is_of_split(self, raw: dict) -> bool:
+        """Tell whether a raw record is of our split; all are of `train` where nothing is held out."""
+        return is_validation(raw, self.config.val_fraction, self.options) == (self.split == "val")
 
     def read(self, key) -> Document | Skipped:
         """Read the record of a ref's key."""
@@ -61,7 +64,7 @@ class Reader(Dataset):
         try:
             with time_limit(RECORD_SECONDS, "the record"):
                 raw = self.source.read(key)
-                if self.config.val_fraction and not self._is_of_split(raw):
+                if self.config.val_fraction and not self.is_of_split(raw):
                     return Skipped("other split")
                 document = self.process(raw)
         except Filtered as error:

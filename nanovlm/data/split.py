@@ -19,16 +19,20 @@ from nanovlm.data.sources import sample_records
 SURVEYED = 1000  # records of a source that are hashed to say how its pictures fall
 
 
-def is_validation(raw: dict, fraction: float) -> bool:
-    """Decide by a record's contents alone; one that cannot be understood is not held out, so it is counted once."""
-    pictures, texts = digests(raw)
+def is_validation(raw: dict, fraction: float, options: dict | None = None) -> bool:
+    """Decide by a record's contents alone; one that cannot be understood is not held out, so it is counted once.
+
+    `options` are those of `records.check`.
+    """
+    pictures, texts = digests(raw, options)
     return any(is_below(digest, fraction) for digest in pictures or texts)
 
 
-def digests(raw: dict) -> tuple[list[bytes], list[bytes]]:
+def digests(raw: dict, options: dict | None = None) -> tuple[list[bytes], list[bytes]]:
     """Hash each picture of a record, and its text; return nothing for what is no record."""
+    all_turns = {name: value for name, value in (options or {}).items() if name != "min_ratings"}
     try:
-        images, messages, _independent = check(raw)
+        images, messages, _independent = check(raw, **all_turns)
         said = [(m["role"], "".join(part.get("text", "") for part in content_parts(m["content"]))) for m in messages]
         pictures = [_hash(image if isinstance(image, bytes) else image.tobytes()) for image in images]
         return pictures, [_hash(json.dumps(said).encode())]
@@ -44,15 +48,15 @@ def is_below(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def describe_split(source: Source, fraction: float) -> list[str]:
+def describe_split(source: Source, fraction: float, options: dict | None = None) -> list[str]:
     """Say, for each part of a source, how many of about SURVEYED records, and of their pictures, are held out."""
-    return [_describe_part(part, fraction) for part in parts_of(source)]
+    return [_describe_part(part, fraction, options) for part in parts_of(source)]
 
 
-def _describe_part(source: Source, fraction: float) -> str:
+def _describe_part(source: Source, fraction: float, options: dict | None) -> str:
     num, shown = {False: 0, True: 0}, {False: set(), True: set()}
     for raw in itertools.islice(sample_records(source, SURVEYED), SURVEYED):
-        pictures, texts = digests(raw)
+        pictures, texts = digests(raw, options)
         is_held_out = any(is_below(digest, fraction) for digest in pictures or texts)
         num[is_held_out] += 1
         shown[is_held_out].update(pictures)

@@ -30,7 +30,7 @@ def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
     assert isinstance(source, Sized)
     data, documents, records = config.data, [], list(sample_records(source, 200))
     for raw in records:
-        if not loader.reader.is_of_split(raw):
+        if data.val_fraction and not loader.reader.is_of_split(raw):
             continue
         try:
             document = loader.reader.process(raw)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import train
 from nanovlm.config import EvalConfig, MoEConfig
+from nanovlm.data.split import _hash, is_below
 from nanovlm.model.vlm import Extras
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.validate import read_held_out, validate
@@ -88,6 +89,36 @@ def test_the_validation_loss_is_the_mean_over_the_held_out_units(tmp_path, own):
     expected = sum(sums) / sum(len(batch.trained) for batch in batches)
     assert validate(state, held_out) == pytest.approx({"val_loss": expected})
     assert model.training
+
+
+@pytest.mark.parametrize("layout", ["columns that are named", "conversations"])
+def test_held_out_records_are_a_source_to_ask_about_in_any_layout(tmp_path, layout):
+    records, pictures = [], {}
+    for i in range(40):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        pictures[i] = (tmp_path / f"{i}.png").read_bytes()
+        if layout == "conversations":
+            said = [("human", f"<image>what is {i}?"), ("gpt", f"it is {i}")]
+            records.append({"image": f"{i}.png", "conversations": [{"from": who, "value": what} for who, what in said]})
+        else:
+            records.append({"photo": f"{i}.png", "asked": f"what is {i}?", "said": f"it is {i}"})
+    records[3] = {"odd": 1}
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
+    fields = () if layout == "conversations" else ("image=photo", "question=asked", "answer=said")
+    data = dataclasses.replace(
+        SMALL.data, sources=(str(tmp_path / "own.jsonl"),), lessons=(), val_fraction=0.4, fields=fields
+    )
+    config = train.share_micro_batches(dataclasses.replace(SMALL, data=data))
+    _model, processor = train.init.start(config, ["what is it?"])
+    loaders = {"own": train.make_loader(train.open_sources(data.sources), processor, config, "val")}
+    [(task, questions)] = train.ask_held_out(loaders, processor, config)
+    expected = [i for i in range(40) if i != 3 and is_below(_hash(pictures[i]), 0.4)]
+    assert sorted(question.truth for question in questions) == sorted(f"it is {i}" for i in expected)
+    assert sorted(question.text.removeprefix("<image>") for question in questions) == sorted(
+        f"what is {i}?" for i in expected
+    )
+    assert all(len(question.images) == 1 for question in questions) and 5 < len(expected) < 30
+    assert task.score(questions[0], questions[0].truth) == {"accuracy": 1.0}
 
 
 def test_what_balances_experts_is_no_part_of_the_validation_loss(own):
