@@ -98,7 +98,7 @@ def test_every_token_id_of_a_tokenizer_has_an_embedding(processor):
     ],
 )
 def test_a_template_takes_no_memory_and_ends(processor, monkeypatch, attack):
-    monkeypatch.setattr("nanovlm.data.chat.RENDER_SECONDS", 1)
+    monkeypatch.setattr("nanovlm.data.template.RENDER_SECONDS", 1)
     with pytest.raises(ValueError, match="the chat template refuses a conversation of user, assistant: "):
         make_document(Processor(processor.tokenizer, attack, TINY), 0, ("what?", "a thing"))
 

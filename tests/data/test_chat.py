@@ -7,6 +7,7 @@ import torch
 
 from nanovlm.data.chat import Processor
 from nanovlm.data.records import to_sample
+from nanovlm.data.rendering import Renderer
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, CHAT_TEMPLATES, train_tokenizer
 from nanovlm.data.types import IGNORE, Sample
 from tests.conftest import TINY, make_document, make_raw, noise
@@ -226,8 +227,8 @@ def test_mistakes_are_named(processor):
 def test_many_turns_take_few_renderings(processor, monkeypatch):
     """Over 100 questions about one picture are common; each answer once rendered the whole conversation before it."""
     renderings = []
-    render = Processor._render_marks
-    monkeypatch.setattr(Processor, "_render_marks", lambda *args: renderings.append(args) or render(*args))
+    render = Renderer._render_marks
+    monkeypatch.setattr(Renderer, "_render_marks", lambda *args: renderings.append(args) or render(*args))
     document = make_document(processor, 1, *[(f"what is {i}?", f"it is {i}") for i in range(3000)], independent=False)
     ends = (document.labels == processor.config.eos_token_id).sum()
     assert ends == 3000 and len(renderings) <= 3
