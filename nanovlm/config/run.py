@@ -67,6 +67,9 @@ class DataConfig:
     # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES: roles (ours), chatml (as SmolLM2 and
     # Qwen) or completion (for base models); empty for the tokenizer's own way.
     chat_template: str = ""
+    # What of a conversation is trained: its answers, or all of its text. Documents that are text with pictures among it
+    # are trained whole.
+    train_on: Literal["answers", "all"] = "answers"
 
 
 @dataclass(frozen=True)

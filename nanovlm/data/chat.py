@@ -29,9 +29,6 @@ from nanovlm.files import write_file
 class Processor:
     """Everything between text and images on one side and the model's tensors on the other."""
 
-    # What a conversation trains: answers and their ends, or all but images (config.DataConfig.train_on).
-    train_on = "answers"
-
     def __init__(self, tokenizer: Tokenizer, chat_template: str, config: VLMConfig):
         """Raise UserError where the special tokens of tokenizer and config do not agree."""
         self.tokenizer, self.chat_template, self.config = tokenizer, chat_template, config
@@ -87,26 +84,29 @@ class Processor:
         write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         write_file(folder / "chat_template.jinja", self.chat_template)
 
-    def document(self, sample: Sample) -> Document:
+    def document(self, sample: Sample, train_on: str = "answers") -> Document:
         """Turn a sample into a document; with `independent`, each question is a branch after the images.
 
-        A sample of one message of the role text is no conversation: it is trained as it stands (`text_document`).
+        It trains the answers and their ends, or with `train_on` "all" whatever is no image. A sample of one message of
+        the role text is no conversation: all of it is trained, as it stands (`text_document`).
         """
         if [message["role"] for message in sample.messages] == ["text"]:
             return self.text_document(_parts(sample.messages[0]["content"]), sample.images)
         if not sample.independent:
-            ids, labels = self._trained_tokens(sample.messages, sample.images)
+            ids, labels = self._trained_tokens(sample.messages, sample.images, train_on)
             return self._make_document(ids, labels, [0] * len(ids), sample.images)
         roles = [message["role"] for message in sample.messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise UserError("independent questions must be pairs of a user and an assistant message, at least one")
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
-        branches = [self._trained_tokens(pair, sample.images) for pair in pairs]
+        branches = [self._trained_tokens(pair, sample.images, train_on) for pair in pairs]
         # All branches begin with the same tokens up to the last image: the prefix.
         first = branches[0][0]
         image = self.config.image_token_id
         prefix = len(first) - first[::-1].index(image) if image in first else 0
-        ids, labels, branch_ids = first[:prefix], [IGNORE] * prefix, [0] * prefix
+        # The last token of the prefix is followed by several.
+        labels = [*branches[0][1][: prefix - 1], IGNORE] if prefix else []
+        ids, branch_ids = first[:prefix], [0] * prefix
         for number, (branch, branch_labels) in enumerate(branches, start=1):
             if branch[:prefix] != first[:prefix]:
                 raise UserError("independent questions must all begin with the same images")
@@ -182,10 +182,10 @@ class Processor:
         assert self._image_token is not None  # as there is an encoder
         return Span(layout(plan, self._image_token, self.config, number), from_template=True, is_image=True)
 
-    def _trained_tokens(self, messages, images) -> tuple[list[int], list[int]]:
+    def _trained_tokens(self, messages, images, train_on) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a conversation."""
         spans = self._spans(messages, images)
-        if self.train_on == "all":
+        if train_on == "all":
             return self._tokens(spans, trains_all=True)
         check_blocks(spans, self._end_token)
         return self._tokens(spans)

@@ -18,7 +18,7 @@ def make_process(processor: Processor, config: DataConfig) -> Callable[[dict], D
 
     def process(raw: dict) -> Document:
         sample = to_sample(raw, **options)
-        document = processor.document(sample)
+        document = processor.document(sample, config.train_on)
         if config.too_long == "shrink" and sample.images and why_too_long(document, config):
             return shrink(sample, processor, config) or document
         return document
@@ -36,7 +36,7 @@ def shrink(sample: Sample, processor: Processor, config: DataConfig) -> Document
         is_hopeless = num_tiles * model.num_image_tokens > config.row_length
         if is_hopeless or num_tiles == before or num_tiles > (config.max_tiles or num_tiles):
             continue
-        before, document = num_tiles, with_fewer.document(sample)
+        before, document = num_tiles, with_fewer.document(sample, config.train_on)
         if not why_too_long(document, config):
             return Shrunk(**vars(document))
     return None

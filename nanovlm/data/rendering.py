@@ -27,7 +27,7 @@ TAGS = re.compile(f"({'|'.join(map(re.escape, THINK))})")
 class Renderer:
     """Turns conversations into spans with one chat template."""
 
-    def __init__(self, source: str, tokens: dict[str, str | None], image: str | None, special: dict[str, int]):
+    def __init__(self, source: str, tokens: dict[str, str], image: str | None, special: dict[str, int]):
         """`tokens` are bos_token and the like, `image` is the image token. Raises UserError for a faulty template."""
         self.template, self.variables = compile_template(source)
         self.tokens, self.image = tokens, image

@@ -36,22 +36,24 @@ class SpanEncoder:
         """`special` are the ids of special tokens, and `end_token` is the one that ends an answer."""
         self.special, self.end_token = special, end_token
         added = tokenizer.get_added_tokens_decoder()
-        spaces = {token.content: i for i, token in added.items() if _is_space(token)}
         # No post-processor: it would add tokens and shift offsets.
         data = json.loads(tokenizer.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
-        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in spaces]
-        with tokenizer_errors("the tokenizer does not fit together"):
-            self._first = self._later = Tokenizer.from_str(json.dumps(data))
-            # Where a space is put before the beginning of a text, it is not put before what follows a control token.
-            for part in _pre_tokenizers(data["pre_tokenizer"]):
-                if part.get("prepend_scheme") == "first":
-                    part["prepend_scheme"] = "never"
-                    self._later = Tokenizer.from_str(json.dumps(data))
-        self._space_ids = {self._first.token_to_id(text): i for text, i in spaces.items()}
-        self._space_ids = {ours: theirs for ours, theirs in self._space_ids.items() if ours != theirs}
-        others = {token.content: i for i, token in added.items() if token.content not in special | spaces}
-        words = {text for text, i in others.items() if self._later.encode(text, add_special_tokens=False).ids == [i]}
-        self.control = {text: i for text, i in others.items() if text not in words} | special
+        bare = _read(data, ())
+        texts = {
+            token.content: i
+            for i, token in added.items()
+            if _is_space(token) or bare.encode(token.content, add_special_tokens=False).ids == [i]
+        }
+        texts = {text: i for text, i in texts.items() if text not in special}
+        self._first = self._later = _read(data, texts)
+        # Where a space is put before the beginning of a text, it is not put before what follows a control token.
+        for part in _pre_tokenizers(data["pre_tokenizer"]):
+            if part.get("prepend_scheme") == "first":
+                part["prepend_scheme"] = "never"
+                self._later = _read(data, texts)
+        self._text_ids = {self._first.token_to_id(text): i for text, i in texts.items()}
+        self._text_ids = {ours: theirs for ours, theirs in self._text_ids.items() if ours != theirs}
+        self.control = {token.content: i for i, token in added.items() if token.content not in texts} | special
         unknown = data["model"].get("unk_token")
         self._control_ids = {i for text, i in self.control.items() if text != unknown} - {data["model"].get("unk_id")}
         # Some control tokens take in the white space beside them.
@@ -117,11 +119,18 @@ class SpanEncoder:
         """Tokenise what is no control token; return ids and the characters of each."""
         with tokenizer_errors("the tokenizer cannot encode a text"):
             encoding = (self._first if is_first else self._later).encode(text, add_special_tokens=False)
-        ids = [self._space_ids.get(i, i) for i in encoding.ids] if self._space_ids else encoding.ids
+        ids = [self._text_ids.get(i, i) for i in encoding.ids] if self._text_ids else encoding.ids
         if not self._control_ids.isdisjoint(ids):
             made = next(text for text, i in self.control.items() if i in ids)
             raise UserError(f"the tokenizer makes the control token {made} out of plain text")
         return ids, encoding.offsets
+
+
+def _read(data: dict, added) -> Tokenizer:
+    """Make a tokenizer with some of its added tokens."""
+    kept = [token for token in data["added_tokens"] if token["content"] in added]
+    with tokenizer_errors("the tokenizer does not fit together"):
+        return Tokenizer.from_str(json.dumps(data | {"added_tokens": kept}))
 
 
 def _pre_tokenizers(part) -> list[dict]:

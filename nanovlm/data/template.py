@@ -163,7 +163,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             if name in ("replace", "wordwrap"):
                 _check_product(name, texts)
             if name == "format":
-                _check_format(texts[0])
+                _check_format(texts[0], values)
             if name in self.filters and name not in SHALLOW_FILTERS:
                 _weigh(values)
             return self.check(function(*arguments, **options))
@@ -187,11 +187,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return self.check(left + right)
         repeats = operator == "*" and any(isinstance(x, str | list | tuple) for x in (left, right))
         largest = max((abs(x) for x in (left, right) if isinstance(x, int)), default=0)
-        if (repeats or operator == "**") and largest > 1000:
+        length = max((len(x) for x in (left, right) if isinstance(x, str | list | tuple)), default=0)
+        if (repeats or operator == "**") and (largest > 1000 or largest * length > LONGEST_TEXT):
             raise jinja2.TemplateError(f"{operator} with {largest} is not allowed")
         if operator == "%" and isinstance(left, str):
-            _check_format(left)
-            _weigh(right)
+            _check_format(left, right)
         return self.check(super().call_binop(context, operator, left, right))
 
     def call(self, context, function, *arguments, **options):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -203,11 +203,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         if isinstance(owner, str):
             name = function.__name__
-            _weigh(values)
             if name == "translate" or (name == "expandtabs" and values and max(values) > 1000):
                 raise jinja2.TemplateError(f"{name} is not allowed")
             if name in ("format", "format_map"):
-                _check_format(owner)
+                _check_format(owner, values)
             if name == "replace":
                 _check_product(name, [owner, *(x for x in values if isinstance(x, str))])
             if name == "join":
@@ -277,8 +276,8 @@ def _length(value) -> int:
     return len(value) if isinstance(value, str) else 0
 
 
-def _weigh(value):
-    """Refuse what would be long as text: lists hold one text in many places."""
+def _weigh(value) -> int:
+    """Return about how long a value is as text; refuse what is too long: lists hold one text in many places."""
     weight, items = 0, [value]
     while items:
         item = items.pop()
@@ -289,6 +288,7 @@ def _weigh(value):
             items += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple):
             items += item
+    return weight
 
 
 def _check_product(name, texts):
@@ -297,9 +297,10 @@ def _check_product(name, texts):
         raise jinja2.TemplateError(f"{name} with texts of {', '.join(str(len(x)) for x in texts)} is not allowed")
 
 
-def _check_format(form):
-    """Refuse a width that pads: of `%`, of `format`, or one that comes from an argument."""
-    if re.search(r"%[-#0 +]*(\*|\d{4})|\{[^{}]*:[^{}]*(\{|\d{4})", form):
+def _check_format(form, values):
+    """Refuse a width that pads, of `%`, of `format`, or one that comes from an argument; and long texts many times."""
+    is_padded = re.search(r"%[-#0 +]*(\*|\d{4})|\{[^{}]*:[^{}]*(\{|\d{4})", form)
+    if is_padded or (form.count("%") + form.count("{")) * _weigh(values) > 10 * LONGEST_TEXT:
         raise jinja2.TemplateError(f"the format {printable(form, 40)} is not allowed")
 
 
