@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovlm.data.chat import Processor
@@ -12,7 +12,7 @@ from nanovlm.data.template import render
 from nanovlm.data.tokenizer import CHAT_TEMPLATE
 from nanovlm.data.types import IGNORE, Sample
 from tests.conftest import TINY, make_document
-from tests.data.chat_templates import gemma_style
+from tests.data.chat_templates import byte_level, gemma_style
 from tests.data.test_chat import trained_texts
 from tests.data.test_chat_published import FOLDER, PUBLISHED, make, template_of
 
@@ -248,3 +248,38 @@ def test_labels_are_the_answers_alone_with_any_published_template():
         trained = [label for label in document.labels.tolist() if label != IGNORE]
         assert processor.tokenizer.decode(trained).strip().endswith("a circle")
     assert (FOLDER / "README.md").is_file()
+
+
+@pytest.mark.parametrize("style", ["first", "always", "never", "prepend", "byte level"])
+@pytest.mark.parametrize("strips", [(False, False), (True, False), (False, True), (True, True)])
+def test_spaces_beside_control_tokens_are_as_in_transformers(style, strips):
+    """Tokenizers write a space before the first text, or before each one; some control tokens take in white space."""
+    left, right = strips
+    special = [AddedToken(x, special=True, normalized=False) for x in ("<pad>", "<s>")]
+    special += [
+        AddedToken(x, special=True, normalized=False, lstrip=left, rstrip=right) for x in ("<user>", "<bot>", "<end>")
+    ]
+    tokenizer = gemma_style(special)
+    if style == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif style == "byte level":
+        tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True), special)
+    else:
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=style, split=False)
+    config = dataclasses.replace(TINY, vision=None, image_token_id=None, pad_token_id=0)
+    config = dataclasses.replace(config, eos_token_id=tokenizer.token_to_id("<end>"))
+    for start in ("", "<s>", "Talk: "):
+        template = start + (
+            "{% for m in messages %}{{ ' <user>\n ' if m.role == 'user' else ' <bot> ' }}{{ m.content }}"
+            "{{ ' <end>' if m.role == 'assistant' }}{% endfor %}"
+        )
+        processor = Processor(tokenizer, template, config.validate())
+        theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+        for question, answer in [("re a", "yes re"), (" \n re", "\n x  "), ("", "a"), ("a ", " ")]:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            expected = theirs.apply_chat_template(messages, chat_template=template, return_dict=False)
+            document = processor.document(Sample([], messages))
+            assert document.input_ids.tolist() == expected
+            trained = processor.tokenizer.decode([x for x in document.labels.tolist() if x != IGNORE])
+            assert trained.strip() == answer.strip()
