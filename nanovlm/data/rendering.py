@@ -9,18 +9,18 @@ as it is, and this has to be what the marks gave. If it is not, the white space 
 left in their places and marks stand between them; if it still is not, the conversation is refused.
 """
 
-import datetime
 import functools
 import itertools
 import re
 
 from nanovlm.data.spans import THINK, Span
-from nanovlm.data.template import BLOCK_END, BLOCK_START, compile_template, render
+from nanovlm.data.template import BLOCK_END, BLOCK_START, compile_template, render, set_time
 from nanovlm.errors import UserError, printable
 
 # Stands for a text or an image while the template is rendered, within white space that no template writes: whether
 # that is left shows whether the template strips its input.
 MARK = "(\u2003?)\ue000([0-9]+)\ue001(\u2003?)"
+GUARD = "\ue004"  # keeps the white space of a text that is cut from being taken for that of a mark
 TAGS = re.compile(f"({'|'.join(map(re.escape, THINK))})")
 
 
@@ -34,13 +34,11 @@ class Renderer:
         self.special_pattern = re.compile("|".join(re.escape(token) for token in special if token not in THINK))
         self.thinks = any(tag in source for tag in THINK)
         self.has_blocks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
-        self.reads_clock = "strftime_now" in source
         self._literals = functools.lru_cache(maxsize=256)(self._render_literals)
 
     def spans(self, messages: list[dict], images: list[Span], add_generation_prompt=False) -> tuple[Span, ...]:
         """Render messages, whose contents are lists of parts, as spans whose concatenation is the text."""
-        if self.reads_clock:  # a conversation has one time
-            self.template.environment.now = datetime.datetime.now()  # pyright: ignore[reportAttributeAccessIssue]
+        if set_time(self.template):
             self._literals.cache_clear()
         spans, text, is_list = self._fill(*self._shape(messages, images), add_generation_prompt)
         real = self._render_real(messages, is_list, add_generation_prompt)
@@ -84,7 +82,7 @@ class Renderer:
             span = content[number]._replace(in_block=in_block)
             if span.is_image:
                 spans.append(span)
-                text.append(self.image if is_list else _image_mark(images.index(number)))
+                text.append(self.image if is_list else _mark(images.index(number)))
                 continue
             written = span.text.lstrip() if strip_left else span.text
             written = written.rstrip() if strip_right else written
@@ -114,6 +112,7 @@ class Renderer:
                 if text in (BLOCK_START, BLOCK_END):
                     in_block = text == BLOCK_START
                     continue
+                text = text.replace(GUARD, "")
                 end = len(text) if num_untrained is None else max(0, num_untrained - position)
                 position += len(text)
                 span = Span(text[:end], from_template=True, in_block=in_block if self.has_blocks else None)
@@ -123,11 +122,11 @@ class Renderer:
             message, num_untrained = owners[int(number)], None
             if message and message not in answers and shape[message][0] == "assistant":
                 answers.add(message)
-                written = _without_blocks(raw)
+                written = _written(raw)
                 case = written, shape[message - 1]
                 if case not in prompts:
                     prompts[case] = re.split(MARK, self._render_marks(shape[:message], True)[0])[-1]
-                prompt = _without_blocks(prompts[case])
+                prompt = _written(prompts[case])
                 if written.startswith(prompt) and not self.special_pattern.search(written.removeprefix(prompt)):
                     num_untrained = len(prompt)
             add(num_untrained)
@@ -141,26 +140,30 @@ class Renderer:
 
         Content is a string or a list of parts. With images the list is tried first, as a template may write
         something beside an image. In that form the template writes the image token, which becomes the image's mark.
-        What stands around the marks of a cut text may make the template leave some out.
+        What stands around the marks of an answer that is cut may make the template leave some out, not all.
         """
         number, image = itertools.count(), self.image
-        messages, image_marks, needed = [], [], set()
+        messages, image_marks, needed, answers = [], [], set(), []
         for role, kinds in shape:
             parts = []
+            answers += [set()] if role == "assistant" else []
             for kind in kinds:
                 marks = [next(number) for _ in range(_num_marks(kind))]
                 if isinstance(kind, tuple):
-                    after = [f"\ue000{mark}\ue001{text}" for mark, text in zip(marks, kind[1:], strict=True)]
+                    after = [f"{GUARD}{_mark(n)}{GUARD}{text}" for n, text in zip(marks, kind[1:], strict=True)]
                     parts.append({"type": "text", "text": "".join((kind[0], *after))})
+                    (answers[-1] if role == "assistant" else needed).update(marks)
                     continue
                 needed.update(marks)
-                parts.append({"type": kind, "text": f"\u2003\ue000{marks[0]}\ue001\u2003"})
+                parts.append({"type": kind, "text": f"\u2003{_mark(marks[0])}\u2003"})
                 image_marks += [parts[-1]["text"]] if kind == "image" else []
             messages.append((role, parts))
 
         def is_right(text):
-            shown = [int(mark) for _, mark, _ in re.findall(MARK, text)]
-            return len(shown) == len(set(shown)) and needed <= set(shown)
+            marks = [int(mark) for _, mark, _ in re.findall(MARK, text)]
+            shown = set(marks)
+            is_answered = all(shown & answer for answer in answers if answer)
+            return len(marks) == len(shown) and needed <= shown and is_answered
 
         def give_marks(text):
             if image is not None and text.count(image) == len(image_marks):
@@ -189,7 +192,7 @@ class Renderer:
             (
                 message["role"],
                 [
-                    part if part["type"] == "text" else {"type": "image", "text": _image_mark(next(images))}
+                    part if part["type"] == "text" else {"type": "image", "text": _mark(next(images))}
                     for part in message["content"]
                 ],
             )
@@ -239,14 +242,14 @@ def check_blocks(spans: tuple[Span, ...], end_token: str | None):
 
 
 def _cut(text, has_tags):
-    """Cut a text into what a template may look for, white space and tags, and what stands between."""
+    """Cut a text into what a template may look for, white space and tags, and what stands between, however little."""
     around, between = [""], []
     for piece in TAGS.split(text) if has_tags else [text]:
-        core = piece.strip()
-        if not core or (has_tags and core in THINK):
+        if has_tags and piece in THINK:
             around[-1] += piece
             continue
-        before, after = piece.split(core, 1)
+        core = piece.strip()
+        before, after = piece.split(core, 1) if core else (piece, "")
         around[-1] += before
         around.append(after)
         between.append(core)
@@ -257,12 +260,12 @@ def _num_marks(kind) -> int:
     return len(kind) - 1 if isinstance(kind, tuple) else 1
 
 
-def _image_mark(number) -> str:
+def _mark(number) -> str:
     return f"\ue000{number}\ue001"
 
 
-def _without_blocks(text) -> str:
-    return text.replace(BLOCK_START, "").replace(BLOCK_END, "")
+def _written(text) -> str:
+    return re.sub(f"[{BLOCK_START}{BLOCK_END}{GUARD}]", "", text)
 
 
 def _quote(text) -> str:

@@ -42,10 +42,10 @@ class SpanEncoder:
         texts = {
             token.content: i
             for i, token in added.items()
-            if _is_space(token) or bare.encode(token.content, add_special_tokens=False).ids == [i]
+            if token.content not in special
+            and (_is_space(token) or bare.encode(token.content, add_special_tokens=False).ids == [i])
         }
-        texts = {text: i for text, i in texts.items() if text not in special}
-        self._first = self._later = _read(data, texts)
+        self._first = self._later = _read(data, texts) if texts else bare
         # Where a space is put before the beginning of a text, it is not put before what follows a control token.
         for part in _pre_tokenizers(data["pre_tokenizer"]):
             if part.get("prepend_scheme") == "first":

@@ -106,7 +106,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self):
         extensions = ["jinja2.ext.loopcontrols", GenerationBlock]
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
-        self.state, self.now = State(), None
+        self.state = State()
+        self.now, self.times = datetime.datetime.now(), {}  # what strftime_now gave
         self.finalize = self._written
         del self.globals["lipsum"], self.filters["random"], self.filters["pprint"]
         self.globals["namespace"] = TemplateNamespace
@@ -179,7 +180,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return jinja2.filters.do_join(context, items, d, attribute)
 
     def _strftime_now(self, form):
-        return (self.now or datetime.datetime.now()).strftime(form)
+        self.times[form] = self.now.strftime(form)
+        return self.times[form]
 
     def call_binop(self, context, operator, left, right):
         """Refuse results that no chat template needs: huge numbers, and texts that are repeated or padded to fill."""
@@ -270,6 +272,16 @@ def render(template: jinja2.Template, shows_blocks: bool = False, **variables) -
             if length > LONGEST_TEXT:
                 raise jinja2.TemplateError(f"a text of more than {LONGEST_TEXT} characters is not allowed")
         return "".join(pieces)
+
+
+def set_time(template: jinja2.Template) -> bool:
+    """Give a conversation one time; tell whether the template would write another than before."""
+    environment, now = template.environment, datetime.datetime.now()
+    assert isinstance(environment, TemplateEnvironment)
+    is_new = any(now.strftime(form) != text for form, text in environment.times.items())
+    if is_new or not environment.times:
+        environment.now, environment.times = now, {}
+    return is_new
 
 
 def _length(value) -> int:

@@ -72,6 +72,44 @@ def test_an_answer_thinks_where_the_template_says_so_only():
         assert sum(label in tags for label in document.labels.tolist()) == count
 
 
+@pytest.mark.parametrize(
+    ("answer", "trained"),
+    [("", ""), ("\n", ""), ("<think>a</think>", "<think>\na\n</think>\n\n"), ("<think>\n</think>\n\n ", " ")],
+)
+def test_an_answer_of_little_is_trained_too(answer, trained):
+    """In the last turn, where the template adds an empty thought, and in one before it."""
+    processor, document = same_as_transformers("qwen3", talk("\n\nx", answer))
+    lead = "" if "a" in trained else "<think>\n\n</think>\n\n"
+    expected = f"{lead}{trained}<|im_end|>"
+    assert [x.strip("\n") for x in trained_texts(processor, document)][1:] == [expected]
+    _, document = same_as_transformers("qwen3", talk(answer, "x"))
+    assert len(trained_texts(processor, document)) == 2
+
+
+def test_a_person_cannot_think():
+    """Also where the white space of an answer makes the template be followed piece by piece."""
+    processor, _ = make("qwen3")
+    messages = [{"role": "user", "content": " a <think> b </think> "}, {"role": "assistant", "content": "\n\n x"}]
+    ids = processor.document(Sample([], messages)).input_ids.tolist()
+    tags = [processor.tokenizer.token_to_id(tag) for tag in ("<think>", "</think>")]
+    assert [i for i in ids if i in tags] == tags
+    shown = processor.tokenizer.decode(ids, skip_special_tokens=False)
+    assert "user\n a <think> b </think> <|im_end|>" in shown
+
+
+def test_thinking_tags_can_be_special_tokens():
+    """As in some tokenizers; then too they are written within an answer, and do not end it."""
+    processor, _ = make("qwen3")
+    tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in ("<think>", "</think>")])
+    special = Processor(tokenizer, processor.chat_template, processor.config)
+    assert "<think>" in special.special and "<think>" not in processor.special
+    for answer in (THOUGHT, "a circle", "<think>a"):
+        documents = [p.document(Sample([], talk(answer))) for p in (special, processor)]
+        assert documents[0].input_ids.tolist() == documents[1].input_ids.tolist()
+        assert documents[0].labels.tolist() == documents[1].labels.tolist()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_a_person_writes_becomes_no_control_token(name):
     """Not marked as special is not enough: <think>, <tool_call> and DeepSeek's <User> are added tokens like any."""
@@ -187,19 +225,23 @@ def test_what_transformers_offers_templates(processor):
 
 def test_a_date_in_a_template_is_that_of_the_conversation(processor, monkeypatch):
     """Template and check are rendered at one time, and the next conversation at its own."""
-    now = iter(range(1, 100))
+    day, calls = [1], iter(range(1000))
 
     class Clock(datetime.datetime):
         @classmethod
         def now(cls):
-            return datetime.datetime(2030, 1, next(now))
+            return datetime.datetime(2030, 1, day[0], microsecond=next(calls))
 
     monkeypatch.setattr("datetime.datetime", Clock)
-    template = "{{ strftime_now('%d') }}" + CHAT_TEMPLATE
-    processor = Processor(processor.tokenizer, template, TINY)
-    for day in ("01", "02"):
-        ids = processor.prompt([QUESTION]).input_ids.tolist()
-        assert processor.tokenizer.decode(ids).startswith(day)
+    processors = [
+        Processor(processor.tokenizer, "{{ strftime_now('" + form + "') }}" + CHAT_TEMPLATE, TINY)
+        for form in ("%d", "%d%f")
+    ]
+    for day[0] in (1, 2):
+        for processor in processors:
+            for _ in range(2):
+                ids = processor.prompt([QUESTION]).input_ids.tolist()
+                assert processor.tokenizer.decode(ids).startswith(f"0{day[0]}")
 
 
 def test_added_white_space_and_words_stay_tokens():

@@ -8,6 +8,7 @@ which transformers makes its mask. Where there is no copy, the test adds the blo
 # ruff: noqa: RUF001
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -257,3 +258,23 @@ def test_images_among_published_templates(name, images):
     expected = [(t, m) for t, m in zip(ids, mask, strict=True) for _ in range(repeats if t == image else 1)]
     assert ours(document) == ([t for t, _ in expected], [m for _, m in expected])
     assert len(document.tiles) == images
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_random_conversations(name):
+    """Whatever white space and thinking tags messages hold, the ids are those of transformers, each answer trained."""
+    family, rng = PUBLISHED[name], random.Random(name)
+    processor, theirs = make(name)
+    pieces = [*"ab r.?!<|:12'é🙂日\t\n\u2003", "\n\n", "  ", " \n", "e\u0301", "\ue0000\ue001", "{{ x }}"]
+    of_role = {"user": pieces, "assistant": pieces + THINK * 2 * (name in ("qwen3", "deepseekv3"))}
+    for _ in range(60):
+        messages = [
+            {"role": role, "content": "".join(rng.choices(of_role[role], k=rng.randint(0, 8)))}
+            for role in ("user", "assistant") * rng.randint(1, 3)
+        ]
+        shown = [dict(m, content=[{"type": "text", "text": m["content"]}]) if family.lists else m for m in messages]
+        document = processor.document(Sample([], messages))
+        expected = theirs.apply_chat_template(shown, chat_template=template_of(name), tokenize=True, return_dict=False)
+        assert document.input_ids.tolist() == expected
+        ends = sum(label == processor.config.eos_token_id for label in document.labels.tolist())
+        assert ends == len(messages) // 2
