@@ -168,6 +168,17 @@ def test_the_first_difference_is_shown(processor):
     assert "|assistant|>none<end" in str(error.value) and "|assistant|>x<end" in str(error.value)
 
 
+def test_an_answer_that_a_template_drops_is_refused(processor):
+    """It would be in the record, and train nothing."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content if '</think>' not in m.content }}"
+    template += "<end_of_utterance>{% endfor %}"
+    processor = Processor(processor.tokenizer, template, TINY)
+    assert processor.document(Sample([], talk("a", "b")))
+    for answers in (["a</think>b", "c"], ["c", "<think>a</think>b"]):
+        with pytest.raises(ValueError, match="the chat template does not show every message exactly once"):
+            processor.document(Sample([], talk(*answers)))
+
+
 @pytest.mark.parametrize(
     ("block", "says"),
     [
