@@ -1,5 +1,6 @@
 """`data.fields`: columns of any name -> the names that layouts (layouts.py) read."""
 
+import difflib
 from collections.abc import Sequence
 
 from nanovlm.data.layouts import LAYOUTS
@@ -21,7 +22,11 @@ def parse_fields(fields: Sequence[str]) -> dict[str, list[str]]:
         if not all([name, *columns.split(",")]):
             raise UserError(f"data.fields = {field!r} must be name=column, as in image=img")
         if name not in FIELDS:
-            raise UserError(f"data.fields: {name!r} in {field!r} is no name that a layout reads: {', '.join(FIELDS)}")
+            nearest = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)[0]
+            raise UserError(
+                f"data.fields: no layout reads {name!r} (in {field!r}, name=column); the nearest is {nearest!r}, "
+                "all are in the table of docs/data.md"
+            )
         parsed[name] = columns.split(",")
     return parsed
 

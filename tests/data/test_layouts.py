@@ -234,7 +234,7 @@ def test_a_named_layout_decides():
         ("image=", "must be name=column"),
         ("=img", "must be name=column"),
         ("images=a,,b", "must be name=column"),
-        ("picture=img", "'picture' in 'picture=img' is no name that a layout reads: A, B, "),
+        ("imag=img", r"no layout reads 'imag' \(in 'imag=img', name=column\); the nearest is 'image'"),
         ("image=gone", "the record has no 'gone', which data.fields names for image; its keys are: img, q, a"),
     ],
 )
