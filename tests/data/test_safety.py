@@ -16,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 
 import pytest
 from PIL import EpsImagePlugin, Image
@@ -449,6 +450,44 @@ def test_long_lines_and_lists_are_not_in_memory(tmp_path):
     with open(tmp_path / "a.json", "w") as file:
         file.write("[" + ", ".join(json.dumps({"a": "x" * 8_000_000}) for _ in range(40)) + "]")
     assert measure(tmp_path / "a.json") < 150
+
+
+def test_damaged_arrow_files_are_records_or_losses(tmp_path):
+    """Their offsets say where values are, and Arrow believes them: one that leads out of the file ends the process."""
+    pa = pytest.importorskip("pyarrow")
+    rows = pa.Table.from_pylist(
+        [{"image": encode(i), "texts": [{"user": "a" * i, "assistant": "b"}]} for i in range(12)]
+    )
+    file = tmp_path / "a.arrow"
+    with pa.ipc.new_stream(str(file), rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=4)
+    whole, counts = file.read_bytes(), Counter()
+    for seed in range(300):
+        rng, data = random.Random(seed), bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            at, size = rng.randrange(len(data)), rng.choice([1, 4, 8])
+            data[at : at + size] = rng.choice([b"\xff" * size, bytes(size), rng.randbytes(size), b"\x7f" * size])
+        file.write_bytes(data)
+        try:
+            source = open_source(str(file))
+        except UserError:
+            counts["refused"] += 1
+            continue
+        for i in range(len(source)):
+            try:
+                source.read(i)
+                counts["read"] += 1
+            except UserError:
+                counts["lost"] += 1
+    assert counts["read"] > 1000 and counts["lost"] > 50 and counts["refused"] > 20
+    data = bytearray(whole)
+    at = data.index(b"".join(i.to_bytes(4, "little") for i in (0, 0, 1, 3, 6)))  # of the texts of the first batch
+    data[at + 16 : at + 20] = (10**9).to_bytes(4, "little")
+    file.write_bytes(data)
+    source = open_source(str(file))
+    assert source.read(4)["images"] == [encode(4)]  # of the second batch
+    with pytest.raises(UserError, match=r"row 3 of the batch at byte \d+ of .*a.arrow cannot be read: "):
+        source.read(3)
 
 
 # --- tar files -----------------------------------------------------------------------------------------------
