@@ -6,8 +6,9 @@
     python train.py --help                       what is often set; every field: --help-all
     torchrun --nproc-per-node 8 train.py smolvlm_256m_stage3 --parallel.strategy fsdp      on 8 GPUs
 
-The run directory receives config.json, metrics.jsonl (a line a step), checkpoints/, and at the end model/
-(all that generate.py needs), curves.png, and the results of the tasks: eval.json and samples.png.
+The run directory receives config.json, metrics.jsonl (a line a step), checkpoints/, model-best/ where evaluations
+choose one, and at the end model/ (all that generate.py needs), curves.png, and the results of the tasks: eval.json and
+samples.png.
 """
 
 import sys

@@ -12,7 +12,7 @@ from nanovlm.config import DataConfig
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import Concatenation
 from nanovlm.data.records import to_sample
-from nanovlm.data.source_files import JsonLines
+from nanovlm.data.source_lines import TextFiles
 from nanovlm.data.split import describe_split, is_validation
 from tests.data.test_loader import numbered
 
@@ -26,7 +26,7 @@ def is_held_out(picture: bytes, fraction: float) -> bool:
 
 def write(path, records):
     path.write_text("\n".join(map(json.dumps, records)))
-    return JsonLines(path)
+    return TextFiles(path)
 
 
 def flat_questions(folder, num_pictures=40, each=5):
