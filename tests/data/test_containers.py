@@ -383,7 +383,11 @@ def test_saved_datasets(folder):
 def test_a_compressed_file_that_is_cut_keeps_its_whole_records(suffix, folder):
     rows = [{**row, "noise": random.Random(i).randbytes(8000).hex()} for i, row in enumerate(ROWS)]
     text = (
-        table(rows) if "csv" in suffix else json.dumps(rows, indent=1) if suffix.startswith(".json.") else lines(rows)
+        table(rows, quoting=csv.QUOTE_ALL)
+        if "csv" in suffix
+        else json.dumps(rows, indent=1)
+        if suffix.startswith(".json.")
+        else lines(rows)
     )
     data = gzip.compress(text.encode()) if "gz" in suffix else pa.compress(text.encode(), "zstd", asbytes=True)
     file = folder / f"a{suffix}"
