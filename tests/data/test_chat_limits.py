@@ -68,6 +68,7 @@ LARGE = {
     "{% endmacro %}{{ m(60) }}",
     "constants": "{{ 'ab' * 999 * 999 * 999 }}",
     "output": LONG + "{% for i in range(99) %}{{ ns.x }}{% endfor %}",
+    "text of the template": "{% for i in range(99999) %}" + "x" * 1000 + "{% endfor %}",
     "lists of lists": "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
     "{{ ns.x }}",
 }  # fmt: skip
