@@ -24,7 +24,8 @@ import train
 from benchmarks.scenes import TASKS
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig
-from nanovlm.eval.run import answer, average
+from nanovlm.eval.run import answer
+from nanovlm.eval.scores import average
 from nanovlm.eval.tasks import open_task, read_questions
 from nanovlm.files import read_json, write_file
 from nanovlm.hub.model_folder import save_model

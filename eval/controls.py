@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from nanovlm import distributed
 from nanovlm.data.source import Source
-from nanovlm.eval.tasks import Question, ask
+from nanovlm.eval.questions import Question, ask
 
 MOST_RECORDS = 50_000
 
@@ -18,7 +18,7 @@ MOST_RECORDS = 50_000
 class TrainingScan:
     """Digests of the images in training records, and the commonest training answer to each question."""
 
-    def __init__(self, source: Source, keys: Iterable):
+    def __init__(self, source: Source, keys: Iterable, layout: str = "", fields: dict | None = None):
         """Read the first MOST_RECORDS records with these keys again; skip those that cannot be read."""
         self.digests = set()
         self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
@@ -26,7 +26,7 @@ class TrainingScan:
         is_silent = distributed.rank() > 0
         for key in tqdm(keys, desc="reading training records", unit="record", mininterval=1, disable=is_silent):
             try:
-                questions = ask(source.read(key), 0)
+                questions = ask(source.read(key), 0, layout, fields)
             except Exception:
                 continue
             self.digests |= {digest(image) for image in questions[0].images}

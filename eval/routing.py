@@ -15,7 +15,8 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.types import Sample
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
-from nanovlm.eval.tasks import Question, open_task, read_questions
+from nanovlm.eval.questions import Question
+from nanovlm.eval.tasks import open_task, read_questions
 from nanovlm.files import write_file
 from nanovlm.model.moe import expert_load
 from nanovlm.model.vlm import VLM, Extras

@@ -1,12 +1,13 @@
-"""Ask a model what a task asks, and average the scores.
+"""Ask a model questions, and score its answers.
 
-    python -m nanovlm.eval.run runs/demo/model                            the table of a trained model on drawn scenes
-    python -m nanovlm.eval.run runs/demo/model --tasks mine.jsonl         on the questions of records of your own
-    python -m nanovlm.eval.run runs/demo/model --limit 64                 faster
+    python -m nanovlm.eval.run runs/demo/model --tasks scenes             the table of a trained model on drawn scenes
+    python -m nanovlm.eval.run runs/mine/model --data mine.jsonl --metric anls relaxed_accuracy    on records of yours
+    python -m nanovlm.eval.run owner/name --tasks docvqa pope --out runs/scores     published benchmarks, and a report
 
-All answers are generated greedily. Controls are scored too: answers to the same questions about a grey image (`blank`)
-and about another record's image (`shuffled`), and the commonest training answer to the same question, or to its kind
-if training never asks it (`majority`).
+All answers are generated greedily. Controls are scored too: answers to the same questions about a grey image (`blank`),
+about another record's image (`shuffled`) and without any (`alone`), and, of what `--training` names, the commonest
+answer to the same question, or to its kind if training never asks it (`majority`). docs/evaluation.md has the tasks,
+the metrics and how to read the figures.
 """
 
 from nanovlm import cli
@@ -15,10 +16,9 @@ if __name__ == "__main__":
     cli.end_on_interrupt()  # the imports below take seconds
 
 import json
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 
 from PIL import Image
 from tqdm import tqdm
@@ -26,18 +26,25 @@ from tqdm import tqdm
 from nanovlm import load
 from nanovlm.config import SamplingConfig
 from nanovlm.data.chat import Processor
+from nanovlm.data.columns import parse_fields
 from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_sources
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
+from nanovlm.eval.benchmarks import BENCHMARKS
+from nanovlm.eval.compare import compare, format_comparison, read_answers
 from nanovlm.eval.controls import TrainingScan, blank_images, shuffled_images
-from nanovlm.eval.tasks import TASKS, Question, Task, open_task, read_questions
+from nanovlm.eval.judge import Judge, open_judge
+from nanovlm.eval.likelihood import score_by_likelihood
+from nanovlm.eval.questions import MAX_NEW_TOKENS, Question, Task
+from nanovlm.eval.report import Answers, write_report
+from nanovlm.eval.scores import format_table, summarise
+from nanovlm.eval.tasks import TASKS, open_records, open_task, read_questions
 from nanovlm.infer.sampling import generate
 from nanovlm.model.vlm import VLM
 
 BATCH_ROWS = 128
-MAX_NEW_TOKENS = 48
-LONGEST_KIND = 40  # characters of a kind that a table shows
+__all__ = ["MAX_NEW_TOKENS", "answer", "collect", "evaluate", "format_table"]
 
 
 def answer(
@@ -47,17 +54,51 @@ def answer(
     images: list[list[Image.Image]] | None = None,
     title: str | None = None,
 ) -> list[str]:
-    """Generate the greedy answer to each question, about `images` if given, else its own; a title shows progress."""
+    """Generate the greedy answer to each question, about `images` if given, else its own; a title shows progress.
+
+    Raises UserError that names a question for which the model has too few positions.
+    """
     images = images or [question.images for question in questions]
-    device, answers = next(model.parameters()).device, []
-    for start in tqdm(range(0, len(questions), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):
-        rows = slice(start, start + BATCH_ROWS)
-        prompts = [processor.prompt(q.messages, shown) for q, shown in zip(questions[rows], images[rows], strict=True)]
+    device, answers = next(model.parameters()).device, {}
+    # Short answers first, so that none waits for a long one in its batch.
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].max_new_tokens, len(questions[i].truth)))
+    for start in tqdm(range(0, len(order), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):
+        chosen = order[start : start + BATCH_ROWS]
+        prompts = [processor.prompt(questions[i].messages, images[i]) for i in chosen]
+        longest = max(questions[i].max_new_tokens for i in chosen)
+        for i, prompt in zip(chosen, prompts, strict=True):
+            if len(prompt) + longest > (most := model.config.decoder.max_position_embeddings):
+                raise UserError(
+                    f"the question {questions[i].text[:200]!r} of record {questions[i].record} takes {len(prompt)} "
+                    f"tokens and its answer up to {longest}, the model has {most} positions: lower --max-new-tokens, "
+                    "or leave the record out"
+                )
         batch = processor.batch(prompts).to(device)
-        answers += [
-            processor.decode(ids) for ids in generate(model, batch, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS))
-        ]
-    return answers
+        rows = generate(model, batch, SamplingConfig(max_new_tokens=longest))
+        answers |= {
+            i: processor.decode(ids[: questions[i].max_new_tokens]) for i, ids in zip(chosen, rows, strict=True)
+        }
+    return [answers[i] for i in range(len(questions))]
+
+
+def collect(
+    model: VLM,
+    processor: Processor,
+    questions: list[Question],
+    training: TrainingScan | None = None,
+    controls: bool = False,
+    title: str | None = None,
+) -> dict[str, list[str]]:
+    """Return the answers to the questions under `accuracy`, and those of the controls by their names."""
+    columns = {"accuracy": answer(model, processor, questions, title=title)}
+    if controls and any(question.images for question in questions):
+        for name, images in (("blank", blank_images(questions)), ("shuffled", shuffled_images(questions))):
+            columns[name] = answer(model, processor, questions, images, title and f"{title}, {name} images")
+        bare = [question.without_images() for question in questions]
+        columns["alone"] = answer(model, processor, bare, title=title and f"{title}, no images")
+    if training:
+        columns["majority"] = [training.guess(question) for question in questions]
+    return columns
 
 
 def evaluate(
@@ -69,81 +110,60 @@ def evaluate(
     controls: bool = False,
     title: str | None = None,
 ) -> dict:
-    """Return `{"mean", "n", "dropped", "kinds": {kind: {"accuracy", "n"}}}` and other figures by name.
+    """Return `{"mean", "overall", "n", "dropped", "intervals", "kinds": {kind: {"accuracy", "n"}}}` and other figures.
 
-    All are between 0 and 1; the mean is over the kinds of question. With `controls`, and if there are images, there
-    are `blank` and `shuffled` for each kind, and their means. With `training` there is `majority` too, and records with
-    a training image are left out: `dropped` counts them. If none is left there is no mean.
+    `accuracy` is the task's main figure, which `figure` names if it is another one; `mean` is its mean over the kinds
+    of question, `overall` that over the questions; all but CIDEr are between 0 and 1. `intervals` has the 95 % interval
+    of each figure. With `controls`, and if there are images, there are `blank`, `shuffled` and `alone` for each kind,
+    and their means. With `training` there is `majority` too, and records with a training image are left out: `dropped`
+    counts them. If none is left there is no mean.
     """
+    questions, dropped = leave_out(questions, training)
+    columns = collect(model, processor, questions, training, controls, title)
+    return summarise(task, questions, columns, dropped)[0]
+
+
+def leave_out(questions: list[Question], training: TrainingScan | None) -> tuple[list[Question], int]:
+    """Return the questions of records without a training image, and the number of the others."""
     num_records = len({question.record for question in questions})
     questions = training.leave_out(questions) if training else questions
-    dropped = num_records - len({question.record for question in questions})
-    # Short answers first, so that none waits for a long one in its batch.
-    questions = sorted(questions, key=lambda question: len(question.truth))
-    columns = {"accuracy": answer(model, processor, questions, title=title)}
-    if controls and any(question.images for question in questions):
-        for name, images in (("blank", blank_images(questions)), ("shuffled", shuffled_images(questions))):
-            columns[name] = answer(model, processor, questions, images, title and f"{title}, {name} images")
-    if training:
-        columns["majority"] = [training.guess(question) for question in questions]
-    scores = {column: average(task, questions, answers) for column, answers in columns.items()}
-    others, counts = scores["accuracy"], Counter(question.kind for question in questions)
-    by_kind = {column: figures.pop("accuracy", {}) for column, figures in scores.items()}
-    kinds = {kind: {c: by_kind[c][kind] for c in columns} | {"n": counts[kind]} for kind in by_kind["accuracy"]}
-    means = {column: mean(of_kind.values()) for column, of_kind in by_kind.items() if of_kind}
-    return {
-        **{"mean" if column == "accuracy" else f"{column}_mean": value for column, value in means.items()},
-        **{figure: mean(of_kind.values()) for figure, of_kind in others.items()},
-        "n": len(questions),
-        "dropped": dropped,
-        "kinds": kinds,
-    }
-
-
-def average(task: Task, questions: list[Question], answers: list[str]) -> dict[str, dict[str, float]]:
-    """Score the answers; return the mean of each figure over the questions of each kind."""
-    values = defaultdict(lambda: defaultdict(list))
-    for question, said in zip(questions, answers, strict=True):
-        for figure, value in task.score(question, said).items():
-            values[figure][question.kind].append(value)
-    return {figure: {kind: mean(x) for kind, x in of_kind.items()} for figure, of_kind in values.items()}
-
-
-def format_table(results: dict[str, dict]) -> str:
-    """Lay out what `evaluate` returned for each task, in percent."""
-    lines = []
-    for name, result in results.items():
-        columns = [column for column in ("blank", "shuffled", "majority") if f"{column}_mean" in result]
-        width = max(14, len(name), *(min(len(kind), LONGEST_KIND) + 2 for kind in result["kinds"]))
-        lines.append(f"{name:<{width}} {'exact %':>8}{''.join(f'{c:>10}' for c in columns)}{'n':>7}")
-        for kind, row in sorted(result["kinds"].items()):
-            shares = "".join(f"{100 * row[column]:10.1f}" for column in columns)
-            kind = kind if len(kind) <= LONGEST_KIND else kind[: LONGEST_KIND - 4] + " ..."
-            lines.append(f"{'  ' + kind:<{width}} {100 * row['accuracy']:8.1f}{shares}{row['n']:7}")
-        if "mean" in result:
-            shares = "".join(f"{100 * result[f'{column}_mean']:10.1f}" for column in columns)
-            lines.append(f"{'  MEAN':<{width}} {100 * result['mean']:8.1f}{shares}")
-        known = {"mean", "n", "dropped", "kinds", *(f"{column}_mean" for column in columns)}
-        lines += [
-            f"  {figure.replace('_', ' ')} {100 * result[figure]:.1f}" for figure in result if figure not in known
-        ]
-        if columns or result["dropped"]:
-            lines.append(f"  {result['dropped']} records left out because their images occur in training")
-        lines.append("")
-    return "\n".join(lines)
+    return questions, num_records - len({question.record for question in questions})
 
 
 @dataclass(frozen=True)
 class AskConfig:
-    # A model folder.
-    model: Path
+    # A model folder, or owner/name on the hub.
+    model: str
     # What to ask: names of tasks, or sources of records.
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ()
+    # Files of yours to ask: sources of records, as for training.
+    data: tuple[str, ...] = ()
+    # How answers to records are scored: names of metrics, the main one first. Without one they must match exactly.
+    metric: tuple[str, ...] = ()
+    # The layout of the records, if it is not to be recognised, and the names of their columns, as in image=img.
+    layout: str = ""
+    fields: tuple[str, ...] = ()
     # How many records of a task are asked, from its first on.
     limit: int = 512
+    # Where answers are cut off; 0 for the task's own limit.
+    max_new_tokens: int = 0
     # What the model was trained on: its first 50,000 records give the commonest answers, and questions about their
-    # images are left out. (At the end of a run, train.py uses the records that the run has read.)
-    training: tuple[str, ...] = ("scenes",)
+    # images are left out. Drawn scenes are compared with those of training if nothing is named.
+    training: tuple[str, ...] = ()
+    # Also ask about grey images, another record's images and without any.
+    controls: bool = True
+    # Score the options of multiple choices by their log-probability, too.
+    likelihood: bool = False
+    # A judge of answers that do not match a reference: the address of an OpenAI-compatible server, such as
+    # http://localhost:8000/v1, or a model folder; and the name by which the server calls the model.
+    judge: str = ""
+    judge_model: str = ""
+    # Another model to compare with on the same questions, or a folder that --out wrote for one.
+    compare: str = ""
+    # A folder for all answers (answers.jsonl), the figures (scores.json) and a page to look at (report.html).
+    out: Path | None = None
+    # A folder with copies of data sets of the hub, as owner/name, in place of the hub.
+    root: str = ""
     # Print one JSON object instead of the table.
     json: bool = False
     # cpu, cuda, or auto (cuda when there is one).
@@ -151,21 +171,103 @@ class AskConfig:
 
 
 def main(config: AskConfig):
-    """Print the scores of a model folder."""
+    """Print the scores of a model, and write the report."""
+    tasks = open_tasks(config)
+    asked = [(task, read_questions(task)) for task in tasks]
+    if config.max_new_tokens:
+        asked = [(task, [replace(q, max_new_tokens=config.max_new_tokens) for q in qs]) for task, qs in asked]
+    others = read_answers(Path(config.compare)) if config.compare and is_answers(config.compare) else None
+    device = find_device(config.device)
+    model, processor = load(config.model, device)
+    judge = open_judge(config.judge, config.judge_model, config.out, device) if config.judge else None
+    scans = scan_training(config, tasks)
+    answers = [
+        examine(model, processor, task, questions, scans.get(task.name), config, judge) for task, questions in asked
+    ]
+    if config.compare and others is None:
+        del model
+        other, other_processor = load(config.compare, device)
+        plain = replace(config, controls=False, likelihood=False)
+        others = {
+            own.task: examine(other, other_processor, task, own.questions, None, plain, judge).lines()
+            for own, task in zip(answers, tasks, strict=True)
+        }
+    comparisons = {own.task: compare(own.lines(), others, own.task) for own in answers} if others is not None else {}
+    results = {own.task: own.result for own in answers}
+    for name, comparison in comparisons.items():
+        results[name]["compared"] = comparison
+    if config.out:
+        write_report(config.out, str(config.model), answers, others, config.compare)
+    print(json.dumps(results) if config.json else format_table(results))
+    if not config.json:
+        for name, comparison in comparisons.items():
+            print(format_comparison(name, comparison, str(config.model), config.compare))
+        for task in tasks:
+            if task.name not in scans and not config.training:
+                print(f"{task.name}: no majority column, as --training does not say what the model was trained on")
+        if config.out:
+            print(f"the answers are in {config.out / 'answers.jsonl'}; look at {config.out / 'report.html'}")
+
+
+def open_tasks(config: AskConfig) -> list[Task]:
+    """Open what is asked. Raises UserError for options that do not go together."""
     if config.limit < 1:
         raise UserError(f"--limit {config.limit} must be at least 1")
-    tasks = [open_task(name, config.limit) for name in config.tasks]
-    asked = [(task, read_questions(task)) for task in tasks]
-    model, processor = load(config.model, find_device(config.device))
-    scan = None
-    if config.training:
-        source = open_sources(config.training, shuffle=False)
-        scan = TrainingScan(source, (ref.key for ref in first_pass(source)))
-    results = {
-        task.name: evaluate(model, processor, task, questions, scan, controls=True, title=task.name)
-        for task, questions in asked
-    }
-    print(json.dumps(results) if config.json else format_table(results))
+    if config.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens} must be 0 or more")
+    if not config.tasks and not config.data:
+        raise UserError(
+            "nothing to ask: give --data FILE with records of yours (and --metric), or --tasks with one or more of "
+            f"{', '.join((*TASKS, *BENCHMARKS))}"
+        )
+    named = [name for name in config.tasks if name in TASKS or name in BENCHMARKS]
+    if config.metric and not config.data and len(named) == len(config.tasks):
+        raise UserError(f"--metric is for records of --data; {', '.join(named)} have metrics of their own")
+    if len(names := (*config.tasks, *config.data)) != len(set(names)):
+        raise UserError(f"each task can be asked once, and these are named: {', '.join(names)}")
+    how = (config.metric, config.layout, parse_fields(config.fields))
+    return [open_task(name, config.limit, *how, config.root) for name in config.tasks] + [
+        open_records(spec, config.limit, *how) for spec in config.data
+    ]
+
+
+def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, TrainingScan]:
+    """Scan the training records that each task is compared with: those named, or drawn scenes for drawn scenes."""
+    compared = [task.name for task in tasks if config.training or task.name in TASKS]
+    if not compared:
+        return {}
+    source = open_sources(config.training or ("scenes",), shuffle=False)
+    how = {"layout": config.layout, "fields": parse_fields(config.fields)} if config.training else {}
+    return dict.fromkeys(compared, TrainingScan(source, (ref.key for ref in first_pass(source)), **how))
+
+
+def is_answers(name: str) -> bool:
+    """Return whether a name is that of stored answers and not of a model."""
+    path = Path(name)
+    return path.is_file() or (path / "answers.jsonl").is_file()
+
+
+def examine(
+    model: VLM,
+    processor: Processor,
+    task: Task,
+    questions: list[Question],
+    training: TrainingScan | None,
+    config: AskConfig,
+    judge: Judge | None = None,
+) -> Answers:
+    """Ask a model all questions of a task; return its answers and their scores."""
+    questions, dropped = leave_out(questions, training)
+    columns = collect(model, processor, questions, training, config.controls, task.name)
+    more: list[dict[str, float]] = [{} for _ in questions]
+    if config.likelihood:
+        found = score_by_likelihood(model, processor, questions, f"{task.name}, likelihood")
+        more = [old | new for old, new in zip(more, found, strict=True)]
+    if judge:
+        found = judge.score(questions, columns["accuracy"], f"{task.name}, judge")
+        more = [old | new for old, new in zip(more, found, strict=True)]
+    result, scores = summarise(task, questions, columns, dropped, more)
+    return Answers(task.name, questions, columns, scores, result)
 
 
 def command():

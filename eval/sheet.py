@@ -5,7 +5,7 @@ import io
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from nanovlm.eval.metrics import exact_match
-from nanovlm.eval.tasks import Question
+from nanovlm.eval.questions import Question
 
 COLUMNS, SIDE, GAP, LINE = 4, 256, 12, 18
 

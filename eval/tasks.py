@@ -3,75 +3,90 @@
 ```
 scenes                  held-out drawn scenes
 scenes:compositional    drawn scenes with a pair of color and shape that training never shows
-questions.jsonl, ...    any source of records (nanovlm/data/sources.py): an answer must match the record's
+docvqa, ...             published benchmarks, read from the hub (benchmarks.py)
+questions.jsonl, ...    any source of records (nanovlm/data/sources.py), scored by metrics of your choice
 ```
 
-A new task is a class with `name`, `questions` and `score` and an entry of TASKS.
+A new task is a class with `name`, `questions` and `score` and an entry of TASKS; a data set of the hub is an entry of
+BENCHMARKS.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import difflib
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Protocol
-
-from PIL import Image
 
 from nanovlm.data.reader import explain
-from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source
-from nanovlm.errors import UserError, printable
-from nanovlm.eval.metrics import exact_match
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation that ends with a user's turn, and its correct answers."""
-
-    # Number of its record; the questions of a record show the same images.
-    record: int
-    # Results are averaged over the questions of a kind, then over the kinds.
-    kind: str
-    images: list[Image.Image]
-    messages: list[dict]
-    references: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """What the user says in the last turn."""
-        return _text(self.messages[-1])
-
-    @property
-    def truth(self) -> str:
-        return self.references[0]
-
-
-class Task(Protocol):
-    """Questions for a model, and a score for its answers."""
-
-    name: str
-
-    def questions(self) -> Iterator[Question]:
-        """Yield the questions, always the same ones, record by record."""
-        ...
-
-    def score(self, question: Question, answer: str) -> dict[str, float]:
-        """Return figures by name, each between 0 and 1; the task's mean is over `accuracy`."""
-        ...
+from nanovlm.errors import UserError
+from nanovlm.eval.benchmarks import BENCHMARKS, Benchmark
+from nanovlm.eval.corpus import CORPUS_METRICS
+from nanovlm.eval.letters import LETTERS
+from nanovlm.eval.metrics import METRICS, exact_match, letter
+from nanovlm.eval.questions import Question, Task, ask
 
 
 class Records:
-    """The questions of the first records of a source; an answer must match the record's word for word."""
+    """The questions of the first records of a source, scored by metrics; the first of them is the main figure.
 
-    def __init__(self, name: str, source: Source, limit: int):
-        self.name, self.source, self.limit = name, source, limit
+    Without metrics an answer must match one of the references word for word. `layout` and `fields` are as in
+    DataConfig.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        limit: int,
+        metrics: Sequence[str] = (),
+        layout: str = "",
+        fields: dict | None = None,
+    ):
+        for metric in metrics:
+            if metric not in METRICS and metric not in CORPUS_METRICS:
+                near = difflib.get_close_matches(metric, [*METRICS, *CORPUS_METRICS], n=3)
+                raise UserError(
+                    f"{metric!r} is no metric; "
+                    + (f"do you mean {' or '.join(near)}? " if near else "")
+                    + f"There are {', '.join([*METRICS, *CORPUS_METRICS])}"
+                )
+        self.name, self.source, self.limit, self.layout, self.fields = name, source, limit, layout, fields
+        self.metrics = [metric for metric in metrics if metric in METRICS]
+        self.corpus = tuple(metric for metric in metrics if metric in CORPUS_METRICS)
+        self.main = metrics[0] if metrics else None
 
     def questions(self) -> Iterator[Question]:
-        return _questions_of(self.source, self.limit)
+        for question in _questions_of(self.source, self.limit, self.layout, self.fields):
+            for metric in (*self.metrics, *self.corpus):
+                if metric in NEEDS and not NEEDS[metric][0](question.references):
+                    raise UserError(f"{metric} needs {NEEDS[metric][1]}: {question.text!r} has {question.references!r}")
+            yield question
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
-        return {"accuracy": float(exact_match(answer, question.references))}
+        if self.main is None:
+            return {"accuracy": float(exact_match(answer, question.references))}
+        said = answer.strip()
+        scores = {metric: float(METRICS[metric](said, question.references)) for metric in self.metrics}
+        if "letter" in scores and question.choices:
+            scores["letter"] = letter(said, question.references, LETTERS[: len(question.choices)])
+        return scores
+
+
+def _are_letters(references):
+    return all(len(reference) == 1 and reference.upper() in LETTERS for reference in references)
+
+
+def _are_yes_or_no(references):
+    return {reference.lower() for reference in references} <= {"yes", "no"}
+
+
+# What references must be, so that a metric means anything.
+NEEDS = (
+    dict.fromkeys(("letter", "letter_mmstar", "letter_strict", "letter_ai2d"), (_are_letters, "letters as references"))
+    | dict.fromkeys(("yes_no", "yes_no_lenient", "pope", "pope_lenient"), (_are_yes_or_no, "yes or no as references"))
+    | dict.fromkeys(("vqa_soft", "vqa_soft_vqav2"), (lambda x: len(x) >= 4, "at least four references, usually ten"))
+)
 
 
 class DrawnScenes:
@@ -88,11 +103,11 @@ class DrawnScenes:
         return {figure: float(exact_match(answer, question.references))}
 
 
-def _questions_of(source: Source, limit: int) -> Iterator[Question]:
+def _questions_of(source: Source, limit: int, layout: str = "", fields: dict | None = None) -> Iterator[Question]:
     """Yield the questions of the first records of a source. Raises UserError that names a record without any."""
     for number, ref in enumerate(islice(first_pass(source), limit)):
         try:
-            questions = ask(source.read(ref.key), number)
+            questions = ask(source.read(ref.key), number, layout, fields)
         except Exception as error:  # whatever a record does, it is named
             raise UserError(f"{ref.source}, {ref.where}: {explain(error)}") from error
         yield from questions
@@ -109,30 +124,6 @@ def read_questions(task: Task) -> list[Question]:
     return questions
 
 
-def ask(raw: dict, number: int) -> list[Question]:
-    """Turn a raw record (nanovlm/data/records.py) into questions, one for each answer in it.
-
-    In a conversation, earlier turns are shown with their true answers. A turn of `texts` may name its `kind`.
-    """
-    sample, turns = to_sample(raw), raw.get("texts") or ()
-    answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    kinds = [printable(str(turn.get("kind", "answer"))) for turn in turns] or ["answer"] * len(answers)
-    return [
-        Question(
-            number,
-            kind,
-            sample.images,
-            sample.messages[i - 1 : i] if sample.independent else sample.messages[:i],
-            (_text(sample.messages[i]).strip(),),
-        )
-        for i, kind in zip(answers, kinds, strict=True)
-    ]
-
-
-def _text(message: dict) -> str:
-    return "".join(part["text"] for part in content_parts(message["content"]) if part["type"] == "text")
-
-
 # (name, number of records) -> Task
 TASKS = {
     "scenes": lambda name, limit: DrawnScenes(name, "test", limit),
@@ -140,16 +131,38 @@ TASKS = {
 }
 
 
-def open_task(name: str, limit: int) -> Task:
+def open_task(
+    name: str,
+    limit: int,
+    metrics: Sequence[str] = (),
+    layout: str = "",
+    fields: dict | None = None,
+    root: str = "",
+) -> Task:
     """Return the task of this name, or the records of the source that it names (for a hub source, its test split).
 
+    The metrics, layout and fields are those of records; `root` is a folder that stands for the hub of a benchmark.
     Raises UserError if the name is neither.
     """
     if name in TASKS:
         return TASKS[name](name, limit)
+    if name in BENCHMARKS:
+        return Benchmark(name, limit, root)
+    return open_records(name, limit, metrics, layout, fields, f"{name!r} is no task; there are ")
+
+
+def open_records(
+    spec: str,
+    limit: int,
+    metrics: Sequence[str] = (),
+    layout: str = "",
+    fields: dict | None = None,
+    refusal: str = "",
+) -> Task:
+    """Return the questions of a source of records. Raises UserError, which `refusal` and the names of tasks begin."""
     try:
-        return Records(name, open_source(name, split="test"), limit)
+        source = open_source(spec, split="test")
     except ValueError as error:
-        raise UserError(
-            f"{name!r} is no task; there are {', '.join(TASKS)}, and sources of records: {error}"
-        ) from error
+        names = f"{', '.join((*TASKS, *BENCHMARKS))}, and sources of records: " if refusal else ""
+        raise UserError(f"{refusal}{names}{error}") from error
+    return Records(spec, source, limit, metrics, layout, fields)

@@ -15,10 +15,12 @@ from nanovlm.data.types import Sample
 from nanovlm.eval import run
 from nanovlm.eval.controls import TrainingScan, shuffled_images
 from nanovlm.eval.metrics import exact_match
+from nanovlm.eval.questions import Question, ask
 from nanovlm.eval.routing import draw_routing, measure_routing
-from nanovlm.eval.run import AskConfig, average, evaluate, format_table
+from nanovlm.eval.run import AskConfig, evaluate, format_table
+from nanovlm.eval.scores import average
 from nanovlm.eval.sheet import choose, describe, draw_sheet
-from nanovlm.eval.tasks import TASKS, Question, ask, open_task, read_questions
+from nanovlm.eval.tasks import TASKS, open_task, read_questions
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, make_raw
@@ -50,7 +52,8 @@ def ask_an_oracle(task):
 
     def answer(model, processor, questions, images=None, title=None):
         images = images or [q.images for q in questions]
-        return [truth.get((shown[0].tobytes(), q.text), "?") for q, shown in zip(questions, images, strict=True)]
+        pairs = zip(questions, images, strict=True)
+        return [truth.get((shown[0].tobytes(), q.text), "?") if shown else "?" for q, shown in pairs]
 
     return answer
 
@@ -63,11 +66,13 @@ def test_scores_and_controls(monkeypatch, name):
         None, None, task, list(task.questions()), TrainingScan(Scenes("train"), range(300)), controls=True
     )
     assert result["mean"] == result["caption_exact"] == 1.0
-    assert result["blank_mean"] == 0.0
+    assert result["blank_mean"] == result["alone_mean"] == 0.0
+    assert result["intervals"]["mean"] == result["intervals"]["overall"] == (1.0, 1.0) and result["overall"] == 1.0
     assert result["shuffled_mean"] < 0.1  # another scene may be asked the very same question
     assert result["majority_mean"] < 0.5
     assert result["dropped"] == 0 and sum(kind["n"] for kind in result["kinds"].values()) > 150
-    assert format_table({name: result}).splitlines()[-3].split()[:3] == ["MEAN", "100.0", "0.0"]
+    (line,) = [line for line in format_table({name: result}).splitlines() if line.startswith("  MEAN")]
+    assert line.split()[:3] == ["MEAN", "100.0", "0.0"]
     alone = evaluate(None, None, task, list(task.questions()))
     assert alone["kinds"]["color"] == {"accuracy": 1.0, "n": result["kinds"]["color"]["n"]}
 
@@ -120,7 +125,7 @@ def test_records_of_ones_own_are_a_task(tmp_path, processor, capsys):
     name = str(tmp_path / "own.jsonl")
     assert [q.truth for q in open_task(name, 3).questions()] == ["0", "1", "2"]
     save_model(tmp_path / "model", VLM(TINY), processor)
-    run.main(AskConfig(tmp_path / "model", (name,), training=(), json=True))
+    run.main(AskConfig(str(tmp_path / "model"), (name,), json=True))
     result = json.loads(capsys.readouterr().out)[name]
     assert (
         result["n"] == 5 and result["kinds"]["answer"]["n"] == 5 and not {"majority_mean", "blank_mean"} & result.keys()
