@@ -16,12 +16,12 @@ def mean(sums, number):
 
 
 def test_an_interval_is_that_of_the_normal_approximation():
-    """Of 2000 independent answers the two agree to a tenth of the width."""
+    """Of 2000 independent answers the two agree to a tenth of half the width."""
     right = np.random.default_rng(1).random((2000, 1)) < 0.3
     low, high = bootstrap(right.astype(float), range(2000), mean)["mean"]
     share = right.mean()
     half = 1.96 * math.sqrt(share * (1 - share) / 2000)
-    assert (low, high) == pytest.approx((share - half, share + half), abs=0.2 * half)
+    assert (low, high) == pytest.approx((share - half, share + half), abs=0.1 * half)
     assert bootstrap(right.astype(float), range(2000), mean) == {"mean": (low, high)}  # seeded
     assert bootstrap(right.astype(float), range(2000), mean, seed=1) != {"mean": (low, high)}
 
