@@ -1,6 +1,5 @@
 """How far a score can be trusted: bootstrap intervals, and tests whether two models differ."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -43,5 +42,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
     p = min(1, 2 P(X <= the smaller count)), X binomial with their sum and 1/2 (McNemar 1947).
     """
     number, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(number, i) for i in range(fewer + 1))
+    tail = ways = 1
+    for i in range(fewer):
+        ways = ways * (number - i) // (i + 1)  # number over i + 1
+        tail += ways
     return min(1.0, 2 * tail / 2**number)

@@ -45,8 +45,11 @@ class Judge:
         self.name, self.reply = name, reply
         self.path = folder / "judge.jsonl" if folder else None
         self.replies: dict[str, str] = {}
+        self.start = ""  # of the next line
         if self.path and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            self.start = "" if text.endswith("\n") else "\n"
+            for line in text.splitlines():
                 try:
                     stored = json.loads(line)
                     self.replies[stored["key"]] = str(stored["reply"])
@@ -76,7 +79,9 @@ class Judge:
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "judge": self.name, "reply": self.replies[key]}) + "\n")
+                    line = json.dumps({"key": key, "judge": self.name, "reply": self.replies[key]})
+                    file.write(f"{self.start}{line}\n")
+                    self.start = ""
         return self.replies[key]
 
 

@@ -49,7 +49,8 @@ class Question:
 class Task(Protocol):
     """Questions for a model, and a score for its answers.
 
-    A task may also have `corpus`, names of CORPUS_METRICS (corpus.py) that are taken of all its answers together.
+    A task may also have `corpus`, names of CORPUS_METRICS (corpus.py) that are taken of all its answers together, and
+    `main`, the name of its main figure.
     """
 
     name: str
@@ -61,8 +62,8 @@ class Task(Protocol):
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """Return figures by name, each between 0 and 1.
 
-        The task's main figure is `accuracy`, or else the first of its corpus metrics, or else the first that it
-        returns: the score of a kind is the mean of this, and the task's mean is that of its kinds.
+        If the task does not name it, its main figure is `accuracy`, or else the first of its corpus metrics, or else
+        the first that it returns: the score of a kind is the mean of this, and the task's mean is that of its kinds.
         """
         ...
 

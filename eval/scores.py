@@ -52,7 +52,7 @@ def summarise(
     figures = {}
     for measure in measures["accuracy"]:
         figures |= measure.of(np.ones(len(questions), bool))
-    main = "accuracy" if "accuracy" in figures else find_main(scores["accuracy"], figures)
+    main = find_main(getattr(task, "main", None), scores["accuracy"], figures)
     names = np.array([question.kind for question in questions])
     shown = {kind: names == kind for kind in dict.fromkeys(names.tolist())}
     for column in columns:
@@ -89,8 +89,10 @@ def make_measures(
         yield Measure(rows, lambda sums, combine=combine: combine(sums[:-1], round(sums[-1])))
 
 
-def find_main(scores: Sequence[dict[str, float]], figures: dict[str, float]) -> str:
-    """Return the name of the main figure where there is no accuracy: the first of a corpus metric, or the first."""
+def find_main(named: str | None, scores: Sequence[dict[str, float]], figures: dict[str, float]) -> str:
+    """Return the name of the main figure: the one named, or accuracy, or the first of a corpus metric, or the first."""
+    if main := next((name for name in (named, "accuracy") if name in figures), None):
+        return main
     single = dict.fromkeys(name for row in scores for name in row)
     return next((name for name in figures if name not in single), next(iter(figures)))
 
@@ -146,7 +148,16 @@ def format_table(results: dict[str, dict]) -> str:
         if "mean" in result:
             shares = "".join(f"{100 * result[f'{column}_mean']:10.1f}" for column in columns)
             lines.append(f"{'  MEAN':<{width}} {100 * result['mean']:{wide}.1f}{shares}")
-        known = {"mean", "n", "dropped", "kinds", "intervals", "figure", *(f"{column}_mean" for column in columns)}
+        known = {
+            "mean",
+            "n",
+            "dropped",
+            "kinds",
+            "intervals",
+            "figure",
+            "compared",
+            *(f"{column}_mean" for column in columns),
+        }
         for figure in result:
             if figure not in known and (figure != "overall" or len(result["kinds"]) > 1):
                 lines.append(f"  {figure.replace('_', ' ')} {100 * result[figure]:.1f}{_interval(result, figure)}")

@@ -265,7 +265,8 @@ def test_mathvista_reads_strictly_and_leniently(root):
     for question, answer, strict, lenient in [
         (choice, "8/11", 1, 1), (choice, "B", 1, 1), (choice, "A", 0, 0), (choice, "The answer is (B)", 0, 1),
         (choice, "8/1", 0, 1), (choice, "", 0, 0), (length, "1.20", 1, 1), (length, "1.25", 1, 1),
-        (length, "1.3", 0, 0), (length, "about 1.2 cm", 0, 1), (count, "14.0", 1, 1), (count, "14.5", 1, 1), (count, "fourteen", 0, 0),
+        (length, "1.3", 0, 0), (length, "about 1.2 cm", 0, 1), (count, "14.0", 1, 1),
+        (count, "14.5", 1, 1), (count, "fourteen", 0, 0),
         (count, "inf", 0, 0), (count, "nan", 0, 0),
     ]:  # fmt: skip
         assert task.score(question, answer) == {"accuracy": strict, "accuracy_lenient": lenient}, answer
