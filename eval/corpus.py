@@ -79,6 +79,7 @@ def cider_rows(answers: Sequence[str], references: Sequence[Sequence[str]]) -> n
 
 
 def combine_cider(sums: np.ndarray, number: int) -> dict[str, float]:
+    """Mean of 10 times the tf-idf weighted cosine of n-grams with the references, over all captions (CIDEr-D)."""
     return {"cider": float(sums[0]) / number}
 
 
@@ -126,6 +127,11 @@ def combine_pope(sums: np.ndarray, number: int, suffix: str = "") -> dict[str, f
     return {name + suffix: value for name, value in figures.items()}
 
 
+def combine_pope_lenient(sums: np.ndarray, number: int) -> dict[str, float]:
+    """The same where an answer may contain one of the words yes and no."""
+    return combine_pope(sums, number, suffix="_lenient")
+
+
 def _read_strictly(answer):
     said = answer.strip().lower()
     return said if said in ("yes", "no") else None
@@ -135,7 +141,5 @@ CORPUS_METRICS = {
     "bleu": CorpusMetric(bleu_rows, combine_bleu),
     "cider": CorpusMetric(cider_rows, combine_cider),
     "pope": CorpusMetric(lambda *x: pope_rows(*x, read=_read_strictly), combine_pope),
-    "pope_lenient": CorpusMetric(
-        lambda *x: pope_rows(*x, read=find_yes_no), lambda *x: combine_pope(*x, suffix="_lenient")
-    ),
+    "pope_lenient": CorpusMetric(lambda *x: pope_rows(*x, read=find_yes_no), combine_pope_lenient),
 }

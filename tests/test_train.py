@@ -682,7 +682,7 @@ def test_the_evaluation_and_its_files(tmp_path, capsys):
         kinds = results["tasks"][task]["kinds"]
         assert set(kinds) <= {"color", "shape", "count", "position", "relation", "existence", "digits"}
         assert len(kinds) >= 5
-        assert all(set(row) == {"accuracy", "blank", "shuffled", "majority", "n"} for row in kinds.values())
+        assert all(set(row) == {"accuracy", "blank", "shuffled", "alone", "majority", "n"} for row in kinds.values())
     assert (tmp_path / "samples.png").stat().st_size > 1000
     shown = capsys.readouterr()
     assert "caption exact" in shown.out and "(truth: " in shown.err + shown.out
