@@ -14,7 +14,7 @@ def bootstrap(
     combine: Callable[[np.ndarray, int], dict[str, float]],
     seed: int = SEED,
     resamples: int = RESAMPLES,
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, list[float]]:
     """Return the 95 % percentile interval of each figure (Efron 1979): records are drawn with replacement.
 
     `rows` fp64[N, C] are sums to be, `records` the record of each row, whose rows are drawn together because they show
@@ -31,8 +31,7 @@ def bootstrap(
         found += [combine(drawn[:-1], round(drawn[-1])) for drawn in times @ sums]
     names = dict.fromkeys(name for figures in found for name in figures)
     values = {name: [figures[name] for figures in found if name in figures] for name in names}
-    ends = {name: np.percentile(x, (2.5, 97.5)).tolist() for name, x in values.items()}
-    return {name: (low, high) for name, (low, high) in ends.items()}
+    return {name: np.percentile(x, (2.5, 97.5)).tolist() for name, x in values.items()}
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

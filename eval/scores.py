@@ -104,7 +104,7 @@ def pick_measure(measures: Sequence[Measure], main: str) -> Measure:
 
 def find_intervals(
     measures: Sequence[Measure], main: str, kinds: Sequence[np.ndarray], questions: Sequence[Question]
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, list[float]]:
     """Return 95 % intervals of all figures, of `mean` over the kinds and of `overall`."""
     of_main = pick_measure(measures, main)
     # Beside the columns of every measure, those of the main one once for each kind, zero for questions of other kinds.

@@ -67,7 +67,7 @@ def test_scores_and_controls(monkeypatch, name):
     )
     assert result["mean"] == result["caption_exact"] == 1.0
     assert result["blank_mean"] == result["alone_mean"] == 0.0
-    assert result["intervals"]["mean"] == result["intervals"]["overall"] == (1.0, 1.0) and result["overall"] == 1.0
+    assert result["intervals"]["mean"] == result["intervals"]["overall"] == [1.0, 1.0] and result["overall"] == 1.0
     assert result["shuffled_mean"] < 0.1  # another scene may be asked the very same question
     assert result["majority_mean"] < 0.5
     assert result["dropped"] == 0 and sum(kind["n"] for kind in result["kinds"].values()) > 150
