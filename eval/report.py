@@ -158,9 +158,11 @@ def _show(text: str) -> str:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """Return a small copy of an image as a data: URL."""
+    """Return a copy of an image that fits a square of SIDE pixels as a data: URL."""
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
+    if (times := SIDE // max(small.size)) > 1:  # pixels large enough to see
+        small = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
     file = io.BytesIO()
     small.save(file, "PNG" if max(image.size) <= SIDE else "JPEG", quality=85)
     kind = "png" if max(image.size) <= SIDE else "jpeg"

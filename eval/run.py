@@ -176,6 +176,8 @@ def main(config: AskConfig):
     asked = [(task, read_questions(task)) for task in tasks]
     if config.max_new_tokens:
         asked = [(task, [replace(q, max_new_tokens=config.max_new_tokens) for q in qs]) for task, qs in asked]
+    if config.likelihood and not any(question.choices for _, questions in asked for question in questions):
+        raise UserError("--likelihood needs questions with options, and there is none")
     others = read_answers(Path(config.compare)) if config.compare and is_answers(config.compare) else None
     device = find_device(config.device)
     model, processor = load(config.model, device)

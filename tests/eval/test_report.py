@@ -1,7 +1,9 @@
 """The command on files of one's own: what it asks, refuses, prints and writes."""
 
+import base64
 import dataclasses
 import html.parser
+import io
 import json
 import re
 
@@ -86,6 +88,7 @@ def test_the_figures_are_those_of_the_metric_on_the_models_own_answers(folder, c
         ({"data": ("own.jsonl",), "metric": ("pope",)}, "pope needs yes or no as references"),
         ({"data": ("own.jsonl", "own.jsonl")}, "each task can be asked once"),
         ({"data": ("none.jsonl",)}, r"the source 'none.jsonl' does not exist"),
+        ({"data": ("own.jsonl",), "likelihood": True}, "--likelihood needs questions with options, and there is none"),
         ({"data": ("own.jsonl",), "limit": 0}, "--limit 0 must be at least 1"),
         ({"data": ("own.jsonl",), "max_new_tokens": -1}, "--max-new-tokens -1 must be 0 or more"),
         ({"data": ("own.jsonl",), "fields": ("caption=text",)}, "'text', which data.fields names for caption"),
@@ -169,6 +172,8 @@ def test_samples_are_right_wrong_and_in_dispute():
 def test_a_thumbnail_is_small():
     small = thumbnail(Image.new("RGB", (3000, 1000), "red"))
     assert small.startswith("data:image/jpeg;base64,") and len(small) < 10_000
+    tiny = base64.b64decode(thumbnail(Image.new("RGB", (48, 24), "red")).partition(",")[2])
+    assert Image.open(io.BytesIO(tiny)).size == (240, 120)  # large enough to see
 
 
 def test_two_models_are_compared_on_the_same_questions(folder, capsys, monkeypatch):
