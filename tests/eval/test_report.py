@@ -178,10 +178,10 @@ def test_a_thumbnail_is_small():
 
 def test_two_models_are_compared_on_the_same_questions(folder, capsys, monkeypatch):
     def answers(model, processor, questions, *_, **__):
-        weight = float(model.decoder.embed_tokens.weight[5, 0])
+        weight = model.decoder.embed_tokens.weight[5, 0].item()
         return [f"thing {q.record}" if weight == first or q.record == 0 else "?" for q in questions]
 
-    first = float(load(folder / "model0", "cpu")[0].decoder.embed_tokens.weight[5, 0])
+    first = load(folder / "model0", "cpu")[0].decoder.embed_tokens.weight[5, 0].item()
     monkeypatch.setattr(run, "answer", answers)
     run.main(config(folder, "anls", compare=str(folder / "model1"), out=folder / "out"))
     out = capsys.readouterr().out
