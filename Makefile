@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test quick kernels-3.6 lint clean
+.PHONY: demo test quick kernels-3.6 harness lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -27,6 +27,17 @@ kernels-3.6: .venv/installed-test  ## the kernels compile with the oldest Triton
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 	PYTHONPATH=.venv/triton-3.6 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	  tests/kernels/test_sass.py tests/kernels/test_compiling.py
+
+# lmms-eval, VLMEvalKit as it is on the index, and what of their many requirements the tests load.
+HARNESS := lmms-eval==0.7.3 ms-vlmeval==0.0.20 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrs==26.1.0 \
+  chardet==7.7.0 dataproperty==1.1.1 evaluate==0.4.6 frozenlist==1.8.0 loguru==0.7.3 mbstrdecoder==1.1.5 \
+  multidict==7.2.1 pathvalidate==3.3.1 propcache==0.5.4 pytablewriter==1.2.1 python-dotenv==1.2.4 pytz==2026.6 \
+  sacrebleu==2.6.0 sty==1.0.6 tabledata==1.3.5 tcolorpy==0.1.7 tenacity==9.2.1 typepy==2.0.0 validators==0.36.0 \
+  yarl==1.25.1
+
+harness: .venv/installed-test  ## lmms-eval asks our models, and scores as we do; so does VLMEvalKit
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/harness $(HARNESS)
+	PYTHONPATH=.venv/harness OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m harness tests/eval
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
