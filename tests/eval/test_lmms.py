@@ -119,18 +119,10 @@ def model(folder):
 
 def see(*parts):
     """One turn of a user in lmms-eval's form, of texts, images and paths of images."""
-    shown = [str(part) if isinstance(part, Path) else part for part in parts]
-    return [
-        {
-            "role": "user",
-            "content": [
-                {"type": "text", "text": part}
-                if part is old and isinstance(part, str)
-                else {"type": "image", "url": part}
-                for part, old in zip(shown, parts, strict=True)
-            ],
-        }
-    ]
+    shown = [{"type": "image", "url": str(part) if isinstance(part, Path) else part} for part in parts]
+    texts = [{"type": "text", "text": part} for part in parts]
+    content = [texts[i] if isinstance(part, str) else shown[i] for i, part in enumerate(parts)]
+    return [{"role": "user", "content": content}]
 
 
 def request(model, messages, **options):
