@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test quick kernels-3.6 harness lint clean
+.PHONY: demo test quick kernels-3.6 harness other-transformers lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -38,6 +38,16 @@ HARNESS := lmms-eval==0.7.3 ms-vlmeval==0.0.20 aiohappyeyeballs==2.7.1 aiohttp==
 harness: .venv/installed-test  ## lmms-eval asks our models, and scores as we do; so does VLMEvalKit
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/harness $(HARNESS)
 	PYTHONPATH=.venv/harness OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m harness tests/eval
+
+# Each in a folder of its own; what a version needs and what it does not accept of ours comes with it.
+other-transformers: .venv/installed-test  ## what is exported gives the same answers in older versions of transformers
+	for packages in "transformers==4.54.1 huggingface_hub==0.36.2 tokenizers==0.21.4" \
+	    "transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2" "transformers==5.20.0"; do \
+	  version=$${packages#*==}; folder=.venv/other-transformers/$${version%% *}; \
+	  $(BIN)/pip install -q --no-deps --upgrade --target $$folder $$packages || exit 1; \
+	done
+	OTHER_TRANSFORMERS=.venv/other-transformers OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  -m other_transformers tests/hub/test_batches.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

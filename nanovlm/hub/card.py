@@ -1,15 +1,16 @@
-"""README.md of an exported model: what it is, how it was trained, what it scores."""
+"""README.md of an exported model: what it is, which programs read it, how it was trained, what it scores."""
 
 import json
 from pathlib import Path
 
 from nanovlm.files import read_json
+from nanovlm.hub.engines import describe_engines
 from nanovlm.hub.families import find_family
 from nanovlm.model.vlm import VLM
 
 
 def model_card(name: str, model: VLM, run: Path | None) -> str:
-    """Return the README.md: what the model is and, given a run directory, how it was trained and what it scores."""
+    """Return the README.md: the model, programs that read it and, given a run directory, its training and scores."""
     config = model.config
     sees = config.vision is not None
     auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
@@ -29,6 +30,10 @@ def model_card(name: str, model: VLM, run: Path | None) -> str:
         f'model = {auto}.from_pretrained("{name}")',
         f'{"processor = AutoProcessor" if sees else "tokenizer = AutoTokenizer"}.from_pretrained("{name}")',
         "```",
+        "",
+        "## Programs",
+        "",
+        *describe_engines(config, model.decoder.embed_tokens.weight.dtype),
     ]
     if run is not None:
         lines += ["", *_describe_run(run)]

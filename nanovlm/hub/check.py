@@ -11,13 +11,12 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import SPECIAL_TOKENS
 from nanovlm.errors import UserError
-from nanovlm.hub.families import IMAGE, find_family
+from nanovlm.hub.engines import find_faults, find_seen
+from nanovlm.hub.families import IMAGE
 from nanovlm.hub.read import load
 from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import merge_numbers
-
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 def check(folder: Path, model: VLM):
@@ -37,7 +36,8 @@ def check(folder: Path, model: VLM):
     print(f"{len(tensors)} tensors are equal bit for bit")
     del written, tensors
     ours, processor = load(folder, dtype=torch.float32)
-    for trap in find_traps(processor):
+    print(f"seen with this layout: {'; '.join(f'{engine} {v}' for engine, v in find_seen(model.config).items())}")
+    for trap in find_traps(processor, next(model.parameters()).dtype):
         print(f"note: {trap}")
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: nothing was compared with it")
@@ -46,31 +46,18 @@ def check(folder: Path, model: VLM):
         print(line)
 
 
-def find_traps(processor: Processor) -> list[str]:
-    """List what some other programs may read differently; export.py rejects or avoids what all would read wrongly."""
+def find_traps(processor: Processor, dtype: torch.dtype = torch.float32) -> list[str]:
+    """List what some other programs refuse or read differently; export.py rejects or avoids what all would."""
     config, tokenizer = processor.config, processor.tokenizer
-    d, traps = config.decoder, []
-    if d.head_dim not in VLLM_CPU_HEAD_SIZES:
-        known = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
-        traps.append(f"vLLM on a CPU has no attention for decoder.head_dim = {d.head_dim}; it has {known}")
+    traps = [f"{engine}: {why}" for engine, why in find_faults(config, dtype)]
     if [tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS):
         traps.append(
             "llama.cpp's converter knows tokenizers by a hash, and not one made here: name its pre-tokenizer, smollm"
         )
     if config.vision is None:
         return traps
-    if (family := find_family(d)) != "llama":
-        traps.append(
-            f"the decoder is a {family}: vLLM (but for --model-impl transformers) and mlx-vlm read an Idefics3 with a "
-            "llama only, llama.cpp another one when its decoder is converted as a model of its own"
-        )
     if len(tokenizer.encode("\n\n", add_special_tokens=False).ids) != 1:
         traps.append('llama.cpp looks up the token "\\n\\n", which the tokenizer does not have')
-    if config.tiling.longest_edge <= config.vision.image_size:
-        traps.append(
-            f"tiling.longest_edge = {config.tiling.longest_edge} makes every image one tile of vision.image_size = "
-            f"{config.vision.image_size}: llama.cpp shows it twice, as a grid of one tile and as a whole"
-        )
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     plain = [token for token in marker_tokens(config) if token not in added]
     if plain:

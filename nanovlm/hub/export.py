@@ -141,6 +141,10 @@ def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
             **{f"{name}_token": tokenizer.id_to_token(i) for name, i in tokens.items() if i is not None},
             "model_max_length": config.decoder.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
+            # Prompts of different lengths end at the same place, where all answers begin; and the default inputs
+            # include token types, which transformers before 5 refuses to generate with.
+            "padding_side": "left",
+            "model_input_names": ["input_ids", "attention_mask"],
             **template,
         },
     }

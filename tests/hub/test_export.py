@@ -470,7 +470,7 @@ def test_traps_are_named():
     assert traps(good).count("llama.cpp") == 1 and "by a hash" in traps(good)
     assert "head_dim = 16" in traps()
     assert "the decoder is a smollm3" in traps(other(layers_without_rope=(0,)))
-    assert "llama.cpp shows it twice" in traps(
+    assert "every picture one tile, which it shows twice" in traps(
         dataclasses.replace(good, tiling=TilingConfig("idefics3", longest_edge=16))
     )
     assert "beside the marker that llama.cpp sets" in traps(good, template=SMOLVLM)

