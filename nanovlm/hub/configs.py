@@ -93,8 +93,8 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     check_fixed(data, FIXED, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise UserError(f"{path}: layer_types has other layers than full_attention, which we do not have")
-    if data.get("model_type") == "mixtral" and data.get("sliding_window") is not None:
-        raise UserError(f"{path}: sliding_window = {data['sliding_window']} is not supported; it must be null")
+    if data.get("model_type") in ("mistral", "mixtral"):
+        check_window(family.defaults | data, path)
     if "num_experts" in family.defaults and "num_local_experts" in data:  # two names for one field
         data = {"num_experts": data["num_local_experts"]} | data
     derived = ("head_dim", "num_key_value_heads")  # null means that other fields determine the value
@@ -115,6 +115,16 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
         rope_scaling=scaling,
         layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),
     )
+
+
+def check_window(data: dict, path: Path):
+    """Raise UserError for a sliding window in which some token would not see the first of its document."""
+    window, longest = data.get("sliding_window"), data["max_position_embeddings"]
+    if window is not None and not (isinstance(window, int) and isinstance(longest, int) and window >= longest):
+        raise UserError(
+            f"{path}: sliding_window = {window!r} is not supported; it must be null, or at least "
+            f"max_position_embeddings = {longest!r}"
+        )
 
 
 def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:

@@ -136,6 +136,12 @@ SMOLLM3_DEFAULTS = LLAMA_DEFAULTS | {
     "tie_word_embeddings": True,
     "no_rope_layer_interval": 4,
 }
+MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
@@ -189,6 +195,7 @@ QWEN3_MOE_FIELDS = {
 OLMOE_FIELDS = {theirs.removeprefix("moe_"): ours for theirs, ours in QWEN3_MOE_FIELDS.items()}
 DECODERS = {
     "llama": Family("LlamaForCausalLM", LLAMA_DEFAULTS),
+    "mistral": Family("MistralForCausalLM", MISTRAL_DEFAULTS),
     "smollm3": Family("SmolLM3ForCausalLM", SMOLLM3_DEFAULTS),
     "qwen2": Family("Qwen2ForCausalLM", QWEN_DEFAULTS, qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", QWEN_DEFAULTS | {"head_dim": 128}, qk_norm="head"),

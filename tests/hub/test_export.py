@@ -213,6 +213,19 @@ def test_round_trip(tmp_path, name, sees):
         assert {field: one[field] for field in fields} == {field: two[field] for field in fields}
 
 
+@torch.inference_mode()
+def test_a_mistral_becomes_a_llama(tmp_path, monkeypatch):
+    """Which computes the same, as the model has no window."""
+    monkeypatch.setitem(FAMILIES, "mistral", ("MistralConfig", dict(sliding_window=None, head_dim=16)))
+    write_theirs(tmp_path / "x", "mistral", False, torch.float32)
+    export.export(tmp_path / "x", tmp_path / "y")
+    x, y = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in "xy")
+    assert (x.config.model_type, y.config.model_type) == ("mistral", "llama")
+    ids = torch.randint(4, 512, (1, 100))
+    expected = x(input_ids=ids).logits
+    assert (y(input_ids=ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_a_base_model_gets_no_chat_template(tmp_path):
     write_own(tmp_path / "model", TEXT_ONLY, template=CONTINUATION_TEMPLATE)
     export.export(tmp_path / "model", tmp_path / "hub")

@@ -52,6 +52,7 @@ VISION = dict(
 )
 DECODERS = {
     "llama": "Llama",
+    "mistral": "Mistral",
     "smollm3": "SmolLM3",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
@@ -176,6 +177,8 @@ MODELS = {
         "rope_parameters": YARN
         | {"attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0, "original_max_position_embeddings": 128},
     },
+    "mistral without window": {"family": "mistral", "sliding_window": None, "head_dim": 20, "tied": True},
+    "mistral, a window of all": {"family": "mistral", "sliding_window": 512},
     "smollm3 listed": {"family": "smollm3", "no_rope_layers": [0, 1, 0]},
     "smollm3 interval": {"family": "smollm3", "no_rope_layer_interval": 2, "num_hidden_layers": 5, "tied": True},
     "smollm3 biases": {"family": "smollm3", "attention_bias": True},
@@ -435,11 +438,12 @@ def write_json(folder, **files):
 @pytest.mark.parametrize("family", DECODERS)
 def test_what_a_config_leaves_out_is_what_transformers_takes(family, tmp_path):
     theirs = getattr(hub, DECODERS[family] + "Config")
-    for given in ({}, {"num_attention_heads": 8, "num_key_value_heads": None, "head_dim": None}):
-        if family == "qwen3" and given:
-            del given["head_dim"]
-        if family in ("mixtral", "qwen3_moe") and given:
-            del given["num_key_value_heads"]
+    shared = {"sliding_window": None} if family == "mistral" else {}  # its default is refused
+    for given in (shared, shared | {"num_attention_heads": 8, "num_key_value_heads": None, "head_dim": None}):
+        if family == "qwen3":
+            given.pop("head_dim", None)
+        if family in ("mistral", "mixtral", "qwen3_moe"):
+            given.pop("num_key_value_heads", None)
         full = theirs(**given).to_dict()
         assert configs.read_decoder({"model_type": family} | given, tmp_path) == configs.read_decoder(full, tmp_path)
 
@@ -694,6 +698,18 @@ BAD = {
     "heads": (change_config(num_attention_heads=0), r"config.json: decoder.num_attention_heads = 0 must be at least 1"),
     "groups": (change_config(num_key_value_heads=3), r"num_key_value_heads = 3 must divide .*num_attention_heads = 4"),
     "ends": (change_config(eos_token_id=["2"]), r"eos_token_id = '2' must be a number"),
+    "window of Mistral": (
+        change_config(model_type="mistral", sliding_window=511),
+        r"config.json: sliding_window = 511 is not supported; it must be null, or at least max_position_embeddings = 512",
+    ),
+    "default window of Mistral": (
+        change_config(model_type="mistral", max_position_embeddings=4097),
+        r"sliding_window = 4096 is not supported; it must be null, or at least max_position_embeddings = 4097",
+    ),
+    "window of Mixtral": (
+        change_config(model_type="mixtral", sliding_window="4"),
+        r"sliding_window = '4' is not supported; it must be null, or",
+    ),
     "window": (change_config(use_sliding_window=True), r"use_sliding_window = True is not supported; it must be False"),
     "layer types": (
         change_config(layer_types=["full_attention", "sliding_attention"]),
