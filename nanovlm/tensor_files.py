@@ -38,7 +38,7 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
 
     `destinations` lists, for each name in the files, the tensors that its rows fill, in order. Names for which
     `is_ignored` returns True are skipped. Before anything is copied, raises UserError that lists missing and unknown
-    names and wrong shapes and dtypes; with destinations on the meta device that is all.
+    names and wrong shapes and dtypes; for destinations on the meta device that is all.
     """
     where = {}
     problems = []
@@ -63,6 +63,8 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
     if all(part.is_meta for parts in destinations.values() for part in parts):
         return
     for name, parts in destinations.items():
+        if all(part.is_meta for part in parts):
+            continue
         # Reopen the file for each tensor: whatever was read stays in memory while the file is open.
         with open_tensors(where[name]) as file:
             tensor = file.get_tensor(name)
@@ -101,15 +103,6 @@ def open_tensors(path: Path):
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from error
-
-
-def read_tensor(files: list[Path], name: str) -> torch.Tensor:
-    """Read the tensor of this name from whichever file has it."""
-    for path in files:
-        with open_tensors(path) as file:
-            if name in file.keys():
-                return file.get_tensor(name)
-    raise UserError(f"{name} is in none of {', '.join(map(str, files))}")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -15,9 +15,10 @@ class InitConfig:
     model: str = ""
     # Noise on experts that are copies of a dense layer, relative to its weights.
     upcycle_noise: float = 0.0
-    # A SigLIP encoder for the image encoder, folder or repository.
+    # A SigLIP encoder, or a whole model whose encoder is taken: a folder or a repository.
     vision: str = ""
-    # A language model for the decoder, folder or repository; its tokenizer is used too, with image tokens added.
+    # A language model, or a whole model whose decoder is taken: a folder, a repository, a .gguf file or smollm2. Its
+    # tokenizer is used too, with image tokens added.
     decoder: str = ""
 
 

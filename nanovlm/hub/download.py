@@ -19,16 +19,33 @@ FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*.safetensors",
+    "adapter_config.json",  # to say that a repository is an adapter and no model
 )
 TOKENIZER_FILES = tuple(name for name in FILES if "safetensors" not in name)
+# Short names of repositories; a folder of the same name goes before them.
+SHORT_NAMES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "siglip-b16-512": "google/siglip-base-patch16-512",
+    "siglip2-b16-512": "google/siglip2-base-patch16-512",
+    "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "smolvlm-500m": "HuggingFaceTB/SmolVLM-500M-Instruct",
+}
 
 
 def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
-    """Return the folder of this name, or one with the downloaded files of a repository `owner/name[@revision]`."""
+    """Return the folder of this name, or one with the downloaded files of a repository.
+
+    A repository is `owner/name[@revision]`, or one of SHORT_NAMES, which may have a revision too.
+    """
     if (folder := find_folder(Path(name))).is_dir():
         return folder
     repository, _, revision = str(name).partition("@")
+    repository = SHORT_NAMES.get(repository, repository)
     nowhere = f"there is no model folder {name}, and no repository on the hub can have that name"
+    if "/" not in repository:
+        nowhere += f"; short names are smollm2, {', '.join(SHORT_NAMES)}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(nowhere)
     import huggingface_hub
@@ -51,9 +68,23 @@ def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"there is no folder {name}, and the hub cannot be reached for a repository of that name: check the "
+            f"there is no folder {name}, and the hub cannot be reached for the repository {repository}: check the "
             f"network, or give a folder that holds its files ({reason})"
         ) from error
+
+
+def refuse_adapter(folder: Path):
+    """Raise UserError for a folder that PEFT wrote, which holds an adapter and no model."""
+    path = folder / "adapter_config.json"
+    if path.is_file() and not any(folder.glob("model*.safetensors")):
+        adapter = read_json(path)
+        base = adapter.get("base_model_name_or_path")
+        raise UserError(
+            f"{folder} is no model but an adapter ({adapter.get('peft_type')}) that PEFT wrote"
+            + (f" for {base}" if base else "")
+            + ": merge it into its model with merge_and_unload() of peft, save that with save_pretrained, and name the "
+            "folder with the result"
+        )
 
 
 def find_weights(folder: Path) -> list[Path]:

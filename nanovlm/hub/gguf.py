@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -202,7 +203,8 @@ def _number(fields, name, least=1e-9):
     value = _need(fields, name)
     if not isinstance(value, int | float) or value < least:
         raise UserError(f"{name} = {value!r} must be a number {'above 0' if least else 'of at least 0'}")
-    return value
+    # A file has float32: as the decimal number that was meant, 1e-05 and not 9.999999747378752e-06.
+    return float(str(np.float32(value))) if isinstance(value, float) and np.float32(value) == value else value
 
 
 def _expect(fields, name, value):

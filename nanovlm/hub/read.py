@@ -18,7 +18,7 @@ from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.files import read_json
 from nanovlm.hub import gguf
 from nanovlm.hub.configs import check_kind, read_config, read_template
-from nanovlm.hub.download import find
+from nanovlm.hub.download import find, refuse_adapter
 from nanovlm.hub.model_folder import open_folder
 from nanovlm.hub.nanovlm_layout import open_nanovlm
 from nanovlm.hub.stored import Stored, read_model
@@ -32,7 +32,8 @@ def load(
     """Read a model and its processor; the model is in evaluation mode.
 
     `name` is one of our model folders, a folder in a hub layout, a repository on the hub (`owner/name` or
-    `owner/name@revision`), a .gguf file, or `smollm2` (see gguf.py). The weights have the dtype of their file
+    `owner/name@revision`) or a short name of one (SHORT_NAMES of download.py), a .gguf file, or `smollm2` (see
+    gguf.py). The weights have the dtype of their file
     unless another is given. Raises UserError that names the file, field or tensor that is missing, unknown or
     not supported.
     """
@@ -44,6 +45,7 @@ def find_model(name: str | Path) -> Stored:
     if str(name) == "smollm2" or str(name).endswith(".gguf"):
         return gguf.open_model(name)
     folder = find(name)
+    refuse_adapter(folder)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "vit_hidden_dim" in data:
         return open_nanovlm(folder)

@@ -1,4 +1,7 @@
-"""A model on disk whose weights are not read yet: its config, its processor, and a function that copies the weights."""
+"""A model on disk whose weights are not read yet: its config, its processor, and a function that copies the weights.
+
+`fill_vision` and `fill_decoder` copy a part of it into another model.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,3 +33,34 @@ def read_model(stored: Stored, device: str | torch.device, dtype: torch.dtype | 
     model.to_empty(device=device)
     stored.fill(model.state_dict())
     return model.eval(), stored.processor
+
+
+def fill_vision(places: Places, stored: Stored):
+    """Copy the image encoder of a stored model into that of another."""
+    _fill(places, stored, "vision.")
+
+
+@torch.no_grad()
+def fill_decoder(places: Places, stored: Stored):
+    """Copy the decoder of a stored model into that of another, whose vocabulary may be larger.
+
+    The rows of new tokens become the mean of the old ones, plus noise of 1 % of their standard deviation, so that the
+    old tokens stay about as likely as before (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    size = stored.config.decoder.vocab_size
+    tables = {
+        name: places[name] for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight") if name in places
+    }
+    # Whole, for the mean, as a rank may hold only some rows.
+    olds = {name: torch.empty(size, *table.shape[1:], dtype=table.dtype) for name, table in tables.items()}
+    _fill(places | olds, stored, "decoder.")
+    for name, table in tables.items():
+        old, new = olds[name], table[size:]
+        table[:size].copy_(old)
+        new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn(new.shape, dtype=table.dtype))
+
+
+def _fill(places, stored, prefix):
+    """Copy the weights whose names begin with `prefix`; the others are checked and not read."""
+    theirs = meta_model(stored.config).state_dict()
+    stored.fill(theirs | {name: places[name] for name in theirs if name.startswith(prefix)})

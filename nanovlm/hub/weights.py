@@ -11,12 +11,11 @@ import torch
 from nanovlm.config import VLMConfig
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
-from nanovlm.hub.configs import read_decoder
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.families import HEAD, SIGLIP_NAMES, find_names
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, Rows
-from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors, read_tensor
+from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors
 
 Place = TypeVar("Place", bound=torch.Tensor | Rows)
 
@@ -52,28 +51,6 @@ def load_vision(places: Places, folder: Path):
     copy_tensors(wanted, files, unused.match)
     if left := [name for name in keys if unused.match(name)]:
         print(f"not used of {folder}: {', '.join(merge_numbers(left))}", file=sys.stderr)
-
-
-def load_decoder(places: Places, folder: Path):
-    """Read a language model into the decoder of a model, whose vocabulary may be larger than the file's.
-
-    The rows of new tokens become the mean of the old ones, plus noise of 1 % of their standard deviation, so that the
-    old tokens stay about as likely as before (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
-    """
-    files = find_weights(folder)
-    data = read_json(folder / "config.json")
-    config = read_decoder(data, folder / "config.json")
-    wanted = destinations(places, find_names(data.get("model_type", "llama"), has_vision=False))
-    tables = {name: wanted[name][0] for name in ("model.embed_tokens.weight", HEAD) if name in wanted}
-    for name, table in tables.items():
-        wanted[name] = [table[: config.vocab_size]]
-    copy_tensors(wanted, files, _ignore(config))
-    if config.tie_word_embeddings:
-        check_tied_head(wanted["model.embed_tokens.weight"][0], files, HEAD)
-    for name, table in tables.items():
-        new = table[config.vocab_size :]
-        old = read_tensor(files, name).to(table.dtype)  # the whole table, as a rank may hold only some rows
-        new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn(new.shape, dtype=table.dtype))
 
 
 def destinations(places: dict[str, Place], names: dict[str, str | tuple[str, ...]]) -> dict[str, list[Place]]:

@@ -2,8 +2,8 @@
 
 ```
 nothing            random weights, a tokenizer made from the data
-init.vision        the image encoder's weights                                   the projector is always random
-init.decoder       the decoder's weights and tokenizer, both extended by image tokens
+init.vision        the image encoder's weights, a SigLIP's or a whole model's    the projector is always random
+init.decoder       the decoder's weights and tokenizer, both extended by image tokens; a whole model's too
 init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
                    mixture of experts where the config has one
 ```
@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from nanovlm import distributed
-from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VLMConfig, differences, pick
+from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VisionConfig, VLMConfig, differences, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.tokenizer import (
@@ -25,15 +25,16 @@ from nanovlm.data.tokenizer import (
     COMPLETION_TEMPLATE,
     CONTINUATION_TEMPLATE,
     extend_tokenizer,
-    read_tokenizer,
     train_tokenizer,
 )
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
-from nanovlm.hub.configs import read_decoder, read_siglip, read_template
-from nanovlm.hub.download import find
+from nanovlm.hub.configs import read_siglip
+from nanovlm.hub.download import find, refuse_adapter
+from nanovlm.hub.families import IDEFICS3_TYPES
 from nanovlm.hub.read import find_model
-from nanovlm.hub.weights import load_decoder, load_vision
+from nanovlm.hub.stored import fill_decoder, fill_vision
+from nanovlm.hub.weights import load_vision
 from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
 from nanovlm.sharded import Places, Rows, local_part, places, writable
@@ -58,60 +59,70 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     init, wanted = config.init, config.model
     if init.model:
         return _prepare_from_model(config)
-    vision, decoder = (find(name) if name else None for name in (init.vision, init.decoder))
-    if vision is not None:
+    fillers = []
+    if init.vision:
         assert wanted.vision is not None
-        theirs = dataclasses.replace(read_siglip(vision), attention=wanted.vision.attention)
-        _check_same(init.vision, theirs, wanted.vision, "vision.")
+        theirs, fill_part = _open_vision(init.vision)
+        _check_same(
+            init.vision, dataclasses.replace(theirs, attention=wanted.vision.attention), wanted.vision, "vision."
+        )
+        fillers.append(fill_part)
+    decoder = find_model(init.decoder) if init.decoder else None
     if decoder is not None:
-        theirs = read_decoder(read_json(decoder / "config.json"), decoder / "config.json")
+        _refuse_quantized(init.decoder, decoder.config)
+        theirs = decoder.config.decoder
         if theirs.vocab_size > wanted.decoder.vocab_size:
             raise UserError(
                 f"{init.decoder} has {theirs.vocab_size} tokens, "
                 f"more than decoder.vocab_size = {wanted.decoder.vocab_size}"
             )
-        same = {field: getattr(wanted.decoder, field) for field in ("vocab_size", *BACKENDS)}
-        _check_same(init.decoder, dataclasses.replace(theirs, **same), wanted.decoder, "decoder.")
+        theirs = dataclasses.replace(_for_training(theirs, wanted.decoder), vocab_size=wanted.decoder.vocab_size)
+        _check_same(init.decoder, theirs, wanted.decoder, "decoder.")
+        fillers.append(lambda places: fill_decoder(places, decoder))
 
     def make_processor():
         if decoder is None:
             tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
             return Processor(tokenizer, _template(config, "roles"), wanted)
-        tokenizer = read_tokenizer(decoder / "tokenizer.json")
-        tokenizer = extend_tokenizer(tokenizer, marker_tokens(wanted), wanted.image_token_id)
-        return Processor(tokenizer, _template(config, read_template(decoder)), wanted)
+        tokenizer = extend_tokenizer(decoder.processor.tokenizer, marker_tokens(wanted), wanted.image_token_id)
+        return Processor(tokenizer, _template(config, decoder.processor.chat_template), wanted)
 
     def fill(model):
         draw(model)
-        if vision is not None:
-            load_vision(places(model), vision)
-        if decoder is not None:
-            load_decoder(places(model), decoder)
+        for fill_part in fillers:
+            fill_part(places(model))
 
     return share_processor(make_processor, wanted), fill
+
+
+def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:
+    """Return the config of a SigLIP or of a whole model's image encoder, and a function that fills a model's."""
+    folder = find(name)
+    refuse_adapter(folder)
+    data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if data.get("model_type") not in (None, *IDEFICS3_TYPES):
+        return read_siglip(folder), lambda places: load_vision(places, folder)
+    stored = find_model(folder)
+    _refuse_quantized(name, stored.config)
+    if stored.config.vision is None:
+        raise UserError(f"the run cannot take its image encoder from {name}, which is a language model")
+    return stored.config.vision, lambda places: fill_vision(places, stored)
 
 
 def _prepare_from_model(config):
     init, wanted = config.init, config.model
     stored = find_model(init.model)
     theirs = stored.config
-    if theirs.quantization is not None:
-        raise UserError(
-            f"the run cannot start from {init.model}, which is quantised, to {theirs.quantization.format}: "
-            "name the model that it was made from"
-        )
+    _refuse_quantized(init.model, theirs)
     moe, is_upcycled = wanted.decoder.moe, False
     if moe is not None and theirs.decoder.moe is None:
         is_upcycled = True
         check_upcycling(theirs.decoder, moe)
         theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=moe))
-    decoder = dataclasses.replace(theirs.decoder, **{field: getattr(wanted.decoder, field) for field in BACKENDS})
+    decoder = _for_training(theirs.decoder, wanted.decoder)
     vision = theirs.vision
     if vision is not None and wanted.vision is not None:
         vision = dataclasses.replace(vision, attention=wanted.vision.attention)
-    if decoder.moe is not None and moe is not None:
-        changes = {field: getattr(moe, field) for field in MOE_FIELDS_OF_TRAINING}
-        decoder = dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, **changes))
     _check_same(init.model, dataclasses.replace(theirs, vision=vision, decoder=decoder), wanted)
 
     def make_processor():
@@ -213,6 +224,23 @@ def _template(config: TrainConfig, otherwise: str) -> str:
     if otherwise.endswith(CONTINUATION_TEMPLATE):
         return otherwise.removesuffix(CONTINUATION_TEMPLATE) + COMPLETION_TEMPLATE
     return CHAT_TEMPLATES.get(otherwise, otherwise)
+
+
+def _for_training(theirs: DecoderConfig, wanted: DecoderConfig) -> DecoderConfig:
+    """Return their config with what may differ, as it does not change what the weights mean."""
+    theirs = dataclasses.replace(theirs, **{field: getattr(wanted, field) for field in BACKENDS})
+    if theirs.moe is None or wanted.moe is None:
+        return theirs
+    changes = {field: getattr(wanted.moe, field) for field in MOE_FIELDS_OF_TRAINING}
+    return dataclasses.replace(theirs, moe=dataclasses.replace(theirs.moe, **changes))
+
+
+def _refuse_quantized(name, config):
+    if config.quantization is not None:
+        raise UserError(
+            f"the run cannot start from {name}, which is quantised, to {config.quantization.format}: "
+            "name the model that it was made from"
+        )
 
 
 def _check_same(name, theirs, wanted, where=""):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,9 +205,30 @@ def test_no_network_is_one_sentence(tmp_path):
     assert said.startswith("there is no folder owner/model, and the hub cannot be reached") and ADVICE in said
 
 
+@pytest.mark.parametrize("short", download.SHORT_NAMES)
+def test_short_names_are_repositories(short, monkeypatch, tmp_path):
+    """A revision stays; a folder of that name goes before."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, revision, **_: asked.append((name, revision))
+    )
+    for name in (short, f"{short}@v1"):
+        with pytest.raises(TypeError):  # there is no folder of None
+            download.find(name)
+    (tmp_path / short).mkdir()
+    assert download.find(short) == Path(short)
+    repository = download.SHORT_NAMES[short]
+    assert asked == [(repository, None), (repository, "v1")] and re.fullmatch(r"[\w.-]+/[\w.-]+", repository)
+
+
 def test_a_name_that_is_no_repository(tmp_path):
     for name in ("nowhere", "a/b/c", str(tmp_path / "gone"), "owner/na me"):
         with pytest.raises(
             ValueError, match=r"there is no model folder .*, and no repository on the hub can have that"
         ):
             download.find(name)
+    with pytest.raises(ValueError, match=r"have that name; short names are smollm2, smollm2-135m, .*, smolvlm-500m$"):
+        download.find("smollm")

@@ -22,7 +22,7 @@ from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.types import Document
 from nanovlm.files import read_json
-from nanovlm.hub import configs, families, weights
+from nanovlm.hub import configs, export, families, weights
 from nanovlm.model.build import empty_model
 from nanovlm.model.decoder import rope_table
 from nanovlm.model.vision import normalize
@@ -700,7 +700,7 @@ BAD = {
     "ends": (change_config(eos_token_id=["2"]), r"eos_token_id = '2' must be a number"),
     "window of Mistral": (
         change_config(model_type="mistral", sliding_window=511),
-        r"config.json: sliding_window = 511 is not supported; it must be null, or at least max_position_embeddings = 512",
+        r"json: sliding_window = 511 is not supported; it must be null, or at least max_position_embeddings = 512$",
     ),
     "default window of Mistral": (
         change_config(model_type="mistral", max_position_embeddings=4097),
@@ -844,6 +844,20 @@ def test_bad_vlms_are_named(name, vlm_folder, tmp_path):
     folder = shutil.copytree(vlm_folder, tmp_path / "model")
     change(folder)
     assert re.search(message, refusal(folder)), refusal(folder)
+
+
+def test_an_adapter_is_called_by_its_name(language_model, tmp_path):
+    """With the files that PEFT writes; beside the weights of a whole model the file does not matter."""
+    folder = write_json(tmp_path / "lora", adapter_config={"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    for refuse in (nanovlm.load, lambda name: export.export(name, tmp_path / "out")):
+        with pytest.raises(
+            ValueError, match=r"lora is no model but an adapter \(LORA\) that PEFT wrote for org/base: me"
+        ):
+            refuse(folder)
+    whole = shutil.copytree(language_model, tmp_path / "model")
+    shutil.copy(folder / "adapter_config.json", whole)
+    assert nanovlm.load(whole)[0].config.vision is None
 
 
 def test_shards_are_read(language_model, tmp_path):

@@ -11,16 +11,29 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 
 import nanovlm
 import train
-from nanovlm.config import DecoderConfig, InitConfig, MoEConfig, TilingConfig, VisionConfig
+from nanovlm.config import (
+    DecoderConfig,
+    InitConfig,
+    MoEConfig,
+    ProjectorConfig,
+    QuantizationConfig,
+    TilingConfig,
+    VisionConfig,
+)
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
+from nanovlm.hub import export, gguf
 from nanovlm.hub.model_folder import save_model
+from nanovlm.hub.read import find_model
+from nanovlm.hub.stored import fill_decoder
 from nanovlm.model.build import empty_model
 from nanovlm.model.moe import EXPERTS
+from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
 from nanovlm.presets import PRESETS
+from nanovlm.sharded import Rows
 from nanovlm.train import init
 from nanovlm.train.optim import make_optimizers
 from tests.conftest import TINY
@@ -168,6 +181,84 @@ def test_a_decoder_that_differs_is_named(hub, tmp_path, change, message):
         init.start(dataclasses.replace(config, model=model), ())
 
 
+@pytest.mark.parametrize("layout", ["ours", "idefics3"])
+def test_parts_of_whole_models_are_taken(hub, tmp_path, layout):
+    """Encoder and decoder of a model of ours, or of its export, with the tokenizer; the projector is drawn anew."""
+    config = stage(1, hub, tmp_path)
+    own, processor = init.start(config, ())
+    folder = tmp_path / "own"
+    save_model(folder, own, processor)
+    if layout == "idefics3":
+        export.export(folder, tmp_path / "exported")
+        folder = tmp_path / "exported"
+    decoder = dataclasses.replace(config.model.decoder, vocab_size=424, attention="flex")
+    wanted = dataclasses.replace(config.model, decoder=decoder, projector=ProjectorConfig(scale_factor=1))
+    parts = InitConfig(vision=str(folder), decoder=str(folder))
+    model, again = init.start(dataclasses.replace(config, model=wanted, init=parts), ())
+    old, new = own.state_dict(), model.state_dict()
+    for name, tensor in old.items():
+        if name.startswith(("vision.", "decoder.")):
+            assert torch.equal(new[name][: len(tensor)], tensor), name
+    rows = new["decoder.embed_tokens.weight"]
+    mean = old["decoder.embed_tokens.weight"].mean(0)
+    assert (
+        rows.shape[0] == 424 and 0 < (rows[416:] - mean).abs().max() < 0.06 * old["decoder.embed_tokens.weight"].std()
+    )
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.chat_template == processor.chat_template
+    fresh = dataclasses.replace(wanted, pad_token_id=0, bos_token_id=None, eos_token_id=2, image_token_id=1)
+    seeing = dataclasses.replace(config, model=fresh, init=InitConfig(vision=str(folder)))
+    alone = init.start(seeing, sample_texts(Scenes("train"), 50))[0].state_dict()
+    assert all(torch.equal(alone[name], tensor) for name, tensor in old.items() if name.startswith("vision."))
+    name = "decoder.layers.0.mlp.up_proj.weight"
+    assert torch.equal(new[name], old[name]) and not torch.equal(alone[name], old[name])
+
+
+def test_each_rank_keeps_its_rows_of_a_decoder(hub, tmp_path):
+    stored = find_model(hub / "lm")
+    decoder = dataclasses.replace(stored.config.decoder, vocab_size=416)
+    model = VLM(dataclasses.replace(stored.config, decoder=decoder))
+    torch.manual_seed(0)
+    fill_decoder(model.state_dict(), stored)
+    for rank in range(3):
+        places = {}
+        for name, tensor in model.state_dict().items():
+            size = (len(tensor) + 2) // 3
+            rows = torch.full_like(tensor, 7)[rank * size : (rank + 1) * size]
+            places[name] = Rows(rows, tensor.shape, min(rank * size, len(tensor)))
+        torch.manual_seed(0)
+        fill_decoder(places, stored)
+        for name, rows in places.items():
+            assert rows.equal(model.state_dict()[name]), (rank, name)
+
+
+def test_a_decoder_of_a_gguf_file_or_of_a_package_is_taken(hub, tmp_path, monkeypatch):
+    """`--init.decoder smollm2` is the file of a package; here it is a tiny one."""
+    pytest.importorskip("gguf")
+    from tests.hub.test_gguf import DECODER as OF_GGUF
+    from tests.hub.test_gguf import make_model, write
+
+    tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), OF_GGUF.vocab_size)
+    theirs = make_model()
+    write(tmp_path / "tiny.gguf", theirs, tokenizer)
+    monkeypatch.setattr(gguf, "find_smollm2", lambda: tmp_path / "tiny.gguf")
+    config = stage(1, hub, tmp_path)
+    wanted = dataclasses.replace(
+        config.model,
+        decoder=dataclasses.replace(OF_GGUF, vocab_size=420),
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        image_token_id=1,
+    )
+    for name in ("smollm2", str(tmp_path / "tiny.gguf")):
+        parts = InitConfig(vision=str(hub / "siglip"), decoder=name)
+        model, processor = init.start(dataclasses.replace(config, model=wanted, init=parts), ())
+        for name, tensor in theirs.decoder.state_dict().items():
+            assert torch.equal(model.decoder.state_dict()[name][: len(tensor)], tensor), name
+        assert processor.tokenizer.token_to_id("<fake_token_around_image>") is not None
+
+
 def test_a_tied_decoder_with_a_head_of_its_own_is_refused(hub, tmp_path):
     folder = shutil.copytree(hub / "lm", tmp_path / "lm")
     tensors = load_file(folder / "model.safetensors")
@@ -185,8 +276,6 @@ def test_parts_that_one_side_lacks_are_named(hub, tmp_path):
     config = stage(1, hub, tmp_path)
     model, processor = init.start(config, ())
     save_model(tmp_path / "own", model, processor)
-    with pytest.raises(ValueError, match=r"own/config.json: model_type = 'None' is unknown; there are llama"):
-        init.start(dataclasses.replace(config, init=InitConfig(decoder=str(tmp_path / "own"))), ())
     blind = dataclasses.replace(config.model, vision=None, image_token_id=None)
     config = dataclasses.replace(config, model=blind, init=InitConfig(model=str(tmp_path / "own")))
     with pytest.raises(ValueError, match=r"differs from the config: model.vision: VisionConfig\(.*\) against None"):
@@ -256,6 +345,24 @@ def test_mistakes_are_named(hub, tmp_path):
         init.start(dataclasses.replace(config, model=dataclasses.replace(config.model, image_token_id=405)), ())
     with pytest.raises(ValueError, match=r"lm/config.json: model_type = 'llama' is no image encoder"):
         init.start(dataclasses.replace(config, init=InitConfig(vision=str(hub / "lm"))), ())
+    blind = dataclasses.replace(config.model, vision=None, image_token_id=None)
+    model, processor = init.start(
+        dataclasses.replace(config, model=blind, init=InitConfig(decoder=str(hub / "lm"))), ()
+    )
+    save_model(tmp_path / "blind", model, processor)
+    with pytest.raises(ValueError, match=r"encoder from .*/blind, which is a language model"):
+        init.start(dataclasses.replace(config, init=InitConfig(vision=str(tmp_path / "blind"))), ())
+    quantize(model, QuantizationConfig(format="int8"))
+    save_model(tmp_path / "int8", model, processor)
+    with pytest.raises(
+        ValueError, match=r"cannot start from .*/int8, which is quantised, to int8: name the model that"
+    ):
+        init.start(dataclasses.replace(config, init=InitConfig(decoder=str(tmp_path / "int8"))), ())
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for part in (InitConfig(vision=str(tmp_path / "lora")), InitConfig(decoder=str(tmp_path / "lora"))):
+        with pytest.raises(ValueError, match=r"lora is no model but an adapter \(LORA\) that PEFT wrote: merge it"):
+            init.start(dataclasses.replace(config, init=part), ())
     small = dataclasses.replace(config.model.decoder, vocab_size=399)
     small = dataclasses.replace(config.model, decoder=small, image_token_id=9)
     with pytest.raises(ValueError, match=r"has 400 tokens, more than decoder.vocab_size = 399"):
