@@ -47,7 +47,7 @@ other-transformers: .venv/installed-test  ## what is exported gives the same ans
 	  $(BIN)/pip install -q --no-deps --upgrade --target $$folder $$packages || exit 1; \
 	done
 	OTHER_TRANSFORMERS=.venv/other-transformers OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	  -m other_transformers tests/hub/test_batches.py
+	  -m other_transformers tests/hub/test_batches.py tests/hub/test_engines.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,21 @@ def test_the_targets_of_make_that_pages_name_are_there():
         for line in find_code(read(page)):
             for target in re.findall(r"^make ([a-z][\w.-]*)", line):
                 assert target in targets, f"make {target} in {page.name}"
+
+
+def test_what_is_to_be_installed_can_be():
+    """This distribution is on no index: from the folder alone, with extras that it has."""
+    extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    sources = [
+        *PAGES,
+        ROOT / "Makefile",
+        *(p for d in ("nanovlm", "benchmarks", "examples") for p in ROOT.glob(f"{d}/**/*")),
+    ]
+    found = []
+    for path in (path for path in sources if path.suffix in (".md", ".py", ".ipynb", ".sh") or path.name == "Makefile"):
+        assert not re.search(r"""pip install[^`\n&]*["' ]nanovlm\b""", read(path)), path
+        found += re.findall(r'-e \\*"\.\[(\w+)\]', read(path))
+    assert {"gguf", "data", "test"} <= set(found) <= extras.keys()
 
 
 @pytest.mark.parametrize("name", ["CITATION.cff", ".pre-commit-config.yaml", ".github/workflows/test.yml"])
