@@ -32,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.sm_model import BANDWIDTH, L2_LATENCY, MEMORY_LATENCY, TENSOR, simulate
+from benchmarks.sm_model import BANDWIDTH, L2_BANDWIDTH, L2_LATENCY, MEMORY_LATENCY, TENSOR, simulate
 from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.environment import git_commit
@@ -75,6 +75,7 @@ class Work:
     iterations: float | None = None
     latency: float = L2_LATENCY
     near: float = 0.0
+    copied: float = 0.0  # bytes that descriptors (TMA) bring, which the instructions do not say
 
 
 # --- what is estimated ---------------------------------------------------------------------------------------
@@ -143,7 +144,8 @@ FAMILIES = {
 
 def of_pairs(products: int) -> Callable:
     def work(c, s):
-        return Work("1,000 pairs", c["BM"] * c["BN"] / 1000, 2 * products * c["H"] * c["BM"] * c["BN"])
+        copied = 2 * c["BN"] * c["H"] * 2  # keys and values of 16 bits
+        return Work("1,000 pairs", c["BM"] * c["BN"] / 1000, 2 * products * c["H"] * c["BM"] * c["BN"], copied=copied)
 
     return work
 
@@ -203,6 +205,8 @@ def estimate(code: list[Instruction], record: Compiled, work: Work) -> dict:
         clocks, busy = simulate(
             body, record.warps, max(1, record.programs), record.capability, 12, work.latency, work.near
         )
+        if any(i.root == "UTMALDG" for i in body):
+            busy["L2"] += work.copied / L2_BANDWIDTH
         return max(clocks, busy["shared"], busy["L2"]), busy
 
     spans = find_loops(code)

@@ -16,11 +16,15 @@ What a query sees is one of: all keys; causal, the last query sees the last key;
 slots of a cache up to a last one. Of a block of queries the visible keys form at most two ranges, [lo_a, hi_a) and
 [lo_b, hi_b), which follow from its first query: no other key is read, and only blocks at their ends take a mask.
 
+On Hopper, forward, the copy engine (TMA) brings the blocks without a mask, as descriptors of keys and values say: one
+thread asks for a block, where otherwise each computes the addresses of its own part. What it does not see is runs: it
+would read the next document, and NaN times a weight of 0 is NaN. So blocks with a mask are read by pointers.
+
 A head size that is no power of two is cut in two, A and B, where that takes fewer columns: 72 and 80 as 64 + 16, 96 as
 64 + 32, but 100 is padded to 128.
 
 Legend: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head size; BM queries
-and BN keys a block. In kernels: i_ program index, o_ offsets, m_ masks, p_ pointers, b_ blocks.
+and BN keys a block. In kernels: i_ program index, o_ offsets, m_ masks, p_ pointers, d_ descriptors, b_ blocks.
 """
 
 from typing import NamedTuple
@@ -30,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovlm.kernels.gpu import device_class
 from nanovlm.kernels.register import autocast, is_interpreted, operator
@@ -42,7 +47,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # class 120 too where that has none of its own.
 BLOCKS = {
     "forward": {
-        90: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+        90: {64: (64, 64, 4, 4), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
         80: {32: (128, 32, 4, 3), 64: (128, 64, 4, 3), 96: (128, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
         120: {64: (128, 32, 4, 3), 96: (128, 32, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
         "hip": {128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
@@ -170,6 +175,16 @@ def load_parts(p_rows, m_rows, H: tl.constexpr, HA: tl.constexpr, HB: tl.constex
 
 
 @triton.jit
+def copy_parts(d_x, i_b, i_s, i_k, HA: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr):
+    """Load both parts as load_parts does, by their descriptors; those rows must exist. Columns from H on are zeros."""
+    b_a = tl.reshape(d_x[0].load([i_b, i_s, i_k, 0]), [BN, HA])
+    b_b = b_a
+    if HB > 0:
+        b_b = tl.reshape(d_x[1].load([i_b, i_s, i_k, HA]), [BN, HB])
+    return b_a, b_b
+
+
+@triton.jit
 def store_parts(p_rows, m_rows, b_a, b_b, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr):
     o_h = tl.arange(0, HA)
     tl.store(p_rows[:, None] + o_h[None, :], b_a, mask=m_rows[:, None] & (o_h[None, :] < H))
@@ -234,12 +249,16 @@ def sees(o_s, m_s, o_last, p_until, RUNS: tl.constexpr):
 def forward_step(
     b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_k, stride_v, i_s, limit, o_last, p_until, scale_log2,
     UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
-    RUNS: tl.constexpr, MASKED: tl.constexpr,
+    RUNS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr = False, d_k=None, d_v=None, i_b=0, i_k=0,
 ):  # fmt: skip
-    """Add the keys from i_s on, those before limit if MASKED."""
+    """Add the keys from i_s on, those before limit if MASKED; if TMA those of row i_b and head i_k, by descriptors."""
     o_s = i_s + tl.arange(0, BN)
     m_s = o_s < limit
-    k_a, k_b = load_parts(point_to_rows(p_k, i_s, stride_k, BN, UNIT), m_s, H, HA, HB, MASKED)
+    if TMA:  # both at once: so the compiler lets them share a barrier
+        k_a, k_b = copy_parts(d_k, i_b, i_s, i_k, HA, HB, BN)
+        v_a, v_b = copy_parts(d_v, i_b, i_s, i_k, HA, HB, BN)
+    else:
+        k_a, k_b = load_parts(point_to_rows(p_k, i_s, stride_k, BN, UNIT), m_s, H, HA, HB, MASKED)
     b_s = dot_parts(q_a, q_b, k_a, k_b, HB)  # [BM, BN]
     if MASKED:
         b_s = tl.where(sees(o_s, m_s, o_last, p_until, RUNS), b_s, float("-inf"))
@@ -252,17 +271,18 @@ def forward_step(
     acc_a = acc_a * shrink[:, None]
     if HB > 0:
         acc_b = acc_b * shrink[:, None]
-    v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_v, BN, UNIT), m_s, H, HA, HB, MASKED)
+    if not TMA:
+        v_a, v_b = load_parts(point_to_rows(p_v, i_s, stride_v, BN, UNIT), m_s, H, HA, HB, MASKED)
     acc_a, acc_b = add_parts(acc_a, acc_b, b_p, v_a, v_b, HB)
     return m_new, b_l * shrink + tl.sum(b_p, 1), acc_a, acc_b
 
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_first, p_shared, p_own, p_until, scale_log2,
+    p_q, p_k, p_v, p_out, p_lse, p_first, p_shared, p_own, p_until, d_ka, d_kb, d_va, d_vb, scale_log2,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, N, G,
     UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(T, BM)
     i = tl.program_id(0)
@@ -287,6 +307,7 @@ def forward_kernel(
         b_m, b_l, acc_a, acc_b = forward_step(
             b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, i_s, S, o_last, p_until, scale_log2,
             UNIT, H, HA, HB, BN, MASK == "runs", False,
+            TMA, (d_ka, d_kb), (d_va, d_vb), i_b.to(tl.int32), i_k.to(tl.int32),
         )  # fmt: skip
     for j in range(rest_a + rest_b):
         i_s = tl.where(j < rest_a, lo_a + (full_a + j) * BN, lo_b + (full_b + j - rest_a) * BN)
@@ -379,10 +400,12 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
     lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
     unit, strides = divide_strides(q, k, v)
     BM, BN, options = choose_blocks("forward", q)
+    descriptors = describe_blocks(q, k, v, BN)
     if out.numel():
         forward_kernel[(triton.cdiv(T, BM) * N * B,)](
-            q, k, v, out, lse, *(runs or [lse] * 4), scale * LOG2E.value, *strides, T, k.shape[1],
-            N, N // k.shape[2], unit, *split_head(H), name_mask(runs, causal), BM, BN, **options,
+            q, k, v, out, lse, *(runs or [lse] * 4), *(descriptors or [None] * 4), scale * LOG2E.value, *strides,
+            T, k.shape[1], N, N // k.shape[2], unit, *split_head(H), name_mask(runs, causal), BM, BN,
+            bool(descriptors), **options,
         )  # fmt: skip
     return out, lse
 
@@ -465,6 +488,23 @@ def choose_blocks(which: str, q: Tensor) -> tuple[int, int, dict]:
 
 def name_mask(runs: Runs | None, causal: bool) -> str:
     return "causal" if causal else "none" if runs is None else "runs"
+
+
+def describe_blocks(q: Tensor, k: Tensor, v: Tensor, BN: int) -> list[TensorDescriptor | None]:
+    """Return descriptors of BN rows of both parts of k and of v, the second None where there is none; [] for no TMA.
+
+    Only Hopper has it; fp32 is not multiplied by its tensor cores, and heads above 128 would spill. It wants addresses
+    aligned to 16 bytes, and strides of 0, as of heads that are expanded, are nothing that CUDA promises to take.
+    """
+    is_aligned = all(x.data_ptr() % 16 == 0 and not any(n % 8 or n == 0 for n in x.stride()[:3]) for x in (k, v))
+    widths = split_head(k.shape[3])[1:]
+    if device_class(q) != 90 or q.dtype == torch.float32 or sum(widths) > 128 or not k.numel() or not is_aligned:
+        return []
+
+    def describe(x, columns):
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, BN, 1, columns]) if columns else None
+
+    return [describe(x, columns) for x in (k, v) for columns in widths]
 
 
 def divide_strides(*tensors: Tensor) -> tuple[int, list[int]]:

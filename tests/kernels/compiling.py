@@ -56,6 +56,7 @@ class Compiled:
     wide_loads: int = 0  # instructions that bring a thread 128 bits of global memory
     conversions: int = 0  # of integers to floats
     flushes: int = 0  # instructions that take denormal numbers for 0
+    copies: int = 0  # instructions that let the copy engine (TMA) bring a block of a tensor
 
     def faults(self, tensor_cores: int | bool, device: int = 0) -> list[str]:
         """Say what is wrong with it, also on the GPUs of another `device`, as 86, that run the same code.
@@ -208,6 +209,7 @@ def measure(kernel, record: Compiled):
     record.wide_loads = len(
         re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global.*, 0x10,", kernel.asm["ptx"])
     )
+    record.copies = kernel.asm["ptx"].count("cp.async.bulk.tensor")
     record.flushes = len(re.findall(r"\b(?:add|mul|fma)\S*\.ftz", kernel.asm["ptx"]))
     record.conversions = len(re.findall(r"cvt\.r[nz]\.b?f\d+\.[su]\d+", kernel.asm["ptx"]))
 

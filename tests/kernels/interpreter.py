@@ -7,6 +7,7 @@ what the stock interpreter does. The strictness, which a run on a GPU does not h
 - no store has two lanes with one address, no two programs of a launch write to one address, and none reads what
   another writes, unless all of them do it by atomics;
 - no sum, difference or product of signed integers overflows;
+- a tensor descriptor is one that TMA takes;
 - `tl.device_assert` holds.
 
 And lanes that a mask without `other` leaves undefined are poisoned: NaN, or the largest integer. fp32 operands of a dot
@@ -353,6 +354,24 @@ def create_atomic_rmw(self, operation, ptr, val, mask, *args, stock=InterpreterB
 def create_atomic_cas(self, ptr, *args, stock=InterpreterBuilder.create_atomic_cas):
     memory.access(ATOMIC, self.grid_idx, ptr, True)
     return stock(self, ptr, *args)
+
+
+def validate(self, stock=interpreter.TensorDescHandle.validate):
+    """Stock: looks at alignment alone. Loads and stores come to create_masked_load and create_masked_store above.
+
+    CUDA driver API, cuTensorMapEncodeTiled: up to 256 elements a side of a block, strides of less than 2^40 bytes. Of
+    strides of 0 it says nothing.
+    """
+    stock(self)
+    size = self.base.dtype.element_ty.primitive_bitwidth // 8
+    strides = [int(stride.data.item()) for stride in self.strides[:-1]]
+    if any(not 0 < stride * size < 2**40 for stride in strides):
+        raise KernelFault(f"a descriptor has strides {strides}, which must be above 0 and below {2**40 // size}")
+    if max(self.block_shape) > 256:
+        raise KernelFault(f"a descriptor's block of {list(self.block_shape)} has a side above 256")
+
+
+interpreter.TensorDescHandle.validate = validate
 
 
 def mask_data(mask):

@@ -203,6 +203,58 @@ def test_drawn_shapes(data):
         check_all(inputs, **options)
 
 
+# --- descriptors (TMA): of blocks without a mask, on Hopper and where kernels are interpreted -----------------
+
+HAS_TMA = kernels.device_class(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")) == 90
+
+
+def describe(x):
+    return kernels.describe_blocks(x["q"], x["k"], x["v"], 16)
+
+
+@pytest.mark.skipif(not HAS_TMA, reason="this GPU has no TMA, or no kernels that use it")
+@pytest.mark.parametrize("mask", ["full", "causal", "documents"])
+@pytest.mark.parametrize("H", [40, 72, 96, 100, 128])
+def test_descriptors_read_what_pointers_read(H, mask, device):
+    """Rows, heads and both parts of the head, [0, 64) and [64, 96); with keys that do not lie as values do."""
+    inputs = draw_inputs(2, 65, 65, 4, 2, 128 if H == 100 else H, torch.bfloat16, device)
+    inputs = {name: inputs[name][..., :H] for name in "qkv"}  # of 100 columns, at strides that fit
+    inputs["v"] = VIEWS["heads first"](inputs["v"]) if H % 8 == 0 else inputs["v"]
+    options = {"causal": mask == "causal"}
+    if mask == "documents":
+        options = {"runs": find_runs(*pack_rows([[[20, 3, 22], [20]], [[17], [48]]], 65, device))}
+    widths = [n for n in split_head(H)[1:] if n]
+    assert [d.block_shape for d in describe(inputs) if d] == [[1, 16, 1, n] for n in widths] * 2
+    with blocks_of(32, 16):
+        out, lse = attention(**inputs, **options)
+        with mock.patch.object(kernels, "describe_blocks", lambda *args: []):
+            other, other_lse = attention(**inputs, **options)
+    if device == "cpu":  # where it is compiled, other instructions may add in another order
+        assert torch.equal(out, other) and torch.equal(lse, other_lse)
+    else:
+        check(out, other, lambda: attention_ref(*(x.double() for x in inputs.values()), **options)[0])
+
+
+def test_descriptors_only_of_what_they_can_read(device):
+    inputs = draw_inputs(1, 4, 20, 4, 2, 64, torch.float16, device)
+    assert bool(describe(inputs)) == HAS_TMA
+    for which, make in itertools.product(
+        "kv",
+        (
+            VIEWS["misaligned"],
+            VIEWS["head size first"],  # strides of 1, 20 and 40; attention copies it
+            lambda x: torch.cat([x, x[..., :4]], 3)[..., :64],  # rows 136 bytes apart
+            lambda x: x[:, :, :1].expand(-1, -1, 2, -1),
+        ),
+    ):
+        assert describe(inputs | {which: make(inputs[which])}) == []
+    for change in (lambda x: x.float(), lambda x: x[:, :0], lambda x: torch.cat([x, x, x], 3)):
+        assert describe({name: change(x) for name, x in inputs.items()}) == []
+    for gpu in (80, 120, "hip"):
+        with mock.patch.object(kernels, "device_class", lambda x, gpu=gpu: gpu):
+            assert describe(inputs) == []
+
+
 def test_head_sizes_take_no_more_columns_than_they_must():
     width = {H: sum(split_head(H)[1:]) for H in range(2, 129, 2)}
     assert {H: width[H] for H in (16, 32, 64, 72, 80, 96, 128)} == {
@@ -240,10 +292,11 @@ def test_views_give_the_same(view, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_keys_may_lie_unlike_values(which, device):
+def test_keys_may_lie_unlike_values(which, dtype, device):
     """Strides of rows, heads and the batch that belong to one of them alone; read by blocks with a mask and without."""
-    inputs = draw_inputs(2, 65, 65, 2, 2, 16, device=device)
+    inputs = draw_inputs(2, 65, 65, 2, 2, 16, dtype, device)
     grad = inputs.pop("grad")
     expected = attention(**(leaves := {name: x.requires_grad_() for name, x in inputs.items()}), causal=True)[0]
     others = leaves | {which: VIEWS["heads first"](leaves[which])}
@@ -258,10 +311,11 @@ def test_keys_may_lie_unlike_values(which, device):
     assert torch.equal(*slots)
 
 
-def test_broadcast_rows_and_heads(device):
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_broadcast_rows_and_heads(dtype, device):
     """Keys and values with strides of 0."""
-    q, grad = draw(2, 17, 4, 16, device=device), draw(2, 17, 4, 16, seed=1, device=device)
-    k, v = draw(1, 19, 1, 16, seed=2, device=device), draw(1, 19, 1, 16, seed=3, device=device)
+    q, k, v, grad = draw_inputs(2, 17, 19, 4, 1, 16, dtype, device).values()
+    k, v = k[:1], v[:1]
 
     def run(function):
         return lambda q, k, v: function(q, k.expand(2, -1, 2, -1), v.expand(2, -1, 2, -1))[0]
@@ -293,8 +347,9 @@ def test_offsets_beyond_32_bits(device):
 # --- what is not visible is not read -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", ["causal", "many", "branches", "no prefix"])
-def test_invisible_keys_and_queries_are_not_read(layout, device):
+def test_invisible_keys_and_queries_are_not_read(layout, dtype, device):
     """NaN in all keys that no query of a block sees changes nothing there, nor NaN in all queries that see no key."""
     T = 65
     if layout == "causal":
@@ -302,7 +357,7 @@ def test_invisible_keys_and_queries_are_not_read(layout, device):
     else:
         options = {"runs": find_runs(*pack_rows(DOCUMENTS[layout][0][:1], T, device))}
         visible = dense(options["runs"]).cpu()
-    inputs = draw_inputs(1, T, T, 1, 1, 16, device=device)
+    inputs = draw_inputs(1, T, T, 1, 1, 16, dtype, device)
     grad = inputs.pop("grad")
     with blocks_of(32, 16):
         leaves = [x.requires_grad_() for x in inputs.values()]

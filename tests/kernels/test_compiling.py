@@ -23,9 +23,7 @@ from tests.kernels.compiling import Compiled, find_narrowest
 IS_OLDEST = triton.__version__.startswith("3.6.")
 CAPABILITIES = (90, 89) if IS_OLDEST else (90, 80, 89, 120)
 AMD = 942  # MI300: it compiles, within its shared memory
-KNOWN = {}
-if IS_OLDEST:
-    KNOWN["attention", 90] = "forward with heads of 64: three instructions of 16 in the loop over blocks with a mask"
+KNOWN = {}  # {(case, capability): a fault that is to be repaired}
 MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
@@ -75,6 +73,15 @@ def test_all_blocks_of_attention_compile(compiled, capability):
         for arch in ("hip",) if capability == AMD else (80 if capability == 89 else capability, "fp32"):
             for blocks in by_arch.get(arch, by_arch[80]).values():
                 assert (names.get(which, f"{which}_kernel"), arch == "fp32", *blocks) in seen, (which, arch, blocks)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_copy_engine_brings_full_blocks_of_attention_on_hopper(compiled, capability):
+    """Forward, in 16 bits, keys and values once each a part of the head: in the loop, and so many loads before it."""
+    for record in compiled["attention", capability]:
+        is_meant = record.kernel == "forward_kernel" and capability == 90 and record.dtypes["p_q"] != "torch.float32"
+        assert bool(record.copies) == is_meant, record
+        assert not is_meant or record.copies % (4 if record.config["HB"] else 2) == 0, record
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -7,6 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a GPU is at hand: nothing is interpreted")
 if triton.knobs.runtime.interpret:
@@ -262,6 +263,41 @@ def test_int32_overflow():
     offset_kernel[(4,)](torch.empty(7), 2**30, True)
     with pytest.raises(KernelFault, match="int32 overflow: a multiply gives 2147483648"):
         offset_kernel[(4,)](torch.empty(7), 2**30, False)
+
+
+@triton.jit
+def descriptor_kernel(d_x, p_out, i_first, BLOCK: tl.constexpr, H: tl.constexpr):
+    i = tl.program_id(0)
+    x = tl.reshape(d_x.load([i, i_first, 0]), [BLOCK, H])
+    o = tl.arange(0, BLOCK)[:, None] * H + tl.arange(0, H)[None, :]
+    tl.store(p_out + i * BLOCK * H + o, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_descriptors(dtype):
+    """Blocks of [2, 20, 12] with gaps between rows; what is beyond is zero, and never read."""
+    x, out = randn(2, 20, 24, dtype=dtype), torch.empty(2, 16, 16, dtype=dtype)
+    part = x[:, :, :12]
+
+    def run(x, first, **options):
+        described = {"shape": [2, 20, 12], "strides": [480, 24, 1], "block_shape": [1, 16, 16]} | options
+        descriptor_kernel[(2,)](TensorDescriptor(x, **described), out, first, 16, 16)
+
+    for first in (0, 4, 11, 32):
+        run(part, first)
+        expected = torch.zeros(2, 16, 16, dtype=dtype)
+        expected[:, : max(20 - first, 0), :12] = part[:, first : first + 16]
+        assert torch.equal(out, expected)
+    with pytest.raises(KernelFault, match=r"program \(1, 0, 0\): load of 12 of 192 .* element 960 of d_x"):
+        run(part, 5, shape=[2, 21, 12])
+    with pytest.raises(KernelFault, match=r"element 948 of d_x, which has 948"):
+        run(part, 4, shape=[2, 20, 13])
+    with pytest.raises(KernelFault, match=r"race: .* write to and read element"):  # block 1 begins within block 0
+        descriptor_kernel[(2,)](TensorDescriptor(out, [2, 16, 16], [128, 16, 1], [1, 16, 16]), out, 0, 16, 16)
+    with pytest.raises(KernelFault, match=r"strides \[0, 24\], which must be above 0"):
+        run(part, 0, strides=[0, 24, 1])
+    with pytest.raises(KernelFault, match=r"block of \[1, 512, 16\] has a side above 256"):
+        run(part, 0, block_shape=[1, 512, 16])
 
 
 @triton.jit
