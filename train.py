@@ -37,6 +37,7 @@ from PIL import Image
 from nanovlm import distributed
 from nanovlm.config import TrainConfig, pick
 from nanovlm.data.chat import Processor
+from nanovlm.data.columns import parse_fields
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.process import make_process
@@ -123,7 +124,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         processor, fill = init.prepare(config, sample_texts(source, 1000, options_of(config.data)))
     loader = make_loader(source, processor, config)
     # Read before the first step, so that what cannot be asked is named now.
-    tasks = [open_task(name, config.eval.limit) for name in config.eval.tasks]
+    how = {"layout": data.layout, "fields": parse_fields(data.fields), "allow_urls": data.allow_urls}
+    tasks = [open_task(name, config.eval.limit, **how) for name in config.eval.tasks]
     asked = [(task, read_questions(task)) for task in tasks]
     held_out = {}
     if data.val_fraction:
@@ -132,7 +134,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         loaders = {part.name: make_loader(part, processor, config, "val") for part in parts_of(source)}
         held_out = read_held_out(loaders, config)
         asked += ask_held_out(loaders, processor, config) if config.eval.every else []
-    shown = read_questions(open_task(config.eval.show, SHOWN)) if config.eval.show else asked[0][1] if asked else []
+    shown = asked[0][1] if asked else []
+    if config.eval.show:
+        shown = read_questions(open_task(config.eval.show, SHOWN, **how))
     shown = choose(shown, SHOWN) if config.eval.show_every else []
     metric = best.choose_metric(config.eval, loss_names(held_out) + [f"accuracy_{task.name}" for task, _ in asked])
 

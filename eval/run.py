@@ -143,6 +143,8 @@ class AskConfig:
     # The layout of the records, if it is not to be recognised, and the names of their columns, as in image=img.
     layout: str = ""
     fields: tuple[str, ...] = ()
+    # Fetch images that records name by an http or https address.
+    allow_urls: bool = False
     # How many records of a task are asked, from its first on.
     limit: int = 512
     # Where answers are cut off; 0 for the task's own limit.
@@ -228,8 +230,8 @@ def open_tasks(config: AskConfig) -> list[Task]:
     if len(names := (*config.tasks, *config.data)) != len(set(names)):
         raise UserError(f"each task can be asked once, and these are named: {', '.join(names)}")
     how = (config.metric, config.layout, parse_fields(config.fields))
-    return [open_task(name, config.limit, *how, config.root) for name in config.tasks] + [
-        open_records(spec, config.limit, *how) for spec in config.data
+    return [open_task(name, config.limit, *how, config.root, config.allow_urls) for name in config.tasks] + [
+        open_records(spec, config.limit, *how, config.allow_urls) for spec in config.data
     ]
 
 
@@ -238,7 +240,7 @@ def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, Trainin
     compared = [task.name for task in tasks if config.training or task.name in TASKS]
     if not compared:
         return {}
-    source = open_sources(config.training or ("scenes",), shuffle=False)
+    source = open_sources(config.training or ("scenes",), shuffle=False, allow_urls=config.allow_urls)
     how = {"layout": config.layout, "fields": parse_fields(config.fields)} if config.training else {}
     return dict.fromkeys(compared, TrainingScan(source, (ref.key for ref in first_pass(source)), **how))
 

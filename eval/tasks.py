@@ -138,17 +138,19 @@ def open_task(
     layout: str = "",
     fields: dict | None = None,
     root: str = "",
+    allow_urls: bool = False,
 ) -> Task:
     """Return the task of this name, or the records of the source that it names (for a hub source, its test split).
 
-    The metrics, layout and fields are those of records; `root` is a folder that stands for the hub of a benchmark.
+    The metrics, layout and fields are those of records, and images that they name by address are fetched if
+    `allow_urls`; `root` is a folder that stands for the hub of a benchmark.
     Raises UserError if the name is neither.
     """
     if name in TASKS:
         return TASKS[name](name, limit)
     if name in BENCHMARKS:
         return Benchmark(name, limit, root)
-    return open_records(name, limit, metrics, layout, fields, f"{name!r} is no task; there are ")
+    return open_records(name, limit, metrics, layout, fields, allow_urls, f"{name!r} is no task; there are ")
 
 
 def open_records(
@@ -157,11 +159,12 @@ def open_records(
     metrics: Sequence[str] = (),
     layout: str = "",
     fields: dict | None = None,
+    allow_urls: bool = False,
     refusal: str = "",
 ) -> Task:
     """Return the questions of a source of records. Raises UserError, which `refusal` and the names of tasks begin."""
     try:
-        source = open_source(spec, split="test")
+        source = open_source(spec, split="test", allow_urls=allow_urls)
     except ValueError as error:
         names = f"{', '.join((*TASKS, *BENCHMARKS))}, and sources of records: " if refusal else ""
         raise UserError(f"{refusal}{names}{error}") from error

@@ -99,6 +99,8 @@ class InspectConfig:
     # those of the run of the model, if there are any.
     layout: str = ""
     fields: tuple[str, ...] = ()
+    # Fetch images that records name by an http or https address.
+    allow_urls: bool = False
     # Show where tokens end.
     tokens: bool = False
     # Seed of the choice of samples to summarise.
@@ -151,7 +153,7 @@ def main(config: InspectConfig):
         fields=config.fields or preset.data.fields,
         val_fraction=0.0,
     )
-    source = open_source(config.source)
+    source = open_source(config.source, allow_urls=config.allow_urls)
     if isinstance(source, Sized) and config.index >= len(source):
         raise UserError(f"--index {config.index}: {source.name} has only {len(source)} samples")
     processor = (
