@@ -174,7 +174,7 @@ def summarize(path: Path) -> str:
     for test, outcome in outcomes.items():
         file = counts.setdefault(test.partition("::")[0], {})
         file[outcome] = file.get(outcome, 0) + 1
-    text = [f"{file}: " + ", ".join(f"{num} {outcome}" for outcome, num in x.items()) for file, x in counts.items()]
+    text = [f"{file}: " + ", ".join(f"{x[name]} {name}" for name in sorted(x)) for file, x in counts.items()]
     bad = [test for test, outcome in outcomes.items() if outcome in ("failed", "not ended")]
     text += [f"{outcomes[test]}: {test}: {reasons[test][:160]}" for test in bad[:60]]
     return "\n".join([*text, *([f"and {len(bad) - 60} more"] if len(bad) > 60 else [])])
