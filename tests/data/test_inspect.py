@@ -251,7 +251,7 @@ def test_streams(show, monkeypatch):
         def read(self, key):
             return key
 
-    monkeypatch.setattr(inspect, "open_source", lambda spec: Stream())
+    monkeypatch.setattr(inspect, "open_source", lambda spec, allow_urls: Stream())
     text, _picture = show(index=5, num=4)
     assert "stream, sample 5: " in text and "<|user|>5?" in text and "4 samples of stream" in text
     assert "lost: a shard is lost" in text and "6 samples" in show()[0]
