@@ -233,7 +233,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         results["best"] = best.describe_best(state)
     training = None
     if asked and config.eval.controls:
-        training = TrainingScan(source, (ref.key for ref in loader.refs_read()))
+        training = TrainingScan(source, (ref.key for ref in loader.refs_read()), **options_of(data))
         training.add_up()
     loader.close()
     print(describe_counts(distributed.add_up(dict(loader.counts)), source))
@@ -290,7 +290,8 @@ def ask_held_out(
     loaders: dict[str, Loader], processor: Processor, config: TrainConfig
 ) -> list[tuple[Task, list[Question]]]:
     """Return the held-out records as a task, with those questions that can be asked; nothing if there are none."""
-    task = Records("held_out", HeldOut([loader.reader for loader in loaders.values()]), config.eval.limit)
+    held_out = HeldOut([loader.reader for loader in loaders.values()])
+    task = Records("held_out", held_out, config.eval.limit, **options_of(config.data))
     longest = config.model.decoder.max_position_embeddings - MAX_NEW_TOKENS
 
     def can_be_asked(question: Question) -> bool:

@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm import distributed
+from nanovlm.data.records import to_sample
 from nanovlm.data.source import Source
 from nanovlm.eval.questions import Question, ask
 
@@ -18,18 +19,24 @@ MOST_RECORDS = 50_000
 class TrainingScan:
     """Digests of the images in training records, and the commonest training answer to each question."""
 
-    def __init__(self, source: Source, keys: Iterable, layout: str = "", fields: dict | None = None):
-        """Read the first MOST_RECORDS records with these keys again; skip those that cannot be read."""
-        self.digests = set()
+    def __init__(self, source: Source, keys: Iterable, **how):
+        """Read the first MOST_RECORDS records with these keys again, as records.py reads them by `how`.
+
+        Those that cannot be read are skipped; `num_read` counts the others.
+        """
+        self.digests, self.num_read = set(), 0
         self.by_text, self.by_kind = defaultdict(Counter), defaultdict(Counter)
         keys = list(itertools.islice(keys, MOST_RECORDS // distributed.num_ranks()))
         is_silent = distributed.rank() > 0
         for key in tqdm(keys, desc="reading training records", unit="record", mininterval=1, disable=is_silent):
             try:
-                questions = ask(source.read(key), 0, layout, fields)
+                raw = source.read(key)
+                questions = ask(raw, 0, **how)
+                images = questions[0].images if questions else to_sample(raw, **how).images  # a text asks nothing
             except Exception:
                 continue
-            self.digests |= {digest(image) for image in questions[0].images}
+            self.num_read += 1
+            self.digests |= {digest(image) for image in images}
             for question in questions:
                 self.by_text[question.text][question.truth] += 1
                 self.by_kind[question.kind][question.truth] += 1

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from nanovlm.data.records import choices, content_parts, references, to_sample
+from nanovlm.data.records import choices, content_parts, references, to_sample, turns_of_texts
 from nanovlm.errors import printable
 
 MAX_NEW_TOKENS = 48
@@ -68,18 +68,19 @@ class Task(Protocol):
         ...
 
 
-def ask(raw: dict, number: int, layout: str = "", fields: dict | None = None) -> list[Question]:
+def ask(
+    raw: dict, number: int, layout: str = "", fields: dict | None = None, min_ratings: dict[str, int] | None = None
+) -> list[Question]:
     """Turn a raw record (nanovlm/data/records.py) into questions, one for each answer in it.
 
     In a conversation, earlier turns are shown with their true answers. A turn of `texts`, or a record, may name its
     `kind`.
     """
-    how = {"layout": layout, "fields": fields}
-    sample, turns = to_sample(raw, **how), raw.get("texts") or ()
-    right, options = references(raw, **how), choices(raw, **how)
+    how = {"min_ratings": min_ratings, "layout": layout, "fields": fields}
+    sample, right, options = to_sample(raw, **how), references(raw, **how), choices(raw, **how)
     answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    kind = raw.get("kind", "answer")
-    kinds = [printable(str(turn.get("kind", kind))) for turn in turns] or [printable(str(kind))] * len(answers)
+    turns = turns_of_texts(raw, **how) or [{}] * len(answers)
+    kinds = [printable(str(turn.get("kind", raw.get("kind", "answer")))) for turn in turns]
     return [
         Question(
             number,

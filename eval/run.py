@@ -242,7 +242,14 @@ def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, Trainin
         return {}
     source = open_sources(config.training or ("scenes",), shuffle=False, allow_urls=config.allow_urls)
     how = {"layout": config.layout, "fields": parse_fields(config.fields)} if config.training else {}
-    return dict.fromkeys(compared, TrainingScan(source, (ref.key for ref in first_pass(source)), **how))
+    scan = TrainingScan(source, (ref.key for ref in first_pass(source)), **how)
+    if not scan.num_read:
+        raise UserError(
+            f"no record of --training {' '.join(config.training)} can be read as those that are asked are, by --layout "
+            f"{config.layout or 'of their keys'} and --fields {' '.join(config.fields) or 'of their own'}: write both "
+            "with the same columns"
+        )
+    return dict.fromkeys(compared, scan)
 
 
 def is_answers(name: str) -> bool:

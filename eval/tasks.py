@@ -30,8 +30,8 @@ from nanovlm.eval.questions import Question, Task, ask
 class Records:
     """The questions of the first records of a source, scored by metrics; the first of them is the main figure.
 
-    Without metrics an answer must match one of the references word for word. `layout` and `fields` are as in
-    DataConfig.
+    Without metrics an answer must match one of the references word for word. `layout`, `fields` and `min_ratings` are
+    as in records.py.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Records:
         metrics: Sequence[str] = (),
         layout: str = "",
         fields: dict | None = None,
+        min_ratings: dict[str, int] | None = None,
     ):
         for metric in metrics:
             if metric not in METRICS and metric not in CORPUS_METRICS:
@@ -51,13 +52,14 @@ class Records:
                     + (f"do you mean {' or '.join(near)}? " if near else "")
                     + f"There are {', '.join([*METRICS, *CORPUS_METRICS])}"
                 )
-        self.name, self.source, self.limit, self.layout, self.fields = name, source, limit, layout, fields
+        self.name, self.source, self.limit = name, source, limit
+        self.how = {"layout": layout, "fields": fields, "min_ratings": min_ratings}
         self.metrics = [metric for metric in metrics if metric in METRICS]
         self.corpus = tuple(metric for metric in metrics if metric in CORPUS_METRICS)
         self.main = metrics[0] if metrics else None
 
     def questions(self) -> Iterator[Question]:
-        for question in _questions_of(self.source, self.limit, self.layout, self.fields):
+        for question in _questions_of(self.source, self.limit, **self.how):
             for metric in (*self.metrics, *self.corpus):
                 if metric in NEEDS and not NEEDS[metric][0](question.references):
                     raise UserError(f"{metric} needs {NEEDS[metric][1]}: {question.text!r} has {question.references!r}")
@@ -103,11 +105,11 @@ class DrawnScenes:
         return {figure: float(exact_match(answer, question.references))}
 
 
-def _questions_of(source: Source, limit: int, layout: str = "", fields: dict | None = None) -> Iterator[Question]:
+def _questions_of(source: Source, limit: int, **how) -> Iterator[Question]:
     """Yield the questions of the first records of a source. Raises UserError that names a record without any."""
     for number, ref in enumerate(islice(first_pass(source), limit)):
         try:
-            questions = ask(source.read(ref.key), number, layout, fields)
+            questions = ask(source.read(ref.key), number, **how)
         except Exception as error:  # whatever a record does, it is named
             raise UserError(f"{ref.source}, {ref.where}: {explain(error)}") from error
         yield from questions

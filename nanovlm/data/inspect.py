@@ -153,7 +153,7 @@ def main(config: InspectConfig):
         fields=config.fields or preset.data.fields,
         val_fraction=0.0,
     )
-    source = open_source(config.source, allow_urls=config.allow_urls)
+    source = open_source(config.source, allow_urls=config.allow_urls or data.allow_urls)
     if isinstance(source, Sized) and config.index >= len(source):
         raise UserError(f"--index {config.index}: {source.name} has only {len(source)} samples")
     processor = (

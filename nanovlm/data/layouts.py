@@ -188,6 +188,11 @@ def _history(raw: dict) -> list[tuple[str, str]]:
 
 def _asked(raw: dict) -> str:
     """Return the question, after what it is about."""
+    if isinstance(raw.get("text"), str) and raw["text"].strip():
+        raise UserError(
+            "a text stands beside the question and would not be shown: --data.fields context=text puts it before the "
+            "question, or leave it out"
+        )
     about = [_text(raw, key) for key in ("context", "hint") if raw.get(key) not in (None, "")]
     return "\n".join([*about, _text(raw, "question")])
 
@@ -201,6 +206,8 @@ def _text(raw: dict, key: str) -> str:
 def _answers(raw: dict, key: str) -> list[str]:
     """Return a text or number, or a list of them, as texts; items may be dicts with `answer` (VQAv2)."""
     value = _parse_list(raw[key], key) if key.endswith("s") else raw[key]
+    if isinstance(raw[key], str) and isinstance(value, list) and not all(isinstance(x, str | dict) for x in value):
+        value = raw[key]  # an interval or a box, which is one answer
     answers = []
     for item in value if isinstance(value, list) else [value]:
         item = item.get("answer") if isinstance(item, dict) else item
@@ -306,6 +313,11 @@ def recognise(raw: dict) -> str:
             "other's keys out"
         )
     return names[0]
+
+
+def is_conversation(raw: dict) -> bool:
+    """Tell whether a record has more than a picture's caption, by its keys."""
+    return any(layout.rank <= 1 and _found(raw, layout) for layout in LAYOUTS.values())
 
 
 def _found(raw: dict, layout: Layout) -> set[str]:

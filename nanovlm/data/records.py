@@ -91,6 +91,14 @@ def choices(
     return _read(raw, min_ratings, layout, fields)[1].options
 
 
+def turns_of_texts(
+    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+) -> list[dict]:
+    """Return the turns of a record of the layout texts that are rated well enough, none for another record."""
+    raw, _conversation = _read(raw, min_ratings, layout, fields)
+    return raw["texts"] if (layout or recognise(raw)) == "texts" else []
+
+
 def _read(raw: dict, min_ratings, layout: str, fields: dict | None) -> tuple[dict, Conversation]:
     """Return a record with the names of `fields`, and what its layout makes of it."""
     if not isinstance(raw, dict):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nanovlm.data.layouts import CAPTION_QUESTION
+from nanovlm.data.layouts import CAPTION_QUESTION, is_conversation
 from nanovlm.data.pictures import is_empty
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import IMAGE_SUFFIXES, check_index, walk
@@ -101,7 +101,7 @@ def read_record(json_data: bytes | None, caption: bytes | None, where: str, has_
         if not record:
             raise UserError(f"{where} needs a .json with a record, or a .txt with a caption")
         return record
-    if {"texts", "messages", "conversations", "question"} & record.keys():
+    if is_conversation(record):
         return record
     if not has_image:
         raise UserError(f"{where} has a caption and no image")

@@ -11,7 +11,6 @@ from nanovlm import distributed
 from nanovlm.config import TrainConfig
 from nanovlm.data.loader import Loader
 from nanovlm.data.reader import Reader
-from nanovlm.data.records import check
 from nanovlm.data.source import Ref, first_pass
 from nanovlm.data.types import Batch, Document
 from nanovlm.model.vlm import Extras
@@ -63,14 +62,8 @@ class HeldOut:
                 yield ref._replace(key=(k, ref.key))
 
     def read(self, key: tuple) -> dict:
-        """Return the raw record, in the form of messages where settings say how it is to be read."""
         k, of_source = key
-        reader = self.readers[k]
-        raw, config = reader.source.read(of_source), reader.config
-        if not (config.layout or config.fields or any(config.min_ratings)):
-            return raw
-        images, messages, independent = check(raw, **reader.options)
-        return {"images": images, "messages": messages, "independent": independent}
+        return self.readers[k].source.read(of_source)
 
 
 def validate(state: TrainState, held_out: dict[str, list[list[Batch]]]) -> dict[str, float]:

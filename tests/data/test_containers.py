@@ -12,6 +12,7 @@ import subprocess
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from nanovlm.data import source_index, source_lines, source_text
 from nanovlm.data.mixture import Concatenation
@@ -543,3 +544,18 @@ def test_base64_in_a_table(folder):
     rows = [{"image": base64.b64encode(encode(i)).decode(), "question": "?", "answer": str(i)} for i in range(3)]
     (folder / "a.tsv").write_text(table(rows, "\t"), newline="")
     assert [r["images"] for r in read_all(open_source(str(folder / "a.tsv")))] == [[encode(i)] for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"query": "how many?", "response": "3"},
+        {"instruction": "count", "output": "3"},
+        {"prompt": "q", "completion": "3"},
+    ],
+)
+def test_a_conversation_beside_an_image_counts_before_its_caption(tmp_path, record):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a caption")
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert to_sample(open_source(str(tmp_path)).read(0)).messages[-1]["content"] == "3"

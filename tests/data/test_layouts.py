@@ -393,3 +393,16 @@ def test_mutated_records_are_samples_or_counted(tmp_path, processor, seed, capsy
     assert counts["corrupt"] > 300 and len(capsys.readouterr().out) < 30_000
     # A file that a record names is read into a buffer of the largest size allowed, 2**29 bytes.
     assert time.process_time() - started < 60 and peak < 2**29 + 2**28, f"seed {seed}"
+
+
+def test_a_cell_that_is_an_interval_is_one_answer():
+    assert references({"question": "where?", "answers": "[1, 2]"}) == [("[1, 2]",)]
+    assert references({"question": "where?", "answers": "['a', 'b']"}) == [("a", "b")]
+
+
+def test_a_text_beside_a_question_is_not_passed_over():
+    record = {"text": "Bob is 7.", "question": "how old is Bob?", "answer": "7"}
+    with pytest.raises(UserError, match="a text stands beside the question and would not be shown"):
+        check(record)
+    messages = check(record, fields=parse_fields(["context=text"]))[1]
+    assert messages[0]["content"] == "Bob is 7.\nhow old is Bob?"

@@ -11,6 +11,7 @@ from PIL import Image
 import train
 from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import open_source
 from nanovlm.data.types import Sample
 from nanovlm.eval import run
 from nanovlm.eval.controls import TrainingScan, shuffled_images
@@ -90,6 +91,33 @@ def test_records_of_the_training_set_are_dropped(monkeypatch):
     nothing = evaluate(None, None, task, questions, training, controls=True)
     assert nothing == {"n": 0, "dropped": 10, "kinds": {}}
     assert "10 records left out because their images occur in training" in format_table({"scenes": nothing})
+
+
+def test_training_records_are_scanned_as_they_are_trained(tmp_path):
+    """By the same layout and columns; a text asks nothing and shows its pictures."""
+    image = Scenes("train").read(0)["images"][0]
+    (tmp_path / "a.png").write_bytes(image if isinstance(image, bytes) else b"")
+    if not isinstance(image, bytes):
+        image.save(tmp_path / "a.png")
+    records = [{"img": "a.png", "q": "what?", "a": "a box"}, {"text": "see <image> here", "image": "a.png"}]
+    for number, record in enumerate(records):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
+    sources = [open_source(str(tmp_path / f"{number}.jsonl")) for number in range(2)]
+    scan = TrainingScan(sources[0], [0], fields={"image": ["img"], "question": ["q"], "answer": ["a"]})
+    assert (scan.num_read, len(scan.digests), dict(scan.by_text)) == (1, 1, {"what?": {"a box": 1}})
+    assert TrainingScan(sources[0], [0]).num_read == 0
+    text = TrainingScan(sources[1], [0])
+    assert (text.num_read, text.digests, dict(text.by_text)) == (1, scan.digests, {})
+
+
+def test_kinds_are_those_of_the_turns_of_texts_alone():
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    record = {"messages": messages, "texts": [{"kind": "x"}] * 3, "kind": "y"}
+    assert [q.kind for q in ask(record, 0, layout="messages")] == ["y"]
+    turns = [{"user": "1?", "assistant": "1", "kind": "x"}, {"user": "2?", "assistant": "2", "formatting_ratings": 1}]
+    assert [q.kind for q in ask({"conv": turns}, 0, fields={"texts": ["conv"]})] == ["x", "answer"]
+    asked = ask({"texts": turns}, 0, min_ratings={"formatting_ratings": 3})
+    assert [(q.kind, q.truth) for q in asked] == [("x", "1")]
 
 
 def test_majority_is_of_the_question_else_of_its_kind():
