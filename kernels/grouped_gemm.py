@@ -211,7 +211,7 @@ def tile_sizes(x: Tensor, num_rows: int, num_experts: int, W: int) -> dict:
         "gate_up": dict(BM=128, BN=128 // half, BK=64, num_warps=8, num_stages=3),
         "scatter": dict(BM=128, BN=256 // half, BK=64, num_warps=8, num_stages=3),
         "through_down": dict(BM=128, BN=128 // half, BK=64, num_warps=8, num_stages=3),
-        "matrix_grad": dict(BM=128, BN=256 // half, BK=64, num_warps=8, num_stages=3),
+        "matrix_grad": dict(BM=256 // half, BN=128, BK=64, num_warps=8, num_stages=3),
     }
 
 
