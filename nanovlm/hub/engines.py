@@ -78,6 +78,16 @@ def _is_llama(decoder: DecoderConfig) -> bool:
     return find_family(decoder) == "llama"
 
 
+def _other_decoder(engine: str, what: str) -> Fault:
+    """A program that reads an Idefics3 with a llama only; `what` says so, or more."""
+    return Fault(
+        engine,
+        f"the decoder is a {{}}: {what}",
+        lambda c, _: not _is_llama(c.decoder),
+        lambda c: find_family(c.decoder),
+    )
+
+
 FAULTS = (
     Fault(
         "vLLM",
@@ -119,30 +129,12 @@ VISION_FAULTS = (
         lambda c, _: c.vision is not None and c.tiling.longest_edge <= c.vision.image_size,
         lambda c: c.tiling.longest_edge,
     ),
-    Fault(
-        "llama.cpp",
-        "the decoder is a {}: its converter reads an Idefics3 with a llama only, another decoder as a model of its own",
-        lambda c, _: not _is_llama(c.decoder),
-        lambda c: find_family(c.decoder),
+    _other_decoder(
+        "llama.cpp", "its converter reads an Idefics3 with a llama only, another decoder as a model of its own"
     ),
-    Fault(
-        "vLLM",
-        "the decoder is a {}: it reads an Idefics3 with a llama only, others with --model-impl transformers",
-        lambda c, _: not _is_llama(c.decoder),
-        lambda c: find_family(c.decoder),
-    ),
-    Fault(
-        "SGLang",
-        "the decoder is a {}: its Idefics3 has a llama only (read in its source, not run)",
-        lambda c, _: not _is_llama(c.decoder),
-        lambda c: find_family(c.decoder),
-    ),
-    Fault(
-        "mlx-vlm",
-        "the decoder is a {}: it reads an Idefics3 with a llama only",
-        lambda c, _: not _is_llama(c.decoder),
-        lambda c: find_family(c.decoder),
-    ),
+    _other_decoder("vLLM", "it reads an Idefics3 with a llama only, others with --model-impl transformers"),
+    _other_decoder("SGLang", "its Idefics3 has a llama only (read in its source, not run)"),
+    _other_decoder("mlx-vlm", "it reads an Idefics3 with a llama only"),
     Fault(
         "mlx-vlm",
         "decoder.num_attention_heads x head_dim = {} must be decoder.hidden_size",

@@ -23,7 +23,6 @@ from tests.kernels.compiling import Compiled, find_narrowest
 IS_OLDEST = triton.__version__.startswith("3.6.")
 CAPABILITIES = (90, 89) if IS_OLDEST else (90, 80, 89, 120)
 AMD = 942  # MI300: it compiles, within its shared memory
-KNOWN = {}  # {(case, capability): a fault that is to be repaired}
 MODULES = ("tests.kernels.compile_cases", "tests.kernels.planted")
 
 
@@ -45,13 +44,7 @@ def compiled():
     return results
 
 
-@pytest.mark.parametrize(
-    "case, capability",
-    [
-        pytest.param(*pair, marks=[pytest.mark.xfail(strict=True, reason=KNOWN[pair])] if pair in KNOWN else [])
-        for pair in itertools.product(CASES, (*CAPABILITIES, 86, AMD))
-    ],
-)
+@pytest.mark.parametrize("case, capability", itertools.product(CASES, (*CAPABILITIES, 86, AMD)))
 def test_shipped_kernels_compile(compiled, case, capability):
     records = compiled[case, 89 if capability == 86 else capability]
     faults = []
