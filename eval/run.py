@@ -229,9 +229,14 @@ def open_tasks(config: AskConfig) -> list[Task]:
         raise UserError(f"--metric is for records of --data; {', '.join(named)} have metrics of their own")
     if len(names := (*config.tasks, *config.data)) != len(set(names)):
         raise UserError(f"each task can be asked once, and these are named: {', '.join(names)}")
-    how = (config.metric, config.layout, parse_fields(config.fields))
-    return [open_task(name, config.limit, *how, config.root, config.allow_urls) for name in config.tasks] + [
-        open_records(spec, config.limit, *how, config.allow_urls) for spec in config.data
+    how = {
+        "metrics": config.metric,
+        "layout": config.layout,
+        "fields": parse_fields(config.fields),
+        "allow_urls": config.allow_urls,
+    }
+    return [open_task(name, config.limit, config.root, **how) for name in config.tasks] + [
+        open_records(spec, config.limit, **how) for spec in config.data
     ]
 
 

@@ -133,41 +133,27 @@ TASKS = {
 }
 
 
-def open_task(
-    name: str,
-    limit: int,
-    metrics: Sequence[str] = (),
-    layout: str = "",
-    fields: dict | None = None,
-    root: str = "",
-    allow_urls: bool = False,
-) -> Task:
+def open_task(name: str, limit: int, root: str = "", **how) -> Task:
     """Return the task of this name, or the records of the source that it names (for a hub source, its test split).
 
-    The metrics, layout and fields are those of records, and images that they name by address are fetched if
-    `allow_urls`; `root` is a folder that stands for the hub of a benchmark.
-    Raises UserError if the name is neither.
+    `root` is a folder that stands for the hub of a benchmark, `how` is as in `open_records`. Raises UserError if the
+    name is neither.
     """
     if name in TASKS:
         return TASKS[name](name, limit)
     if name in BENCHMARKS:
         return Benchmark(name, limit, root)
-    return open_records(name, limit, metrics, layout, fields, allow_urls, f"{name!r} is no task; there are ")
+    return open_records(name, limit, f"{name!r} is no task; there are ", **how)
 
 
-def open_records(
-    spec: str,
-    limit: int,
-    metrics: Sequence[str] = (),
-    layout: str = "",
-    fields: dict | None = None,
-    allow_urls: bool = False,
-    refusal: str = "",
-) -> Task:
-    """Return the questions of a source of records. Raises UserError, which `refusal` and the names of tasks begin."""
+def open_records(spec: str, limit: int, refusal: str = "", allow_urls: bool = False, **how) -> Task:
+    """Return the questions of a source of records, by metrics, layout and fields as in Records.
+
+    Raises UserError, which `refusal` and the names of tasks begin.
+    """
     try:
         source = open_source(spec, split="test", allow_urls=allow_urls)
     except ValueError as error:
         names = f"{', '.join((*TASKS, *BENCHMARKS))}, and sources of records: " if refusal else ""
         raise UserError(f"{refusal}{names}{error}") from error
-    return Records(spec, source, limit, metrics, layout, fields)
+    return Records(spec, source, limit, **how)
