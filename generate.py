@@ -37,7 +37,8 @@ from nanovlm.data.images import open_image
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
-from nanovlm.infer.sampling import cut_at_end, stream
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import Request, Token
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM, Extras
@@ -77,21 +78,23 @@ def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConf
     With `echo` the text of the first prompt appears on the terminal as it is generated.
     """
     device = next(model.parameters()).device
-    batch = processor.batch(prompts).to(device)
-    columns, shown = [], ""
+    engine = Engine(model, num_rows=len(prompts))
+    rows: list[list[int]] = [[] for _ in prompts]
+    shown, first = "", 0.0
     start = time.perf_counter()
-    for tokens in stream(model, batch, config):
-        columns.append(tokens.tolist())
-        if len(columns) == 1:
-            first = time.perf_counter()
+    numbers = [engine.submit(Request(prompt, config)) for prompt in prompts]
+    while not engine.is_idle:
+        for event in engine.step():
+            first = first or time.perf_counter()
+            if isinstance(event, Token):
+                rows[numbers.index(event.request)].append(event.id)
         if echo:
-            text = processor.decode([column[0] for column in columns])
+            text = processor.decode(rows[0])
             # A character of several bytes may still be incomplete at the end.
             if not text.endswith("\ufffd"):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
     end = time.perf_counter()
-    rows = [cut_at_end(list(row), model.config) for row in zip(*columns, strict=True)]
     texts = [processor.decode(row) for row in rows]
     if echo:
         print(texts[0][len(shown) :])

@@ -22,7 +22,7 @@ from nanovlm.config import SamplingConfig
 from nanovlm.errors import UserError
 from nanovlm.eval.metrics import exact_match, find_yes_no
 from nanovlm.eval.questions import Question
-from nanovlm.infer.sampling import generate
+from nanovlm.infer.answers import generate
 
 SEED, MAX_NEW_TOKENS = 0, 16
 TIMEOUT, TRIES, WAIT = 120, 4, 2.0  # seconds for a reply, attempts, seconds before the second, doubled each time

@@ -25,7 +25,7 @@ from nanovlm.data.types import Document
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
 from nanovlm.eval.published import NO_LIMIT
-from nanovlm.infer.sampling import generate
+from nanovlm.infer.answers import generate
 
 READ = {"max_new_tokens", "until", "repetition_penalty", "do_sample", "temperature", "num_beams"}
 IDLE = {"top_p", "top_k", "seed", "use_cache"}  # say nothing to a greedy answer

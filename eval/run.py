@@ -40,7 +40,7 @@ from nanovlm.eval.questions import MAX_NEW_TOKENS, Question, Task
 from nanovlm.eval.report import Answers, write_report
 from nanovlm.eval.scores import format_table, summarise
 from nanovlm.eval.tasks import TASKS, open_records, open_task, read_questions
-from nanovlm.infer.sampling import generate
+from nanovlm.infer.answers import generate
 from nanovlm.model.vlm import VLM
 
 BATCH_ROWS = 128

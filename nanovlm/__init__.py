@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nanovlm.hub.read import load
-    from nanovlm.infer.sampling import generate
+    from nanovlm.infer.answers import generate
 
 __all__ = ["generate", "load"]
 
@@ -23,7 +23,7 @@ def __getattr__(name):
 
         return load
     if name == "generate":
-        from nanovlm.infer.sampling import generate
+        from nanovlm.infer.answers import generate
 
         return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

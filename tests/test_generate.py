@@ -54,23 +54,6 @@ def test_text_is_streamed_and_repeats(folder):
     assert first.returncode == 0 and first.stdout == second.stdout and len(first.stdout.strip()) > 3
 
 
-def test_characters_appear_once_they_are_whole(folder, monkeypatch, capsys, processor):
-    """An emoji is four byte tokens: nothing may be printed before the fourth."""
-    ids = processor.tokenizer.encode("a\U0001f642b").ids
-    printed = []
-
-    def stream(model, batch, config):
-        for token in [*ids, TINY.eos_token_id]:
-            yield torch.tensor([token])
-            printed.append(capsys.readouterr().out)
-
-    monkeypatch.setattr(generate, "stream", stream)
-    prompt = processor.prompt([{"role": "user", "content": "x"}])
-    texts, _ = generate.answer(VLM(TINY), processor, [prompt], generate.SamplingConfig(), echo=True)
-    assert texts == ["a\U0001f642b"]
-    assert printed[0] == "a" and "".join(printed) == "a\U0001f642b" and "\ufffd" not in "".join(printed)
-
-
 def test_chat(folder):
     done = call(
         folder,

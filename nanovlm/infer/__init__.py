@@ -1,1 +1,1 @@
-"""Batch of prompts -> answers: sampling.py."""
+"""Prompts -> answers: engine.py, with request.py, blocks.py, features.py and sampling.py; answers.py for a batch."""

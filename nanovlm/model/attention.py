@@ -3,7 +3,7 @@
 Legend of shapes: B rows, T query tokens, S key tokens, N query heads, K key/value heads, H head size.
 A backend is `attend(q: [B, T, N, H], k: [B, S, K, H], v: [B, S, K, H], mask) -> [B, T, N, H]` in the dtype of v; each
 key/value head serves N / K neighbouring query heads. A mask is made once per forward pass and passed to every block:
-None (all keys are visible), or the result of `make_mask` or `make_cache_mask`, in the backend's own form.
+None (all keys are visible), or the result of `make_mask`, in the backend's own form. Over a cache: cache_attention.py.
 """
 
 import functools
@@ -23,17 +23,7 @@ def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa"):
     Takes int32[B, T] twice, returns bool[B, 1, T, T] or the backend's form. Padding (doc_id -1) sees only padding,
     so no row of the mask is empty; its outputs are never used.
     """
-    make, _ = MASKS.get(backend, DENSE)
-    return make(doc_ids, branch_ids)
-
-
-def make_cache_mask(position_ids: Tensor, num_slots: int, backend: str = "sdpa"):
-    """Return which slots of a cache a query sees: those up to its position.
-
-    Takes int64[B, T], returns bool[B, 1, T, S] or the backend's form.
-    """
-    _, make = MASKS.get(backend, DENSE)
-    return make(position_ids, num_slots)
+    return MASKS.get(backend, make_dense_mask)(doc_ids, branch_ids)
 
 
 # --- sdpa: bool[B, 1, T, S], or on a CPU the documents of the batch --------------------------------------------
@@ -113,11 +103,6 @@ def make_dense_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor:
     key_branch = branch_ids[:, None, :]
     visible_branch = (key_branch == 0) | (key_branch == branch_ids[:, :, None])
     return (same_document & causal & visible_branch)[:, None]
-
-
-def make_dense_cache_mask(position_ids: Tensor, num_slots: int) -> Tensor:
-    slots = torch.arange(num_slots, device=position_ids.device)
-    return (slots <= position_ids[:, :, None])[:, None]
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | list[Piece] | None) -> Tensor:
@@ -204,14 +189,6 @@ def make_flex_mask(doc_ids: Tensor, branch_ids: Tensor) -> BlockMask:
     return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
 
 
-def make_flex_cache_mask(position_ids: Tensor, num_slots: int) -> BlockMask:
-    def visible(b, _n, t, s):
-        return s <= position_ids[b, t]
-
-    B, T = position_ids.shape
-    return create_block_mask(visible, B, None, T, num_slots, device=position_ids.device)
-
-
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
     """torch's flex_attention, compiled on a GPU; on the CPU it has no gradients, so training there uses sdpa."""
     if not q.is_cuda and torch.is_grad_enabled():
@@ -229,22 +206,16 @@ def compile_flex():
     return torch.compile(flex_attention)
 
 
-# --- triton: the runs of the documents, or the last slot of every query ---------------------------------------
+# --- triton: the runs of the documents -----------------------------------------------------------------------
 
 
 def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor):
     return load_kernels().find_runs(doc_ids, branch_ids)
 
 
-def make_triton_cache_mask(position_ids: Tensor, num_slots: int) -> Tensor:
-    return position_ids
-
-
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Our kernels: differentiable within documents and with all keys visible, but not over a cache (int64[B, T])."""
-    kernels = load_kernels()
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    return kernels.attend_slots(q, k, v, mask) if isinstance(mask, Tensor) else kernels.attention(q, k, v, mask)[0]
+    """Our kernels: differentiable within documents and with all keys visible."""
+    return load_kernels().attention(q.to(v.dtype), k.to(v.dtype), v, mask)[0]
 
 
 def load_kernels():
@@ -259,10 +230,5 @@ def load_kernels():
 
 ATTENTION = {"sdpa": attend_sdpa, "flex": attend_flex, "triton": attend_triton}
 
-# Makers of document masks and cache masks, for backends whose masks are not bool[B, 1, T, S].
-DENSE = (make_dense_mask, make_dense_cache_mask)
-MASKS = {
-    "sdpa": (make_sdpa_mask, make_dense_cache_mask),
-    "flex": (make_flex_mask, make_flex_cache_mask),
-    "triton": (make_triton_mask, make_triton_cache_mask),
-}
+# Makers of masks, for backends whose masks are not bool[B, 1, T, T].
+MASKS = {"sdpa": make_sdpa_mask, "flex": make_flex_mask, "triton": make_triton_mask}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import DecoderConfig, pick
 from nanovlm.model.attention import ATTENTION
-from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.kv_cache import CachePass
 from nanovlm.model.moe import MLP, MoE, Routing
 
 
@@ -36,17 +36,19 @@ class Decoder(nn.Module):
         x_BTD: Tensor,
         position_ids: Tensor,
         mask,
-        cache: KVCache | None = None,
+        cache: CachePass | None = None,
         is_token: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Embeddings [B, T, D] -> normed hidden states [B, T, D], and the routing of every mixture.
 
-        `mask` is as in attention.py; `is_token` bool[B, T] is False on padding.
+        `mask` is as in attention.py, and not looked at with a cache. `is_token` bool[B, T] is False on padding; `rope`
+        is the rows of `rope_table` for position_ids, if they are there already.
         """
-        rope = rope_table(position_ids, self.config)
+        rope = rope_table(position_ids, self.config) if rope is None else rope
         routings = []
         for layer in self.layers:
-            x_BTD, routing = layer(x_BTD, rope, position_ids, mask, cache, is_token)
+            x_BTD, routing = layer(x_BTD, rope, mask, cache, is_token)
             routings += [] if routing is None else [routing]
         return self.norm(x_BTD), routings
 
@@ -69,8 +71,8 @@ class DecoderBlock(nn.Module):
         else:
             self.mlp = MoE(config.moe, config.hidden_size)
 
-    def forward(self, x_BTD, rope, position_ids, mask, cache, is_token) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, position_ids, mask, cache)
+    def forward(self, x_BTD, rope, mask, cache, is_token) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
         y_BTD = self.post_attention_layernorm(x_BTD)
         y_BTD, routing = self.mlp(y_BTD, is_token) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), None)
         return x_BTD + y_BTD, routing
@@ -92,7 +94,7 @@ class Attention(nn.Module):
             heads = (1, 1) if config.qk_norm == "head" else (N, K)
             self.q_norm, self.k_norm = (RMSNorm(n * H, config.rms_norm_eps) for n in heads)
 
-    def forward(self, x_BTD, rope, position_ids, mask, cache):
+    def forward(self, x_BTD, rope, mask, cache):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -101,9 +103,11 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.has_rope:
             q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
-        if cache is not None:
-            k_BTKH, v_BTKH = cache.update(self.index, k_BTKH, v_BTKH, position_ids)
-        return self.o_proj(rearrange(self.attend(q_BTNH, k_BTKH, v_BTKH, mask), "B T N H -> B T (N H)"))
+        if cache is None:
+            out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
+        else:
+            out_BTNH = cache.attend(self.index, q_BTNH, k_BTKH, v_BTKH)
+        return self.o_proj(rearrange(out_BTNH, "B T N H -> B T (N H)"))
 
 
 class RMSNorm(nn.Module):

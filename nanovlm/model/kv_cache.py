@@ -1,33 +1,80 @@
-"""Keys and values of past tokens in buffers of fixed size, allocated once."""
+"""Keys and values of past tokens: one pool of slots for all rows, in blocks, and the attention over it.
+
+A row's token at position p lies in slot `blocks[p // BLOCK] * BLOCK + p % BLOCK`, so rows that begin with the same
+tokens can name the same blocks. A forward pass runs over some new tokens of each of some rows, laid end to end:
+
+```
+rows      a: 3 new tokens   b: 1   c: 1         pass   [ b | c | a a a ]      groups  b c (one token each), a (three)
+```
+
+Rows with equally many new tokens form a group, which attends at once. Legend: T new tokens of the pass, R rows of a
+group, t new tokens of each, N query heads, K key/value heads, H head size, S slots.
+"""
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nanovlm.config import DecoderConfig
-from nanovlm.model.attention import make_cache_mask
+from nanovlm.config import DecoderConfig, pick
+from nanovlm.model.cache_attention import BLOCK, CACHE_ATTENTION, Group, Span
 
 
 class KVCache:
-    """Buffers [B, S, K, H] for each layer; `lengths` int64[B] counts the tokens that each row holds.
+    """Buffers [S, K, H] for each layer, allocated once; on a CPU always fp32, as torch attends in bf16 8 times slower.
 
-    Rows have their own lengths: slot s of a row holds its token at position s. Slots at or after
-    `lengths` are stale but never seen, because a query sees only slots up to its own position.
+    One query and 1,024 keys, 9 heads of 64: 812 microseconds in bf16, 98 in fp32 (AMD EPYC, torch 2.13, one thread,
+    2026-11-29).
     """
 
-    def __init__(self, config: DecoderConfig, num_rows: int, max_length: int, device=None, dtype=torch.float32):
-        shape = (num_rows, max_length, config.num_key_value_heads, config.head_dim)
+    def __init__(self, config: DecoderConfig, num_blocks: int, device: torch.device | str, dtype: torch.dtype):
+        device = torch.device(device)
+        dtype = torch.float32 if device.type == "cpu" else dtype
+        shape = (num_blocks * BLOCK, config.num_key_value_heads, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.max_length, self.attention = max_length, config.attention
+        self.prepare, self.attend = pick(CACHE_ATTENTION, config.attention, "decoder.attention")
+        self.bytes_per_token = 2 * config.num_hidden_layers * shape[1] * shape[2] * dtype.itemsize
 
-    def update(self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, T, K, H] at position_ids int64[B, T]; return the layer's buffers."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, position_ids] = k.to(self.keys[layer].dtype)
-        self.values[layer][rows, position_ids] = v.to(self.values[layer].dtype)
-        return self.keys[layer], self.values[layer]
+    def begin(self, spans: Sequence[Span]) -> "CachePass":
+        """Prepare a forward pass over the new tokens of these rows."""
+        return CachePass(self, spans)
 
-    def make_mask(self, position_ids: Tensor):
-        """Return the attention backend's mask in which a query sees the slots up to its position."""
-        return make_cache_mask(position_ids, self.max_length, self.attention)
+
+class CachePass:
+    """A forward pass over a cache: where its tokens are written, and what they see.
+
+    `order` are indices of the spans in the order in which their tokens follow each other in the pass; `position_ids`
+    int64[1, T] are the tokens' positions.
+    """
+
+    def __init__(self, cache: KVCache, spans: Sequence[Span]):
+        self.cache, device = cache, cache.keys[0].device
+        # Equally many new tokens side by side, and among them rows that may share their first blocks.
+        self.order = sorted(range(len(spans)), key=lambda i: (spans[i].num_new, spans[i].blocks[0], i))
+        ordered = [spans[i] for i in self.order]
+        positions, slots, self.groups, start = [], [], [], 0
+        for num_new, same in itertools.groupby(ordered, key=lambda span: span.num_new):
+            rows = list(same)
+            for span in rows:
+                new = range(span.start, span.start + num_new)
+                positions += new
+                slots += [span.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in new]
+            self.groups.append(Group(start, num_new, cache.prepare(rows, cache.keys[0])))
+            start += num_new * len(rows)
+        both = torch.tensor([positions, slots]).to(device, non_blocking=True)
+        self.position_ids, self.slots = both[:1], both[1]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v [1, T, K, H] into a layer; return what q [1, T, N, H] attends to, [1, T, N, H] like v."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
+        values.index_copy_(0, self.slots, v[0].to(keys.dtype))
+        q, outs = q[0].to(keys.dtype), []
+        for group, after in itertools.zip_longest(self.groups, self.groups[1:]):
+            end = len(q) if after is None else after.start
+            rows = q[group.start : end].unflatten(0, (-1, group.num_new))
+            outs.append(self.cache.attend(rows, keys, values, group.plan).flatten(0, 1))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out[None].to(v.dtype)

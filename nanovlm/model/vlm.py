@@ -19,7 +19,6 @@ from nanovlm.data.types import Batch
 from nanovlm.errors import UserError
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
-from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import VisionEncoder, normalize, whitening_filters
@@ -56,17 +55,10 @@ class VLM(nn.Module):
             for tensor, values in initial_weights(self):
                 tensor.copy_(values)
 
-    def forward(self, batch: Batch, cache: KVCache | None = None, extras: Extras | None = None) -> Tensor:
-        """Return normed hidden states [B, T, D].
-
-        With a cache the rows hold one document each, whose keys and values are written into it. `extras` receives the
-        routing of every mixture of experts.
-        """
-        if cache is None:
-            mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention)
-        else:
-            mask = cache.make_mask(batch.position_ids)
-        hidden, routing = self.decoder(self.embed(batch), batch.position_ids, mask, cache, batch.doc_ids >= 0)
+    def forward(self, batch: Batch, extras: Extras | None = None) -> Tensor:
+        """Return normed hidden states [B, T, D]; `extras` receives the routing of every mixture of experts."""
+        mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention)
+        hidden, routing = self.decoder(self.embed(batch), batch.position_ids, mask, None, batch.doc_ids >= 0)
         if extras is not None:
             extras.routing = routing
         return hidden
@@ -96,15 +88,18 @@ class VLM(nn.Module):
             if not self.always_sees:
                 return x_BTD
             pixel_values = pixel_values.new_zeros(1, 3, *[self.config.vision.image_size] * 2)
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalize(pixel_values)
-        pixel_values = pixel_values.to(self.vision.position_embedding.weight.dtype)
-        features = self.projector(self.vision(pixel_values)).flatten(0, 1)
+        features = self.encode(pixel_values).flatten(0, 1)
         if num_features == 0:
             return x_BTD + 0 * features.sum()
         # The number of features is known here, so neither the forward nor the backward pass waits for a GPU.
         places = torch.nonzero_static(is_image.flatten(), size=num_features)[:, 0]
         return x_BTD.flatten(0, 1).index_copy(0, places, features.to(x_BTD.dtype)).view_as(x_BTD)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Tiles uint8 or already normalised floats [I, C, H, W] -> image features [I, P, D], P tokens a tile."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize(pixel_values)
+        return self.projector(self.vision(pixel_values.to(self.vision.position_embedding.weight.dtype)))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""

@@ -25,7 +25,7 @@ from nanovlm.errors import UserError
 from nanovlm.eval.published import NO_LIMIT
 from nanovlm.eval.run import AskConfig, main
 from nanovlm.hub.model_folder import save_model
-from nanovlm.infer.sampling import generate
+from nanovlm.infer.answers import generate
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 

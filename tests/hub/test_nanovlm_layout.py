@@ -14,7 +14,7 @@ import nanovlm
 from nanovlm.config import SamplingConfig, TilingConfig
 from nanovlm.data.images import make_tiles, plan_tiles
 from nanovlm.hub.read import find_model
-from nanovlm.infer.sampling import generate
+from nanovlm.infer.answers import generate
 from nanovlm.model.vision import normalize
 from tests.conftest import assert_ranks_fill_their_rows, noise
 from tests.data.test_images import square

@@ -1,7 +1,4 @@
-"""Generation: the cache, batches, the end of a turn, and how a token is chosen."""
-
-import copy
-import dataclasses
+"""How a token is chosen."""
 
 import pytest
 import torch
@@ -17,117 +14,7 @@ from transformers import (
 )
 
 from nanovlm.config import SamplingConfig
-from nanovlm.infer.sampling import (
-    choose,
-    decode_one_token,
-    filter_logits,
-    generate,
-    penalize,
-    prefill,
-    stream,
-)
-from nanovlm.model.kv_cache import KVCache
-from tests.conftest import noise
-
-GREEDY = SamplingConfig(max_new_tokens=12)
-
-
-@pytest.fixture
-def prompts(processor):
-    asked = ["what color is the circle?", "why?", "where is the red star relative to the blue cross?", "describe it."]
-    return [
-        processor.prompt([{"role": "user", "content": text}], [noise(10 * i + j) for j in range(i)])
-        for i, text in enumerate(asked)
-    ]
-
-
-@torch.no_grad()
-def test_cached_equals_uncached(model, processor, prompts):
-    """Decode with the cache, and the same tokens again as one long row: equal logits at every step."""
-    for prompt in prompts:
-        batch = processor.batch([prompt])
-        cache = KVCache(model.config.decoder, 1, len(prompt) + 12)
-        logits = [prefill(model, batch, cache)]
-        tokens = []
-        for _ in range(10):
-            tokens.append(int(logits[-1].argmax()))
-            logits.append(decode_one_token(model, torch.tensor(tokens[-1:]), cache))
-        grown = torch.cat([prompt.input_ids, torch.tensor(tokens)])
-        document = dataclasses.replace(prompt, input_ids=grown, labels=grown, branch_ids=torch.zeros_like(grown.int()))
-        whole = processor.batch([document])
-        uncached = model.logits(whole)[0, len(prompt) - 1 :]
-        assert (torch.cat(logits) - uncached).abs().max() <= 1e-5 * uncached.abs().max()
-        assert torch.cat(logits).argmax(-1).tolist() == uncached.argmax(-1).tolist()
-
-
-def test_batched_equals_one_by_one(model, processor, prompts):
-    together = generate(model, processor.batch(prompts), GREEDY)
-    assert together == [generate(model, processor.batch([prompt]), GREEDY)[0] for prompt in prompts]
-    assert len({tuple(row) for row in together}) > 1
-    assert together == generate(model, processor.batch(prompts), GREEDY)
-    reversed_rows = generate(model, processor.batch(prompts[::-1]), GREEDY)
-    assert together == reversed_rows[::-1]
-
-
-def test_stops_at_the_end_of_turn(model, processor, prompts, monkeypatch):
-    """Rows end at different steps; an ended row yields padding and the loop stops with the last one."""
-    eos, pad = model.config.eos_token_id, model.config.pad_token_id
-    script = iter([[7, 8, eos, 9], [eos, 8, 7, 9], [5, 6, 7, eos], [5, eos, 7, 9], [5, 5, 5, 5]])
-    monkeypatch.setattr("nanovlm.infer.sampling.choose", lambda logits, *_: torch.tensor(next(script)))
-    steps = [tokens.tolist() for tokens in stream(model, processor.batch(prompts), GREEDY)]
-    assert steps == [[7, 8, eos, 9], [eos, 8, pad, 9], [pad, 6, pad, eos], [pad, eos, pad, pad]]
-    script = iter([[7, eos, 5, 5], [5, 7, eos, eos], [eos, 7, 7, 7]])
-    assert generate(model, processor.batch(prompts), GREEDY) == [[7, 5], [], [5], [5]]
-
-
-def test_stops_at_other_stop_tokens(model, processor, prompts, monkeypatch):
-    model.config = dataclasses.replace(model.config, stop_token_ids=(9, 11))
-    eos = model.config.eos_token_id
-    script = iter([[7, 8, eos, 9], [11, 8, 7, 9], [5, 9, 7, 5]])
-    monkeypatch.setattr("nanovlm.infer.sampling.choose", lambda logits, *_: torch.tensor(next(script)))
-    assert generate(model, processor.batch(prompts), GREEDY) == [[7], [8, 8], [], []]
-
-
-def test_never_more_than_max_new_tokens_and_no_forward_too_many(model, processor, prompts, monkeypatch):
-    calls = []
-    monkeypatch.setattr("nanovlm.infer.sampling.decode_one_token", lambda *a: calls.append(1) or decode_one_token(*a))
-    rows = generate(model, processor.batch(prompts[:1]), SamplingConfig(max_new_tokens=3))
-    assert len(rows[0]) == 3 and len(calls) == 2
-
-
-def test_padding_and_placeholders_are_never_generated(model, processor, prompts, monkeypatch):
-    seen = []
-    monkeypatch.setattr("nanovlm.infer.sampling.choose", lambda logits, *a: seen.append(logits) or choose(logits, *a))
-    generate(model, processor.batch(prompts), GREEDY)
-    for logits in seen:
-        assert (logits[:, [model.config.pad_token_id, model.config.image_token_id]] == -torch.inf).all()
-
-
-def test_seed_decides(model, processor, prompts):
-    def run(seed):
-        return generate(model, processor.batch(prompts), SamplingConfig(max_new_tokens=8, temperature=1.5, seed=seed))
-
-    assert run(1) == run(1) != run(2)
-
-
-def test_a_drawn_answer_does_not_depend_on_its_neighbours(model, processor, prompts):
-    config = SamplingConfig(max_new_tokens=8, temperature=1.5, seed=3)
-    together = generate(model, processor.batch(prompts), config)
-    assert together == [generate(model, processor.batch([prompt]), config)[0] for prompt in prompts]
-
-
-def test_what_was_seen_does_not_depend_on_padding(model, processor, prompts, monkeypatch):
-    """Also where padding is a token that stands in every prompt, as it does where it is the end of a turn."""
-    first = int(prompts[0].input_ids[0])
-    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, pad_token_id=first))
-    processor, found = copy.copy(processor), []
-    processor.config = model.config
-    monkeypatch.setattr(
-        "nanovlm.infer.sampling.choose", lambda logits, seen, *a: found.append(seen.clone()) or choose(logits, seen, *a)
-    )
-    generate(model, processor.batch(prompts), GREEDY)
-    for row, prompt in zip(found[0], prompts, strict=True):
-        assert row.nonzero()[:, 0].tolist() == prompt.input_ids.unique().tolist()
+from nanovlm.infer.sampling import choose, filter_logits, penalize
 
 
 @settings(max_examples=150, deadline=None)
@@ -193,13 +80,6 @@ def test_draws_follow_the_probabilities():
         [torch.Generator().manual_seed(i) for i in range(5000)],
     )
     assert (chosen.bincount() / 5000 - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.02
-
-
-def test_a_row_with_two_documents_is_no_prompt(model, processor, prompts):
-    batch = processor.batch(prompts[:1])
-    batch.doc_ids[0, -2:] = 1
-    with pytest.raises(ValueError, match="must hold one document without branches"):
-        generate(model, batch, GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import nanovlm
 from nanovlm.config import MoEConfig, ParallelConfig
 from nanovlm.data.types import IGNORE
-from nanovlm.model.attention import ATTENTION, make_cache_mask, make_mask
+from nanovlm.model.attention import ATTENTION, make_mask
 from nanovlm.model.vision import normalize, whitening_filters
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken
@@ -46,15 +46,6 @@ def test_mask_is_the_drawing(backend):
     expected = torch.tensor([[c == "1" for c in line.strip()] for line in drawing.split()])
     assert torch.equal(make_mask(doc_ids, branch_ids)[0, 0], expected)
     assert torch.equal(seen(backend, make_mask(doc_ids, branch_ids, backend), 7, 7), expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("backend", ATTENTION)
-def test_mask_of_a_cache_is_the_slots_up_to_the_position(backend):
-    expected = torch.tensor([[s <= position for s in range(9)] for position in (0, 4, 8)])
-    position_ids = torch.tensor([[0, 4, 8]])
-    assert torch.equal(make_cache_mask(position_ids, 9)[0, 0], expected)
-    assert torch.equal(seen(backend, make_cache_mask(position_ids, 9, backend), 3, 9), expected)
 
 
 def test_without_triton_there_is_one_sentence(monkeypatch):

@@ -1,0 +1,429 @@
+"""Requests -> tokens, many at a time: continuous batching over a cache in blocks.
+
+```
+submit --> queue --admit--> rows --plan--> one forward pass --choose--> tokens --> events
+            first come       at most num_rows,  every answer its next token,      a row that ends makes room
+            first served     blocks for all     then prompts, first come first,   for the head of the queue
+                             their tokens       up to `chunk` tokens a pass
+```
+
+A row is one answer. It is admitted when a row and all the blocks that it may need are free, and never put back. Nobody
+overtakes the head of the queue. Each pass (`step`) gives every row that is answering one token, so a long prompt delays
+an answer by at most `chunk` tokens of prompt a token; what is left of the pass goes to prompts in the order of their
+admission. A prompt begins behind the blocks that are there already (blocks.py): an equal beginning of prompts, images
+included, is computed once, also for several answers to one prompt, which wait for the first to compute it.
+
+What a row gets follows from its own tokens and its own generator alone. Beside others sums are rounded in another
+order: in fp32 logits differ by some 1e-6 of the largest.
+"""
+
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovlm.errors import UserError
+from nanovlm.infer.blocks import Block, Blocks, block_key, digest_tile
+from nanovlm.infer.features import ImageFeatures
+from nanovlm.infer.request import End, Event, Request, Token, Usage
+from nanovlm.infer.sampling import choose, find_never, find_stops
+from nanovlm.model.cache_attention import BLOCK, Span
+from nanovlm.model.decoder import rope_table
+from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.vlm import VLM
+
+MOST_TILES = 8  # are encoded in a pass, so that pictures delay answers no more than prompts do
+
+
+class Prompt:
+    """What the answers to a request share: token ids, tiles, their digests, where the image tokens are, block keys."""
+
+    def __init__(self, request: Request, model: VLM):
+        document, config = request.prompt, model.config
+        self.ids, self.tiles = document.input_ids.tolist(), document.tiles
+        self.digests = [digest_tile(tile) for tile in document.tiles]
+        self.per_tile = config.num_image_tokens if config.vision is not None else 1
+        self.image_positions: list[int] = []
+        if config.image_token_id is not None:
+            self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
+        # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
+        self.keys: list[bytes] = []
+        for start in range(0, len(self.ids) - BLOCK, BLOCK):
+            self.keys.append(self.key(self.keys[-1] if start else b"", self.ids, start))
+
+    def key(self, before: bytes, tokens: Sequence[int], start: int) -> bytes:
+        """Return the key of the block of these tokens that begins at `start`."""
+        digests = [self.digests[i] for i in self.tiles_of(start, start + BLOCK)]
+        return block_key(before, tokens[start : start + BLOCK], digests)
+
+    def tiles_of(self, start: int, end: int) -> range:
+        """Return the indices of the tiles that have image tokens at the positions from `start` to `end`."""
+        first, last = (bisect_left(self.image_positions, position) for position in (start, end))
+        return range(
+            first // self.per_tile, (last - 1) // self.per_tile + 1 if last > first else first // self.per_tile
+        )
+
+
+class Row:
+    """An answer that is being made: its tokens, prompt first, and how many of them are in the cache."""
+
+    def __init__(self, number: int, answer: int, request: Request, prompt: Prompt, now: float):
+        self.number, self.answer, self.request, self.prompt, self.submitted = number, answer, request, prompt, now
+        self.generator = torch.Generator().manual_seed(request.sampling.seed + answer)
+        self.tokens, self.num_prompt = list(prompt.ids), len(prompt.ids)
+        self.most_tokens = self.num_prompt + request.sampling.max_new_tokens
+        self.blocks: list[Block] = []
+        self.numbers: list[int] = []
+        self.keys = list(prompt.keys)
+        self.num_computed = self.num_cached = 0
+        self.first_token_s = 0.0
+        # Of the tiles that the prompt has yet to show, by their index: [P, D].
+        self.features: dict[int, Tensor] = {}
+        # bool[V], the tokens that the repetition penalty applies to.
+        self.seen: Tensor | None = None
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether all tokens but the one chosen last are in the cache."""
+        return self.num_new > 0 and self.num_computed == len(self.tokens) - 1
+
+
+class Chosen(NamedTuple):
+    """What a pass gave to the rows that have computed all their tokens; log-probabilities if one asked for them."""
+
+    rows: list[Row]
+    ids: Tensor  # int64[R]
+    logprobs: Tensor | None = None  # fp32[R]
+    likeliest: tuple[Tensor, ...] | None = None  # fp32[R, n], int64[R, n]
+
+
+class Engine:
+    """Answers many requests at once. Not thread-safe: one thread calls all of it.
+
+    `num_rows` answers at a time; a cache of `cache_tokens` tokens, 0 for what suits num_rows; `chunk` tokens of prompts
+    a pass; at most `feature_bytes` of image features are kept. With `read_every` k the host reads the tokens of k
+    passes at once and a GPU waits for nothing in between; 0 for 8 on a GPU, and 1 on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        num_rows: int = 16,
+        cache_tokens: int = 0,
+        chunk: int = 512,
+        feature_bytes: int = 2**28,
+        keeps_prefixes: bool = True,
+        read_every: int = 0,
+    ):
+        for name, value, least in (("num_rows", num_rows, 1), ("cache_tokens", cache_tokens, 0), ("chunk", chunk, 1)):
+            if value < least:
+                raise UserError(f"{name} = {value} must be at least {least}")
+        self.model, self.config = model.eval(), model.config
+        self.num_rows, self.chunk = num_rows, chunk
+        weight, longest = model.decoder.embed_tokens.weight, self.config.decoder.max_position_embeddings
+        self.device = weight.device
+        self.read_every = read_every or (1 if self.device.type == "cpu" else 8)
+        cache_tokens = cache_tokens or max(min(longest, 8192), num_rows * min(longest, 1024))
+        num_blocks = (cache_tokens + BLOCK - 1) // BLOCK
+        self.cache = KVCache(self.config.decoder, num_blocks, self.device, weight.dtype)
+        self.blocks = Blocks(num_blocks, keeps_prefixes)
+        self.features = ImageFeatures(model, feature_bytes)
+        self.stops, self.never = find_stops(self.config), find_never(self.config)
+        self.rope = rope_table(torch.arange(min(longest, cache_tokens), device=self.device)[None], self.config.decoder)
+        self.queue: deque[Row] = deque()
+        self.rows: list[Row] = []
+        self.num_submitted = 0
+
+    # --- what callers use -------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is queued or being answered."""
+        return not self.rows and not self.queue
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its number. Raises UserError if it can never be answered."""
+        self._check(request)
+        number, now = self.num_submitted, time.monotonic()
+        self.num_submitted += 1
+        prompt = Prompt(request, self.model)
+        self.queue.extend(Row(number, answer, request, prompt, now) for answer in range(request.num_answers))
+        return number
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Run the model once, or `read_every` times where all rows are answering; return what came of it."""
+        events: list[Event] = [*self._end_late()]
+        self._admit()
+        work, passes = self._plan(), []
+        try:
+            self._encode(work)
+            for number in range(self._count_passes(work)):
+                passes.append(self._run(work, passes[-1].ids if number else None, number))
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            if not passes:
+                return [*events, self._give_up(work)]
+        for number, chosen in enumerate(passes):
+            for row, num in work:
+                self._advance(row, num if number == 0 else 1)
+            events += self._take(chosen)
+            work = [(row, num) for row, num in work if row.blocks]  # without those that have ended
+        return events
+
+    def cancel(self, number: int, answer: int | None = None, reason: str = "cancelled", message: str = "") -> list[End]:
+        """End a request, or one of its answers, now; return the ends, none where it has ended already."""
+        rows = [row for row in (*self.rows, *self.queue) if row.number == number and answer in (None, row.answer)]
+        return [self._finish(row, reason, message) for row in rows]
+
+    # --- in the order of a step -------------------------------------------------------------------------------
+
+    def _check(self, request: Request):
+        request.sampling.validate()
+        prompt, num, most = request.prompt, len(request.prompt), request.sampling.max_new_tokens
+        longest, num_slots = self.config.decoder.max_position_embeddings, BLOCK * len(self.blocks.all)
+        if request.num_answers < 1:
+            raise UserError(f"num_answers = {request.num_answers} must be at least 1")
+        if request.num_logprobs is not None and not 0 <= request.num_logprobs <= self.config.decoder.vocab_size:
+            raise UserError(f"num_logprobs = {request.num_logprobs} must be from 0 to the size of the vocabulary")
+        if not num or bool((prompt.branch_ids != 0).any()):
+            raise UserError("a prompt must be one document without branches, of at least one token")
+        if num + most > longest:
+            raise UserError(
+                f"a prompt of {num} tokens and {most} new ones are more than the model's {longest} positions: shorten "
+                "the prompt or lower max_new_tokens"
+            )
+        if num + most > num_slots:
+            raise UserError(
+                f"a prompt of {num} tokens and {most} new ones are more than the cache holds, {num_slots}: raise "
+                "cache_tokens, shorten the prompt or lower max_new_tokens"
+            )
+        num_image = int((prompt.input_ids == self.config.image_token_id).sum()) if self.config.vision else 0
+        expected = len(prompt.tiles) * self.config.num_image_tokens if self.config.vision else 0
+        if num_image != expected:
+            raise UserError(f"{num_image} image placeholders in the prompt, but {expected} image features of its tiles")
+
+    def _end_late(self) -> list[End]:
+        now, late = time.monotonic(), []
+        for row in (*self.rows, *self.queue):
+            limit = row.request.timeout
+            if limit is not None and now - row.submitted > limit:
+                late.append((row, f"no answer after {limit:g} seconds: the time-out of the request"))
+        return [self._finish(row, "timeout", message) for row, message in late]
+
+    def _admit(self):
+        while self.queue and len(self.rows) < self.num_rows:
+            row = self.queue[0]
+            # The last token is never read, so it needs no slot.
+            blocks = self.blocks.take(row.prompt.keys, (row.most_tokens - 1 + BLOCK - 1) // BLOCK)
+            if blocks is None:
+                return
+            row.blocks, row.numbers = blocks, [block.number for block in blocks]
+            self.rows.append(self.queue.popleft())
+
+    def _plan(self) -> list[tuple[Row, int]]:
+        """Return which rows take part in the next pass, and with how many new tokens."""
+        work = [(row, 1) for row in self.rows if row.is_answering]
+        tokens, tiles, missing = self.chunk, MOST_TILES, set()
+        for row in self.rows:
+            if tokens == 0 or row.is_answering:
+                continue
+            num = self._claim(row, tokens)
+            for i in row.prompt.tiles_of(row.num_computed, row.num_computed + num):
+                digest = row.prompt.digests[i]
+                if i in row.features or digest in missing or self.features.has(digest):
+                    continue
+                if len(missing) == tiles:  # stop before it
+                    first = row.prompt.image_positions[i * row.prompt.per_tile]
+                    num = max(first - row.num_computed, 0)
+                    break
+                missing.add(digest)
+            tokens -= num
+            work += [(row, num)] if num else []
+        return work
+
+    def _claim(self, row: Row, most: int) -> int:
+        """Pass by what others have computed of a row's prompt; return how many tokens it computes next, at most `most`.
+
+        It computes no block that another row is filling, but waits for it.
+        """
+        while row.num_computed < len(row.keys) * BLOCK and row.num_computed % BLOCK == 0:
+            if not row.blocks[row.num_computed // BLOCK].is_filled:
+                break
+            row.num_computed += BLOCK
+            row.num_cached += BLOCK
+        end = min(row.num_computed + most, len(row.tokens))
+        for index in range(row.num_computed // BLOCK, (end + BLOCK - 1) // BLOCK):
+            block = row.blocks[index]
+            if block.writer not in (None, row) or (block.is_filled and index * BLOCK >= row.num_computed):
+                return max(index * BLOCK - row.num_computed, 0)
+            block.writer = row
+        return end - row.num_computed
+
+    def _encode(self, work: list[tuple[Row, int]]):
+        """Give the rows the features of the tiles that they show next; all new tiles are one batch."""
+        wanted = [
+            (row, i)
+            for row, num in work
+            if not row.is_answering
+            for i in row.prompt.tiles_of(row.num_computed, row.num_computed + num)
+            if i not in row.features
+        ]
+        if wanted:
+            digests = [row.prompt.digests[i] for row, i in wanted]
+            found = self.features.get(digests, [row.prompt.tiles[i] for row, i in wanted])
+            for (row, i), features in zip(wanted, found, strict=True):
+                row.features[i] = features
+
+    def _count_passes(self, work: list[tuple[Row, int]]) -> int:
+        """Return how many passes can run before their tokens are read."""
+        if not work:
+            return 0
+        if len(work) < len(self.rows) or not all(row.is_answering for row, _ in work):
+            return 1
+        return min(self.read_every, *(row.most_tokens - len(row.tokens) for row, _ in work))
+
+    def _run(self, work: list[tuple[Row, int]], ids: Tensor | None, number: int) -> Chosen:
+        """Run the model over the new tokens; `ids` int64[R] are those of pass `number`, which the host has not read."""
+        starts = [row.num_computed + number for row, _ in work]
+        spans = [Span(row.numbers, start, num) for (row, num), start in zip(work, starts, strict=True)]
+        now = self.cache.begin(spans)
+        rows, lasts, listed, end = [], [], [], 0
+        places, features = [], []
+        for i in now.order:
+            (row, num), start = work[i], starts[i]
+            if ids is None:
+                listed += row.tokens[start : start + num]
+                for tile in row.prompt.tiles_of(start, start + num) if not row.is_answering else ():
+                    first = row.prompt.image_positions[tile * row.prompt.per_tile :][: row.prompt.per_tile]
+                    inside = [j for j, position in enumerate(first) if start <= position < start + num]
+                    places += [end + first[j] - start for j in inside]
+                    features.append(row.features[tile][inside[0] : inside[-1] + 1])
+            end += num
+            if ids is not None or start + num == len(row.tokens):
+                rows.append(row)
+                lasts.append(end - 1)
+        if ids is None:
+            ids = torch.tensor(listed).to(self.device, non_blocking=True)
+        x_BTD = self.model.decoder.embed_tokens(ids[None])
+        if places:
+            index = torch.tensor(places).to(self.device, non_blocking=True)
+            x_BTD[0].index_copy_(0, index, torch.cat(features).to(x_BTD.dtype))
+        rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
+        hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope)
+        if not rows:
+            return Chosen([], ids[:0])
+        last = hidden[0] if len(lasts) == end else hidden[0, torch.tensor(lasts).to(self.device, non_blocking=True)]
+        return self._choose(rows, self.model.head(last).float())
+
+    def _choose(self, rows: list[Row], logits: Tensor) -> Chosen:
+        """Choose the next token of each row, given logits fp32[R, V]."""
+        logprobs, likeliest = None, None
+        asked = [row.request.num_logprobs for row in rows if row.request.num_logprobs is not None]
+        if asked:
+            logprobs = logits.log_softmax(-1)
+            likeliest = logprobs.topk(max(asked)) if max(asked) else None
+        logits[:, self.never] = -torch.inf
+        ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        for own in group_by_sampling(rows):
+            chosen = [rows[i] for i in own]
+            config = chosen[0].request.sampling
+            seen = None
+            if config.repetition_penalty != 1:
+                seen = torch.stack([self._seen(row) for row in chosen])
+            where = slice(None) if len(own) == len(rows) else torch.tensor(own, device=self.device)
+            ids[where] = choose(logits[where], seen, config, [row.generator for row in chosen])
+        for i, row in enumerate(rows):
+            if row.seen is not None:
+                row.seen.index_fill_(0, ids[i : i + 1], True)
+        if logprobs is not None:
+            logprobs = logprobs.gather(-1, ids[:, None])[:, 0]
+        return Chosen(rows, ids, logprobs, likeliest and tuple(likeliest))
+
+    def _seen(self, row: Row) -> Tensor:
+        if row.seen is None:
+            row.seen = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool, device=self.device)
+            row.seen[torch.tensor(row.tokens, device=self.device)] = True
+        return row.seen
+
+    def _advance(self, row: Row, num: int):
+        """Note that so many more tokens of a row are in the cache, and which blocks are full now."""
+        before, row.num_computed = row.num_computed, row.num_computed + num
+        for index in range(before // BLOCK, row.num_computed // BLOCK):
+            if index == len(row.keys):
+                row.keys.append(row.prompt.key(row.keys[-1] if index else b"", row.tokens, index * BLOCK))
+            block = row.blocks[index]
+            self.blocks.name(block, row.keys[index])
+            block.is_filled, block.writer = True, None
+        if row.features:
+            left = row.prompt.tiles_of(row.num_computed, row.num_prompt)
+            row.features = {i: features for i, features in row.features.items() if i in left}
+
+    def _take(self, chosen: Chosen) -> list[Event]:
+        """Read the chosen tokens; return them as events, with the ends of those rows that have ended."""
+        events, ids = [], chosen.ids.tolist()
+        logprobs = chosen.logprobs.tolist() if chosen.logprobs is not None else [None] * len(ids)
+        values, others = (
+            (x.tolist() for x in chosen.likeliest) if chosen.likeliest else ([()] * len(ids), [()] * len(ids))
+        )
+        for i, (row, token) in enumerate(zip(chosen.rows, ids, strict=True)):
+            if not row.blocks:  # ended in an earlier pass of this step
+                continue
+            if not row.num_new:
+                row.first_token_s = time.monotonic() - row.submitted
+            if token in self.stops:
+                events.append(self._finish(row, "stop"))
+                continue
+            row.tokens.append(token)
+            num, logprob, likeliest = row.request.num_logprobs, None, ()
+            if num is not None:
+                logprob, likeliest = logprobs[i], tuple(zip(others[i], values[i], strict=True))[:num]
+            events.append(Token(row.number, row.answer, token, logprob, likeliest))
+            if len(row.tokens) == row.most_tokens:
+                events.append(self._finish(row, "length"))
+        return events
+
+    def _give_up(self, work: list[tuple[Row, int]]) -> End:
+        """End the row with most new tokens, of equal ones the last, so that the others can go on."""
+        row, _ = max(reversed(work), key=lambda pair: pair[1])
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._finish(
+            row, "error", "there is not enough memory on the device for this request and those beside it"
+        )
+
+    def _finish(self, row: Row, reason: str, message: str = "") -> End:
+        if row.blocks:
+            self.blocks.release(row.blocks, row)
+            self.rows.remove(row)
+        else:
+            self.queue.remove(row)
+        row.blocks, row.numbers, row.features = [], [], {}
+        usage = Usage(row.num_prompt, row.num_cached, row.num_new, row.first_token_s, time.monotonic() - row.submitted)
+        return End(row.number, row.answer, reason, message, usage)
+
+
+def group_by_sampling(rows: list[Row]) -> list[list[int]]:
+    """Return the indices of the rows in groups that choose in the same way, whatever their seeds."""
+    groups: dict[tuple, list[int]] = {}
+    for i, row in enumerate(rows):
+        c = row.request.sampling
+        groups.setdefault((c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty), []).append(i)
+    return list(groups.values())
+
+
+# What torch raises where memory is short: on a CPU a plain RuntimeError.
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,190 @@
+"""Attention of new tokens over a cache in blocks: the backends.
+
+A backend is a pair of functions: `prepare(rows, keys)` makes, once for each pass and group, the plan that
+`attend(q [R, t, N, H], keys [S, K, H], values, plan) -> [R, t, N, H]` follows in each layer. The new tokens are in the
+cache already; each sees the positions of its row up to its own.
+
+On a CPU keys are not copied where it can be avoided. What all queries of some rows see, the blocks that they share or a
+long past of one row, is read where it lies; only the rest of the rows is gathered, and the two results are merged:
+
+```
+row 1   [ shared blocks ......................... | own ... new ]
+row 2   [ shared blocks (the same) .............. | own .. new  ]
+          one product with the queries of both      gathered, with a mask
+```
+
+Legend: R rows, t new tokens of each, N query heads, K key/value heads, H head size, S slots.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 16  # slots
+# What one more call costs, in numbers that could be gathered meanwhile: about 30 microseconds.
+CALL = 60_000
+MOST_RUNS = 4  # pieces that a past may lie in to be read where it is
+
+
+class Span(NamedTuple):
+    """Some new tokens of a row: its blocks, the position of the first of them, and how many there are."""
+
+    blocks: Sequence[int]
+    start: int
+    num_new: int
+
+
+class Group(NamedTuple):
+    """Rows with equally many new tokens: the first of them in the pass, their number in each row, and the plan."""
+
+    start: int
+    num_new: int
+    plan: Any
+
+
+# --- sdpa -----------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Slots from `first` to `last` that all queries of the rows [rows.start, rows.stop) of the group see."""
+
+    rows: slice
+    first: int
+    last: int
+
+
+class Plan(NamedTuple):
+    # Read where they lie. A row of the group is in at most one; where the group is one row, it is in all of them.
+    parts: list[Part]
+    # Blocks int64[R * n] to gather, and a mask fp32[R, 1, t, n * BLOCK]: 0 where a query sees a slot, else -inf.
+    blocks: Tensor | None
+    mask: Tensor | None
+    # Whether the new tokens of the one row see each other alone, beside its parts.
+    is_causal: bool = False
+    new: tuple[int, int] = (0, 0)
+
+
+def prepare_sdpa(rows: Sequence[Span], keys: Tensor) -> Plan:
+    if keys.device.type != "cpu":
+        return gather_rows(rows, [0] * len(rows), keys.device)
+    if len(rows) == 1:
+        (row,) = rows
+        is_one = row.num_new == 1
+        past = find_runs(row.blocks, row.start + is_one)
+        own = find_runs(row.blocks[row.start // BLOCK :], row.start % BLOCK + row.num_new)
+        if len(past) <= MOST_RUNS and (is_one or len(own) == 1):
+            first = row.blocks[row.start // BLOCK] * BLOCK + row.start % BLOCK
+            parts = [Part(slice(0, 1), *run) for run in past]
+            return Plan(parts, None, None, not is_one, (first, first + row.num_new))
+        return gather_rows(rows, [0], keys.device)
+    parts, lengths = [], []
+    for _, same in itertools.groupby(rows, key=lambda row: row.blocks[0]):
+        cluster = list(same)
+        (first, last), length = common_run(cluster), 0
+        if len(cluster) * (last - first) * keys.shape[1] * keys.shape[2] * 2 > CALL:
+            length = last - first
+            parts.append(Part(slice(len(lengths), len(lengths) + len(cluster)), first, last))
+        lengths += [length] * len(cluster)
+    return gather_rows(rows, lengths, keys.device)._replace(parts=parts)
+
+
+def find_runs(blocks: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Return the pieces of neighbouring slots, first and last, in which the first `length` positions lie."""
+    runs = []
+    for i, block in enumerate(blocks[: (length + BLOCK - 1) // BLOCK]):
+        first, last = block * BLOCK, block * BLOCK + min(BLOCK, length - i * BLOCK)
+        if runs and runs[-1][1] == first:
+            runs[-1] = (runs[-1][0], last)
+        else:
+            runs.append((first, last))
+    return runs
+
+
+def common_run(rows: Sequence[Span]) -> tuple[int, int]:
+    """Return the neighbouring slots, first and last, of the past blocks with which all rows begin."""
+    most = min(row.start for row in rows) // BLOCK
+    blocks, num = rows[0].blocks, 1
+    while num < most and blocks[num] == blocks[0] + num and all(row.blocks[num] == blocks[num] for row in rows):
+        num += 1
+    return blocks[0] * BLOCK, (blocks[0] + min(num, most)) * BLOCK
+
+
+def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.device) -> Plan:
+    """Plan to gather the slots of each row, but for its first `skipped` positions, which are whole blocks."""
+    ends = [row.start + row.num_new for row in rows]
+    num = max((end - skip + BLOCK - 1) // BLOCK for end, skip in zip(ends, skipped, strict=True))
+    blocks = [
+        [*row.blocks[skip // BLOCK : (end + BLOCK - 1) // BLOCK], *[row.blocks[0]] * num][:num]
+        for row, end, skip in zip(rows, ends, skipped, strict=True)
+    ]
+    starts = torch.tensor([row.start - skip for row, skip in zip(rows, skipped, strict=True)])
+    last = starts[:, None] + torch.arange(rows[0].num_new)
+    hidden = torch.arange(num * BLOCK) > last[:, :, None]
+    mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
+    return Plan([], torch.tensor(blocks).flatten().to(device), mask.to(device))
+
+
+def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """torch's scaled_dot_product_attention; on a CPU what it runs there, which also returns the sums to merge by."""
+    q_RNtH = q.transpose(1, 2)
+    if keys.device.type != "cpu":
+        k, v = (gather(x, plan, len(q)) for x in (keys, values))
+        grouped = q.shape[2] != keys.shape[1]
+        mask = plan.mask.to(q.dtype) if plan.mask is not None else None
+        return F.scaled_dot_product_attention(q_RNtH, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    if len(q) == 1 and plan.blocks is None:
+        return attend_one_row(q_RNtH, keys, values, plan).transpose(1, 2)
+    out, lse = run(q_RNtH, gather(keys, plan, len(q)), gather(values, plan, len(q)), plan.mask)
+    if plan.parts:
+        for rows, first, last in plan.parts:
+            queries = q_RNtH[rows].transpose(0, 1).flatten(1, 2)[None]  # [1, N, rows * t, H]
+            shared, shared_lse = run(queries, view(keys, first, last), view(values, first, last))
+            num = rows.stop - rows.start
+            shared = shared[0].unflatten(1, (num, -1)).transpose(0, 1)
+            shared_lse = shared_lse[0].unflatten(1, (num, -1)).transpose(0, 1)
+            out[rows], lse[rows] = merge(out[rows], lse[rows], shared, shared_lse)
+    return out.transpose(1, 2)
+
+
+def attend_one_row(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """Attend from the queries [1, N, t, H] of one row to slots where they lie."""
+    found = [run(q, view(keys, first, last), view(values, first, last)) for _, first, last in plan.parts]
+    if plan.is_causal:
+        found.append(run(q, view(keys, *plan.new), view(values, *plan.new), is_causal=True))
+    out, lse = found[0]
+    for other in found[1:]:
+        out, lse = merge(out, lse, *other)
+    return out
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Return out [R, N, t, H] and the logarithms of the sums fp32[R, N, t]."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
+
+
+def view(x: Tensor, first: int, last: int) -> Tensor:
+    """[S, K, H] -> [1, K, last - first, H]."""
+    return x[None, first:last].transpose(1, 2)
+
+
+def gather(x: Tensor, plan: Plan, num_rows: int) -> Tensor:
+    """[S, K, H] -> [R, K, n * BLOCK, H]: the blocks of each row."""
+    assert plan.blocks is not None
+    found = x.view(-1, BLOCK * x.shape[1] * x.shape[2]).index_select(0, plan.blocks)
+    return found.view(num_rows, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the results of two sets of keys together: weights are in proportion to exp(lse)."""
+    return torch.lerp(out, other, (other_lse - lse).sigmoid()[..., None]), torch.logaddexp(lse, other_lse)
+
+
+CACHE_ATTENTION = {
+    "sdpa": (prepare_sdpa, attend_sdpa),
+    "flex": (prepare_sdpa, attend_sdpa),  # compiled for documents alone
+    "triton": (prepare_sdpa, attend_sdpa),
+}
