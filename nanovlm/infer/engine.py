@@ -136,7 +136,8 @@ class Engine:
         self.cache = KVCache(self.config.decoder, num_blocks, self.device, weight.dtype)
         self.blocks = Blocks(num_blocks, keeps_prefixes)
         self.features = ImageFeatures(model, feature_bytes)
-        self.stops, self.never = find_stops(self.config), find_never(self.config)
+        self.stops = find_stops(self.config)
+        self.never = torch.tensor(find_never(self.config), device=self.device)
         self.rope = rope_table(torch.arange(min(longest, cache_tokens), device=self.device)[None], self.config.decoder)
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
@@ -332,7 +333,7 @@ class Engine:
         if asked:
             logprobs = logits.log_softmax(-1)
             likeliest = logprobs.topk(max(asked)) if max(asked) else None
-        logits[:, self.never] = -torch.inf
+        logits.index_fill_(1, self.never, -torch.inf)
         ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
         for own in group_by_sampling(rows):
             chosen = [rows[i] for i in own]

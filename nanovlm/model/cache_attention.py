@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 BLOCK = 16  # slots
@@ -63,24 +64,15 @@ class Plan(NamedTuple):
     # Blocks int64[R * n] to gather, and a mask fp32[R, 1, t, n * BLOCK]: 0 where a query sees a slot, else -inf.
     blocks: Tensor | None
     mask: Tensor | None
-    # Whether the new tokens of the one row see each other alone, beside its parts.
-    is_causal: bool = False
-    new: tuple[int, int] = (0, 0)
+    # Where several new tokens of the group's one row lie, first and last, each of which sees those before it.
+    new: tuple[int, int] | None = None
 
 
 def prepare_sdpa(rows: Sequence[Span], keys: Tensor) -> Plan:
     if keys.device.type != "cpu":
         return gather_rows(rows, [0] * len(rows), keys.device)
     if len(rows) == 1:
-        (row,) = rows
-        is_one = row.num_new == 1
-        past = find_runs(row.blocks, row.start + is_one)
-        own = find_runs(row.blocks[row.start // BLOCK :], row.start % BLOCK + row.num_new)
-        if len(past) <= MOST_RUNS and (is_one or len(own) == 1):
-            first = row.blocks[row.start // BLOCK] * BLOCK + row.start % BLOCK
-            parts = [Part(slice(0, 1), *run) for run in past]
-            return Plan(parts, None, None, not is_one, (first, first + row.num_new))
-        return gather_rows(rows, [0], keys.device)
+        return read_one_row(rows[0], keys) or gather_rows(rows, [0], keys.device)
     parts, lengths = [], []
     for _, same in itertools.groupby(rows, key=lambda row: row.blocks[0]):
         cluster = list(same)
@@ -90,6 +82,18 @@ def prepare_sdpa(rows: Sequence[Span], keys: Tensor) -> Plan:
             parts.append(Part(slice(len(lengths), len(lengths) + len(cluster)), first, last))
         lengths += [length] * len(cluster)
     return gather_rows(rows, lengths, keys.device)._replace(parts=parts)
+
+
+def read_one_row(row: Span, keys: Tensor) -> Plan | None:
+    """Plan to gather nothing; None where the row lies in too many pieces."""
+    is_one = row.num_new == 1
+    past = find_runs(row.blocks, row.start + is_one)
+    own = find_runs(row.blocks[row.start // BLOCK :], row.start % BLOCK + row.num_new)
+    if len(past) > MOST_RUNS or not (is_one or len(own) == 1):
+        return None
+    first = row.blocks[row.start // BLOCK] * BLOCK + row.start % BLOCK
+    parts = [Part(slice(0, 1), *run) for run in past]
+    return Plan(parts, None, None, None if is_one else (first, first + row.num_new))
 
 
 def find_runs(blocks: Sequence[int], length: int) -> list[tuple[int, int]]:
@@ -130,30 +134,33 @@ def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.devi
 
 def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
     """torch's scaled_dot_product_attention; on a CPU what it runs there, which also returns the sums to merge by."""
-    q_RNtH = q.transpose(1, 2)
+    q = q.transpose(1, 2)
+    if plan.blocks is None:
+        return attend_one_row(q, keys, values, plan).transpose(1, 2)
+    k, v = gather(keys, plan.blocks, len(q)), gather(values, plan.blocks, len(q))
     if keys.device.type != "cpu":
-        k, v = (gather(x, plan, len(q)) for x in (keys, values))
-        grouped = q.shape[2] != keys.shape[1]
-        mask = plan.mask.to(q.dtype) if plan.mask is not None else None
-        return F.scaled_dot_product_attention(q_RNtH, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
-    if len(q) == 1 and plan.blocks is None:
-        return attend_one_row(q_RNtH, keys, values, plan).transpose(1, 2)
-    out, lse = run(q_RNtH, gather(keys, plan, len(q)), gather(values, plan, len(q)), plan.mask)
-    if plan.parts:
-        for rows, first, last in plan.parts:
-            queries = q_RNtH[rows].transpose(0, 1).flatten(1, 2)[None]  # [1, N, rows * t, H]
-            shared, shared_lse = run(queries, view(keys, first, last), view(values, first, last))
-            num = rows.stop - rows.start
-            shared = shared[0].unflatten(1, (num, -1)).transpose(0, 1)
-            shared_lse = shared_lse[0].unflatten(1, (num, -1)).transpose(0, 1)
-            out[rows], lse[rows] = merge(out[rows], lse[rows], shared, shared_lse)
+        return attend_gathered(q, k, v, plan.mask).transpose(1, 2)
+    out, lse = run(q, k, v, plan.mask)
+    for rows, first, last in plan.parts:
+        num = rows.stop - rows.start
+        queries = rearrange(q[rows], "R N t H -> 1 N (R t) H")
+        shared, shared_lse = run(queries, view(keys, first, last), view(values, first, last))
+        shared = rearrange(shared, "1 N (R t) H -> R N t H", R=num)
+        shared_lse = rearrange(shared_lse, "1 N (R t) -> R N t", R=num)
+        out[rows], lse[rows] = merge(out[rows], lse[rows], shared, shared_lse)
     return out.transpose(1, 2)
+
+
+def attend_gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend from q [R, N, t, H] to k and v [R, K, S, H] on a GPU."""
+    assert mask is not None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_one_row(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
     """Attend from the queries [1, N, t, H] of one row to slots where they lie."""
     found = [run(q, view(keys, first, last), view(values, first, last)) for _, first, last in plan.parts]
-    if plan.is_causal:
+    if plan.new is not None:
         found.append(run(q, view(keys, *plan.new), view(values, *plan.new), is_causal=True))
     out, lse = found[0]
     for other in found[1:]:
@@ -171,10 +178,9 @@ def view(x: Tensor, first: int, last: int) -> Tensor:
     return x[None, first:last].transpose(1, 2)
 
 
-def gather(x: Tensor, plan: Plan, num_rows: int) -> Tensor:
-    """[S, K, H] -> [R, K, n * BLOCK, H]: the blocks of each row."""
-    assert plan.blocks is not None
-    found = x.view(-1, BLOCK * x.shape[1] * x.shape[2]).index_select(0, plan.blocks)
+def gather(x: Tensor, blocks: Tensor, num_rows: int) -> Tensor:
+    """[S, K, H] -> [R, K, n * BLOCK, H]: the blocks int64[R * n] of each row."""
+    found = x.view(-1, BLOCK * x.shape[1] * x.shape[2]).index_select(0, blocks)
     return found.view(num_rows, -1, *x.shape[1:]).transpose(1, 2)
 
 

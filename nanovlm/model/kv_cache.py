@@ -14,6 +14,7 @@ group, t new tokens of each, N query heads, K key/value heads, H head size, S sl
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,14 +33,21 @@ class KVCache:
         device = torch.device(device)
         dtype = torch.float32 if device.type == "cpu" else dtype
         shape = (num_blocks * BLOCK, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.keys = [allocate(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [allocate(shape, device, dtype) for _ in range(config.num_hidden_layers)]
         self.prepare, self.attend = pick(CACHE_ATTENTION, config.attention, "decoder.attention")
         self.bytes_per_token = 2 * config.num_hidden_layers * shape[1] * shape[2] * dtype.itemsize
 
     def begin(self, spans: Sequence[Span]) -> "CachePass":
         """Prepare a forward pass over the new tokens of these rows."""
         return CachePass(self, spans)
+
+
+def allocate(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros; on a CPU the system gives the memory when it is first written to, as it does not to torch.zeros."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+    return torch.zeros(shape, device=device, dtype=dtype)
 
 
 class CachePass:

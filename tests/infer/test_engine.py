@@ -17,6 +17,7 @@ from nanovlm.infer.request import End, Request, Token
 from nanovlm.infer.sampling import find_never, find_stops
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
+from tests.test_train import Asked
 
 NUM = 12
 GREEDY = SamplingConfig(max_new_tokens=NUM)
@@ -447,3 +448,16 @@ def test_a_row_with_two_documents_is_no_prompt(processor, prompts):
     batch.doc_ids[0, -2:] = 1
     with pytest.raises(UserError, match="must hold one document without branches"):
         nanovlm.generate(MODELS["dense"], batch, GREEDY)
+
+
+@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(max_new_tokens=NUM, temperature=1, top_k=5, top_p=0.9)])
+def test_the_device_is_asked_once_in_several_passes(processor, prompts, config):
+    """All that the host wants to know while rows are answering are the tokens of four passes."""
+    engine = Engine(MODELS["mixture"], read_every=4)
+    for prompt in prompts:
+        engine.submit(Request(prompt, config))
+    engine.step()
+    with Asked() as asked:
+        events = engine.step()
+    assert asked.names == []
+    assert [sum(event.request == number for event in events) for number in range(len(prompts))] == [4] * len(prompts)
