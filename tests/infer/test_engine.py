@@ -221,6 +221,29 @@ def count(monkeypatch, engine):
     return seen
 
 
+def test_a_tile_is_encoded_once_however_the_prompt_is_cut(processor, monkeypatch):
+    """Its features are held until they are all read, also where none are kept for others."""
+    engine = Engine(make_model("dense"), chunk=1, feature_bytes=0)
+    seen = count(monkeypatch, engine)
+    engine.submit(Request(ask(processor, "why?", 1, 2), GREEDY))
+    finish(engine)
+    assert seen["tiles"] == 2 and engine.features.num_bytes == 0
+
+
+def test_a_pass_encodes_few_tiles(processor, monkeypatch):
+    """So that pictures delay the answers beside them no more than prompts do."""
+    engine, num = Engine(make_model("dense")), engine_module.MOST_TILES
+    expected = written_out(engine.model, processor, prompt := ask(processor, "why?", *range(2 * num + 1)))[0]
+    seen = count(monkeypatch, engine)
+    number, tiles = engine.submit(Request(prompt, GREEDY)), []
+    while not engine.rows or not engine.rows[0].num_new:
+        before = seen["tiles"]
+        engine.step()
+        tiles.append(seen["tiles"] - before)
+    assert tiles == [num, num, 1]
+    assert finish(engine)[0][number, 0] == expected[1:]
+
+
 def test_answers_to_one_prompt_share_it(processor, monkeypatch):
     prompt = ask(processor, ASKED[2], 1, 2)
     engine = Engine(make_model("dense"))
@@ -353,18 +376,19 @@ def test_time_out(processor, prompts, monkeypatch):
     assert answers[good, 0] == written_out(MODELS["dense"], processor, prompts[2])[0]
 
 
-def test_ends(processor, prompts, monkeypatch):
+@pytest.mark.parametrize("read_every", [1, 3])
+def test_ends(processor, prompts, monkeypatch, read_every):
     """The end of turn and the other stop tokens end an answer and are no part of it; each row by itself."""
     model = copy.copy(MODELS["dense"])
     model.config = dataclasses.replace(model.config, stop_token_ids=(9, 11))
     eos = model.config.eos_token_id
-    script = iter([[7, 8, eos, 9], [11, 8], [5]])
+    script = iter([[7, 8, eos, 9], [11, 8], [5]] if read_every == 1 else [[7, 8, eos, 9], [11, 8], [6, 5]])
 
     def choose(logits, *_):
         return torch.tensor(next(script))
 
     monkeypatch.setattr(engine_module, "choose", choose)
-    engine = Engine(model)
+    engine = Engine(model, read_every=read_every)
     for prompt in prompts:
         engine.submit(Request(prompt, SamplingConfig(max_new_tokens=3)))
     answers, ends = finish(engine)
