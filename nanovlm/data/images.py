@@ -16,6 +16,7 @@ layout.
 """
 
 import io
+import itertools
 import math
 import re
 import warnings
@@ -62,6 +63,31 @@ class TilePlan(NamedTuple):
     @property
     def num_tiles(self) -> int:
         return self.rows * self.cols + self.has_global
+
+
+class View(NamedTuple):
+    """Where an image lies on a canvas of rows x cols tiles: its left upper corner and its size, in pixels."""
+
+    rows: int
+    cols: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+class TilePlace(NamedTuple):
+    """The part of an image that the image tokens of a tile show, in fractions of its width and height.
+
+    What is below 0 or above 1 is the grey around the image. `is_whole` where the tile is a view of the whole image
+    beside those of a grid.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    is_whole: bool
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -163,6 +189,24 @@ def make_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
     return torch.cat(tiles)
 
 
+def place_tiles(width: int, height: int, config: VLMConfig) -> list[TilePlace]:
+    """Return where each tile of an image of this size lies in it, in the order of its layout.
+
+    Image tokens lie in a tile row by row, and cover all of it but pixels beyond the last whole patch.
+    """
+    plan = plan_tiles(width, height, config)
+    assert config.vision is not None  # else there is no plan
+    side, shown, places = config.tile_size, config.vision.grid_size * config.vision.patch_size, []
+    for view in pick(TILING, config.tiling.policy, "tiling.policy").views(width, height, plan, config):
+        is_whole = plan.has_global and (view.rows, view.cols) == (1, 1)
+        for row, col in itertools.product(range(view.rows), range(view.cols)):
+            left, top = col * side - view.left, row * side - view.top
+            across = (left / view.width, (left + shown) / view.width)
+            down = (top / view.height, (top + shown) / view.height)
+            places.append(TilePlace(across[0], down[0], across[1], down[1], is_whole))
+    return places
+
+
 def layout(plan: TilePlan, image: str, config: VLMConfig, number: int | None = None) -> str:
     """Write the text that shows an image: marker tokens, and `image` in the place of each tile.
 
@@ -196,14 +240,17 @@ def plan_fit(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 
 def draw_fit(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Tensor]:
+    return [_draw_centred(image, view, config.tile_size) for view in views_fit(*image.size, plan, config)]
+
+
+def views_fit(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
     """Centre the image on the grid, then the whole image on one tile."""
     side = config.tile_size
-    scale = _scale(*image.size, 1, 1, side)
-    canvas = _centre(image, (plan.width, plan.height), (plan.cols * side, plan.rows * side))
+    grid = _centre(plan.rows, plan.cols, plan.width, plan.height, side)
     if not plan.has_global:
-        return [canvas]
-    width, height = (max(1, round(edge * scale)) for edge in image.size)
-    return [canvas, _centre(image, (width, height), (side, side))]
+        return [grid]
+    scale = _scale(width, height, 1, 1, side)
+    return [grid, _centre(1, 1, max(1, round(width * scale)), max(1, round(height * scale)), side)]
 
 
 def layout_fit(plan: TilePlan, image: str, config: VLMConfig) -> str:
@@ -221,14 +268,17 @@ def _scale(width, height, rows, cols, side):
     return min(cols * side / width, rows * side / height)
 
 
-def _centre(image: Image.Image, size: tuple[int, int], canvas_size: tuple[int, int]) -> Tensor:
-    """Resize an image and put it in the middle of a grey canvas: uint8[H, W, C]."""
-    pixels = _resize(image, size)
-    if size == canvas_size:
+def _centre(rows: int, cols: int, width: int, height: int, side: int) -> View:
+    return View(rows, cols, (cols * side - width) // 2, (rows * side - height) // 2, width, height)
+
+
+def _draw_centred(image: Image.Image, view: View, side: int) -> Tensor:
+    """Resize an image and put it on a grey canvas: uint8[H, W, C]."""
+    pixels = _resize(image, (view.width, view.height))
+    if (view.width, view.height) == (view.cols * side, view.rows * side):
         return pixels
-    (width, height), (left, top) = size, ((whole - part) // 2 for whole, part in zip(canvas_size, size, strict=True))
-    canvas = torch.full((canvas_size[1], canvas_size[0], 3), 128, dtype=torch.uint8)
-    canvas[top : top + height, left : left + width] = pixels
+    canvas = torch.full((view.rows * side, view.cols * side, 3), 128, dtype=torch.uint8)
+    canvas[view.top : view.top + view.height, view.left : view.left + view.width] = pixels
     return canvas
 
 
@@ -273,6 +323,14 @@ def draw_idefics3(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list
     if not plan.has_global:
         return [image]
     return [image, image.resize((config.tile_size, config.tile_size), Image.Resampling.LANCZOS)]
+
+
+def views_idefics3(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
+    return [_stretch(plan.rows, plan.cols, config), *([_stretch(1, 1, config)] if plan.has_global else [])]
+
+
+def _stretch(rows: int, cols: int, config: VLMConfig) -> View:
+    return View(rows, cols, 0, 0, cols * config.tile_size, rows * config.tile_size)
 
 
 def layout_idefics3(plan: TilePlan, image: str, config: VLMConfig) -> str:
@@ -333,6 +391,10 @@ def draw_nanovlm(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[
     return [*(draw_square(grid, plan, config) if plan.has_global else ()), grid]
 
 
+def views_nanovlm(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
+    return [*([_stretch(1, 1, config)] if plan.has_global else []), _stretch(plan.rows, plan.cols, config)]
+
+
 def layout_nanovlm(plan: TilePlan, image: str, config: VLMConfig) -> str:
     if not config.tiling.has_global:
         return _grid(plan, image)
@@ -354,6 +416,10 @@ def plan_square(width: int, height: int, config: VLMConfig) -> TilePlan:
 
 def draw_square(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
     return [image.resize((config.tile_size, config.tile_size), Image.Resampling.BILINEAR)]
+
+
+def views_square(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
+    return [_stretch(1, 1, config)]
 
 
 def layout_square(plan: TilePlan, image: str, config: VLMConfig) -> str:
@@ -384,20 +450,21 @@ def _check_size(width, height):
 class Tiling(NamedTuple):
     """A policy: size -> plan, image -> grid and whole view, plan -> text, config -> markers in such texts.
 
-    Grid and view are RGB images, or already uint8[H, W, C].
+    Grid and view are RGB images, or already uint8[H, W, C]; `views` says where on them the image lies.
     `number` is the text before each of several images.
     """
 
     plan: Callable[[int, int, VLMConfig], TilePlan]
     draw: Callable[[Image.Image, TilePlan, VLMConfig], list[Image.Image] | list[Tensor]]
+    views: Callable[[int, int, TilePlan, VLMConfig], list[View]]
     layout: Callable[[TilePlan, str, VLMConfig], str]
     markers: Callable[[VLMConfig], list[str]]
     number: str = ""
 
 
 TILING = {
-    "fit": Tiling(plan_fit, draw_fit, layout_fit, markers_fit),
-    "idefics3": Tiling(plan_idefics3, draw_idefics3, layout_idefics3, markers_idefics3),
-    "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
-    "square": Tiling(plan_square, draw_square, layout_square, markers_square),
+    "fit": Tiling(plan_fit, draw_fit, views_fit, layout_fit, markers_fit),
+    "idefics3": Tiling(plan_idefics3, draw_idefics3, views_idefics3, layout_idefics3, markers_idefics3),
+    "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, views_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
+    "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
 }

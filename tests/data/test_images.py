@@ -19,6 +19,7 @@ from nanovlm.data.images import (
     make_tiles,
     marker_tokens,
     open_image,
+    place_tiles,
     plan_tiles,
     to_rgb,
 )
@@ -333,3 +334,44 @@ def test_no_format_runs_a_program():
     assert Image.open(io.BytesIO(eps)).format == "EPS"
     with pytest.raises(ValueError, match="have no format that is read"):
         decode_image(eps)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (100, 64), (40, 130), (300, 7), (250, 250)])
+@pytest.mark.parametrize(("side", "patch_size"), [(20, 4), (22, 5)])  # the last 2 pixels of 22 are in no token
+@pytest.mark.parametrize("policy", TILING)
+def test_a_token_lies_where_its_pixels_are(policy, side, patch_size, size):
+    """Red and green of the picture are its own x and y, so a tile's pixels say what part of the picture they show."""
+    config = square(side, policy=policy, max_tiles=6, longest_edge=4 * side)
+    vision = dataclasses.replace(config.vision, patch_size=patch_size)
+    config = dataclasses.replace(config, vision=vision)
+    width, height = size
+    x, y = ((np.arange(n) + 0.5) / n * 255 for n in size)
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = x, y[:, None]
+    tiles, places = make_tiles(Image.fromarray(pixels), config), place_tiles(width, height, config)
+    assert len(places) == len(tiles)
+    assert sum(place.is_whole for place in places) == plan_tiles(width, height, config).has_global
+    grid, seen = vision.grid_size, 0
+    for tile, place in zip(tiles.float(), places, strict=True):
+        for row, col in np.ndindex(grid, grid):
+            red, green, blue = tile[:, row * patch_size + patch_size // 2, col * patch_size + patch_size // 2]
+            at = (
+                place.left + (col + (patch_size // 2 + 0.5) / patch_size) / grid * (place.right - place.left),
+                place.top + (row + (patch_size // 2 + 0.5) / patch_size) / grid * (place.bottom - place.top),
+            )
+            # So far from the edge, where the filter reaches beyond the image, and so exact, as pixels are rounded.
+            near = [2 * max(1 / n, edge) for n, edge in zip(size, _pixel(place, vision), strict=True)]
+            if all(edge < fraction < 1 - edge for fraction, edge in zip(at, near, strict=True)):
+                seen += 1
+                assert blue == 0
+                for color, fraction, edge in zip((red, green), at, near, strict=True):
+                    assert abs(color / 255 - fraction) < edge / 3 + 0.01
+            elif not all(-edge < fraction < 1 + edge for fraction, edge in zip(at, near, strict=True)):
+                assert (red, green, blue) == (128, 128, 128)
+    assert seen or 7 in size
+
+
+def _pixel(place, vision):
+    """Width and height of a pixel of a tile, in fractions of the image."""
+    shown = vision.grid_size * vision.patch_size
+    return (place.right - place.left) / shown, (place.bottom - place.top) / shown
