@@ -159,6 +159,12 @@ class Processor:
         """Turn one conversation into a batch of one row, for generation."""
         return self.batch([self.prompt(messages, images)])
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Return the tokens of an answer's text, which stays text whatever special tokens it spells."""
+        assert self._end_token is not None  # a special token of the tokenizer, as __init__ checks
+        spans = (Span(self._end_token, from_template=True), Span(text))  # an answer never begins a document
+        return self._encoder.encode(spans)[0][1:]
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

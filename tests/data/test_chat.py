@@ -155,6 +155,9 @@ def test_special_strings_in_text_are_plain_text(processor, text):
         assert text in shown
     prompt = processor.prompt([{"role": "user", "content": text}])
     assert sum(i in special for i in prompt.input_ids.tolist()) == 2
+    # `document` is the one whose answer is the text.
+    answer = document.labels[document.labels != IGNORE].tolist()
+    assert processor.encode_answer(text) == answer[:-1] and special.isdisjoint(answer[:-1])
 
 
 def test_prompt_is_the_document_up_to_the_answer(processor):
