@@ -63,6 +63,13 @@ class GenerateConfig:
     json: bool = False
     # Print which experts the tokens of each answer went to (of a mixture of experts).
     show_routing: bool = False
+    # Draw where each token of the answer looked into this PNG file: the attention of the query that predicts the token
+    # to the tokens of the picture, the mean of all layers and heads. Takes one --prompt.
+    show_attention: Path | None = None
+    # Draw this layer alone, counted from 0.
+    attention_layer: int | None = None
+    # Draw this query head alone, counted from 0.
+    attention_head: int | None = None
     # How to choose tokens.
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     # cpu, cuda, or auto (cuda when there is one).
@@ -78,6 +85,18 @@ class GenerateConfig:
         self.sampling.validate()
         if self.json and not self.prompt:
             raise UserError("--json needs a --prompt; a chat has no JSON form")
+        if self.show_attention is None:
+            if self.attention_layer is not None or self.attention_head is not None:
+                raise UserError("--attention-layer and --attention-head say what --show-attention FILE draws: add it")
+            return self
+        if not self.image:
+            raise UserError("--show-attention draws attention over a picture, but there is none: add --image FILE")
+        if len(self.prompt) != 1:
+            raise UserError(f"--show-attention draws the answer to one --prompt, not to {len(self.prompt)}")
+        if self.show_attention.suffix.lower() != ".png":
+            raise UserError(f"--show-attention writes a PNG file: let the name {self.show_attention} end in .png")
+        if not self.show_attention.absolute().parent.is_dir():
+            raise UserError(f"--show-attention: there is no folder {self.show_attention.absolute().parent}")
         return self
 
 
