@@ -6,6 +6,7 @@
     python generate.py --model runs/scenes/model --image a.png                                 a chat
     python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --quantize int4  docs/quantization.md
+    python generate.py --model runs/scenes/model --image a.png --prompt "..." --show-attention where.png
 
 An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
 """
@@ -33,11 +34,14 @@ import torch
 import nanovlm
 from nanovlm.config import QuantizationConfig, SamplingConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import open_image
+from nanovlm.data.images import open_image, place_tiles
 from nanovlm.data.types import IGNORE, Document
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
+from nanovlm.files import write_file
 from nanovlm.infer.engine import Engine
+from nanovlm.infer.look_sheet import MOST_CELLS, draw_look
+from nanovlm.infer.looking import look, split_text
 from nanovlm.infer.request import Request, Token
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
@@ -54,6 +58,8 @@ def main(config: GenerateConfig):
         quantize(model, QuantizationConfig(config.quantize))
     if config.show_routing and model.config.decoder.moe is None:
         raise UserError(f"--show-routing needs a mixture of experts, but {config.model} has none")
+    if config.show_attention is not None:
+        check_attention(config, model)
     if not config.prompt:
         return chat(model, processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
@@ -62,6 +68,8 @@ def main(config: GenerateConfig):
     if config.show_routing:
         for prompt, text in zip(prompts, texts, strict=True):
             print(format_routing(model, processor, prompt, text))
+    if config.show_attention is not None:
+        write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], texts[0]))
     if config.json:
         for prompt, text, (prompt_tokens, new_tokens) in zip(config.prompt, texts, numbers["tokens"], strict=True):
             shared = {key: value for key, value in numbers.items() if key != "tokens"}
@@ -135,6 +143,34 @@ def format_routing(model: VLM, processor: Processor, prompt: Document, text: str
                 share = (100 * load / load.sum()).tolist()
                 lines.append(f"layer {layer:<3}{name:>9}" + "".join(f"{x:5.0f}" for x in share))
     return "\n".join(lines)
+
+
+def check_attention(config: GenerateConfig, model: VLM):
+    """Raise UserError if the layer or the head to draw is not in the model."""
+    counts = {"layer": model.config.decoder.num_hidden_layers, "head": model.config.decoder.num_attention_heads}
+    for name, wanted in (("layer", config.attention_layer), ("head", config.attention_head)):
+        if wanted is not None and not 0 <= wanted < counts[name]:
+            raise UserError(f"--attention-{name} {wanted} is not in {config.model}: it has 0 to {counts[name] - 1}")
+
+
+def draw_attention(
+    config: GenerateConfig, model: VLM, processor: Processor, images: list, prompt: Document, text: str
+) -> bytes:
+    """Draw where the first tokens of an answer looked, as a PNG file."""
+    answer_ids = processor.encode_answer(text)[:MOST_CELLS]
+    found = look(model, prompt, answer_ids)
+    weights = found.to_images
+    if config.attention_layer is not None:
+        weights = weights[config.attention_layer, None]
+    if config.attention_head is not None:
+        weights = weights[:, config.attention_head, None]
+    places = [place_tiles(*image.size, model.config) for image in images]
+    what = " and ".join(
+        f"the mean of all {name}s" if number is None else f"{name} {number}"
+        for name, number in (("layer", config.attention_layer), ("head", config.attention_head))
+    )
+    titles = [config.prompt[0], f"{text}   (attention: {what})"]
+    return draw_look(images, places, weights.mean((0, 1)), split_text(answer_ids, processor), titles)
 
 
 def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):

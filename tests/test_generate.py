@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import generate
 from nanovlm.config import MoEConfig
@@ -126,6 +128,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys)
         (["--prompt", "  "], "the prompt is empty"),
         (["--prompt", os.fsdecode(b"\xff")], "the prompt is not valid UTF-8 text"),
         (["--json"], "--json needs a --prompt"),
+        (["--prompt", "a", "--show-attention", "a.png"], "there is none: add --image FILE"),
+        (["--image", "a.png", "--show-attention", "a.png"], "draws the answer to one --prompt, not to 0"),
+        (["--image", "a.png", "--prompt", "a", "--show-attention", "x.jpg"], "let the name x.jpg end in .png"),
+        (["--image", "a.png", "--prompt", "a", "--show-attention", "no/x.png"], "there is no folder"),
+        (["--image", "a.png", "--prompt", "a", "--attention-layer", "1"], "say what --show-attention FILE draws"),
+        (
+            ["--image", "a.png", "--prompt", "a", "--show-attention", "x.png", "--attention-head", "4"],
+            "--attention-head 4 is not in model: it has 0 to 3",
+        ),
         (["--prompt", "a", "--device", "tpu"], "device = 'tpu' is not here; there are auto, cpu"),
         (["--prompt", "a", "--top-p", "0"], "top_p = 0.0 must be above 0 and at most 1"),
         (["--model", "nowhere", "--prompt", "a"], "there is no model folder nowhere"),
@@ -159,3 +170,16 @@ def test_routing_of_one_answer(folder, processor):
     assert names == [["layer", str(layer), part] for layer in (0, 1) for part in ("question", "answer")]
     refused = call(folder, "--image", "a.png", "--prompt", "what?", "--show-routing")
     assert refused.returncode == 2 and "--show-routing needs a mixture of experts" in refused.stderr
+
+
+def test_attention_of_one_answer(folder):
+    """The sheet replaces an older one at once, and a layer and a head look elsewhere than the mean."""
+    (folder / "where.png").write_bytes(b"older")
+    options = ["--image", "a.png", "b.png", "--prompt", "what?", "--max-new-tokens", "5", "--show-attention"]
+    done = call(folder, *options, "where.png")
+    assert done.returncode == 0, done.stderr
+    other = call(folder, *options, "one.png", "--attention-layer", "1", "--attention-head", "3")
+    assert other.returncode == 0 and other.stdout == done.stdout
+    sheets = [np.asarray(Image.open(folder / name)) for name in ("where.png", "one.png")]
+    assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
+    assert not list(folder.glob(".where*"))
