@@ -219,6 +219,17 @@ def add_parts(acc_a, acc_b, b_p, x_a, x_b, HB: tl.constexpr):
 
 
 @triton.jit
+def weigh(b_m, b_s, scale_log2, MASKED: tl.constexpr):
+    """Return the new largest scores [BM], the weights of scores b_s [BM, BN], and by what those before shrink [BM]."""
+    m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    shift = m_new
+    if MASKED:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    b_p = tl.exp2(b_s * scale_log2 - shift[:, None])  # [BM, BN]
+    return m_new, b_p, tl.exp2(b_m - shift)
+
+
+@triton.jit
 def find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM: tl.constexpr, MASK: tl.constexpr):
     """Find the two ranges of keys that the queries from i_t on see; all of them see those before all_a and all_b."""
     if MASK == "runs":
@@ -262,12 +273,7 @@ def forward_step(
     b_s = dot_parts(q_a, q_b, k_a, k_b, HB)  # [BM, BN]
     if MASKED:
         b_s = tl.where(sees(o_s, m_s, o_last, p_until, RUNS), b_s, float("-inf"))
-    m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-    shift = m_new
-    if MASKED:
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    b_p = tl.exp2(b_s * scale_log2 - shift[:, None])  # [BM, BN]
-    shrink = tl.exp2(b_m - shift)
+    m_new, b_p, shrink = weigh(b_m, b_s, scale_log2, MASKED)
     acc_a = acc_a * shrink[:, None]
     if HB > 0:
         acc_b = acc_b * shrink[:, None]
@@ -399,7 +405,7 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
     out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
     unit, strides = divide_strides(q, k, v)
-    BM, BN, options = choose_blocks("forward", q)
+    BM, BN, options = choose_blocks(BLOCKS["forward"], q)
     descriptors = describe_blocks(q, k, v, BN)
     if out.numel():
         forward_kernel[(triton.cdiv(T, BM) * N * B,)](
@@ -416,7 +422,7 @@ def slots_forward(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float) -
     out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
     if not out.numel():
         return out
-    BM, BN, options = choose_blocks("slots" if T * N // K > 16 else "one_slot", q)
+    BM, BN, options = choose_blocks(BLOCKS["slots" if T * N // K > 16 else "one_slot"], q)
     num_blocks = triton.cdiv(T * N // K, BM)
     part_size, num_parts = cut_slots(q, k, BN, num_blocks)
     unit, strides = divide_strides(q, k, v)
@@ -445,24 +451,29 @@ def num_processors(q: Tensor) -> int:
     return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
-    """Raise ValueError for inputs that the kernels cannot compute."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float):
+    """Raise ValueError for devices, dtypes, head sizes and scales that the kernels cannot compute."""
     if not (q.is_cuda or is_interpreted()):
         raise ValueError(f"attention = 'triton' needs a GPU, but its tensors are on the {q.device.type}: choose sdpa")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: give one of fp32, fp16 and bf16 for all"
         )
+    if q.shape[-1] > 256:
+        raise ValueError(f"head size {q.shape[-1]} is above 256, the largest that the kernels are made for")
+    if scale <= 0:
+        raise ValueError(f"scale = {scale} must be above 0")
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float):
+    """Raise ValueError for inputs that the kernels cannot compute."""
+    check_inputs(q, k, v, scale)
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
     if not fits or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(
             f"q, k, v have shapes {shapes}, but must have [B, T, N, H] and twice [B, S, K, H], K a divisor of N"
         )
-    if q.shape[3] > 256:
-        raise ValueError(f"head size {q.shape[3]} is above 256, the largest that the kernels are made for")
-    if scale <= 0:
-        raise ValueError(f"scale = {scale} must be above 0")
 
 
 def split_head(H: int) -> tuple[int, int, int]:
@@ -472,10 +483,9 @@ def split_head(H: int) -> tuple[int, int, int]:
     return (H, whole // 2, rest) if whole > 32 and whole // 2 + rest < whole else (H, whole, 0)
 
 
-def choose_blocks(which: str, q: Tensor) -> tuple[int, int, dict]:
-    """Return BM, BN and the launch options; when interpreting, those of an H100."""
+def choose_blocks(by_class: dict, q: Tensor) -> tuple[int, int, dict]:
+    """Return BM, BN and the launch options by an entry of BLOCKS; when interpreting, those of an H100."""
     gpu = device_class(q)
-    by_class = BLOCKS[which]
     by_width = by_class.get("fp32" if q.dtype == torch.float32 and gpu != "hip" else gpu, by_class[80])
     width = sum(split_head(q.shape[3])[1:])
     BM, BN, num_warps, num_stages = next(blocks for most, blocks in by_width.items() if width <= most)
@@ -509,7 +519,7 @@ def describe_blocks(q: Tensor, k: Tensor, v: Tensor, BN: int) -> list[TensorDesc
 
 def divide_strides(*tensors: Tensor) -> tuple[int, list[int]]:
     """Return a unit of 8 or 1, and the strides of all dimensions but the last, in units."""
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
     unit = 1 if any(stride % 8 for stride in strides) else 8
     return unit, [stride // unit for stride in strides]
 
@@ -679,13 +689,13 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     mask, scales = name_mask(runs, causal), (scale, scale * LOG2E.value)
     unit, strides = divide_strides(q, k, v)
-    BM, BN, options = choose_blocks("backward_q", q)
+    BM, BN, options = choose_blocks(BLOCKS["backward_q"], q)
     if dq.numel():
         backward_q_kernel[(triton.cdiv(T, BM) * N * B,)](
             q, k, v, out, grad, lse, *(runs or [lse] * 4), delta, dq, *scales, *strides, T, S, N, N // K,
             unit, *split_head(H), mask, BM, BN, **options,
         )  # fmt: skip
-    BM, BN, options = choose_blocks("backward_kv", q)
+    BM, BN, options = choose_blocks(BLOCKS["backward_kv"], q)
     if dk.numel():
         backward_kv_kernel[(triton.cdiv(S, BN) * K * B,)](
             q, k, v, grad, lse, delta, runs.until if runs else lse, dk, dv, *scales, *strides, T, S, K, N // K,

@@ -88,8 +88,31 @@ def attention():
             attend_slots(q, cache, cache, torch.empty(2, T, dtype=torch.int64))
 
 
+def cache_attention():
+    from nanovlm.kernels.cache_attention import attend_blocks
+
+    # Decoding, checking of drafted tokens, and a chunk of a prompt: of Llama 3, Gemma and SmolVLM-256M, of heads in two
+    # parts, and of the scenes. A cache of 32,768 slots, and tables for 8,192 positions.
+    for N, K, H, dtype in (
+        (32, 8, 128, torch.bfloat16),
+        (8, 1, 256, torch.bfloat16),
+        (9, 3, 64, torch.bfloat16),
+        (32, 32, 96, torch.bfloat16),
+        (4, 4, 32, torch.float16),
+        (4, 4, 32, torch.float32),
+        (32, 8, 128, torch.float32),
+        (8, 1, 256, torch.float32),
+    ):
+        cache, table = torch.empty(32768, K, H, dtype=dtype), torch.empty(2, 512, dtype=torch.int32)
+        for T in (1, 8, 512):
+            attend_blocks(
+                torch.empty(2, T, N, H, dtype=dtype), cache, cache, table, torch.empty(2, T, dtype=torch.int64)
+            )
+
+
 CASES = {
     "attention": attention,
+    "cache_attention": cache_attention,
     "cross_entropy": cross_entropy,
     "grouped_gemm": grouped_gemm,
     "dequant_matmul": dequant_matmul,
@@ -124,7 +147,7 @@ def of_backward_kv(compiled):
 
 
 TENSOR_CORES = {
-    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "slots_kernel"), of_64_rows("BN", "HA")),
+    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "slots_kernel", "blocks_kernel"), of_64_rows("BN", "HA")),
     "backward_kv_kernel": of_backward_kv,
     **dict.fromkeys(
         ("gate_up_kernel", "scatter_kernel", "through_down_kernel", "matrix_grad_kernel"), of_64_rows("BN")

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from nanovlm.kernels.attention import BLOCKS
+from nanovlm.kernels import attention, cache_attention
 from tests.kernels.compile_cases import CASES, TENSOR_CORES
 from tests.kernels.compiling import Compiled, find_narrowest
 
@@ -55,14 +55,15 @@ def test_shipped_kernels_compile(compiled, case, capability):
     assert records and not faults, "\n".join(faults)
 
 
+@pytest.mark.parametrize("case, file", [("attention", attention), ("cache_attention", cache_attention)])
 @pytest.mark.parametrize("capability", (*CAPABILITIES, AMD))
-def test_all_blocks_of_attention_compile(compiled, capability):
-    names = {"slots": "slots_kernel", "one_slot": "slots_kernel"}
+def test_all_blocks_of_attention_compile(compiled, case, file, capability):
+    names = {"slots": "slots_kernel", "one_slot": "slots_kernel", "few": "blocks_kernel", "many": "blocks_kernel"}
     seen = set()
-    for record in compiled["attention", capability]:
+    for record in compiled[case, capability]:
         options = (record.config.get(name) for name in ("BM", "BN", "num_warps", "num_stages"))
         seen.add((record.kernel, "torch.float32" == record.dtypes.get("p_q"), *options))
-    for which, by_arch in BLOCKS.items():
+    for which, by_arch in file.BLOCKS.items():
         for arch in ("hip",) if capability == AMD else (80 if capability == 89 else capability, "fp32"):
             for blocks in by_arch.get(arch, by_arch[80]).values():
                 assert (names.get(which, f"{which}_kernel"), arch == "fp32", *blocks) in seen, (which, arch, blocks)

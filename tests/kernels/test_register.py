@@ -13,7 +13,8 @@ from triton.runtime.interpreter import GridExecutor
 
 from nanovlm.kernels import attention as attention_file
 from nanovlm.kernels import grouped_gemm
-from nanovlm.kernels.attention import attend_slots, attention, find_runs
+from nanovlm.kernels.attention import attention, find_runs
+from nanovlm.kernels.cache_attention import attend_blocks
 from nanovlm.kernels.cross_entropy import linear_cross_entropy
 from nanovlm.kernels.dequant_matmul import dequant_matmul, take_apart
 from nanovlm.kernels.grouped_gemm import grouped_experts
@@ -62,8 +63,10 @@ def make(case, device="cpu"):
     return function, [draw(*s, device=device, seed=i).div(2).requires_grad_() for i, s in enumerate(shapes)]
 
 
-def slots(q, cache):
-    return attend_slots(q, cache, cache, torch.tensor([[8]], device=q.device))
+def over_a_cache(q, cache):
+    """Positions 0 to 8 of one row, in slots 4 to 7, 0 to 3 and 8."""
+    table, last = torch.tensor([[1, 0, 2]], dtype=torch.int32, device=q.device), torch.tensor([[8]], device=q.device)
+    return attend_blocks(q, cache, cache, table, last, block_size=4)
 
 
 def run(function, inputs, dtype=None):
@@ -102,17 +105,17 @@ def test_is_exported(case, device):
 
 
 def test_a_cache_compiles_and_is_exported(device):
-    inputs = draw(1, 1, 2, 16, device=device), draw(1, 9, 1, 16, device=device)
+    inputs = draw(1, 1, 2, 16, device=device), draw(9, 1, 16, device=device)
     module = torch.nn.Module()
-    module.forward = slots
+    module.forward = over_a_cache
     torch._dynamo.reset()
     for function in (
-        torch.compile(slots, fullgraph=True, backend="aot_eager"),
+        torch.compile(over_a_cache, fullgraph=True, backend="aot_eager"),
         torch.export.export(module, inputs).module(),
     ):
-        assert torch.equal(function(*inputs), slots(*inputs))
+        assert torch.equal(function(*inputs), over_a_cache(*inputs))
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        slots(inputs[0].requires_grad_(), inputs[1]).sum().backward()
+        over_a_cache(inputs[0].requires_grad_(), inputs[1]).sum().backward()
 
 
 def operators(device):
@@ -126,7 +129,10 @@ def operators(device):
     yield ops.attention, (q, k, v, *no_runs, True, 0.25)
     forward = [t.detach() for t in (q, k, v, *ops.attention(q, k, v, *no_runs, True, 0.25))]
     yield ops.attention_backward, (*forward, q.detach(), *no_runs, True, 0.25)
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
+    last = torch.arange(12, device=device)[None]
     yield ops.attend_slots, (q.detach(), k.detach(), v.detach(), torch.arange(12, device=device)[None], 0.25)
+    yield ops.attend_blocks, (q.detach(), k[0].detach(), v[0].detach(), table, last, 4, 0.25)
     yield ops.linear_cross_entropy, (hidden, head, labels, 3, 4, True, True)
     yield ops.linear_cross_entropy, (hidden, head.detach(), labels, None, 9, True, False)
     w = take_apart(quantize_weight(draw(9, 70, device=device), "nf4", search=False))
@@ -223,7 +229,7 @@ def test_every_launch_is_on_the_gpu_of_the_tensors(device, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(GridExecutor, "__call__", launch)
-    for function, inputs in [*map(make, CASES), (lambda *x: slots(*x), [draw(1, 1, 2, 16), draw(1, 9, 1, 16)])]:
+    for function, inputs in [*map(make, CASES), (lambda *x: over_a_cache(*x), [draw(1, 1, 2, 16), draw(9, 1, 16)])]:
         out = function(*inputs)
         if out.requires_grad:
             torch.autograd.grad(out.sum(), inputs)
@@ -265,9 +271,9 @@ def test_autocast_of_mixed_dtypes(device):
     q, k, v = (draw(1, 5, 2, 16, device=device, seed=i) for i in range(3))
     with torch.autocast(device, torch.bfloat16):
         mixed = attention(q, k.half(), v.bfloat16())[0]
-        over_a_cache = attend_slots(q, *(x.half() for x in (k, v)), torch.arange(5, device=device)[None])
+        out = over_a_cache(q[:, :1], torch.cat([k[0], v[0]])[:9].half())
     assert torch.equal(mixed, attention(q.bfloat16(), k.half().bfloat16(), v.bfloat16())[0])
-    assert over_a_cache.dtype == torch.float16  # that of the cache, which is not copied
+    assert out.dtype == torch.float16  # that of the cache, which is not copied
     with pytest.raises(ValueError, match="give one of fp32, fp16 and bf16 for all"):
         attention(q, k.half(), v.bfloat16())
     with torch.autocast(device, torch.bfloat16), pytest.raises(ValueError, match=r"torch\.float64"):
