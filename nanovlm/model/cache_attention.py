@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from nanovlm.model.attention import load_kernels
+
 BLOCK = 16  # slots
 # What one more call costs, in numbers that could be gathered meanwhile: about 30 microseconds.
 CALL = 60_000
@@ -189,8 +191,32 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     return torch.lerp(out, other, (other_lse - lse).sigmoid()[..., None]), torch.logaddexp(lse, other_lse)
 
 
+# --- triton ---------------------------------------------------------------------------------------------------
+
+
+class Tables(NamedTuple):
+    """int32[R, blocks] and int64[R, t]: the blocks of each row, and the last position that each query sees."""
+
+    blocks: Tensor
+    last: Tensor
+
+
+def prepare_triton(rows: Sequence[Span], keys: Tensor) -> Tables:
+    load_kernels()  # or say what is missing
+    num = max(row.start + row.num_new + BLOCK - 1 for row in rows) // BLOCK
+    blocks = torch.tensor([[*row.blocks, *[-1] * num][:num] for row in rows], dtype=torch.int32)
+    last = torch.tensor([row.start for row in rows])[:, None] + torch.arange(rows[0].num_new)
+    return Tables(blocks.to(keys.device, non_blocking=True), last.to(keys.device, non_blocking=True))
+
+
+def attend_triton(q: Tensor, keys: Tensor, values: Tensor, plan: Tables) -> Tensor:
+    from nanovlm.kernels.cache_attention import attend_blocks  # no other backend needs Triton
+
+    return attend_blocks(q, keys, values, *plan, BLOCK)
+
+
 CACHE_ATTENTION = {
     "sdpa": (prepare_sdpa, attend_sdpa),
     "flex": (prepare_sdpa, attend_sdpa),  # compiled for documents alone
-    "triton": (prepare_sdpa, attend_sdpa),
+    "triton": (prepare_triton, attend_triton),
 }
