@@ -529,25 +529,45 @@ def draw_lengths(total: int, least: int, most: int) -> list[int]:
     return lengths
 
 
-def decode(device: torch.device, B: int, S: int, N: int, K: int, H: int) -> Case:
-    """One new token a row over a cache that is full."""
-    from nanovlm.kernels import attention as kernel
+def decode(device: torch.device, B: int, S: int, T: int, N: int, K: int, H: int, shared: int = 0) -> Case:
+    """T new tokens a row over a cache with its blocks in no order; the first `shared` slots are common to all rows."""
+    from nanovlm.kernels.cache_attention import attend_blocks, attend_blocks_ref
 
-    def of_module(module):
-        return lambda q, k, v: module.attend_slots(q, k, v, last[: len(q)])
+    num, own = math.ceil(S / 16), math.ceil(S / 16) - shared // 16  # blocks
+    order = torch.randperm(B * num, device=device, dtype=torch.int32)
+    table = torch.cat([order[: num - own].expand(B, -1), order[num - own :][: B * own].view(B, own)], 1)
+    last = torch.arange(S - T, S, device=device).repeat(B, 1)
+    mask = torch.arange(S, device=device) <= last[0, :, None]
 
-    last = torch.full((B, 1), S - 1, device=device)
+    def run_gathered(q, keys, values):
+        k, v = (x.unflatten(0, (-1, 16))[table[: len(q)]].flatten(1, 2)[:, :S] for x in (keys, values))
+        return sdpa(mask=mask if T > 1 else None)(q, k, v)
+
+    def run_neighbours(q, keys, values):
+        k, v = (x.unflatten(0, (B, -1))[:, :S] for x in (keys, values))
+        return sdpa(mask=mask if T > 1 else None)(q, k, v)
+
     return Case(
         "attention, decode",
-        {"rows": B, "slots": S, "heads": N, "kv_heads": K, "head_dim": H},
-        lambda: dict(zip("qkv", draw(device, (B, 1, N, H), (B, S, K, H), (B, S, K, H)), strict=True)),
-        of_module(kernel),
-        sdpa(SDPBackend.MATH),
-        {"sdpa": sdpa()},
-        flops=4 * B * N * S * H,
-        num_bytes=4 * B * S * K * H,
-        cuts=HEADS,
-        of_module=of_module,
+        {"rows": B, "slots": S, "tokens": T, "heads": N, "kv_heads": K, "head_dim": H, "shared": shared},
+        lambda: dict(
+            zip(
+                ("q", "keys", "values"),
+                draw(device, (B, T, N, H), (B * num * 16, K, H), (B * num * 16, K, H)),
+                strict=True,
+            )
+        ),
+        lambda q, keys, values: attend_blocks(q, keys, values, table[: len(q)], last[: len(q)]),
+        lambda q, keys, values: attend_blocks_ref(q, keys, values, table[: len(q)], last[: len(q)]),
+        {"sdpa, gathered": run_gathered, "sdpa, neighbouring slots": run_neighbours},
+        flops=4 * B * T * N * S * H,
+        num_bytes=4 * (shared + B * (S - shared)) * K * H,
+        cuts={
+            "one row, one key/value head": lambda inputs: {
+                "q": inputs["q"][:1, :, : N // K],
+                **{name: inputs[name][:, :1] for name in ("keys", "values")},
+            }
+        },
     )
 
 
@@ -703,8 +723,13 @@ SIZES = ((8192, 8192), (28672, 8192), (4096, 4096), (14336, 4096))
 FAMILIES = {
     "decode": (
         decode,
-        [(B, S, 32, 8, 128) for B, S in ((16, 4096), (16, 32768), (1, 32768), (1, 4096))],
-        [(2, 40, 4, 2, 16)],
+        [
+            *((B, S, 1, 32, 8, 128) for B, S in ((16, 4096), (16, 32768), (1, 32768), (1, 4096))),
+            (16, 4096, 1, 32, 8, 128, 3584),
+            (16, 4096, 5, 32, 8, 128),
+            (1, 4096, 512, 32, 8, 128),
+        ],
+        [(2, 40, 1, 4, 2, 16), (2, 40, 3, 4, 2, 16, 32)],
         1,
     ),
     "dequant_matmul": (

@@ -37,7 +37,8 @@ from nanovlm import cli
 from nanovlm.config import pick
 from nanovlm.environment import git_commit
 from nanovlm.errors import UserError
-from nanovlm.kernels.attention import Runs, attend_slots, attention, cut_slots
+from nanovlm.kernels.attention import Runs, attention
+from nanovlm.kernels.cache_attention import LEAST_PART, attend_blocks, count_parts
 from nanovlm.kernels.cross_entropy import linear_cross_entropy
 from nanovlm.kernels.grouped_gemm import grouped_experts
 from tests.kernels.compile_cases import multiply
@@ -92,8 +93,8 @@ def attend(H: int, N: int, K: int, T: int, mask: str):
 
 
 def decode(B: int, S: int, T: int):
-    cache = empty(B, S, 8, 128)
-    attend_slots(empty(B, T, 32, 128), cache, cache, empty(B, T, dtype=torch.int64))
+    cache, table = empty(B * S, 8, 128), empty(B, S // 16, dtype=torch.int32)
+    attend_blocks(empty(B, T, 32, 128), cache, cache, table, empty(B, T, dtype=torch.int64))
 
 
 def few_bits(format: str, M: int, N: int, K: int):
@@ -153,8 +154,8 @@ def of_pairs(products: int) -> Callable:
 def of_slots(c, s):
     if s["tokens"] > 1:
         return of_pairs(2)(c, s)
-    meta = torch.empty(1, s["slots"], 8, c["H"], device="meta")
-    slots, _ = cut_slots(meta, meta, c["BN"], 1)
+    most, _ = count_parts(torch.empty(0), 8, s["slots"], 1)
+    slots = max(LEAST_PART.value, triton.cdiv(triton.cdiv(s["slots"], most), c["BN"]) * c["BN"])
     num_bytes = 4 * slots * c["H"]
     return Work("1,000 slots", slots / 1000, 0, num_bytes, slots / c["BN"], MEMORY_LATENCY)
 
@@ -182,7 +183,7 @@ WORK = {
     "forward_kernel": of_pairs(2),
     "backward_q_kernel": of_pairs(3),
     "backward_kv_kernel": of_pairs(4),
-    "slots_kernel": of_slots,
+    "blocks_kernel": of_slots,
     "gemv_kernel": lambda c, s: of_weights(c, c["BN"] * c["BT"] * c["RUN"] * 32 // c["BITS"], 1),
     "matmul_kernel": lambda c, s: of_weights(c, c["BN"] * c["BW"] * 32 // c["BITS"], c["BM"]),
     "dequantize_kernel": lambda c, s: of_weights(c, c["BN"] * c["BT"] * c["RUN"] * 32 // c["BITS"], 0, whole=True),
@@ -284,8 +285,8 @@ def try_blocks(config: StaticConfig):
     for BM, BN, warps, stages, *registers in tqdm(chosen, unit="blocks"):
         options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers[0] if registers else None}
 
-        def choose(which, q, blocks=(BM, BN, options)):
-            return blocks if which == config.kernel else stock(which, q)
+        def choose(by_class, q, blocks=(BM, BN, options)):
+            return blocks if by_class is module.BLOCKS[config.kernel] else stock(by_class, q)
 
         with mock.patch.object(module, "choose_blocks", choose):
             for line in estimate_case("attention", tuple(shape.values()), config.capability):

@@ -1,4 +1,4 @@
-"""Attention, out = softmax(scale * q k^T) v over the keys that a query sees: forward, backward, and over a cache.
+"""Attention, out = softmax(scale * q k^T) v over the keys that a query sees: forward and backward.
 
 The scores of a block of queries and a block of keys exist only on the chip (Dao 2023, arXiv 2307.08691). With
 m the largest score of a query and l the sum of exp(score - m), kept up to date from block to block:
@@ -12,9 +12,9 @@ with delta the sum of dout * out over the head. Saved for backward: q, k, v, out
 makes dq, another over blocks of keys dk and dv, which adds up the query heads of a group itself: nothing is added in an
 order that could change, so the same inputs give the same bits, and block sizes follow from head size, dtype and GPU.
 
-What a query sees is one of: all keys; causal, the last query sees the last key; packed documents (`Runs`); or the
-slots of a cache up to a last one. Of a block of queries the visible keys form at most two ranges, [lo_a, hi_a) and
-[lo_b, hi_b), which follow from its first query: no other key is read, and only blocks at their ends take a mask.
+What a query sees is one of: all keys; causal, the last query sees the last key; or packed documents (`Runs`). Of a
+block of queries the visible keys form at most two ranges, [lo_a, hi_a) and [lo_b, hi_b), which follow from its first
+query: no other key is read, and only blocks at their ends take a mask. For keys in a cache see cache_attention.py.
 
 On Hopper, forward, the copy engine (TMA) brings the blocks without a mask, as descriptors of keys and values say: one
 thread asks for a block, where otherwise each computes the addresses of its own part. What it does not see is runs: it
@@ -65,18 +65,6 @@ BLOCKS = {
         80: {64: (64, 64, 4, 2), 96: (32, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
         "hip": {128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
         "fp32": {256: (16, 16, 4, 1)},
-    },
-    "slots": {
-        90: {128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
-        80: {128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
-        "hip": {256: (64, 16, 4, 1)},
-        "fp32": {128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    },
-    "one_slot": {
-        90: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
-        80: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
-        "hip": {256: (16, 32, 4, 1)},
-        "fp32": {128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
 
@@ -329,73 +317,6 @@ def forward_kernel(
     tl.store(p_lse + (i_b * N + i_n) * T + o_t, (b_m + tl.log2(b_l)) / LOG2E, mask=o_t < T)
 
 
-@triton.jit
-def slots_kernel(
-    p_q, p_k, p_v, p_last, p_out, p_lse, scale_log2, part_size,
-    stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, B, T, S,
-    G: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Attend to one part of the slots with all heads of a group, G rows a token; lse in powers of 2."""
-    num_blocks, num_parts = tl.cdiv(T * G, BM), tl.cdiv(S, part_size)
-    i = tl.program_id(0)
-    i_part, i_b = i // num_blocks % num_parts, (i // num_blocks // num_parts).to(tl.int64)
-    i_k = tl.program_id(1).to(tl.int64)
-    o_r = i % num_blocks * BM + tl.arange(0, BM)
-    m_r = o_r < T * G
-    o_t, o_n = (o_r // G).to(tl.int64), i_k * G + o_r % G
-    o_last = tl.load(p_last + i_b * T + o_t, mask=m_r, other=-1).to(tl.int32)
-    lo = i_part * part_size
-    hi = tl.minimum(lo + part_size, tl.max(o_last) + 1)
-    if (hi <= lo) & (i_part > 0):  # no query sees this part, and what is not written is not merged
-        return
-    p_q += (i_b * stride_qb + o_t * stride_qt + o_n * stride_qn) * UNIT
-    q_a, q_b = load_parts(p_q, m_r, H, HA, HB, True)
-    p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
-    p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
-    b_m, b_l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    acc_a, acc_b = zero_parts(BM, HA, HB)
-    end_full = tl.minimum(hi, tl.min(tl.where(m_r, o_last, S)) + 1)
-    full = tl.maximum(end_full - lo, 0) // BN
-    for j in range(full):
-        b_m, b_l, acc_a, acc_b = forward_step(
-            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, lo + j * BN, hi, o_last, p_last,
-            scale_log2, UNIT, H, HA, HB, BN, False, False,
-        )  # fmt: skip
-    for j in range(full, tl.cdiv(hi - lo, BN)):
-        b_m, b_l, acc_a, acc_b = forward_step(
-            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, lo + j * BN, hi, o_last, p_last,
-            scale_log2, UNIT, H, HA, HB, BN, False, True,
-        )  # fmt: skip
-    b_l = tl.where(b_l == 0, 1.0, b_l)
-    o_out = ((i_part * B + i_b) * T + o_t) * tl.num_programs(1) * G + o_n  # [part, B, T, N]
-    store_parts(p_out + o_out * H, m_r, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB)
-    tl.store(p_lse + o_out, b_m + tl.log2(b_l), mask=m_r)
-
-
-@triton.jit
-def merge_kernel(
-    p_parts, p_lse, p_last, p_out, part_size, num_rows, N, H: tl.constexpr, HP: tl.constexpr, BP: tl.constexpr
-):
-    """Merge the parts of one query and head: their mean, weighted with 2^lse."""
-    num_parts = tl.cdiv(tl.load(p_last + tl.program_id(0) // N).to(tl.int32) + 1, part_size)
-    i_r = tl.program_id(0).to(tl.int64)
-    o_h = tl.arange(0, HP)
-    b_m, b_l, acc = float("-inf"), 0.0, tl.zeros([HP], tl.float32)
-    for j in range(0, num_parts, BP):
-        o_p = j + tl.arange(0, BP)
-        o_rows = o_p.to(tl.int64) * num_rows + i_r
-        b_lse = tl.load(p_lse + o_rows, mask=o_p < num_parts, other=float("-inf"))
-        m = (o_p < num_parts)[:, None] & (o_h < H)[None, :]
-        b_x = tl.load(p_parts + o_rows[:, None] * H + o_h[None, :], mask=m, other=0.0)  # [BP, HP]
-        m_new = tl.maximum(b_m, tl.max(b_lse))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        b_w, shrink = tl.exp2(b_lse - shift), tl.exp2(b_m - shift)
-        acc = acc * shrink + tl.sum(b_w[:, None] * b_x, 0)
-        b_m, b_l = m_new, b_l * shrink + tl.sum(b_w)
-    tl.store(p_out + i_r * H + o_h, acc / tl.where(b_l == 0, 1.0, b_l), mask=o_h < H)
-
-
 # --- host forward --------------------------------------------------------------------------------------------
 
 
@@ -414,41 +335,6 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
             bool(descriptors), **options,
         )  # fmt: skip
     return out, lse
-
-
-def slots_forward(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float) -> Tensor:
-    """Return out [B, T, N, H]."""
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
-    if not out.numel():
-        return out
-    BM, BN, options = choose_blocks(BLOCKS["slots" if T * N // K > 16 else "one_slot"], q)
-    num_blocks = triton.cdiv(T * N // K, BM)
-    part_size, num_parts = cut_slots(q, k, BN, num_blocks)
-    unit, strides = divide_strides(q, k, v)
-    lse = torch.empty(num_parts, B, T, N, device=q.device, dtype=torch.float32)
-    parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
-    last = last.contiguous()
-    slots_kernel[(num_blocks * num_parts * B, K)](
-        q, k, v, last, parts, lse, scale * LOG2E.value, part_size, *strides, B, T, S,
-        N // K, unit, *split_head(H), BM, BN, **options,
-    )  # fmt: skip
-    if num_parts > 1:
-        merge_kernel[(B * T * N,)](parts, lse, last, out, part_size, B * T * N, N, H, triton.next_power_of_2(H), 32)
-    return out
-
-
-def cut_slots(q: Tensor, k: Tensor, BN: int, num_blocks: int) -> tuple[int, int]:
-    """Return the size of a part of the slots and their number: one row's programs are two waves on a GPU, at most."""
-    S, K = k.shape[1:3]
-    most = max(1, 2 * num_processors(q) // (num_blocks * K))
-    size = max(128, triton.cdiv(triton.cdiv(S, most), BN) * BN)
-    return size, max(1, triton.cdiv(S, size))
-
-
-def num_processors(q: Tensor) -> int:
-    """Return the number of streaming multiprocessors; when interpreting, that of an H100."""
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float):
@@ -753,11 +639,6 @@ def differentiate(ctx, grad, _grad_lse):
 run_forward.register_autograd(differentiate, setup_context=save)
 
 
-@operator("attend_slots", lambda q, k, v, last, scale: q.new_empty(q.shape))
-def run_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float) -> Tensor:
-    return slots_forward(q, k, v, last, scale)
-
-
 # --- what a model calls --------------------------------------------------------------------------------------
 
 
@@ -782,21 +663,3 @@ def attention(
         )
     parts = [None] * 4 if runs is None else [x.contiguous() for x in runs]
     return run_forward(q, k, v, *parts, causal, scale)
-
-
-def attend_slots(q: Tensor, k: Tensor, v: Tensor, last: Tensor, scale: float | None = None) -> Tensor:
-    """Attend from q [B, T, N, H] to the slots of a cache, k and v [B, S, K, H]; return [B, T, N, H]. No gradients:
-    a backward pass raises RuntimeError.
-
-    A query sees the slots up to `last` int64[B, T], which is -1 for none. Where the queries of a row are too few to
-    fill the GPU, the slots are cut into parts of equal size, whose results a second kernel merges. How many depends on
-    S, T, N and K alone: what a row gets does not depend on the number of rows. Under autocast q is cast to the dtype
-    of the cache, which is never cast.
-    """
-    q = q.to(v.dtype) if torch.is_autocast_enabled(q.device.type) else q
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    check(q, k, v, scale)
-    if last.shape != q.shape[:2]:
-        raise ValueError(f"last has shape {list(last.shape)}, but q {list(q.shape)} needs {list(q.shape[:2])}")
-    return run_slots(q, k, v, last, scale)

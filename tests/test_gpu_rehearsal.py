@@ -172,7 +172,7 @@ def test_other_blocks_of_attention(tmp_path):
     ours = kernels.load_attention(tmp_path / "table.json")
     assert ours is not attention and ours.BLOCKS == attention.BLOCKS == read_table(json.loads(json.dumps(ours.BLOCKS)))
     (tmp_path / "before.py").write_text((ROOT / "kernels" / "attention.py").read_text())
-    case = kernels.decode(kernels.torch.device("cpu"), *FAMILIES["decode"][2][0])
+    case = kernels.attention(kernels.torch.device("cpu"), *FAMILIES["attention"][2][0])
     inputs = case.inputs()
     for path in ("table.json", "before.py"):
         module = kernels.load_attention(tmp_path / path)

@@ -65,7 +65,7 @@ def dequant_matmul():
 
 
 def attention():
-    from nanovlm.kernels.attention import Runs, attend_slots, attention
+    from nanovlm.kernels.attention import Runs, attention
 
     # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3 and Gemma, whose documents are packed; SigLIP So400m; the scenes.
     for H, N, K, T, is_packed, dtype in (
@@ -82,10 +82,6 @@ def attention():
         q, k, v = (torch.empty(2, T, heads, H, dtype=dtype, requires_grad=True) for heads in (N, K, K))
         runs = Runs(*(torch.empty(2, T, dtype=torch.int32) for _ in Runs._fields)) if is_packed else None
         attention(q, k, v, runs)[0].sum().backward()
-    for T, dtype in ((1, torch.bfloat16), (512, torch.bfloat16), (1, torch.float32), (512, torch.float32)):
-        for H in (128, 256):
-            q, cache = torch.empty(2, T, 32, H, dtype=dtype), torch.empty(2, 8192, 8, H, dtype=dtype)
-            attend_slots(q, cache, cache, torch.empty(2, T, dtype=torch.int64))
 
 
 def cache_attention():
@@ -147,7 +143,7 @@ def of_backward_kv(compiled):
 
 
 TENSOR_CORES = {
-    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "slots_kernel", "blocks_kernel"), of_64_rows("BN", "HA")),
+    **dict.fromkeys(("forward_kernel", "backward_q_kernel", "blocks_kernel"), of_64_rows("BN", "HA")),
     "backward_kv_kernel": of_backward_kv,
     **dict.fromkeys(
         ("gate_up_kernel", "scatter_kernel", "through_down_kernel", "matrix_grad_kernel"), of_64_rows("BN")

@@ -14,7 +14,7 @@ from tests.kernels.oracle import check, check_gradients, reserve, surround
 
 pytest.importorskip("triton")
 from nanovlm.kernels import attention as kernels
-from nanovlm.kernels.attention import Runs, attend_slots, attention, attention_ref, find_runs, split_head
+from nanovlm.kernels.attention import Runs, attention, attention_ref, find_runs, split_head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -306,9 +306,6 @@ def test_keys_may_lie_unlike_values(which, dtype, device):
     out = attention(**others, causal=True)[0]
     gradients = [torch.autograd.grad(o, list(leaves.values()), grad) for o in (expected, out)]
     assert torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    last = torch.tensor([[64], [40]], device=device)
-    slots = [attend_slots(*(x.detach() for x in (y["q"][:, :1], y["k"], y["v"])), last) for y in (leaves, others)]
-    assert torch.equal(*slots)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -340,8 +337,6 @@ def test_offsets_beyond_32_bits(device):
     assert torch.equal(out, expected)
     gradients = [torch.autograd.grad(o, list(x.values()), grad) for o, x in ((expected, leaves), (out, apart))]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    last = torch.tensor([[0, 1, 2, 3]])
-    assert torch.equal(*(attend_slots(*(x.detach() for x in y.values()), last) for y in (leaves, apart)))
 
 
 # --- what is not visible is not read -------------------------------------------------------------------------
@@ -399,88 +394,6 @@ def test_the_same_bits_twice_and_in_any_batch(device):
             assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, run(slice(i, i + 1)), strict=True))
 
 
-# --- a cache -------------------------------------------------------------------------------------------------
-
-
-def slots_ref(q, k, v, last):
-    visible = torch.arange(k.shape[1], device=k.device) <= last[..., None]  # [B, T, S]
-    q_BTKGH = q.unflatten(2, (k.shape[2], -1))
-    k, v = (x.masked_fill(~visible.any(1)[..., None, None], 0) for x in (k, v))
-    scores = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k) * q.shape[3] ** -0.5
-    visible = visible[:, None, None]
-    p = scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0)
-    return torch.einsum("bkgts,bskh->btkgh", p, v).flatten(2, 3)
-
-
-SLOTS = {  # T, S, last of the first query of each row, (N, K, H)
-    "one key": (1, 1, [0], (1, 1, 16)),
-    "short rows": (1, 65, [0, 14, 16, 63, 64], (4, 2, 64)),
-    "an empty row": (1, 40, [-1, 3, -1], (3, 1, 72)),
-    "parts": (1, 400, [399, 128, 127, 0, -1, 256], (8, 1, 32)),
-    "prefill": (65, 70, [0, 4], (2, 1, 80)),
-    "prefill in parts": (3, 300, [120, 297], (8, 2, 96)),
-    "a few more": (5, 129, [60, 0], (6, 2, 128)),
-    "no queries": (0, 9, [0], (2, 1, 16)),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SLOTS)
-def test_slots(case, dtype, device):
-    """What lies behind the last slot of a row is NaN."""
-    T, S, first, (N, K, H) = SLOTS[case]
-    last = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)
-    inputs = draw_inputs(len(first), T, S, N, K, H, dtype, device)
-    stale = torch.arange(S, device=device) > (last.amax(1, keepdim=True) if T else S)
-    k, v = (inputs[name].masked_fill(stale[..., None, None], torch.nan) for name in "kv")
-    ours, eager = attend_slots(inputs["q"], k, v, last), slots_ref(inputs["q"], k, v, last)
-    check(ours, eager, lambda: slots_ref(*(x.double() for x in (inputs["q"], k, v)), last))
-    for i in range(len(first)):
-        assert torch.equal(
-            attend_slots(inputs["q"][i : i + 1], k[i : i + 1], v[i : i + 1], last[i : i + 1]), ours[i : i + 1]
-        )
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_drawn_slots(data):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, T, S = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 1, 2, 30])), data.draw(st.integers(1, 300))
-    K, G, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 8)), 2 * data.draw(st.integers(1, 64))
-    last = torch.tensor([sorted(data.draw(st.integers(-1, S - 1)) for _ in range(T)) for _ in range(B)], device=device)
-    inputs = draw_inputs(B, T, S, K * G, K, H, data.draw(st.sampled_from(DTYPES)), device)
-    q, k, v = inputs["q"], *(surround(inputs[name]) for name in "kv")
-    ours, eager = attend_slots(q, k, v, last), slots_ref(q, k, v, last)
-    check(ours, eager, lambda: slots_ref(q.double(), k.double(), v.double(), last))
-
-
-def test_more_parts_than_are_merged_at_a_time(device):
-    """40 parts of 128 slots, of which 32 are merged at once; the largest scores are in those after them."""
-    inputs = draw_inputs(2, 1, 5120, 2, 1, 16, device=device)
-    q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    k[0, 4096:] *= 2
-    last = torch.tensor([[5119], [4500]], device=device)
-    assert kernels.cut_slots(q, k, 32, 1)[1] == 40
-    ours, eager = attend_slots(q, k, v, last), slots_ref(q, k, v, last)
-    check(ours, eager, lambda: slots_ref(q.double(), k.double(), v.double(), last))
-
-
-def test_parts_fill_the_gpu_and_no_more(device):
-    """So many programs as there are processors, two times at most, or parts of 128 slots."""
-    seen = {}
-    for (S, K), processors in itertools.product([(256, 1), (4096, 8), (2**17, 8), (2**17, 1)], [108, 132]):
-        q, k = (
-            torch.empty(1, 1, 8, 64, dtype=torch.float16, device="meta"),
-            torch.empty(1, S, K, 64, dtype=torch.float16, device="meta"),
-        )
-        with mock.patch.object(kernels, "num_processors", lambda q, n=processors: n):
-            size, parts = kernels.cut_slots(q, k, BN=64, num_blocks=1)
-        seen[S, K, processors] = parts
-        assert size % 64 == 0 and size * parts >= S > size * (parts - 1) and size >= 128
-        assert parts * K <= 2 * processors
-    assert seen[2**17, 8, 132] == 33 and seen[256, 1, 132] == 2
-
-
 # --- mistakes ------------------------------------------------------------------------------------------------
 
 
@@ -501,8 +414,6 @@ def test_mistakes_are_named(device):
     ):
         with pytest.raises(ValueError, match=message):
             attention(*arguments, **options)
-    with pytest.raises(ValueError, match=r"last has shape \[4\], but q \[1, 4, 2, 16\] needs \[1, 4\]"):
-        attend_slots(x, x, x, torch.arange(4, device=device))
 
 
 def test_gradients_have_no_gradient(device):

@@ -131,7 +131,6 @@ def operators(device):
     yield ops.attention_backward, (*forward, q.detach(), *no_runs, True, 0.25)
     table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
     last = torch.arange(12, device=device)[None]
-    yield ops.attend_slots, (q.detach(), k.detach(), v.detach(), torch.arange(12, device=device)[None], 0.25)
     yield ops.attend_blocks, (q.detach(), k[0].detach(), v[0].detach(), table, last, 4, 0.25)
     yield ops.linear_cross_entropy, (hidden, head, labels, 3, 4, True, True)
     yield ops.linear_cross_entropy, (hidden, head.detach(), labels, None, 9, True, False)
