@@ -1,0 +1,236 @@
+"""Guesses of a row's next tokens -> the tokens that the model chooses, several a pass: speculative decoding.
+
+```
+tokens so far  a b c      guessed  d e f      one pass over  c  d  e  f
+                          the model chooses behind each      d  e  x  .      accepted: d, e; and x, its own choice
+```
+
+Guesses are looked up in the row's own tokens (PromptLookup). What the model chooses behind a right guess is what it
+would have chosen without guesses, with the same number drawn by the row's generator. So guesses change no token of an
+answer, greedy or sampled; they only save passes.
+
+Guesses that were drawn, with the probabilities that they were drawn by, are accepted more often by speculative sampling
+(Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). It keeps the distribution of the answers,
+though not the answer of a seed.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nanovlm.config import SamplingConfig
+from nanovlm.errors import UserError
+from nanovlm.infer.sampling import choose, filter_logits, penalize
+
+
+class Guess(NamedTuple):
+    """Tokens that may follow those of a row; `probabilities` [k, V] if they were drawn, and by these."""
+
+    tokens: list[int]
+    probabilities: Tensor | None = None
+
+
+class Guessed(Protocol):
+    """What a draft sees of a row: its tokens so far, prompt first, and how many it can have at most."""
+
+    tokens: list[int]
+    most_tokens: int
+
+
+class Draft(Protocol):
+    """Whoever guesses."""
+
+    def propose(self, rows: Sequence[Guessed]) -> list[Guess]:
+        """Return for each row the tokens that may follow; a guess may be empty."""
+        ...
+
+    def forget(self, row: Guessed):
+        """The row has ended."""
+        ...
+
+
+# --- checking -------------------------------------------------------------------------------------------------
+
+
+def verify(
+    logits: Tensor,
+    draft: Sequence[int],
+    probabilities: Tensor | None,
+    config: SamplingConfig,
+    generator: torch.Generator,
+    seen: Tensor | None = None,
+    stops: Collection[int] = (),
+) -> list[int]:
+    """Return the accepted ones of k drafted tokens and one more, the model's own; nothing behind one of `stops`.
+
+    `logits` fp32[k + 1, V] are those behind the last token and behind each drafted one. The draft was drawn by
+    `probabilities` [k, V]; None if it was not drawn. `seen` bool[V] marks the tokens that the repetition penalty
+    applies to, without the draft. The generator goes on as if it had drawn for the returned tokens alone.
+    """
+    state = generator.get_state()
+    grown = None if seen is None else add_draft(seen, draft)
+    generators = [generator] * len(logits)
+    if probabilities is None:
+        chosen = choose(logits, grown, config, generators)
+    else:
+        ids = torch.tensor([*draft, 0], device=logits.device)
+        drawn_by = torch.cat([probabilities, torch.zeros_like(logits[:1], dtype=probabilities.dtype)])
+        chosen = choose_against(logits, grown, config, generators, ids, drawn_by)
+    tokens = accept(draft, chosen.tolist(), stops)
+    if config.temperature > 0:
+        rewind(generator, state, len(tokens))
+    return tokens
+
+
+def add_draft(seen: Tensor, draft: Sequence[int]) -> Tensor:
+    """Return bool[k + 1, V]: `seen` bool[V], to which each position adds the drafted tokens before it."""
+    grown = seen.expand(len(draft) + 1, -1).clone()
+    if draft:
+        pairs = [(later, token) for i, token in enumerate(draft) for later in range(i + 1, len(draft) + 1)]
+        positions, tokens = torch.tensor(pairs).T.to(seen.device)
+        grown[positions, tokens] = True
+    return grown
+
+
+def choose_against(
+    logits: Tensor,
+    seen: Tensor | None,
+    config: SamplingConfig,
+    generators: list[torch.Generator],
+    draft: Tensor,
+    probabilities: Tensor,
+) -> Tensor:
+    """Choose as `choose` does, but the token drafted for a position as often as the distribution p allows.
+
+    `draft` int64[R] was drawn by `probabilities` q [R, V], all 0 where nothing was drafted. A draft x is kept with
+    probability min(1, p(x) / q(x)); else a token is drawn from the positive part of p - q, which x is not in. One
+    number is drawn a position: given that x is rejected, how far the number is beyond p(x) / q(x) is uniform again.
+    """
+    if config.temperature == 0:
+        return choose(logits, seen, config, generators)
+    if config.repetition_penalty != 1 and seen is not None:
+        logits = penalize(logits, seen, config.repetition_penalty)
+    p, q = filter_logits(logits, config).double().softmax(-1), probabilities.double()
+    drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    drawn, one = drawn.to(p.device), draft[:, None]
+    bound = torch.where(q.gather(-1, one) > 0, p.gather(-1, one) / q.gather(-1, one), 0).clamp(max=1)
+    sums = (p - q).clamp(min=0).cumsum(-1)
+    share = ((drawn - bound) / (1 - bound).clamp(min=1e-300)).clamp(0, 1 - 2**-53)
+    other = torch.searchsorted(sums, share * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
+    # Where p and q differ by roundings alone, nothing is left to draw from.
+    return torch.where((drawn < bound) | (sums[:, -1:] == 0), one, other)[:, 0]
+
+
+def accept(draft: Sequence[int], chosen: Sequence[int], stops: Collection[int] = ()) -> list[int]:
+    """Return the chosen tokens up to the first that was not drafted or is one of `stops`, that one included."""
+    for i, token in enumerate(chosen):
+        if i == len(draft) or token != draft[i] or token in stops:
+            return list(chosen[: i + 1])
+    raise AssertionError(f"{len(chosen)} choices for {len(draft)} drafted tokens")
+
+
+def rewind(generator: torch.Generator, state: Tensor, num: int):
+    """Put a generator where it would be if it had drawn for `num` tokens since it was in `state`."""
+    generator.set_state(state)
+    torch.rand(num, dtype=torch.float64, generator=generator)
+
+
+# --- guessing from the row's own tokens -----------------------------------------------------------------------
+
+
+class PromptLookup:
+    """Guesses what followed when the last tokens of a row occurred before, in its prompt or its answer.
+
+    It looks for the last `longest` tokens, then for fewer down to the last `shortest`, and takes the latest occurrence.
+    It guesses at most `num_tokens`, and ends a guess before one of `never`. Where what followed reaches the end of the
+    row, the guess goes on with its own beginning, so that a row that repeats itself is guessed in full.
+
+    A row whose guesses fail is guessed for less often: after MOST_FAILURES guesses in a row of which no token was
+    accepted there is none for PAUSE tokens, and for twice as many, up to LONGEST_PAUSE, each time the next one fails.
+    """
+
+    def __init__(self, num_tokens: int = 4, longest: int = 3, shortest: int = 2, never: Collection[int] = ()):
+        for name, value, least in (("num_tokens", num_tokens, 1), ("shortest", shortest, 1), ("longest", longest, 1)):
+            if value < least:
+                raise UserError(f"{name} = {value} must be at least {least}")
+        if longest < shortest:
+            raise UserError(f"longest = {longest} must be at least shortest = {shortest}")
+        self.num_tokens, self.longest, self.shortest, self.never = num_tokens, longest, shortest, frozenset(never)
+        self.rows: dict[Guessed, Index] = {}
+
+    def propose(self, rows: Sequence[Guessed]) -> list[Guess]:
+        return [Guess(self._propose(row)) for row in rows]
+
+    def forget(self, row: Guessed):
+        self.rows.pop(row, None)
+
+    def _propose(self, row: Guessed) -> list[int]:
+        index = self.rows.get(row)
+        if index is None:
+            index = self.rows[row] = Index(self.longest, self.shortest)
+        index.grow(row.tokens)
+        most = min(self.num_tokens, row.most_tokens - len(row.tokens) - 1)
+        if most < 1 or not index.pace.may_guess(row.tokens):
+            return []
+        tokens, guess = row.tokens, []
+        start = index.find(tokens)
+        if start is None:
+            return []
+        for source in range(start, start + most):
+            token = tokens[source] if source < len(tokens) else guess[source - len(tokens)]
+            if token in self.never:
+                break
+            guess.append(token)
+        index.pace.note(tokens, guess)
+        return guess
+
+
+class Index:
+    """Where each n-gram of a row that is followed by something occurred last; grows with the row."""
+
+    def __init__(self, longest: int, shortest: int):
+        self.places: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(longest, shortest - 1, -1)}
+        self.num_tokens, self.pace = 0, Pace()
+
+    def grow(self, tokens: list[int]):
+        """Note the n-grams that end before the last token."""
+        for n, places in self.places.items():
+            for end in range(max(self.num_tokens, n), len(tokens)):
+                places[tuple(tokens[end - n : end])] = end
+        self.num_tokens = len(tokens)
+
+    def find(self, tokens: list[int]) -> int | None:
+        """Return the position behind the latest earlier occurrence of the longest n-gram at the end, None without."""
+        for n, places in self.places.items():
+            if (found := places.get(tuple(tokens[-n:]))) is not None:
+                return found
+        return None
+
+
+MOST_FAILURES, PAUSE, LONGEST_PAUSE = 2, 4, 64
+
+
+class Pace:
+    """Whether it pays to guess for a row: what became of its last guesses."""
+
+    def __init__(self):
+        self.guess: list[int] = []
+        self.num_failures = self.length = self.next = 0
+        self.pause = PAUSE
+
+    def note(self, tokens: list[int], guess: list[int]):
+        """A guess is made behind these tokens."""
+        self.guess, self.length = guess, len(tokens)
+
+    def may_guess(self, tokens: list[int]) -> bool:
+        if self.guess and len(tokens) > self.length:
+            if tokens[self.length] == self.guess[0]:
+                self.num_failures, self.pause = 0, PAUSE
+            else:
+                self.num_failures += 1
+            self.guess = []
+            if self.num_failures >= MOST_FAILURES:
+                self.next, self.pause = len(tokens) + self.pause, min(2 * self.pause, LONGEST_PAUSE)
+        return len(tokens) >= self.next
