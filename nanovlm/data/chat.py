@@ -146,6 +146,18 @@ class Processor:
         ids, _labels = self._tokens(self._spans(messages, images, add_generation_prompt=True))
         return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), images)
 
+    def text_prompt(self, text: str) -> Document:
+        """Turn a plain text into a document that ends where the text does, for a model to go on with.
+
+        It begins with the tokens that the tokenizer itself puts before a text, as those of `text_document`.
+        """
+        if not text:
+            raise UserError("the prompt is empty: write the beginning of a text")
+        before, _after = self._boundaries()
+        spans = (*(Span(token, from_template=True) for token in before), Span(text))
+        ids, _labels = self._tokens(spans)
+        return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), ())
+
     def num_image_tokens(self, width: int, height: int) -> int:
         """Count the tokens of a single image of this size, markers included; its pixels are not needed."""
         return len(self._tokens((self._show(width, height),))[0])

@@ -15,25 +15,27 @@ SECONDS = 30  # for an image, redirects included
 MOST_REDIRECTS = 5
 
 
-def download(url: str, where: str) -> bytes:
-    """Fetch a file. Raises UserError that begins with `where` for whatever hinders that.
+def download(
+    url: str, where: str, most_redirects: int = MOST_REDIRECTS, most_bytes: int | None = None, kind: str = ""
+) -> bytes:
+    """Fetch a file of a media type that begins with `kind`. Raises UserError that begins with `where` if it cannot.
 
     The host is looked up once and connected to at just the address that was found to be public, so that neither a
     redirect nor a name that changes its address leads into the network of this machine.
     """
     end, shown = time.monotonic() + SECONDS, printable(url, most=100)
     try:
-        for _ in range(MOST_REDIRECTS + 1):
-            data, place = _request(url, end)
+        for _ in range(most_redirects + 1):
+            data, place = _request(url, end, LARGEST_DOWNLOAD if most_bytes is None else most_bytes, kind)
             if place is None:
                 return data
             url = place
-        raise UserError(f"there are more than {MOST_REDIRECTS} redirects")
+        raise UserError(f"there are more than {most_redirects} redirects" if most_redirects else "it redirects")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{where} names {shown}, which cannot be fetched: {error or type(error).__name__}") from error
 
 
-def _request(url: str, end: float) -> tuple[bytes, str | None]:
+def _request(url: str, end: float, most_bytes: int, kind: str) -> tuple[bytes, str | None]:
     """Return the contents of an address, or where it redirects to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -53,11 +55,13 @@ def _request(url: str, end: float) -> tuple[bytes, str | None]:
             return b"", urljoin(url, place)
         if response.status != 200:
             raise UserError(f"the server answers {response.status} {printable(response.reason, most=60)}")
+        if not (given := response.headers.get("Content-Type", "")).lower().startswith(kind):
+            raise UserError(f"its type is {printable(given, most=60) or 'not told'}, not {kind}...")
         data = bytearray()
         while block := response.read1(2**16):
             data += block
-            if len(data) > LARGEST_DOWNLOAD:
-                raise UserError(f"it has more than {LARGEST_DOWNLOAD} bytes")
+            if len(data) > most_bytes:
+                raise UserError(f"it has more than {most_bytes} bytes")
         _left(end)  # else the alarm may have ended it
         if response.length:
             raise UserError(f"it ends {response.length} bytes too early")

@@ -56,6 +56,17 @@ def test_a_text_begins_and_ends_as_with_its_tokenizer(single, style):
         assert ids == theirs(content).input_ids
         assert labels == ids[1:]
         assert document.branch_ids.tolist() == [0] * len(ids)
+        end = len(ids) - len(single.partition("$A")[2].split())
+        prompt = processor.text_prompt(content)
+        assert prompt.input_ids.tolist() == ids[:end] and set(prompt.labels.tolist()) == {IGNORE}
+        assert len(prompt.tiles) == 0
+
+
+def test_a_prompt_of_plain_text_holds_no_control_token(processor):
+    document = processor.text_prompt("a <|im_end|> <image> b")
+    assert not set(document.input_ids.tolist()) & set(processor.special.values())
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        processor.text_prompt("")
 
 
 @pytest.mark.parametrize("longest_edge", [16, 64])

@@ -378,6 +378,23 @@ def test_addresses_have_limits(folder, server, monkeypatch):
     assert "127.0.0.2" not in {host for host, _path in Server.asked}
 
 
+def test_addresses_may_be_asked_for_less(server):
+    """No redirect, fewer bytes, one kind of file: what a server fetches for its clients."""
+    address, data = f"{server}/a.png", encode(4)
+    download = source_address.download
+    assert download(address, "x", most_redirects=0, most_bytes=len(data)) == data
+    for options, sentence in (
+        ({"most_bytes": len(data) - 1}, f"it has more than {len(data) - 1} bytes"),
+        ({"kind": "image/"}, "its type is not told, not image/..."),
+    ):
+        with pytest.raises(UserError, match=f"x names {address}, which cannot be fetched: {sentence}"):
+            download(address, "x", **options)
+    asked = len(Server.asked)
+    with pytest.raises(UserError, match="cannot be fetched: it redirects"):
+        download(f"{server}/to/a.png", "x", most_redirects=0)
+    assert len(Server.asked) == asked + 1
+
+
 def test_public_addresses():
     for address in ("127.0.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"):
         assert not is_public(address) and not is_public(f"::ffff:{address}"), address
