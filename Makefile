@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test quick kernels-3.6 harness other-transformers lint clean
+.PHONY: demo test quick kernels-3.6 serve-test harness other-transformers lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -27,6 +27,9 @@ kernels-3.6: .venv/installed-test  ## the kernels compile with the oldest Triton
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 	PYTHONPATH=.venv/triton-3.6 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	  tests/kernels/test_sass.py tests/kernels/test_compiling.py
+
+serve-test: .venv/installed-test  ## the server under load: 100 requests at once, slow and vanishing clients
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load tests/infer
 
 # lmms-eval, VLMEvalKit as it is on the index, and what of their many requirements the tests load.
 HARNESS := lmms-eval==0.7.3 ms-vlmeval==0.0.20 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrs==26.1.0 \

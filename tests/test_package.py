@@ -68,7 +68,8 @@ def test_the_wheel_holds_the_packages_and_the_scripts(wheel):
     files = {
         f"{package}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, package in PACKAGES.items()
-        for file in (ROOT / folder).rglob("*.py")
+        for pattern in ("*.py", "page/*")
+        for file in (ROOT / folder).rglob(pattern)
     }
     assert names == files | {f"{module}.py" for module in MODULES}
 
@@ -105,7 +106,7 @@ def test_that_of_the_package_index_too(elsewhere, tmp_path):
     assert done.stdout.strip() == str(ROOT / "nanovlm" / "kernels" / "gpu.py"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["nanovlm-train", "nanovlm-generate", "nanovlm-eval"])
+@pytest.mark.parametrize("name", ["nanovlm-train", "nanovlm-generate", "nanovlm-eval", "nanovlm-serve"])
 def test_help(elsewhere, name):
     done = elsewhere.call(name, "--help")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,105 @@
+"""Reply -> OpenAI's JSON: whole, or in chunks as it grows."""
+
+import json
+import math
+import time
+import uuid
+from typing import Any
+
+from nanovlm.infer.replies import Piece, Reply
+from nanovlm.infer.request import Token
+from nanovlm.infer.token_bytes import TokenBytes
+
+LEAST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot say
+
+
+def to_json(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+
+
+class ReplyJson:
+    """Writes one reply, of `/v1/chat/completions` or `/v1/completions`."""
+
+    def __init__(self, reply: Reply, model: str, token_bytes: TokenBytes):
+        self.reply, self.token_bytes = reply, token_bytes
+        self.is_chat = reply.ask.text is None
+        self.head = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.kind = "chat.completion" if self.is_chat else "text_completion"
+        self.offsets = [0] * len(reply.answers)  # characters of the tokens so far
+
+    def whole(self) -> dict:
+        """Return the reply when it is over."""
+        choices = []
+        for piece in self.reply.take():
+            text = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+            choices.append(self._choice(piece, text if self.is_chat else {"text": piece.text}))
+        return {**self.head, "object": self.kind, "choices": choices, "usage": self.reply.usage()}
+
+    def opening(self) -> list[dict]:
+        """Return the chunks that precede those with text."""
+        if not self.is_chat:
+            return []
+        opened = [Piece(index, "", [], None) for index in range(len(self.reply.answers))]
+        return [self._chunk([self._choice(piece, {"delta": {"role": "assistant", "content": ""}})]) for piece in opened]
+
+    def chunks(self) -> list[dict]:
+        """Return what has come since the last call."""
+        chunks = []
+        for piece in self.reply.take():
+            delta = {"content": piece.text} if piece.text or piece.tokens else {}
+            chunks.append(
+                self._chunk([self._choice(piece, {"delta": delta} if self.is_chat else {"text": piece.text})])
+            )
+        return chunks
+
+    def closing(self) -> list[dict]:
+        """Return the chunks that follow those with text."""
+        return [self._chunk([], self.reply.usage())] if self.reply.ask.includes_usage else []
+
+    def _chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
+        chunk = {**self.head, "object": "chat.completion.chunk" if self.is_chat else self.kind, "choices": choices}
+        return chunk | ({"usage": usage} if self.reply.ask.includes_usage else {})
+
+    def _choice(self, piece: Piece, text: dict) -> dict:
+        logprobs, ask = None, self.reply.ask
+        if piece.tokens and ask.num_logprobs is not None:
+            logprobs = self._chat_logprobs(piece.tokens) if self.is_chat else self._logprobs(piece.index, piece.tokens)
+        choice = {"index": piece.index, **text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return choice | ({"token_ids": [token.id for token in piece.tokens]} if ask.tells_tokens else {})
+
+    def _chat_logprobs(self, tokens: list[Token]) -> dict:
+        def entry(token, logprob):
+            data = self.token_bytes[token]
+            return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+        content = [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.likeliest]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _logprobs(self, index: int, tokens: list[Token]) -> dict:
+        texts, offsets, likeliest = [], [], []
+        for token in tokens:
+            texts.append(self._text(token.id))
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(texts[-1])
+            others = {}
+            for other, logprob in token.likeliest:  # of two that read the same, the likelier
+                others.setdefault(self._text(other), _finite(logprob))
+            likeliest.append(others)
+        logprobs = [_finite(token.logprob) for token in tokens]
+        told = likeliest if self.reply.ask.num_logprobs else None
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": told, "text_offset": offsets}
+
+    def _text(self, token: int) -> str:
+        return self.token_bytes[token].decode(errors="replace")
+
+
+def _finite(logprob: float | None) -> float:
+    return LEAST_LOGPROB if logprob is None or math.isinf(logprob) else logprob

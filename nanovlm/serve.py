@@ -1,0 +1,187 @@
+"""Serve a model over HTTP, as OpenAI's API has it.
+
+    python -m nanovlm.serve runs/demo/model
+    python -m nanovlm.serve owner/name --port 8080 --quantize int4 --token-file token.txt --host 0.0.0.0
+    python -m nanovlm.serve runs/demo/model --allow-urls upload.wikimedia.org
+
+Any client of that API can ask it: docs/serving.md has examples, limits and what it counts.
+"""
+
+from nanovlm import cli
+
+if __name__ == "__main__":
+    cli.end_on_interrupt()  # the imports below take seconds
+
+import asyncio
+import importlib.util
+import socket
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from nanovlm.errors import UserError
+from nanovlm.infer.api import Limits
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    # A model folder, or owner/name on the hub.
+    model: str
+    # The name by which clients call it; the model as given above if empty.
+    name: str = ""
+    # The address to listen on. Any but this machine's own lets others in: set a token.
+    host: str = "127.0.0.1"
+    # 0 takes a free one.
+    port: int = 8000
+    # How many answers are made at a time.
+    num_rows: int = 16
+    # How many tokens the cache holds: of all prompts and answers at a time, and of prompts kept for others that begin
+    # alike. 0 for what suits num_rows.
+    cache_tokens: int = 0
+    # What it takes on.
+    limits: Limits = field(default_factory=Limits)
+    # Seconds in which open requests may end at SIGTERM or Ctrl-C.
+    grace: float = 30
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
+    # Precision of the weights; auto takes that of the file.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # Quantise the decoder's linear layers to this format.
+    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # Threads of the CPU; 0 for one a physical core.
+    threads: int = 0
+
+    def validate(self) -> "ServeConfig":
+        """Return self, or raise UserError that names a value and what would be right."""
+        self.limits.validate()
+        for name, ok, right in (
+            ("port", 0 <= self.port < 65536, "from 0 to 65535"),
+            ("num_rows", self.num_rows >= 1, "at least 1"),
+            ("cache_tokens", self.cache_tokens >= 0, "0 or more"),
+            ("grace", 0 <= self.grace < float("inf"), "0 or more"),
+            ("threads", self.threads >= 0, "0 or more"),
+        ):
+            if not ok:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be {right}")
+        return self
+
+
+def main(config: ServeConfig):
+    """Serve until SIGTERM or Ctrl-C. Raises UserError with one sentence for anything wrong with the options."""
+    config.validate()
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise UserError(f'{sys.executable} has no {", ".join(missing)}: pip install -c constraints.txt -e ".[serve]"')
+    limits = read_token(config.limits)
+    listening = bind(config.host, config.port)  # before what takes long, as it may be taken
+    import torch
+
+    import nanovlm
+    from nanovlm.config import QuantizationConfig
+    from nanovlm.environment import choose_threads, find_device
+    from nanovlm.infer.engine import Engine
+    from nanovlm.infer.service import Service
+    from nanovlm.infer.worker import Worker
+    from nanovlm.model.quantized import quantize
+
+    device = find_device(config.device)
+    torch.set_num_threads(config.threads or choose_threads(device))
+    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    model, processor = nanovlm.load(config.model, device, dtype)
+    if config.quantize != "none":
+        quantize(model, QuantizationConfig(config.quantize))
+    engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens)
+    service = Service(
+        processor,
+        Worker(engine),
+        config.name or config.model,
+        limits,
+        num_rows=config.num_rows,
+        longest=min(model.config.decoder.max_position_embeddings, config.cache_tokens or sys.maxsize),
+    )
+    run(service, listening, config.host, config.grace)
+
+
+def read_token(limits: Limits) -> Limits:
+    """Return the limits with the token that a file holds, if they name one."""
+    if limits.token_file is None:
+        return limits
+    try:
+        token = Path(limits.token_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the token file {limits.token_file} cannot be read: {error}") from error
+    if not token:
+        raise UserError(f"the token file {limits.token_file} is empty")
+    return replace(limits, token=token, token_file=None).validate()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket at an address. Raises UserError if it is taken, or not this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # A client that has stopped reading is given up after so many milliseconds; connections inherit it.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+        listening.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from error
+    return listening
+
+
+def run(service, listening: socket.socket, host: str, grace: float):
+    """Serve on a bound socket until SIGTERM or Ctrl-C, and end what is open then; raise what the engine failed with."""
+    import uvicorn
+
+    from nanovlm.infer.server import build_app, is_loopback
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            self.should_exit |= bool(seen)  # a signal that came before this server watched for them
+            place = f"[{host}]" if ":" in host else host
+            print(f"{service.model} is served at http://{place}:{listening.getsockname()[1]}", flush=True)
+            if not is_loopback(host) and not service.limits.token:
+                print(f"anyone who reaches {host} can use it: --token-file FILE asks for a token", flush=True)
+
+        async def on_tick(self, counter):
+            return await super().on_tick(counter) or service.worker.failure is not None
+
+        async def shutdown(self, sockets=None):
+            ending = asyncio.create_task(service.close(0 if service.worker.failure else grace))
+            await super().shutdown(sockets)
+            await ending
+
+    config = uvicorn.Config(
+        build_app(service, host),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(grace) + 10,
+    )
+    service.worker.start()
+    with cli.watch_signals() as seen:  # and have uvicorn watch for them in between
+        try:
+            Server(config).run([listening])
+        finally:
+            service.worker.stop()
+    if service.worker.failure is not None:
+        raise service.worker.failure
+
+
+def command():
+    """Run `python -m nanovlm.serve`, or the command nanovlm-serve."""
+    import tyro  # only a command needs it
+
+    options = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    cli.run(lambda: main(tyro.cli(ServeConfig, description=__doc__, config=options)))
+
+
+if __name__ == "__main__":
+    command()
