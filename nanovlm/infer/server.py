@@ -21,7 +21,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -36,6 +38,7 @@ from nanovlm.infer.reply_json import ReplyJson, to_json
 from nanovlm.infer.service import SMALL_BODY, ClientGone, Service
 
 SENDING_SECONDS = 10  # beyond the time-out of a request, to tell a client of it
+T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 # What the page shows and runs comes from this server alone; pictures are those that were dropped on it.
@@ -145,17 +148,11 @@ class Completions:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send):
         service, start = self.service, time.monotonic()
-        size = service.check_head(scope)
-        async with service.budget.take(size if size > SMALL_BODY else 0):
-            body = await service.read_body(receive, size)
-            async with while_connected(receive), time_limit(service.limits.timeout):
-                ask = self.read(parse_json(body))
-                service.check_model(ask.model)
-                prompt = await service.prepare(ask)
+        ask, prompt = await take_in(service, scope, receive, self.read, service.make_prompt)
         left = max(start + service.limits.timeout - time.monotonic(), 0.001)
         request = service.make_request(ask, prompt, left)
-        # The body, its images and the tiles are in memory no longer than needed.
-        ask, body, prompt = replace(ask, messages=(), pictures=()), None, None
+        # The images and their tiles are in memory no longer than needed.
+        ask, prompt = replace(ask, messages=(), pictures=()), None
         async with while_connected(receive), time_limit(left + SENDING_SECONDS):
             async with service.open_reply(ask, request) as reply:
                 request = None
@@ -185,6 +182,23 @@ class Completions:
         except ApiError as error:
             await send_events(send, [error.body()])
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def take_in(
+    service: Service,
+    scope: Scope,
+    receive: Receive,
+    read: Callable[[dict], Ask],
+    make: Callable[[Ask, list[Image.Image]], T],
+) -> tuple[Ask, T]:
+    """Return a checked request and what is made of it and its images. Raises ApiError, or ClientGone."""
+    size = service.check_head(scope)
+    async with service.budget.take(size if size > SMALL_BODY else 0):
+        body = await service.read_body(receive, size)
+        async with while_connected(receive), time_limit(service.limits.timeout):
+            ask = read(parse_json(body))
+            service.check_model(ask.model)
+            return ask, await service.with_images(ask, make)
 
 
 async def send_events(send: Send, chunks: list[dict]):

@@ -7,11 +7,13 @@ prompt. So what clients send has a bound in memory, whatever they do.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 from urllib.parse import urlsplit
 
+from PIL import Image
 from starlette.types import Receive, Scope
 
 from nanovlm.data.chat import Processor
@@ -31,6 +33,7 @@ BODY_SECONDS = 60  # in which a body has to come
 NUM_DOWNLOADS = 4  # requests whose images are fetched at a time
 SMALL_BODY = 2**16  # bytes; larger ones have to wait while BODIES of the largest size are in memory
 BODIES = 4
+T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -163,15 +166,15 @@ class Service:
             message = f"there is no model {shown!r}; this server has {self.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    async def prepare(self, ask: Ask) -> Document:
-        """Fetch and decode the images of a request, and make its prompt. Raises ApiError."""
+    async def with_images(self, ask: Ask, make: Callable[[Ask, list[Image.Image]], T]) -> T:
+        """Return what a function makes of a request and its images, which are fetched and decoded. Raises ApiError."""
         if len(ask.pictures) > self.limits.max_images:
             message = f"{len(ask.pictures)} images are more than the {self.limits.max_images} that are allowed"
             raise ApiError(400, message, "messages")
         loop = asyncio.get_running_loop()
         try:
             if not any(is_address(url) for url in ask.pictures):
-                return await loop.run_in_executor(self.preparing, self._make_prompt, ask, ask.pictures)
+                return await loop.run_in_executor(self.preparing, self._decode, ask, ask.pictures, make)
             async with self.downloads:
                 pictures, size = [], 0
                 for number, url in enumerate(ask.pictures, start=1):
@@ -181,7 +184,7 @@ class Service:
                         size += len(pictures[-1])
                     else:
                         pictures.append(url)
-                return await loop.run_in_executor(self.preparing, self._make_prompt, ask, pictures)
+                return await loop.run_in_executor(self.preparing, self._decode, ask, pictures, make)
         except UserError as error:
             raise ApiError(400, str(error), "prompt" if ask.text is not None else "messages") from error
 
@@ -196,9 +199,7 @@ class Service:
             raise UserError(f"{where} is at {printable(host, most=100)!r}, and the hosts that are allowed are {hosts}")
         return download(url, where, most_redirects=0, most_bytes=most, kind="image/")
 
-    def _make_prompt(self, ask: Ask, pictures) -> Document:
-        if ask.text is not None:
-            return self.processor.text_prompt(ask.text)
+    def _decode(self, ask: Ask, pictures: Sequence[str | bytes], make: Callable[[Ask, list[Image.Image]], T]) -> T:
         images, pixels = [], 0
         for number, picture in enumerate(pictures, start=1):
             data = fetch(picture, None) if isinstance(picture, str) else picture
@@ -208,6 +209,12 @@ class Service:
             pixels += images[-1].width * images[-1].height
             if pixels > self.limits.max_pixels:
                 raise UserError(f"the images have more than {self.limits.max_pixels} pixels in all")
+        return make(ask, images)
+
+    def make_prompt(self, ask: Ask, images: list[Image.Image]) -> Document:
+        """Return the prompt of a request. Raises UserError."""
+        if ask.text is not None:
+            return self.processor.text_prompt(ask.text)
         return self.processor.prompt(list(ask.messages), images)
 
     def make_request(self, ask: Ask, prompt: Document, timeout: float) -> Request:

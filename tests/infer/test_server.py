@@ -717,6 +717,27 @@ def test_images_are_fetched_from_hosts_that_are_allowed(letters, processor, pict
         assert reply.status_code == 400 and "which is not a public address" in reply.text
 
 
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_and_its_files_are_those_of_its_folder(letters, processor, tmp_path, monkeypatch):
+    for name in ("index.html", "page.js", "page.css", "notes.txt"):
+        (tmp_path / name).write_text(f"this is {name}")
+    (tmp_path.parent / "secret.js").write_text("secret")
+    monkeypatch.setattr("nanovlm.infer.server.PAGE", tmp_path)
+    with running(processor, letters, token="secret") as server:
+        for path, kind in (("/", "text/html"), ("/page/page.js", "text/javascript"), ("/page/page.css", "text/css")):
+            reply = server.get(path)  # without the token, which the page asks for
+            assert reply.status_code == 200 and reply.headers["content-type"].startswith(kind)
+            assert reply.text == f"this is {'index.html' if path == '/' else path.rpartition('/')[2]}"
+            assert "default-src 'self'" in reply.headers["content-security-policy"]
+            assert "unsafe" not in reply.headers["content-security-policy"]
+            assert reply.headers["x-content-type-options"] == "nosniff"
+        for path in ("/page/notes.txt", "/page/../secret.js", "/page/%2e%2e/secret.js", "/page/..%2fsecret.js"):
+            reply = server.get(path, headers={"authorization": "Bearer secret"})
+            assert reply.status_code == 404 and "this is" not in reply.text
+
+
 # --- counts, health, the end --------------------------------------------------------------------------------------
 
 
