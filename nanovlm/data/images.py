@@ -101,11 +101,11 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(data, str(path))
 
 
-def decode_image(data: bytes, name: str = "image") -> Image.Image:
+def decode_image(data: bytes, name: str = "image", most_pixels: int | None = None) -> Image.Image:
     """Read the bytes of an image file as RGB, the first frame of an animation.
 
     Raises UserError that begins with `name`, and where the data are from if they know it, for data that are no image,
-    truncated, or of more pixels than the limit.
+    truncated, or of more pixels than the limit, or than `most_pixels`.
     """
     if isinstance(origin := getattr(data, "name", None), str):
         name = f"{name} ({origin})"
@@ -114,6 +114,10 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
             warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
             Image.open(io.BytesIO(data), formats=FORMATS) as image,
         ):
+            if most_pixels is not None and image.width * image.height > most_pixels:
+                raise UserError(
+                    f"it has {image.width * image.height} pixels, more than the {most_pixels} that are left"
+                )
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
         problem = f"its {len(data)} bytes have no format that is read"

@@ -200,15 +200,13 @@ class Service:
         return download(url, where, most_redirects=0, most_bytes=most, kind="image/")
 
     def _decode(self, ask: Ask, pictures: Sequence[str | bytes], make: Callable[[Ask, list[Image.Image]], T]) -> T:
-        images, pixels = [], 0
+        images, left = [], self.limits.max_pixels
         for number, picture in enumerate(pictures, start=1):
             data = fetch(picture, None) if isinstance(picture, str) else picture
             if not isinstance(data, bytes):
                 raise UserError(f"image {number} is no data: URL of base64")
-            images.append(decode_image(data, f"image {number}"))
-            pixels += images[-1].width * images[-1].height
-            if pixels > self.limits.max_pixels:
-                raise UserError(f"the images have more than {self.limits.max_pixels} pixels in all")
+            images.append(decode_image(data, f"image {number}", left))
+            left -= images[-1].width * images[-1].height
         return make(ask, images)
 
     def make_prompt(self, ask: Ask, images: list[Image.Image]) -> Document:

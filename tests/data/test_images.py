@@ -135,6 +135,14 @@ def test_a_cut_off_file_is_named_or_read_whole(format):
             assert str(error).startswith("photo 7 cannot be read as an image: ") and "\n" not in str(error)
 
 
+def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch):
+    data = save(noise(0, 10), "PNG")
+    assert decode_image(data, "x", most_pixels=100).size == (10, 10)
+    monkeypatch.setattr(images, "to_rgb", lambda _image: 1 / 0)
+    with pytest.raises(ValueError, match="it has 100 pixels, more than the 99 that are left"):
+        decode_image(data, "x", most_pixels=99)
+
+
 def test_a_bomb_is_refused(monkeypatch):
     data = save(Image.new("1", (100, 100)), "PNG")
     for limit in (9999, 4999):  # above the limit PIL warns, above twice the limit it raises

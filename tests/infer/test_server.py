@@ -5,14 +5,17 @@ Answers are compared with those of nanovlm.generate, in a process of its own tha
 
 import asyncio
 import base64
+import dataclasses
 import http.server
 import json
+import re
 import signal
 import socket
 import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 from typing import ClassVar
 
 import httpx2
@@ -425,7 +428,8 @@ def test_images_have_limits(letters, processor):
         reply = server.post(body=chat("which?", noise(0), noise(1), noise(2)))
         assert "3 images are more than the 2 that are allowed" in reply.text and reply.status_code == 400
         reply = server.post(body=chat("which?", noise(0, 24), noise(1, 24)))
-        assert "the images have more than 1000 pixels in all" in reply.text and reply.status_code == 400
+        assert "image 2 cannot be read as an image: it has 576 pixels, more than the 424 that are left" in reply.text
+        assert reply.status_code == 400
         for form in ("JPEG", "WEBP", "GIF", "BMP"):
             assert server.post(body=chat("which?", data_url(noise(0), form))).status_code == 200, form
 
@@ -759,6 +763,18 @@ def test_counts_are_prometheus(letters, processor):
     assert values["nanovlm_answer_seconds_count",] == values["nanovlm_answer_seconds_bucket", ("le", "+Inf")] == 6
     assert values["process_resident_memory_bytes",] > 10**7
     assert families["nanovlm_answer_seconds"].type == "histogram"
+
+
+def test_the_page_of_the_docs_is_right(letters, processor):
+    """It names every count and every limit with its default."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    with running(processor, letters) as server:
+        assert all(f"`{name}`" in text for name in server.service.metrics)
+    for field in dataclasses.fields(Limits):
+        option, default = f"--{field.name.replace('_', '-')}", field.default or "none"
+        assert re.search(rf"^\| [^|]*`{option}`[^|]* \| {default} \|", text, re.M), option
+    config = ServeConfig("m")
+    assert f"`--num-rows` {config.num_rows}" in text and f"`--grace` {config.grace} seconds" in text
 
 
 def test_a_signal_lets_answers_end(folder):
