@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanovlm.config import SamplingConfig
@@ -135,6 +135,8 @@ class Ask:
     tells_tokens: bool
     is_streamed: bool
     includes_usage: bool
+    # Of an answer that is looked into.
+    answer_ids: tuple[int, ...] = ()
 
 
 def parse_json(body: bytes) -> dict:
@@ -177,6 +179,16 @@ def read_completion(data: dict) -> Ask:
     num_logprobs = _whole(data, "logprobs", None, 0, MOST_LOGPROBS)
     max_tokens = _whole(data, "max_tokens", COMPLETION_TOKENS, 1)
     return _ask(data, max_tokens, num_logprobs, messages=(), pictures=(), text=prompt)
+
+
+def read_look(data: dict) -> Ask:
+    """Check a request of /v1/look: a conversation as of a chat, and the tokens of an answer to it."""
+    data = _known(data, {"model", "messages", "answer_ids"})
+    ids = data.pop("answer_ids", None)
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        message = "answer_ids must be a list of at least one token id, such as return_token_ids gives"
+        raise ApiError(400, message, "answer_ids")
+    return replace(read_chat(data), answer_ids=tuple(ids))
 
 
 def _known(data: dict, known: set[str]) -> dict:

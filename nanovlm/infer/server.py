@@ -32,7 +32,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanovlm.infer.api import ApiError, Ask, parse_json, read_chat, read_completion
+from nanovlm.infer.api import ApiError, Ask, parse_json, read_chat, read_completion, read_look
 from nanovlm.infer.metrics import exposition
 from nanovlm.infer.reply_json import ReplyJson, to_json
 from nanovlm.infer.service import SMALL_BODY, ClientGone, Service
@@ -56,6 +56,7 @@ def build_app(service: Service, host: str) -> Starlette:
     routes = [
         Route("/v1/chat/completions", Completions(service, read_chat), methods=["POST"]),
         Route("/v1/completions", Completions(service, read_completion), methods=["POST"]),
+        Route("/v1/look", Looking(service), methods=["POST"]),
         Route("/v1/models", endpoints.models),
         Route("/v1/models/{name:path}", endpoints.model),
         Route("/health", endpoints.health),
@@ -182,6 +183,24 @@ class Completions:
         except ApiError as error:
             await send_events(send, [error.body()])
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+class Looking:
+    """The application of /v1/look: what led to each token of an answer, for the page."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        service = self.service
+        with service.place():
+            try:
+                ask, images = await take_in(service, scope, receive, read_look, lambda _ask, images: images)
+                async with while_connected(receive), time_limit(service.limits.timeout):
+                    found = await service.look(ask, images)
+                await json_response(found)(scope, receive, send)
+            except ClientGone:
+                service.gone.add()
 
 
 async def take_in(

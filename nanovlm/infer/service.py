@@ -23,6 +23,7 @@ from nanovlm.data.source_address import download
 from nanovlm.data.types import Document
 from nanovlm.errors import UserError, printable
 from nanovlm.infer.api import ApiError, Ask, Limits
+from nanovlm.infer.looking import look_response
 from nanovlm.infer.metrics import SECONDS, TOKEN_SECONDS, Count, Gauge, Histogram, resident_bytes
 from nanovlm.infer.replies import Reply
 from nanovlm.infer.request import Request
@@ -214,6 +215,14 @@ class Service:
         if ask.text is not None:
             return self.processor.text_prompt(ask.text)
         return self.processor.prompt(list(ask.messages), images)
+
+    async def look(self, ask: Ask, images: list[Image.Image]) -> dict:
+        """Return what led to an answer, which the engine's thread computes between two steps. Raises ApiError."""
+        args = self.worker.engine.model, self.processor, list(ask.messages), images, list(ask.answer_ids)
+        try:
+            return await self.worker.call(look_response, *args)
+        except UserError as error:
+            raise ApiError(400, str(error)) from error
 
     def make_request(self, ask: Ask, prompt: Document, timeout: float) -> Request:
         """Return what the engine is asked; an answer without max_tokens gets what room there is, up to a limit."""

@@ -30,6 +30,7 @@ from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.api import Limits
 from nanovlm.infer.engine import Engine
+from nanovlm.infer.looking import look_response
 from nanovlm.model.vlm import VLM
 from nanovlm.serve import ServeConfig, main
 from tests.conftest import TINY, noise
@@ -740,6 +741,37 @@ def test_the_page_and_its_files_are_those_of_its_folder(letters, processor, tmp_
         for path in ("/page/notes.txt", "/page/../secret.js", "/page/%2e%2e/secret.js", "/page/..%2fsecret.js"):
             reply = server.get(path, headers={"authorization": "Bearer secret"})
             assert reply.status_code == 404 and "this is" not in reply.text
+
+
+def test_what_led_to_an_answer_is_told(server, model, processor):
+    fields = chat(ASKED, noise(1), noise(2), max_tokens=5)
+    reply = server.client().chat.completions.create(**fields, extra_body={"return_token_ids": True})
+    ids = reply.choices[0].token_ids
+    body = {"model": "tiny", "messages": fields["messages"], "answer_ids": ids}
+    found = server.post("/v1/look", body)
+    assert found.status_code == 200, found.text
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": ASKED}]}]
+    expected = look_response(model, processor, messages, [noise(1), noise(2)], ids)
+    assert found.json().keys() == expected.keys() and found.json()["tiles"] == expected["tiles"]
+    assert [token["text"] for token in found.json()["tokens"]] == [token["text"] for token in expected["tokens"]]
+    assert [t["logprob"] for t in found.json()["tokens"]] == pytest.approx([t["logprob"] for t in expected["tokens"]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"answer_ids": []}, "answer_ids must be a list of at least one token id"),
+        ({"answer_ids": [-1]}, "answer_ids must be"),
+        ({"answer_ids": [True]}, "answer_ids must be"),
+        ({"answer_ids": [512]}, "token 512 cannot stand in an answer"),
+        ({"answer_ids": [TINY.image_token_id]}, "cannot stand in an answer"),
+        ({"temperature": 0}, "there is no field 'temperature'"),
+    ],
+)
+def test_what_cannot_be_looked_into(server, fields, sentence):
+    body = {"model": "tiny", "messages": question("why?", noise(0)), "answer_ids": [5]}
+    reply = server.post("/v1/look", body | fields)
+    assert reply.status_code == 400 and sentence in reply.json()["error"]["message"], reply.text[:300]
 
 
 # --- counts, health, the end --------------------------------------------------------------------------------------
