@@ -26,7 +26,9 @@ def save_model(folder: Path, model: VLM, processor: Processor, tensors: dict[str
     """Write a model folder with all that `load` and generate.py need; `tensors`, if given, replace the model's own."""
     with new_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
-        save_file(model.state_dict() if tensors is None else tensors, temporary / "model.safetensors")
+        tensors = model.state_dict() if tensors is None else tensors
+        # Prepared for inference, matrices may be stored transposed.
+        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary / "model.safetensors")
         processor.save(temporary)
 
 

@@ -7,11 +7,12 @@ T tokens, D hidden, N query heads, K key/value heads, H head size, F feed-forwar
 import math
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.config import DecoderConfig, pick
 from nanovlm.model.attention import ATTENTION
+from nanovlm.model.joined import Joined, project
 from nanovlm.model.kv_cache import CachePass
 from nanovlm.model.moe import MLP, MoE, Routing
 
@@ -26,10 +27,24 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+        self.joined_head: Joined | None = None  # the head in int8, set by inference.prepare
+
+    @property
+    def head_layer(self) -> nn.Embedding | nn.Linear:
+        """The output head, or the embedding table where the two are tied."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output head, or the embedding table where the two are tied."""
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """[V, D], of the output head or the embedding table where the two are tied."""
+        return self.head_layer.weight
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V]."""
+        joined = self.joined_head
+        if joined is None or torch.is_grad_enabled() or not joined.is_current([self.head_layer]):
+            return F.linear(hidden, self.head_weight)
+        return joined(hidden)[0]
 
     def forward(
         self,
@@ -89,16 +104,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * H, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, K * H, bias=config.qkv_bias)
         self.o_proj = nn.Linear(N * H, D, bias=config.o_bias)
+        self.joined: Joined | None = None  # q, k and v in one product, set by inference.prepare
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             heads = (1, 1) if config.qk_norm == "head" else (N, K)
             self.q_norm, self.k_norm = (RMSNorm(n * H, config.rms_norm_eps) for n in heads)
 
     def forward(self, x_BTD, rope, mask, cache):
-        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q, k, v = project(x_BTD, self.joined, self.q_proj, self.k_proj, self.v_proj)
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BTNH, k_BTKH, v_BTKH = (rearrange(x, "B T (N H) -> B T N H", H=self.head_dim) for x in (q, k, v))
+        q_BTNH, k_BTKH, v_BTKH = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         if self.qk_norm == "head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.has_rope:
@@ -107,7 +123,7 @@ class Attention(nn.Module):
             out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
         else:
             out_BTNH = cache.attend(self.index, q_BTNH, k_BTKH, v_BTKH)
-        return self.o_proj(rearrange(out_BTNH, "B T N H -> B T (N H)"))
+        return self.o_proj(out_BTNH.flatten(2))
 
 
 class RMSNorm(nn.Module):
@@ -117,8 +133,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.is_fused = False  # whether to round but once, set by inference.prepare
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_fused and not torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x_fp32 = x.float()
         return self.weight * (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 

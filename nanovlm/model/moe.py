@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from nanovlm.config import MoEConfig, pick
 from nanovlm.errors import UserError
+from nanovlm.model.joined import Joined, project
 
 
 class MLP(nn.Module):
@@ -34,13 +35,17 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.joined: Joined | None = None  # gate and up in one product, set by inference.prepare
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = project(x, self.joined, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate) * up
     return SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]
 
 

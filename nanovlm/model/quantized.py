@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nanovlm.config import QuantizationConfig
 from nanovlm.errors import UserError
 from nanovlm.kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, make_tables, pack
+from nanovlm.model.packed import PackedWeight
 from nanovlm.model.vlm import VLM
 
 # Fractions of a group's range to try, from 1 down to about a half, closer together near 1. On normal weights, 40 evenly
@@ -58,9 +59,13 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
 
 
 class QuantizedLinear(nn.Module):
-    """y = x @ W.T + bias with quantised W; frozen, but differentiable in x."""
+    """y = x @ W.T + bias with quantised W; frozen, but differentiable in x.
 
-    codes: Tensor
+    While it is `packed` (packed.py), the codes of int8 and int4 are there alone, and `codes` is None. A state dict has
+    them as ever; loading one and moving or casting the layer first unpack it.
+    """
+
+    codes: Tensor | None
 
     def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
         super().__init__()
@@ -70,18 +75,48 @@ class QuantizedLinear(nn.Module):
         for name in TENSORS:
             self.register_buffer(name, getattr(w, name))
         self.bias = linear.bias
+        # Shared by layers that are multiplied together, and which of them this is.
+        self.packed: PackedWeight | None = None
+        self.index = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and not torch.is_grad_enabled():
+            y = self.packed(x).split(self.packed.sizes, dim=-1)[self.index]
+            return y if self.bias is None else y + self.bias
+        return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, self.weight(), self.bias)
+
+    def weight(self) -> QuantizedWeight:
         tensors = {name: getattr(self, name) for name in TENSORS}
-        w = QuantizedWeight(self.format, self.shape, self.group, **tensors, tables=self.tables)
-        return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, w, self.bias)
+        if self.codes is None:
+            assert self.packed is not None
+            tensors["codes"] = self.packed.unpack(self.index)
+        return QuantizedWeight(self.format, self.shape, self.group, **tensors, tables=self.tables)
+
+    def pack(self, packed: PackedWeight, index: int):
+        """Multiply with the packed weight from now on, of which this layer's is part `index`."""
+        self.packed, self.index = packed, index
+        if self.format != "nf4":
+            self.codes = None
+
+    def unpack(self):
+        """Undo `pack`."""
+        self.codes, self.packed = self.weight().codes, None
 
     def _apply(self, fn, recurse=True):
         """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved. Make new tables."""
+        self.unpack()
         as_bits, buffers = {4: torch.int32, 1: torch.uint8}, {id(t) for t in self.buffers()}
         super()._apply(lambda t: fn(t.view(as_bits[t.itemsize])).view(t.dtype) if id(t) in buffers else fn(t), recurse)
-        self.tables = make_tables(self.codes.device) if self.format == "nf4" else None
+        self.tables = make_tables(self.weight().codes.device) if self.format == "nf4" else None
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = self.weight().codes
+
+    def _load_from_state_dict(self, *args):
+        self.unpack()
+        super()._load_from_state_dict(*args)
 
 
 def load_kernel():

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig, pick
@@ -103,7 +102,7 @@ class VLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        return F.linear(hidden, self.decoder.head_weight)
+        return self.decoder.head(hidden)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return logits [B, T, V] at every position."""

@@ -1,0 +1,107 @@
+"""A model -> the same model, whose decode steps on a CPU take less time. Nothing is changed on a GPU.
+
+```
+q, k, v and gate, up     one product each instead of five (joined.py)
+quantised weights        products that read the few bits (packed.py) instead of writing the weights out
+head if quantised        a copy in int8, a byte a weight
+fp32 weights             stored transposed, [K, N]: products with one row read them in order
+norms                    one call; in bf16 rounded once less
+```
+
+State dicts, training and everything else stay as they were; moving or casting the model undoes it, for `prepare` to be
+called again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.model.decoder import Attention, Decoder, RMSNorm
+from nanovlm.model.joined import Joined
+from nanovlm.model.moe import MLP
+from nanovlm.model.packed import PackedWeight
+from nanovlm.model.quantized import QuantizedLinear, quantize_weight
+from nanovlm.model.vlm import VLM
+
+
+@torch.inference_mode(False)  # in which weights would become tensors that can never be trained again
+@torch.no_grad()
+def prepare(model: VLM, int8_head: bool | None = None) -> VLM:
+    """Make decode steps fast, in place; what is prepared already is left as it is.
+
+    With `int8_head`, by default where the model is quantised, logits come from a copy of the head in int8.
+    """
+    if model.decoder.embed_tokens.weight.device.type != "cpu":
+        return model
+    for module in model.decoder.modules():
+        if isinstance(module, Attention):
+            module.joined = join(module.joined, module.q_proj, module.k_proj, module.v_proj)
+            join(None, module.o_proj)
+        elif isinstance(module, MLP):
+            module.joined = join(module.joined, module.gate_proj, module.up_proj)
+            join(None, module.down_proj)
+        elif isinstance(module, RMSNorm):
+            module.is_fused = True
+    if model.config.quantization is not None if int8_head is None else int8_head:
+        model.decoder.joined_head = copy_head(model.decoder)
+    else:
+        share([model.decoder.head_weight])
+        model.decoder.joined_head = None
+    return model
+
+
+def copy_head(decoder: Decoder) -> Joined:
+    """Return a product with the head in int8."""
+    if decoder.joined_head is not None and decoder.joined_head.is_current([decoder.head_layer]):
+        return decoder.joined_head
+    weight = quantize_weight(decoder.head_weight, "int8", search=False)
+    return Joined([decoder.head_layer], [len(decoder.head_weight)], PackedWeight([weight]), None)
+
+
+def join(joined: Joined | None, *layers: nn.Module) -> Joined | None:
+    """Return the product for all layers, whose weights it shares, or None where there is none.
+
+    There is none for layers of different kinds, and for other modules than linear layers.
+    """
+    if joined is not None and joined.is_current(layers):
+        return joined
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    linear = [layer for layer in layers if type(layer) is nn.Linear]
+    if len(quantized) == len(layers):
+        weight, sizes = pack_layers(quantized), [layer.shape[0] for layer in quantized]
+    elif len(linear) == len(layers):
+        weight, sizes = share([layer.weight for layer in linear]), [layer.out_features for layer in linear]
+    else:
+        return None
+    biases = [layer.bias for layer in (*quantized, *linear) if layer.bias is not None]
+    if len(layers) == 1 or weight is None or len(biases) not in (0, len(layers)):
+        return None
+    return Joined(layers, sizes, weight, share(biases) if biases else None)
+
+
+def pack_layers(layers: list[QuantizedLinear]) -> PackedWeight | None:
+    """Pack the weights of the layers together, unless they are of different formats or packed already."""
+    if len({(layer.format, layer.group) for layer in layers}) > 1:
+        return None
+    packed = layers[0].packed
+    if packed is None or any(layer.packed is not packed for layer in layers):
+        packed = PackedWeight([layer.weight() for layer in layers])
+        for index, layer in enumerate(layers):
+            layer.pack(packed, index)
+    return packed
+
+
+def share(parameters: Sequence[Tensor]) -> Tensor | None:
+    """Move parameters one after the other into one tensor, of which they become parts, and return it.
+
+    A matrix in fp32 is stored transposed. None if they are of different dtypes.
+    """
+    if len({parameter.dtype for parameter in parameters}) > 1:
+        return None
+    whole = torch.cat([x.data for x in parameters]) if len(parameters) > 1 else parameters[0].data
+    if whole.ndim == 2 and whole.dtype == torch.float32:
+        whole = whole.t().contiguous().t()
+    for parameter, part in zip(parameters, whole.split([len(x) for x in parameters]), strict=True):
+        parameter.data = part
+    return whole
