@@ -108,6 +108,7 @@ class Chosen(NamedTuple):
 class Engine:
     """Answers many requests at once. Not thread-safe: one thread calls all of it.
 
+    The model is in eval mode, as `nanovlm.load` returns it; `prepare` (model/inference.py) makes it faster on a CPU.
     `num_rows` answers at a time; a cache of `cache_tokens` tokens, 0 for what suits num_rows; `chunk` tokens of prompts
     a pass; at most `feature_bytes` of image features are kept. With `read_every` k the host reads the tokens of k
     passes at once and a GPU waits for nothing in between; 0 for 8 on a GPU, and 1 on a CPU.
@@ -126,7 +127,7 @@ class Engine:
         for name, value, least in (("num_rows", num_rows, 1), ("cache_tokens", cache_tokens, 0), ("chunk", chunk, 1)):
             if value < least:
                 raise UserError(f"{name} = {value} must be at least {least}")
-        self.model, self.config = model.eval(), model.config
+        self.model, self.config = model, model.config
         self.num_rows, self.chunk = num_rows, chunk
         weight, longest = model.decoder.embed_tokens.weight, self.config.decoder.max_position_embeddings
         self.device = weight.device
