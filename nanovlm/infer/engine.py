@@ -17,6 +17,7 @@ What a row gets follows from its own tokens and its own generator alone. Beside 
 order: in fp32 logits differ by some 1e-6 of the largest.
 """
 
+import itertools
 import time
 from bisect import bisect_left
 from collections import deque
@@ -31,6 +32,7 @@ from nanovlm.infer.blocks import Block, Blocks, block_key, digest_tile
 from nanovlm.infer.features import ImageFeatures
 from nanovlm.infer.request import End, Event, Request, Token, Usage
 from nanovlm.infer.sampling import choose, find_never, find_stops
+from nanovlm.infer.speculate import Draft, Guess, accept, add_draft, choose_against, join_guesses, rewind
 from nanovlm.model.cache_attention import BLOCK, Span
 from nanovlm.model.decoder import rope_table
 from nanovlm.model.kv_cache import KVCache
@@ -85,6 +87,10 @@ class Row:
         self.features: dict[int, Tensor] = {}
         # bool[V], the tokens that the repetition penalty applies to.
         self.seen: Tensor | None = None
+        # Tokens that may follow, computed in the same pass, and the state of the generator before it draws for them.
+        self.guess = Guess([])
+        self.state: Tensor | None = None
+        self.num_drafted = self.num_accepted = 0
 
     @property
     def num_new(self) -> int:
@@ -97,7 +103,10 @@ class Row:
 
 
 class Chosen(NamedTuple):
-    """What a pass gave to the rows that have computed all their tokens; log-probabilities if one asked for them."""
+    """What a pass gave to the rows that have computed all their tokens; log-probabilities if one asked for them.
+
+    A row stands there once for its last token, and once for each guessed one.
+    """
 
     rows: list[Row]
     ids: Tensor  # int64[R]
@@ -111,7 +120,10 @@ class Engine:
     The model is in eval mode, as `nanovlm.load` returns it; `prepare` (model/inference.py) makes it faster on a CPU.
     `num_rows` answers at a time; a cache of `cache_tokens` tokens, 0 for what suits num_rows; `chunk` tokens of prompts
     a pass; at most `feature_bytes` of image features are kept. With `read_every` k the host reads the tokens of k
-    passes at once and a GPU waits for nothing in between; 0 for 8 on a GPU, and 1 on a CPU.
+    passes at once and a GPU waits for nothing in between; 0 for 8 on a GPU, and 1 on a CPU and with a `draft`.
+
+    What `draft` guesses (speculate.py, draft_model.py) is checked in the pass that would give one token. Where memory
+    runs out, guessing ends before any request does.
     """
 
     def __init__(
@@ -123,6 +135,7 @@ class Engine:
         feature_bytes: int = 2**28,
         keeps_prefixes: bool = True,
         read_every: int = 0,
+        draft: Draft | None = None,
     ):
         for name, value, least in (("num_rows", num_rows, 1), ("cache_tokens", cache_tokens, 0), ("chunk", chunk, 1)):
             if value < least:
@@ -143,6 +156,9 @@ class Engine:
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
         self.num_submitted = 0
+        self.draft = draft
+        if draft is not None:
+            draft.prepare(model, num_rows, num_blocks)
 
     # --- what callers use -------------------------------------------------------------------------------------
 
@@ -165,6 +181,7 @@ class Engine:
         """Run the model once, or `read_every` times where all rows are answering; return what came of it."""
         events: list[Event] = [*self._end_late()]
         self._admit()
+        self._guess()
         work, passes = self._plan(), []
         try:
             self._encode(work)
@@ -173,11 +190,14 @@ class Engine:
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
+            if any(row.guess.tokens for row, _ in work):
+                self._end_guessing()
+                return events
             if not passes:
                 return [*events, self._give_up(work)]
         for number, chosen in enumerate(passes):
             for row, num in work:
-                self._advance(row, num if number == 0 else 1)
+                self._advance(row, num - len(row.guess.tokens) if number == 0 else 1)
             events += self._take(chosen)
             work = [(row, num) for row, num in work if row.blocks]  # without those that have ended
         return events
@@ -232,9 +252,30 @@ class Engine:
             row.blocks, row.numbers = blocks, [block.number for block in blocks]
             self.rows.append(self.queue.popleft())
 
+    def _guess(self):
+        """Ask for the tokens that may follow those of the rows that are answering and get more than one token."""
+        rows = [row for row in self.rows if row.is_answering and row.most_tokens - len(row.tokens) > 1]
+        if self.draft is None or not rows:
+            return
+        try:
+            for row, guess in zip(rows, self.draft.propose(rows), strict=True):
+                row.guess = guess.cut(row.most_tokens - len(row.tokens) - 1)  # the pass gives one token more
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            self._end_guessing()
+
+    def _end_guessing(self):
+        self.draft = None
+        for row in self.rows:
+            if row.state is not None:
+                row.generator.set_state(row.state)
+            row.guess, row.state = Guess([]), None
+        self._free()
+
     def _plan(self) -> list[tuple[Row, int]]:
-        """Return which rows take part in the next pass, and with how many new tokens."""
-        work = [(row, 1) for row in self.rows if row.is_answering]
+        """Return which rows take part in the next pass, and with how many new tokens, guessed ones included."""
+        work = [(row, 1 + len(row.guess.tokens)) for row in self.rows if row.is_answering]
         tokens, tiles, missing = self.chunk, MOST_TILES, set()
         for row in self.rows:
             if tokens == 0 or row.is_answering:
@@ -290,7 +331,7 @@ class Engine:
         """Return how many passes can run before their tokens are read."""
         if not work:
             return 0
-        if len(work) < len(self.rows) or not all(row.is_answering for row, _ in work):
+        if self.draft is not None or len(work) < len(self.rows) or not all(row.is_answering for row, _ in work):
             return 1
         return min(self.read_every, *(row.most_tokens - len(row.tokens) for row, _ in work))
 
@@ -304,16 +345,16 @@ class Engine:
         for i in now.order:
             (row, num), start = work[i], starts[i]
             if ids is None:
-                listed += row.tokens[start : start + num]
+                listed += row.tokens[start : start + num] + row.guess.tokens
                 for tile in row.prompt.tiles_of(start, start + num) if not row.is_answering else ():
                     first = row.prompt.image_positions[tile * row.prompt.per_tile :][: row.prompt.per_tile]
                     inside = [j for j, position in enumerate(first) if start <= position < start + num]
                     places += [end + first[j] - start for j in inside]
                     features.append(row.features[tile][inside[0] : inside[-1] + 1])
             end += num
-            if ids is not None or start + num == len(row.tokens):
-                rows.append(row)
-                lasts.append(end - 1)
+            if ids is not None or start + num >= len(row.tokens):
+                rows += [row] * (1 + len(row.guess.tokens))
+                lasts += range(end - 1 - len(row.guess.tokens), end)
         if ids is None:
             ids = torch.tensor(listed).to(self.device, non_blocking=True)
         x_BTD = self.model.decoder.embed_tokens(ids[None])
@@ -328,7 +369,7 @@ class Engine:
         return self._choose(rows, self.model.head(last).float())
 
     def _choose(self, rows: list[Row], logits: Tensor) -> Chosen:
-        """Choose the next token of each row, given logits fp32[R, V]."""
+        """Choose the token behind the last and each guessed token of the rows, given logits fp32[R, V]."""
         logprobs, likeliest = None, None
         asked = [row.request.num_logprobs for row in rows if row.request.num_logprobs is not None]
         if asked:
@@ -337,15 +378,22 @@ class Engine:
         logits.index_fill_(1, self.never, -torch.inf)
         ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
         for own in group_by_sampling(rows):
-            chosen = [rows[i] for i in own]
+            generators, chosen = [rows[i].generator for i in own], list(dict.fromkeys(rows[i] for i in own))
             config = chosen[0].request.sampling
             seen = None
             if config.repetition_penalty != 1:
-                seen = torch.stack([self._seen(row) for row in chosen])
+                seen = torch.cat([add_draft(self._seen(row), row.guess.tokens) for row in chosen])
+            for row in chosen:
+                if row.guess.tokens and config.temperature > 0:
+                    row.state = row.generator.get_state()
             where = slice(None) if len(own) == len(rows) else torch.tensor(own, device=self.device)
-            ids[where] = choose(logits[where], seen, config, [row.generator for row in chosen])
+            if all(row.guess.probabilities is None for row in chosen):
+                ids[where] = choose(logits[where], seen, config, generators)
+            else:
+                draft, drawn_by = join_guesses([row.guess for row in chosen], logits)
+                ids[where] = choose_against(logits[where], seen, config, generators, draft, drawn_by)
         for i, row in enumerate(rows):
-            if row.seen is not None:
+            if row.seen is not None and not row.guess.tokens:
                 row.seen.index_fill_(0, ids[i : i + 1], True)
         if logprobs is not None:
             logprobs = logprobs.gather(-1, ids[:, None])[:, 0]
@@ -377,31 +425,49 @@ class Engine:
         values, others = (
             (x.tolist() for x in chosen.likeliest) if chosen.likeliest else ([()] * len(ids), [()] * len(ids))
         )
-        for i, (row, token) in enumerate(zip(chosen.rows, ids, strict=True)):
+        for row, places in itertools.groupby(range(len(ids)), key=chosen.rows.__getitem__):
             if not row.blocks:  # ended in an earlier pass of this step
                 continue
+            own = list(places)
+            tokens = accept(row.guess.tokens, [ids[i] for i in own], self.stops)
             if not row.num_new:
                 row.first_token_s = time.monotonic() - row.submitted
-            if token in self.stops:
-                events.append(self._finish(row, "stop"))
-                continue
-            row.tokens.append(token)
-            num, logprob, likeliest = row.request.num_logprobs, None, ()
-            if num is not None:
-                logprob, likeliest = logprobs[i], tuple(zip(others[i], values[i], strict=True))[:num]
-            events.append(Token(row.number, row.answer, token, logprob, likeliest))
-            if len(row.tokens) == row.most_tokens:
-                events.append(self._finish(row, "length"))
+            has_ended = tokens[-1] in self.stops
+            new = tokens[:-1] if has_ended else tokens
+            row.tokens += new
+            if row.guess.tokens:
+                self._settle(row, tokens)
+            for i, token in zip(own, new, strict=False):
+                num, logprob, likeliest = row.request.num_logprobs, None, ()
+                if num is not None:
+                    logprob, likeliest = logprobs[i], tuple(zip(others[i], values[i], strict=True))[:num]
+                events.append(Token(row.number, row.answer, token, logprob, likeliest))
+            if has_ended or len(row.tokens) == row.most_tokens:
+                events.append(self._finish(row, "stop" if has_ended else "length"))
         return events
+
+    def _settle(self, row: Row, tokens: list[int]):
+        """Note what came of a guess: the accepted tokens, and one more."""
+        row.num_drafted += len(row.guess.tokens)
+        row.num_accepted += len(tokens) - 1
+        self._advance(row, len(tokens) - 1)
+        if row.state is not None:
+            rewind(row.generator, row.state, len(tokens))
+        if row.seen is not None:
+            row.seen[tokens] = True
+        row.guess, row.state = Guess([]), None
 
     def _give_up(self, work: list[tuple[Row, int]]) -> End:
         """End the row with most new tokens, of equal ones the last, so that the others can go on."""
         row, _ = max(reversed(work), key=lambda pair: pair[1])
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
         return self._finish(
             row, "error", "there is not enough memory on the device for this request and those beside it"
         )
+
+    def _free(self):
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _finish(self, row: Row, reason: str, message: str = "") -> End:
         if row.blocks:
@@ -410,7 +476,10 @@ class Engine:
         else:
             self.queue.remove(row)
         row.blocks, row.numbers, row.features = [], [], {}
-        usage = Usage(row.num_prompt, row.num_cached, row.num_new, row.first_token_s, time.monotonic() - row.submitted)
+        if self.draft is not None:
+            self.draft.forget(row)
+        total_s, guessed = time.monotonic() - row.submitted, (row.num_drafted, row.num_accepted)
+        usage = Usage(row.num_prompt, row.num_cached, row.num_new, row.first_token_s, total_s, *guessed)
         return End(row.number, row.answer, reason, message, usage)
 
 

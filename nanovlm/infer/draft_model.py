@@ -1,0 +1,259 @@
+"""A smaller model -> guesses of an engine's rows: the draft of speculative decoding.
+
+```
+engine's row   [ image tokens | question | answer so far ]        its cache, its model
+                                              |  propose: compute what is new, then num_tokens times the next token
+draft's row    [ image tokens | question | answer so far | g1 g2 g3 g4 ]      its own cache, the draft model
+```
+
+A draft model that takes the same tiles as the engine's model sees the pictures. To any other a prompt is shown without
+its image tokens. Tokens that the draft's vocabulary lacks are left out of what it is shown, too.
+
+For a greedy request the draft is greedy. For another it draws as the request is drawn, by a generator of its own, and
+tells by which probabilities (speculate.py). What it guesses follows from the row alone, so that an answer still depends
+on its seed alone.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from nanovlm.errors import UserError
+from nanovlm.infer.blocks import Block, Blocks
+from nanovlm.infer.engine import MOST_TILES, Prompt, Row, group_by_sampling
+from nanovlm.infer.features import ImageFeatures
+from nanovlm.infer.sampling import choose, find_never, find_stops
+from nanovlm.infer.speculate import Guess, find_probabilities
+from nanovlm.model.cache_attention import BLOCK, Span
+from nanovlm.model.decoder import rope_table
+from nanovlm.model.kv_cache import KVCache
+from nanovlm.model.vlm import VLM
+
+
+class DraftRow:
+    """An engine's row as the draft sees it: the tokens that it knows, and how many of them are in its cache."""
+
+    def __init__(self, row: Row, prompt: Prompt, blocks: list[Block]):
+        self.prompt, self.blocks, self.numbers = prompt, blocks, [block.number for block in blocks]
+        self.tokens, self.keys = list(prompt.ids), list(prompt.keys)
+        self.num_computed = 0
+        # How many of the engine's tokens are in `tokens` or left out.
+        self.num_seen = row.num_prompt
+        # The last guess; all but its last token are in the cache, behind num_computed tokens.
+        self.guess: list[int] = []
+        sampling = row.request.sampling
+        # Another seed than those of the rows, as a guess must not depend on the numbers that it is checked with.
+        self.generator = torch.Generator().manual_seed(~(sampling.seed + row.answer))
+
+
+class DraftModel:
+    """Guesses the next `num_tokens` tokens of each row by a model with the same tokenizer (check_vocabulary).
+
+    It computes a prompt as a whole, in pieces of `chunk` tokens, in the step after the answer's first token. A row for
+    which the draft has too few positions gets no guesses.
+    """
+
+    def __init__(self, model: VLM, num_tokens: int = 4, chunk: int = 512, feature_bytes: int = 2**26):
+        if num_tokens < 1:
+            raise UserError(f"num_tokens = {num_tokens} must be at least 1")
+        self.model, self.num_tokens, self.chunk = model, num_tokens, chunk
+        self.device = model.decoder.embed_tokens.weight.device
+        self.features = ImageFeatures(model, feature_bytes)
+        self.rows: dict[Row, DraftRow | None] = {}
+
+    def prepare(self, model: VLM, num_rows: int, num_blocks: int):
+        own, config, weight = self.model.config, model.config, self.model.decoder.embed_tokens.weight
+        # Of the engine's model, and of those tokens the first that the draft knows.
+        self.vocab_size, self.num_known = (
+            config.decoder.vocab_size,
+            min(config.decoder.vocab_size, own.decoder.vocab_size),
+        )
+        self.image_token_id, self.stops = config.image_token_id, frozenset(find_stops(config))
+        never = {token for token in (*find_never(own), *find_never(config)) if token < self.num_known}
+        self.never = torch.tensor(sorted(never), dtype=torch.int64, device=self.device)
+        self.sees_images = (
+            own.vision is not None
+            and config.vision is not None
+            and (own.tile_size, own.num_image_tokens) == (config.tile_size, config.num_image_tokens)
+            and own.image_token_id == config.image_token_id
+        )
+        # Without image tokens prompts share their blocks at other places, so each row may need a block more; and the
+        # draft computes num_tokens behind the last token, even where an answer may have fewer.
+        num_blocks += num_rows * (1 + (self.num_tokens + BLOCK - 1) // BLOCK)
+        self.cache = KVCache(own.decoder, num_blocks, self.device, weight.dtype)
+        self.blocks = Blocks(num_blocks)
+        num = min(own.decoder.max_position_embeddings + self.num_tokens, num_blocks * BLOCK)
+        self.rope = rope_table(torch.arange(num, device=self.device)[None], own.decoder)
+        self.rows = {}
+
+    @torch.inference_mode()
+    def propose(self, rows: Sequence[Row]) -> list[Guess]:
+        guesses = [Guess([]) for _ in rows]
+        asked = [(i, own) for i, row in enumerate(rows) if (own := self._follow(row)) is not None]
+        if not asked:
+            return guesses
+        wanted, followed = [rows[i] for i, _ in asked], [own for _, own in asked]
+        seen = self._see(wanted, followed)
+        logits = self._run([(own, own.num_computed, len(own.tokens) - own.num_computed) for own in followed])
+        for own in followed:
+            self._advance(own, len(own.tokens) - own.num_computed)
+        drawn, drawn_by = [], []
+        for step in range(self.num_tokens):
+            if step:
+                logits = self._run([(own, own.num_computed + step - 1, 1) for own in followed], drawn[-1])
+            ids, probabilities = self._choose(wanted, followed, logits, seen)
+            drawn.append(ids)
+            drawn_by.append(probabilities)
+        listed = torch.stack(drawn, 1).tolist()  # the one wait for the device
+        for r, (i, own) in enumerate(asked):
+            own.guess = listed[r]
+            ends = [num for num, token in enumerate(own.guess, 1) if token in self.stops]
+            is_drawn = rows[i].request.sampling.temperature > 0
+            guess = Guess(own.guess, torch.stack([p[r] for p in drawn_by]) if is_drawn else None)
+            guesses[i] = guess.cut(min([*ends, self.num_tokens]))  # nothing is accepted behind an end
+        return guesses
+
+    def forget(self, row: Row):
+        own = self.rows.pop(row, None)
+        if own is not None:
+            self.blocks.release(own.blocks, own)
+
+    # --- in the order of a proposal ---------------------------------------------------------------------------
+
+    def _follow(self, row: Row) -> DraftRow | None:
+        """Take over what is new of an engine's row, computing a new prompt. None if there is no room for the row."""
+        if row not in self.rows:
+            self.rows[row] = self._begin(row)
+        own = self.rows[row]
+        if own is None:
+            return None
+        new = row.tokens[own.num_seen :]
+        own.num_seen = len(row.tokens)
+        own.tokens += [token for token in new if token < self.num_known]
+        num = 0  # of the guess that are in the cache and were right
+        while num < min(len(own.guess) - 1, len(new)) and own.guess[num] == new[num]:
+            num += 1
+        own.guess = []
+        self._advance(own, num)
+        # The last token again, if the draft knows none of the new ones: what follows it is to be guessed.
+        own.num_computed = min(own.num_computed, len(own.tokens) - 1)
+        while (num := len(own.tokens) - own.num_computed) > self.num_tokens + 1:
+            num = min(self.chunk, num - 1)
+            self._run([(own, own.num_computed, num)])
+            self._advance(own, num)
+        return own
+
+    def _begin(self, row: Row) -> DraftRow | None:
+        prompt, ids = row.prompt, row.request.prompt.input_ids
+        is_shown = ids < self.num_known
+        if not self.sees_images and self.image_token_id is not None:
+            is_shown &= ids != self.image_token_id
+        if not bool(is_shown.all()) or (prompt.digests and not self.sees_images):
+            fields = dict(input_ids=ids[is_shown], tiles=prompt.tiles if self.sees_images else prompt.tiles[:0])
+            prompt = Prompt(replace(row.request, prompt=replace(row.request.prompt, **fields)), self.model)
+        most = len(prompt.ids) + row.request.sampling.max_new_tokens
+        if not prompt.ids or most > self.model.config.decoder.max_position_embeddings:
+            return None
+        blocks = self.blocks.take(prompt.keys, (most + self.num_tokens + BLOCK - 1) // BLOCK)
+        if blocks is None:
+            return None
+        own = DraftRow(row, prompt, blocks)
+        # What is there already; what another row has yet to compute is computed twice, and is the same.
+        for block in blocks[: len(prompt.keys)]:
+            if not block.is_filled:
+                break
+            own.num_computed += BLOCK
+        return own
+
+    def _run(self, work: list[tuple[DraftRow, int, int]], ids: Tensor | None = None) -> Tensor:
+        """Run the model over new tokens of rows, each from a position on and so many.
+
+        `ids` int64[R] are the tokens where the host does not know them. Returns the logits behind the last of each row,
+        of the tokens that the engine's model knows, too.
+        """
+        now = self.cache.begin([Span(row.numbers, start, num) for row, start, num in work])
+        listed, places, features, lasts, end = [], [], [], [0] * len(work), 0
+        for i in now.order:
+            row, start, num = work[i]
+            listed += row.tokens[start : start + num]
+            positions = row.prompt.image_positions if self.sees_images and ids is None else []
+            first, last = bisect_left(positions, start), bisect_left(positions, start + num)
+            if first < last:
+                places += [end + position - start for position in positions[first:last]]
+                features.append(self._encode(row.prompt, first, last))
+            end += num
+            lasts[i] = end - 1
+        if ids is None:
+            ids = torch.tensor(listed).to(self.device, non_blocking=True)
+        else:
+            ids = ids[torch.tensor(now.order, device=self.device)]
+        x_BTD = self.model.decoder.embed_tokens(ids[None])
+        if places:
+            index = torch.tensor(places).to(self.device, non_blocking=True)
+            x_BTD[0].index_copy_(0, index, torch.cat(features).to(x_BTD.dtype))
+        rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
+        hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope)
+        logits = self.model.head(hidden[0, torch.tensor(lasts, device=self.device)]).float()[:, : self.num_known]
+        return logits.index_fill(1, self.never, -torch.inf)
+
+    def _encode(self, prompt: Prompt, first: int, last: int) -> Tensor:
+        """Return the features of the image tokens from `first` to `last` of a prompt, [last - first, D]."""
+        P = prompt.per_tile
+        tiles, found = range(first // P, (last - 1) // P + 1), []
+        for i in range(0, len(tiles), MOST_TILES):
+            some = tiles[i : i + MOST_TILES]
+            found += self.features.get([prompt.digests[j] for j in some], [prompt.tiles[j] for j in some])
+        return torch.cat(found)[first - tiles[0] * P : last - tiles[0] * P]
+
+    def _see(self, rows: list[Row], followed: list[DraftRow]) -> Tensor | None:
+        """Return the tokens that the repetition penalty applies to, bool[R, V]; None if no row has one."""
+        if all(row.request.sampling.repetition_penalty == 1 for row in rows):
+            return None
+        seen = torch.zeros(len(rows), self.num_known, dtype=torch.bool)
+        for own, of_row in zip(followed, seen, strict=True):
+            of_row[own.tokens] = True
+        return seen.to(self.device)
+
+    def _choose(
+        self, rows: list[Row], followed: list[DraftRow], logits: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the next token of each row, int64[R], and add it to `seen`; return the probabilities fp32[R, V], too.
+
+        The probabilities of greedy rows are not filled in.
+        """
+        ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        is_drawn = any(row.request.sampling.temperature > 0 for row in rows)
+        probabilities = torch.zeros(len(rows), self.vocab_size if is_drawn else 0, device=self.device)
+        for indices in group_by_sampling(rows):
+            config, where = rows[indices[0]].request.sampling, torch.tensor(indices, device=self.device)
+            of_group = None if seen is None else seen[where]
+            ids[where] = choose(logits[where], of_group, config, [followed[i].generator for i in indices])
+            if config.temperature > 0:
+                found = find_probabilities(logits[where], of_group, config)
+                probabilities[where, : self.num_known] = found.float()
+        if seen is not None:
+            seen.scatter_(1, ids[:, None], True)
+        return ids, probabilities
+
+    def _advance(self, row: DraftRow, num: int):
+        """Note that so many more tokens of a row are in the cache, and which blocks are full now."""
+        before, row.num_computed = row.num_computed, row.num_computed + num
+        for index in range(before // BLOCK, row.num_computed // BLOCK):
+            if index == len(row.keys):
+                row.keys.append(row.prompt.key(row.keys[-1] if index else b"", row.tokens, index * BLOCK))
+            self.blocks.name(row.blocks[index], row.keys[index])
+            row.blocks[index].is_filled = True
+
+
+def check_vocabulary(tokenizer: Tokenizer, draft: Tokenizer):
+    """Raise UserError if a token id that both tokenizers have is not the same token in both."""
+    own, other = ({i: token for token, i in each.get_vocab().items()} for each in (tokenizer, draft))
+    for i in sorted(own.keys() & other.keys()):
+        if own[i] != other[i]:
+            raise UserError(
+                f"the draft model has another tokenizer: token {i} is {other[i]!r} there and {own[i]!r} in the model"
+            )
