@@ -219,6 +219,8 @@ def test_plain_text_goes_on(server, model, processor):
     (choice,) = reply.choices
     assert choice.text == processor.decode(tokens) and reply.object == "text_completion"
     assert len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs) == len(choice.logprobs.text_offset) == 9
+    lengths = [len(text) for text in choice.logprobs.tokens]
+    assert choice.logprobs.text_offset == [sum(lengths[:i]) for i in range(9)] and sum(lengths) > 0
     assert choice.logprobs.token_logprobs[0] == pytest.approx(max(choice.logprobs.top_logprobs[0].values()))
     fields = {"model": "tiny", "prompt": "what color", "temperature": 0}
     assert streamed(server.client().completions.create(**fields, max_tokens=9, stream=True))[0] == [choice.text]
