@@ -1,7 +1,7 @@
 """Events of a request -> texts that grow.
 
 ```
-Token --> TextStream --> [held: may begin a stop string] --> pending text --> what the client's handler takes next
+Token --> TextStream --> pending text --> what the client's handler takes next
 ```
 
 A reply takes in events when they come, whether its client reads or not: what a slow client has not read yet is one text
@@ -19,46 +19,11 @@ from nanovlm.infer.text import TextStream
 from nanovlm.infer.worker import Worker
 
 
-class AnswerText:
-    """The text of one answer as it grows, up to the first stop string."""
-
-    def __init__(self, processor: Processor, stops: tuple[str, ...]):
-        self.stream, self.stops, self.held, self.is_stopped = TextStream(processor), stops, "", False
-
-    def add(self, token: int) -> str:
-        """Return the text that is final now; of a stop string, what stands before it, and nothing from then on."""
-        return "" if self.is_stopped else self._pass(self.stream.add(token))
-
-    def end(self) -> str:
-        """Return the rest."""
-        if self.is_stopped:
-            return ""
-        text = self._pass(self.stream.end())
-        if not self.is_stopped:
-            text, self.held = text + self.held, ""
-        return text
-
-    def _pass(self, text: str) -> str:
-        text = self.held + text
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.is_stopped, self.held = True, ""
-            return text[: min(places)]
-        num_held = max((_num_begun(text, stop) for stop in self.stops), default=0)
-        text, self.held = text[: len(text) - num_held], text[len(text) - num_held :]
-        return text
-
-
-def _num_begun(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text may be the beginning of a stop string."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class Answer:
     """One answer of a reply."""
 
     def __init__(self, processor: Processor, ask: Ask):
-        self.text = AnswerText(processor, ask.stop)
+        self.text = TextStream(processor, ask.stop)
         self.pending, self.tokens = "", []  # not taken yet: text, and tokens if they are told
         self.num_tokens = 0
         self.finish_reason: str | None = None
@@ -96,7 +61,7 @@ class Reply:
     def receive(self, event: Event):
         answer = self.answers[event.answer]
         if isinstance(event, Token):
-            if not answer.text.is_stopped:
+            if answer.text.stopped is None:
                 self._add(answer, event)
         elif isinstance(event, End):
             self._end(answer, event)
@@ -115,14 +80,14 @@ class Reply:
         answer.pending += answer.text.add(token.id)
         if self.ask.num_logprobs is not None or self.ask.tells_tokens:
             answer.tokens.append(token)
-        if answer.text.is_stopped:
+        if answer.text.stopped is not None:
             self.worker.cancel(self, token.answer, "stop")
 
     def _end(self, answer: Answer, end: End):
         answer.usage = end.usage
         if end.reason in ("stop", "length"):
             answer.pending += answer.text.end()
-            answer.finish_reason = "stop" if answer.text.is_stopped else end.reason
+            answer.finish_reason = end.reason if answer.text.stopped is None else "stop"
             return
         answer.finish_reason = end.reason
         if self.error is None:

@@ -1,11 +1,11 @@
-"""Requests that are checked, texts up to their stop strings, bytes of tokens, counts, and the engine's thread."""
+"""Requests that are checked, bytes of tokens, counts, and the engine's thread."""
 
 import asyncio
 import threading
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,71 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from nanovlm.errors import UserError
 from nanovlm.infer.api import ApiError, read_chat, read_completion
 from nanovlm.infer.metrics import Count, Gauge, Histogram, exposition
-from nanovlm.infer.replies import AnswerText
 from nanovlm.infer.request import End, Request, Token
 from nanovlm.infer.token_bytes import TokenBytes
 from nanovlm.infer.worker import Worker
 from tests.infer.serving import FakeEngine, chat, wait_for
-
-# --- stop strings ---------------------------------------------------------------------------------------------
-
-
-class Pieces:
-    """In the place of TextStream: tokens are numbers of pieces of text."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def add(self, token):
-        return self.pieces[token]
-
-    def end(self):
-        return ""
-
-
-def cut(pieces, stops):
-    """The text of all pieces, or what stands before the first stop string once one is complete."""
-    text = ""
-    for piece in pieces:
-        text += piece
-        if places := [text.find(stop) for stop in stops if stop in text]:
-            return text[: min(places)], True
-    return text, False
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    st.lists(st.text("ab", max_size=3), max_size=12),
-    st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
-)
-@example(["aa", "b"], ["aab"])
-def test_a_text_ends_before_the_first_stop_string(pieces, stops):
-    text = AnswerText.__new__(AnswerText)
-    text.stream, text.stops, text.held, text.is_stopped = Pieces(pieces), tuple(stops), "", False
-    shown = ""
-    whole, is_stopped = cut(pieces, stops)
-    for i in range(len(pieces)):
-        shown += text.add(i)
-        assert whole.startswith(shown)
-        # No more is held back than may begin a stop string.
-        read, now_stopped = cut(pieces[: i + 1], stops)
-        assert len(read) - len(shown) < max(map(len, stops), default=1) or now_stopped
-    shown += text.end()
-    assert (shown, text.is_stopped) == (whole, is_stopped)
-    assert not is_stopped or text.add(0) == ""
-
-
-def test_characters_of_several_tokens(processor):
-    """With the real stream of text: no half of a character is shown, and a stop string may be one."""
-    ids = processor.tokenizer.encode("a\u20acb\U0001f600c", add_special_tokens=False).ids
-    assert len(ids) > 5
-    text = AnswerText(processor, ("\U0001f600",))
-    pieces = [text.add(i) for i in ids]
-    assert "".join(pieces) == "a\u20acb" and text.is_stopped
-    assert all("\ufffd" not in piece for piece in pieces)
-    text = AnswerText(processor, ())
-    assert "".join(text.add(i) for i in ids[:2]) + text.end() == processor.decode(ids[:2])
-
 
 # --- bytes of tokens ------------------------------------------------------------------------------------------
 
