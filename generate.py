@@ -40,7 +40,7 @@ from nanovlm.environment import find_device
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.infer.engine import Engine
-from nanovlm.infer.look_sheet import MOST_CELLS, draw_look
+from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
 from nanovlm.infer.request import Request, Token
 from nanovlm.model.moe import expert_load
@@ -157,20 +157,18 @@ def draw_attention(
     config: GenerateConfig, model: VLM, processor: Processor, images: list, prompt: Document, text: str
 ) -> bytes:
     """Draw where the first tokens of an answer looked, as a PNG file."""
-    answer_ids = processor.encode_answer(text)[:MOST_CELLS]
-    found = look(model, prompt, answer_ids)
-    weights = found.to_images
-    if config.attention_layer is not None:
-        weights = weights[config.attention_layer, None]
-    if config.attention_head is not None:
-        weights = weights[:, config.attention_head, None]
+    answer_ids = processor.encode_answer(text)
+    shown = answer_ids[:MOST_TOKENS]
+    weights, names = look(model, prompt, shown).to_images, []
+    for axis, name, number in ((0, "layer", config.attention_layer), (1, "head", config.attention_head)):
+        names.append(f"all {name}s" if number is None else f"{name} {number}")
+        weights = weights.mean(axis, keepdim=True) if number is None else weights.narrow(axis, number, 1)
+    about = f"attention of {' and '.join(names)}"
+    if len(shown) < len(answer_ids):
+        about += f", the first {len(shown)} tokens of {len(answer_ids)}"
     places = [place_tiles(*image.size, model.config) for image in images]
-    what = " and ".join(
-        f"the mean of all {name}s" if number is None else f"{name} {number}"
-        for name, number in (("layer", config.attention_layer), ("head", config.attention_head))
-    )
-    titles = [config.prompt[0], f"{text}   (attention: {what})"]
-    return draw_look(images, places, weights.mean((0, 1)), split_text(answer_ids, processor), titles)
+    titles = [config.prompt[0], text, f"({about})"]
+    return draw_look(images, places, weights[0, 0], split_text(shown, processor), titles)
 
 
 def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):

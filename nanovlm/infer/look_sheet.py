@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nanovlm.data.images import TilePlace
 
-MOST_CELLS, COLUMNS, SIDE, GAP, LINE = 24, 6, 160, 14, 17
+# Tokens at most, which with the picture fill four rows; columns; pixels.
+MOST_TOKENS, COLUMNS, SIDE, GAP, LINE = 23, 6, 160, 14, 17
 # Of the heat, from none to the most: transparent, then from yellow to red.
 RAMP = np.array([(255, 225, 60), (255, 120, 0), (225, 0, 30)], dtype=np.float64)
 
@@ -47,7 +48,7 @@ def draw_heat(image: Image.Image, heat: Tensor, most: float) -> Image.Image:
     share = (heat.double().numpy() / most if most > 0 else np.zeros(heat.shape)).clip(0, 1)
     at = share * (len(RAMP) - 1)
     color = np.stack([np.interp(at, range(len(RAMP)), RAMP[:, channel]) for channel in range(3)], axis=-1)
-    alpha = 0.65 * share[..., None] ** 0.7
+    alpha = 0.62 * share[..., None] ** 1.5
     return Image.fromarray((picture * (1 - alpha) + color * alpha).round().astype(np.uint8))
 
 
@@ -61,7 +62,7 @@ def draw_look(
     lines above. The colors of a token reach to its own largest value.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    shown, columns = min(len(texts), MOST_CELLS), min(COLUMNS, len(texts) + 1)
+    shown, columns = min(len(texts), MOST_TOKENS), min(COLUMNS, len(texts) + 1)
     scale = min(SIDE / max(image.width for image in images), SIDE / max(image.height for image in images))
     sizes = [(max(1, round(image.width * scale)), max(1, round(image.height * scale))) for image in images]
     width, tallest = max(SIDE, sum(w + 4 for w, _ in sizes) - 4), max(h for _, h in sizes)

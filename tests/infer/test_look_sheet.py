@@ -10,7 +10,7 @@ from PIL import Image
 
 from nanovlm.config import TilingConfig
 from nanovlm.data.images import TILING, TilePlace, make_tiles, place_tiles
-from nanovlm.infer.look_sheet import MOST_CELLS, draw_heat, draw_look, heat_map
+from nanovlm.infer.look_sheet import MOST_TOKENS, draw_heat, draw_look, heat_map
 from tests.conftest import TINY, noise
 
 
@@ -69,7 +69,7 @@ def test_a_sheet_of_several_pictures_and_many_tokens():
     weights = torch.rand(40, sum(map(len, places)) * 4)
     texts = ["a"] * 20 + ["", "\n", "日本", "w" * 99, *["b"] * 16]
     sheet = Image.open(io.BytesIO(draw_look(images, places, weights, texts, ["what?" * 5, "line\n" * 50])))
-    fewer = draw_look(images, places, weights[:MOST_CELLS], texts[:MOST_CELLS], ["what?" * 5, "line\n" * 50])
+    fewer = draw_look(images, places, weights[:MOST_TOKENS], texts[:MOST_TOKENS], ["what?" * 5, "line\n" * 50])
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(io.BytesIO(fewer))))
     one = Image.open(io.BytesIO(draw_look(images[:1], places[:1], weights[:1, : 4 * len(places[0])], ["a"], ["?"])))
     assert one.width < sheet.width and one.height < sheet.height
