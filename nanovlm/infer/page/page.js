@@ -1,0 +1,322 @@
+// The page: pictures and questions in, answers as they come, and for each of their tokens where it looked.
+// Whatever comes from a model, a file or a person is put into the page as text alone.
+
+import { drawChosen, hideLook, percent, plural, showLook } from "./panel.js";
+import { PICTURE, readConversation, writeConversation } from "./saved.js";
+import { ask, askLook, findModel, messagesOf } from "./talk.js";
+import { readLook } from "./look.js";
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
+
+// A turn: {question, pictures: [{name, url}], answer, ids, finish, counts, look, read}, where `look` is what the server
+// told and `read` is that with its arrays.
+let turns = [];
+let pending = []; // pictures of the next question
+let model = "";
+let running = null; // AbortController of what is being asked
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function say(text, isBad = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("bad", isBad);
+}
+
+// ---- pictures ----
+
+function readFile(file, how) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error(`${file.name} cannot be read`));
+    reader[how](file);
+  });
+}
+
+async function take(files) {
+  say("");
+  for (const file of files) {
+    try {
+      if (file.type === "application/json" || file.name.endsWith(".json")) {
+        open(await readFile(file, "readAsText"));
+        continue;
+      }
+      const url = await readFile(file, "readAsDataURL");
+      if (!PICTURE.test(url)) throw new Error(`${file.name} is no picture that can be shown`);
+      pending.push({ name: file.name, url });
+    } catch (error) {
+      say(error.message, true);
+    }
+  }
+  showPending();
+}
+
+function thumbnail(picture) {
+  const image = make("img", { alt: picture.name, src: picture.url });
+  image.onload = () => image.classList.toggle("small", image.naturalHeight < 72);
+  return image;
+}
+
+function showPending() {
+  $("pending").replaceChildren(
+    ...pending.map((picture, number) => {
+      const remove = make("button", { type: "button", textContent: "×", ariaLabel: `Remove ${picture.name}` });
+      remove.onclick = () => {
+        pending.splice(number, 1);
+        showPending();
+        $("question").focus();
+      };
+      return make("li", {}, thumbnail(picture), remove);
+    }),
+  );
+}
+
+// ---- turns ----
+
+function showTurn(turn) {
+  const thumbs = make("div", { className: "thumbs" }, ...turn.pictures.map(thumbnail));
+  const question = make("div", { className: "question" }, thumbs, make("span", { textContent: turn.question }));
+  turn.view = make("div", { className: "answer" });
+  turn.note = make("p", { className: "counts", textContent: turn.counts });
+  $("hint").hidden = true;
+  $("turns").append(make("article", { className: "turn" }, question, turn.view, turn.note));
+  showAnswer(turn);
+}
+
+function showAnswer(turn) {
+  if (!turn.read) {
+    turn.view.textContent = turn.answer;
+    return;
+  }
+  turn.view.setAttribute("role", "listbox");
+  turn.view.setAttribute("aria-label", "Tokens of the answer");
+  turn.view.setAttribute("aria-orientation", "horizontal");
+  const tokens = turn.read.tokens.map(({ text, logprob }, number) => {
+    const token = make("span", { className: "token", role: "option", textContent: text || "·" });
+    token.setAttribute("role", "option");
+    token.setAttribute("aria-selected", "false");
+    token.tabIndex = number === 0 ? 0 : -1;
+    token.classList.toggle("part", !text);
+    token.classList.toggle("unsure", Math.exp(logprob) < 0.5);
+    token.onpointerenter = () => select(turn, number);
+    token.onfocus = () => select(turn, number);
+    token.onclick = () => token.focus();
+    token.onkeydown = (event) => walk(event, turn, number);
+    return token;
+  });
+  turn.view.replaceChildren(...tokens);
+  if (turn.read.leftOut) turn.note.textContent += `; not told: the last ${plural(turn.read.leftOut, "token")}`;
+}
+
+function select(turn, number) {
+  const before = document.querySelector(".token[aria-selected=true]");
+  before?.setAttribute("aria-selected", "false");
+  for (const token of turn.view.children) token.tabIndex = -1;
+  turn.view.children[number].setAttribute("aria-selected", "true");
+  turn.view.children[number].tabIndex = 0;
+  const seen = turns.slice(0, turns.indexOf(turn) + 1);
+  showLook(turn.read, number, seen.flatMap(({ pictures }) => pictures));
+}
+
+function walk(event, turn, number) {
+  const last = turn.view.children.length - 1;
+  const moves = { ArrowLeft: number - 1, ArrowRight: number + 1, Home: 0, End: last };
+  if (!(event.key in moves)) return;
+  event.preventDefault();
+  turn.view.children[Math.max(0, Math.min(last, moves[event.key]))].focus();
+}
+
+function refresh() {
+  $("save").disabled = !turns.length || running !== null;
+  $("send").hidden = running !== null;
+  $("stop").hidden = running === null;
+}
+
+function clear() {
+  running?.abort();
+  [turns, pending, running] = [[], [], null];
+  hideLook();
+  $("turns").replaceChildren($("hint"));
+  $("hint").hidden = false;
+  showPending();
+  say("");
+  refresh();
+}
+
+function open(text) {
+  const read = readConversation(text);
+  clear();
+  turns = read.turns;
+  turns.forEach(showTurn);
+  refresh();
+  say(`opened; ${read.model} gave the answers`);
+  const last = turns.findLast((turn) => turn.read);
+  if (last) select(last, 0);
+}
+
+function save() {
+  const blob = new Blob([writeConversation(model, turns)], { type: "application/json" });
+  const link = make("a", { href: URL.createObjectURL(blob), download: "conversation.json" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// ---- asking ----
+
+function options() {
+  const chosen = {};
+  for (const name of NUMBERS) {
+    if ($(name).value !== "") chosen[name] = Number($(name).value);
+  }
+  return chosen;
+}
+
+async function send() {
+  const question = $("question").value.trim();
+  if (running || !question) return;
+  const turn = { question, pictures: pending, answer: "", ids: [], finish: "", counts: "", look: null, read: null };
+  turns.push(turn);
+  pending = [];
+  $("question").value = "";
+  showPending();
+  showTurn(turn);
+  await during(turn, answer);
+  if (turns.includes(turn) && turn.ids.length) await during(turn, look);
+}
+
+// Runs a part of a turn that can be stopped.
+async function during(turn, part) {
+  const controller = new AbortController();
+  running = controller;
+  refresh();
+  try {
+    await part(turn, controller.signal);
+  } catch (error) {
+    const isStopped = error.name === "AbortError";
+    say(isStopped ? "stopped" : error.message, !isStopped);
+  }
+  if (running === controller) running = null;
+  refresh();
+}
+
+async function answer(turn, signal) {
+  const start = performance.now();
+  let first = 0;
+  try {
+    if (!model) await connect();
+    say("answering…");
+    const body = { model, messages: messagesOf(turns), ...options() };
+    turn.finish = await ask(body, $("token").value, signal, (text, ids) => {
+      first ||= ids.length ? performance.now() : 0;
+      turn.ids.push(...ids);
+      turn.answer += text;
+      turn.counts = count(turn.ids.length, start, first);
+      turn.view.textContent = turn.answer;
+      turn.note.textContent = turn.counts;
+    });
+    if (turn.finish === "length") turn.counts += "; ended at the most tokens";
+    say(turn.ids.length ? "" : "the answer is empty");
+  } catch (error) {
+    if (!turns.includes(turn)) return; // another conversation has begun
+    if (error.name !== "AbortError" || !turn.ids.length) {
+      takeBack(turn);
+      throw error;
+    }
+    turn.finish = "stopped";
+    turn.counts += "; stopped";
+  }
+  turn.note.textContent = turn.counts;
+}
+
+// Puts a question that got no answer back to where it can be asked again.
+function takeBack(turn) {
+  turn.view.parentElement.remove();
+  turn.ids = [];
+  turns.pop();
+  $("hint").hidden = turns.length > 0;
+  pending = [...turn.pictures, ...pending];
+  $("question").value ||= turn.question;
+  showPending();
+}
+
+async function look(turn, signal) {
+  say("looking…");
+  const told = await askLook(model, turns, turn.ids, $("token").value, signal);
+  turn.read = readLook(told);
+  turn.look = told;
+  if (!turns.includes(turn)) return;
+  showAnswer(turn);
+  say("");
+  select(turn, 0);
+}
+
+function count(num, start, first) {
+  const seconds = (performance.now() - first) / 1000;
+  const speed = num > 1 && seconds > 0 ? `, ${((num - 1) / seconds).toFixed(1)} tokens a second` : "";
+  return `${plural(num, "token")}${speed}, the first after ${((first - start) / 1000).toFixed(2)} s`;
+}
+
+async function connect() {
+  model = await findModel($("token").value);
+  $("model").textContent = model;
+}
+
+// ---- what people do ----
+
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  send();
+};
+$("question").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+};
+$("stop").onclick = () => running?.abort();
+document.onkeydown = (event) => {
+  if (event.key === "Escape") running?.abort();
+};
+$("new").onclick = () => {
+  clear();
+  $("question").focus();
+};
+$("save").onclick = save;
+for (const id of ["open", "pictures"]) {
+  $(id).onchange = async () => {
+    const files = [...$(id).files];
+    $(id).value = "";
+    await take(files);
+  };
+}
+for (const id of ["layer", "head", "view"]) $(id).onchange = drawChosen;
+document.onpaste = (event) => {
+  if (event.clipboardData.files.length) {
+    event.preventDefault();
+    take([...event.clipboardData.files]);
+  }
+};
+document.ondragover = (event) => {
+  event.preventDefault();
+  $("drop").hidden = !event.dataTransfer.types.includes("Files");
+};
+document.ondragleave = (event) => {
+  if (!event.relatedTarget) $("drop").hidden = true;
+};
+document.ondrop = (event) => {
+  event.preventDefault();
+  $("drop").hidden = true;
+  take([...event.dataTransfer.files]);
+};
+$("theme").onchange = () => {
+  document.documentElement.dataset.theme = $("theme").value;
+  localStorage.setItem("theme", $("theme").value);
+};
+$("theme").value = ["light", "dark"].includes(localStorage.getItem("theme")) ? localStorage.getItem("theme") : "auto";
+$("theme").onchange();
+$("token").onchange = () => connect().then(() => say(""), (error) => say(error.message, true));
+connect().catch((error) => say(error.status === 401 ? "the server asks for its token: see Options" : error.message, true));

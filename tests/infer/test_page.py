@@ -1,0 +1,378 @@
+"""The page in headless Chromium: asked by keyboard, and what it shows is what the server computes."""
+
+import base64
+import copy
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("playwright.sync_api", reason="needs playwright: make serve-test")
+from playwright import sync_api as playwright
+
+from nanovlm.config import MoEConfig, TilingConfig
+from nanovlm.data.chat import Processor
+from nanovlm.data.images import marker_tokens, place_tiles
+from nanovlm.data.scenes import Scenes
+from nanovlm.data.sources import sample_texts
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.look_sheet import heat_map
+from nanovlm.infer.looking import look
+from nanovlm.model.vlm import VLM
+from tests.conftest import TINY, noise
+from tests.infer.serving import FakeEngine, data_url, question, running
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+PICTURE = noise(0, 90).resize((60, 24))
+# The canvas of the first picture: how opaque each of its pixels is.
+OPACITY = """() => {
+  const canvas = document.querySelector("#shown canvas");
+  const context = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+  context.drawImage(canvas, 0, 0);
+  const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+  return {width: canvas.width, alpha: [...pixels.filter((_, i) => i % 4 === 3)]};
+}"""
+DROP = """([url, name]) => {
+  const bytes = Uint8Array.from(atob(url.split(",")[1]), (character) => character.charCodeAt(0));
+  const files = new DataTransfer();
+  files.items.add(new File([bytes], name, {type: url.slice(5).split(";")[0]}));
+  for (const type of ["dragover", "drop"]) {
+    document.body.dispatchEvent(new DragEvent(type, {dataTransfer: files, bubbles: true, cancelable: true}));
+  }
+}"""
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """A mixture of experts that cuts pictures into tiles, and its processor."""
+    torch.manual_seed(0)
+    decoder = dataclasses.replace(
+        TINY.decoder, moe=MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=16)
+    )
+    config = dataclasses.replace(TINY, decoder=decoder, tiling=TilingConfig("fit", max_tiles=4))
+    tokenizer = train_tokenizer(sample_texts(Scenes("train"), 50), 512, marker_tokens(config))
+    return VLM(config).eval(), Processor(tokenizer, CHAT_TEMPLATE, config)
+
+
+@pytest.fixture(scope="module")
+def server(mixture):
+    with running(mixture[1], Engine(mixture[0], num_rows=2)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as run:
+        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that was opened, what it asked for, and what it complained of."""
+
+    def __init__(self, browser, server, **options):
+        self.context = browser.new_context(viewport={"width": 1000, "height": 800}, **options)
+        self.context.set_default_timeout(15_000)
+        self.page, self.server = self.context.new_page(), server
+        self.complaints, self.requests = [], []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request))
+        self.page.goto(server.url)
+
+    def ask(self, text, num_tokens=12):
+        self.page.evaluate("n => document.getElementById('max_tokens').value = n", num_tokens)
+        self.page.locator("#question").fill(text)
+        self.page.keyboard.press("Enter")
+
+    def tokens(self):
+        """Wait for the tokens of the last answer, and return them."""
+        playwright.expect(self.page.locator("#stop")).to_be_hidden()
+        return self.page.locator(".turn:last-child .token")
+
+    def says(self, text):
+        playwright.expect(self.page.locator("#status")).to_contain_text(text)
+
+
+@pytest.fixture
+def visit(browser, server):
+    """Open a page; at the end nothing was asked of others, and nothing was wrong."""
+    visits = []
+
+    def open(at=server, **options):
+        visits.append(Visit(browser, at, **options))
+        return visits[-1]
+
+    yield open
+    for visit in visits:
+        visit.context.close()
+        assert all(request.url.startswith((visit.server.url, "data:", "blob:")) for request in visit.requests)
+        assert not visit.complaints
+
+
+@pytest.fixture(scope="module")
+def answered(browser, server):
+    """A visit with one answer about a picture, and the text of the file that it saves."""
+    visit = Visit(browser, server)
+    assert visit.page.evaluate("document.activeElement.id") == "question"
+    visit.page.evaluate(DROP, [data_url(PICTURE), "a<b>.png"])
+    playwright.expect(visit.page.locator("#pending img")).to_have_count(1)
+    visit.ask("what is <i>this</i>?")
+    visit.tokens()
+    with visit.page.expect_download() as download:
+        visit.page.locator("#save").click()
+    yield visit, download.value.path().read_text(encoding="utf-8")
+    visit.context.close()
+    assert all(request.url.startswith((server.url, "data:", "blob:")) for request in visit.requests)
+    assert not visit.complaints
+
+
+def opacity(page):
+    drawn = page.evaluate(OPACITY)
+    return np.array(drawn["alpha"]).reshape(-1, drawn["width"])
+
+
+def test_a_token_shows_where_it_looked(answered, server, mixture):
+    """Its heat map, its alternatives and its experts are those that are computed here."""
+    (visit, _), (model, processor) = answered, mixture
+    page, tokens = visit.page, visit.tokens()
+    body = {"model": "tiny", "messages": question("what is <i>this</i>?", PICTURE), "temperature": 0}
+    choice = server.post(body=body | {"max_tokens": 12, "return_token_ids": True}).json()["choices"][0]
+    assert tokens.count() == 12 == len(choice["token_ids"])
+    shown = [text for text in tokens.all_text_contents() if text != "·"]
+    assert "".join(shown) == choice["message"]["content"]
+    playwright.expect(page.locator(".counts")).to_contain_text("12 tokens, ")
+    playwright.expect(page.locator(".counts")).to_contain_text(" tokens a second, the first after ")
+    prompt = processor.prompt([{"role": "user", "content": "what is <i>this</i>?"}], [PICTURE])
+    found = look(model, prompt, choice["token_ids"])
+    places = place_tiles(*PICTURE.size, model.config)
+    assert sum(place.is_whole for place in places) == 1 and len(places) > 2
+
+    def expected(weights, view):
+        chosen = [i for i, place in enumerate(places) if view == "all" or place.is_whole == (view == "whole")]
+        heat = heat_map(weights.view(len(places), -1)[chosen], [places[i] for i in chosen], (320, 128)).numpy()
+        return 255 * 0.62 * (heat / heat.max()) ** 1.5
+
+    tokens.nth(5).hover()
+    for layer, head, view in ((None, None, "all"), (1, None, "whole"), (None, 3, "tiles"), (0, 2, "all")):
+        page.locator("#layer").select_option("mean" if layer is None else str(layer))
+        page.locator("#head").select_option("mean" if head is None else str(head))
+        page.locator("#view").select_option(view)
+        weights = found.to_images[:, :, 5]
+        weights = weights if layer is None else weights[layer, None]
+        weights = weights if head is None else weights[:, head, None]
+        drawn = opacity(page)
+        assert drawn.shape == (128, 320) and drawn.max() > 140 and drawn.min() < 120
+        assert np.abs(drawn - expected(weights.mean((0, 1)), view)).max() < 5
+    about = page.locator("#about").text_content()
+    assert f"{100 * float(found.to_text[0, 2, 5]):.0f} % on the text" in about
+    others = page.locator("#likeliest li")
+    assert others.count() == 10
+    likeliest = float(found.likeliest_logprobs[5, 0].exp())
+    assert others.nth(0).text_content().endswith(f"{100 * likeliest:.{1 if likeliest < 0.0995 else 0}f} %")
+    (expert, other), share = found.experts[1, 5].tolist(), float(found.expert_weights[1, 5, 0])
+    line = page.locator("#experts li").nth(1).text_content()
+    assert line.startswith(f"layer 1: {expert} ({100 * share:.0f} %), {other} (")
+
+
+def test_the_keyboard_walks_over_the_tokens(answered):
+    visit, _ = answered
+    page, tokens = visit.page, visit.tokens()
+    tokens.nth(0).focus()
+    for key, at in (
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("End", 11),
+        ("ArrowRight", 11),
+        ("Home", 0),
+    ):
+        page.keyboard.press(key)
+        playwright.expect(tokens.nth(at)).to_be_focused()
+        assert tokens.nth(at).get_attribute("aria-selected") == "true"
+    page.keyboard.press("Tab")  # all tokens are one stop
+    playwright.expect(page.locator("#question")).to_be_focused()
+    names = page.locator("button:visible, input:visible, select:visible, textarea:visible").evaluate_all(
+        "all => all.map((x) => x.ariaLabel || x.textContent.trim() || [...x.labels].map((y) => y.textContent).join())"
+    )
+    assert len(names) > 5 and all(names)
+
+
+def test_what_was_saved_is_shown_without_an_answer(answered, visit, tmp_path):
+    before, text = answered
+    saved = json.loads(text)
+    (turn,) = saved["turns"]
+    assert turn["pictures"] == [{"name": "a<b>.png", "url": data_url(PICTURE)}] and len(turn["look"]["tokens"]) == 12
+    (tmp_path / "a.json").write_text(text)
+    after = visit()
+    after.page.locator("#open").set_input_files(tmp_path / "a.json")
+    assert after.tokens().all_text_contents() == before.tokens().all_text_contents()
+    for one in (before, after):
+        one.tokens().nth(7).hover()
+        for name in ("layer", "head"):
+            one.page.locator(f"#{name}").select_option("mean")
+        one.page.locator("#view").select_option("all")
+    assert np.array_equal(opacity(before.page), opacity(after.page))
+    assert after.page.locator("#likeliest").inner_text() == before.page.locator("#likeliest").inner_text()
+    assert after.page.locator(".question").inner_text() == "what is <i>this</i>?"
+    assert not [request for request in after.requests if request.method == "POST"]
+    after.ask("and now?", 3)  # the conversation goes on
+    assert after.tokens().count() == 3 and after.page.locator(".turn").count() == 2
+    asked = json.loads(next(r for r in after.requests if r.url.endswith("completions")).post_data)["messages"]
+    assert [message["role"] for message in asked] == ["user", "assistant", "user"]
+    assert asked[0]["content"][0]["image_url"]["url"] == data_url(PICTURE)
+    assert after.page.locator("#shown img").count() == 1
+
+
+def damage(text):
+    """Yield files that are not what was saved, each with what is said of it."""
+
+    def changed(*keys, to):
+        data = copy.deepcopy(json.loads(text))
+        at = data
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = to
+        return json.dumps(data)
+
+    look = ("turns", 0, "look")
+    yield "{", "it is not JSON"
+    yield "[]", "its format is not"
+    yield changed("version", to=2), "its format is not"
+    yield changed("turns", to={}), "it has no turns"
+    yield changed("turns", 0, "answer", to=["<b>"]), "a turn has no answer"
+    yield changed("turns", 0, "ids", to=["5"]), "a turn has no tokens"
+    yield changed("turns", 0, "pictures", 0, "url", to="https://example.com/a.png"), "a picture is not in the file"
+    yield changed("turns", 0, "pictures", 0, "url", to="data:image/svg+xml;base64,AAAA"), "a picture is not in the file"
+    yield changed("turns", 0, "pictures", to=[]), "what was looked at are other pictures"
+    yield changed(*look, "version", to=9), "it has no version 1"
+    yield changed(*look, "grid", to=3), "bytes, not"
+    yield changed(*look, "grid", to=1e9), "tiles"
+    yield changed(*look, "tiles", 0, "image", to=1), "tiles"
+    yield changed(*look, "tiles", 0, "box", to=[0, 0, "1", 1]), "tiles"
+    yield changed(*look, "tokens", to=[]), "tokens"
+    yield changed(*look, "tokens", 0, "likeliest", 0, to=[1, {}, 0]), "alternatives"
+    yield changed(*look, "attention", "layers", to=-1), "layers and heads"
+    yield changed(*look, "attention", "weights", to="*"), "is not in base64"
+    yield changed(*look, "attention", "peaks", to=base64.b64encode(b"\xff" * 4 * 2 * 4 * 12).decode()), "are no shares"
+    yield changed(*look, "experts", "chosen", 0, 0, to=[7]), "experts"
+    yield changed(*look, "images", 0, "width", to=0), "images"
+
+
+def test_files_of_strangers(answered, visit, tmp_path):
+    """What does not fit together is refused in one sentence; what fits is shown as text, whatever it holds."""
+    here = visit()
+    for number, (text, message) in enumerate(damage(answered[1])):
+        (tmp_path / f"{number}.json").write_text(text)
+        here.page.locator("#open").set_input_files(tmp_path / f"{number}.json")
+        here.says(message)
+        assert here.page.locator(".turn").count() == 0
+    data, evil = json.loads(answered[1]), "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    turn = data["turns"][0]
+    data["model"] = turn["question"] = turn["answer"] = turn["counts"] = turn["pictures"][0]["name"] = evil
+    for token in turn["look"]["tokens"]:
+        token["text"] = token["likeliest"][0][1] = evil
+    (tmp_path / "evil.json").write_text(json.dumps(data))
+    here.page.on("dialog", lambda dialog: here.complaints.append("it ran"))
+    here.page.locator("#open").set_input_files(tmp_path / "evil.json")
+    here.says(evil)
+    assert here.tokens().all_text_contents() == [evil] * 12
+    assert here.page.locator("main script, main [onerror]").count() == 0
+
+
+def test_an_answer_streams_and_can_be_stopped(visit, mixture):
+    model, processor = mixture
+    words = processor.encode_answer("a red circle <b> & a blue star. " * 100)
+    engine = FakeEngine(lambda *_: words, pace=0.01)
+    engine.model = model
+    with running(processor, engine) as slow:
+        here = visit(slow)
+        here.page.evaluate(DROP, [data_url(PICTURE), "a.png"])
+        here.ask("what?", len(words))
+        answer = here.page.locator(".answer")
+        playwright.expect(answer).to_contain_text("<b> & a blue")
+        assert here.page.locator("#stop").is_visible() and here.page.locator("#send").is_hidden()
+        here.page.keyboard.press("Escape")
+        num = here.tokens().count()
+        assert 0 < num < len(words) and answer.text_content() == processor.decode(words[:num])
+        playwright.expect(here.page.locator(".counts")).to_contain_text("; stopped")
+        playwright.expect(here.page.locator("#question")).to_be_focused()
+        engine.leave.clear()  # now nothing comes: the question is given back
+        here.ask("and then?", len(words))
+        playwright.expect(here.page.locator(".turn")).to_have_count(2)
+        here.page.locator("#stop").click()
+        here.says("stopped")
+        assert here.page.locator("#question").input_value() == "and then?"
+        assert here.page.locator(".turn").count() == 1 and here.tokens().count() == num
+        engine.leave.set()
+        here.page.locator("#new").click()
+        assert here.page.locator(".turn").count() == 0 and here.page.locator("#look").is_hidden()
+
+
+def test_what_the_server_refuses_is_said(visit, server):
+    here = visit()
+    here.page.locator("#pictures").set_input_files(
+        [{"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}]
+    )
+    playwright.expect(here.page.locator("#pending img")).to_have_count(1)
+    here.ask("what?")
+    here.says("image 1 cannot be read as an image")
+    assert here.page.locator("#question").input_value() == "what?" and here.page.locator(".turn").count() == 0
+    here.page.get_by_label("Remove a.png").click()
+    assert here.page.locator("#pending img").count() == 0
+    here.page.locator("#pictures").set_input_files([{"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"}])
+    here.says("a.txt is no picture that can be shown")
+    here.page.keyboard.press("Control+a")
+    here.ask("why?", 2)  # without a picture there are still alternatives
+    assert here.tokens().count() == 2 and here.page.locator("#shown img").count() == 0
+    assert "likely." in here.page.locator("#about").text_content()
+    assert [text for text in here.complaints if "400 (Bad Request)" not in text] == []
+    here.complaints.clear()
+
+
+def test_a_server_with_a_token(visit, mixture):
+    with running(mixture[1], Engine(mixture[0], num_rows=1), token="secret") as closed:
+        here = visit(closed)
+        here.says("the server asks for its token: see Options")
+        here.page.locator("summary").click()
+        here.page.get_by_label("Token of the server").fill("secret")
+        here.page.keyboard.press("Tab")
+        playwright.expect(here.page.locator("#model")).to_have_text("tiny")
+        here.ask("why?", 2)
+        assert here.tokens().count() == 2
+        assert [text for text in here.complaints if "401 (Unauthorized)" not in text] == []
+        here.complaints.clear()
+
+
+def test_light_and_dark(visit):
+    here = visit(color_scheme="dark")
+
+    def brightness():
+        color = here.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, color.strip("rgb()").split(", ")))
+
+    assert brightness() < 150
+    here.page.get_by_label("Colors").select_option("light")
+    assert brightness() > 700
+    here.page.reload()
+    assert brightness() > 700
+    here.page.get_by_label("Colors").select_option("dark")
+    here.page.emulate_media(color_scheme="light")
+    assert brightness() < 150
+
+
+def test_it_fits_a_phone(answered, visit, tmp_path):
+    (tmp_path / "a.json").write_text(answered[1])
+    here = visit(has_touch=True)
+    here.page.set_viewport_size({"width": 360, "height": 640})
+    here.page.locator("#open").set_input_files(tmp_path / "a.json")
+    here.tokens().nth(3).tap()
+    assert here.tokens().nth(3).get_attribute("aria-selected") == "true"
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert here.page.locator("#shown canvas").bounding_box()["width"] > 90
