@@ -151,7 +151,7 @@ class Engine:
         self.blocks = Blocks(num_blocks, keeps_prefixes)
         self.features = ImageFeatures(model, feature_bytes)
         self.stops = find_stops(self.config)
-        self.never = torch.tensor(find_never(self.config), device=self.device)
+        self.never = torch.tensor(find_never(self.config), dtype=torch.int64, device=self.device)
         self.rope = rope_table(torch.arange(min(longest, cache_tokens), device=self.device)[None], self.config.decoder)
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
