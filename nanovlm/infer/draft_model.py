@@ -24,8 +24,9 @@ from torch import Tensor
 
 from nanovlm.errors import UserError
 from nanovlm.infer.blocks import Block, Blocks
-from nanovlm.infer.engine import MOST_TILES, Prompt, Row, group_by_sampling
+from nanovlm.infer.engine import MOST_TILES, group_by_sampling
 from nanovlm.infer.features import ImageFeatures
+from nanovlm.infer.row import Prompt, Row
 from nanovlm.infer.sampling import choose, find_never, find_stops
 from nanovlm.infer.speculate import Guess, find_probabilities
 from nanovlm.model.cache_attention import BLOCK, Span

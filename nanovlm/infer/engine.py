@@ -19,18 +19,17 @@ order: in fp32 logits differ by some 1e-6 of the largest.
 
 import itertools
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovlm.errors import UserError
-from nanovlm.infer.blocks import Block, Blocks, block_key, digest_tile
+from nanovlm.infer.blocks import Blocks
 from nanovlm.infer.features import ImageFeatures
 from nanovlm.infer.request import End, Event, Request, Token, Usage
+from nanovlm.infer.row import Prompt, Row
 from nanovlm.infer.sampling import choose, find_never, find_stops
 from nanovlm.infer.speculate import Draft, Guess, accept, add_draft, choose_against, join_guesses, rewind
 from nanovlm.model.cache_attention import BLOCK, Span
@@ -39,67 +38,6 @@ from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
 
 MOST_TILES = 8  # are encoded in a pass, so that pictures delay answers no more than prompts do
-
-
-class Prompt:
-    """What the answers to a request share: token ids, tiles, their digests, where the image tokens are, block keys."""
-
-    def __init__(self, request: Request, model: VLM):
-        document, config = request.prompt, model.config
-        self.ids, self.tiles = document.input_ids.tolist(), document.tiles
-        self.digests = [digest_tile(tile) for tile in document.tiles]
-        self.per_tile = config.num_image_tokens if config.vision is not None else 1
-        self.image_positions: list[int] = []
-        if config.image_token_id is not None:
-            self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
-        # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
-        self.keys: list[bytes] = []
-        for start in range(0, len(self.ids) - BLOCK, BLOCK):
-            self.keys.append(self.key(self.keys[-1] if start else b"", self.ids, start))
-
-    def key(self, before: bytes, tokens: Sequence[int], start: int) -> bytes:
-        """Return the key of the block of these tokens that begins at `start`."""
-        digests = [self.digests[i] for i in self.tiles_of(start, start + BLOCK)]
-        return block_key(before, tokens[start : start + BLOCK], digests)
-
-    def tiles_of(self, start: int, end: int) -> range:
-        """Return the indices of the tiles that have image tokens at the positions from `start` to `end`."""
-        first, last = (bisect_left(self.image_positions, position) for position in (start, end))
-        return range(
-            first // self.per_tile, (last - 1) // self.per_tile + 1 if last > first else first // self.per_tile
-        )
-
-
-class Row:
-    """An answer that is being made: its tokens, prompt first, and how many of them are in the cache."""
-
-    def __init__(self, number: int, answer: int, request: Request, prompt: Prompt, now: float):
-        self.number, self.answer, self.request, self.prompt, self.submitted = number, answer, request, prompt, now
-        self.generator = torch.Generator().manual_seed(request.sampling.seed + answer)
-        self.tokens, self.num_prompt = list(prompt.ids), len(prompt.ids)
-        self.most_tokens = self.num_prompt + request.sampling.max_new_tokens
-        self.blocks: list[Block] = []
-        self.numbers: list[int] = []
-        self.keys = list(prompt.keys)
-        self.num_computed = self.num_cached = 0
-        self.first_token_s = 0.0
-        # Of the tiles that the prompt has yet to show, by their index: [P, D].
-        self.features: dict[int, Tensor] = {}
-        # bool[V], the tokens that the repetition penalty applies to.
-        self.seen: Tensor | None = None
-        # Tokens that may follow, computed in the same pass, and the state of the generator before it draws for them.
-        self.guess = Guess([])
-        self.state: Tensor | None = None
-        self.num_drafted = self.num_accepted = 0
-
-    @property
-    def num_new(self) -> int:
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def is_answering(self) -> bool:
-        """Whether all tokens but the one chosen last are in the cache."""
-        return self.num_new > 0 and self.num_computed == len(self.tokens) - 1
 
 
 class Chosen(NamedTuple):
@@ -431,7 +369,7 @@ class Engine:
             own = list(places)
             tokens = accept(row.guess.tokens, [ids[i] for i in own], self.stops)
             if not row.num_new:
-                row.first_token_s = time.monotonic() - row.submitted
+                row.first_token_s, row.is_answering = time.monotonic() - row.submitted, True
             has_ended = tokens[-1] in self.stops
             new = tokens[:-1] if has_ended else tokens
             row.tokens += new

@@ -53,7 +53,7 @@ class Draft(Protocol):
         ...
 
     def propose(self, rows: Sequence[Any]) -> list[Guess]:
-        """Return for each of these rows (engine.Row), which are answering, what may follow, maybe nothing.
+        """Return for each of these rows (row.Row), which are answering, what may follow, maybe nothing.
 
         The engine cuts a guess that is longer than the answer may become.
         """

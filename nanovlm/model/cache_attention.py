@@ -121,17 +121,17 @@ def common_run(rows: Sequence[Span]) -> tuple[int, int]:
 
 def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.device) -> Plan:
     """Plan to gather the slots of each row, but for its first `skipped` positions, which are whole blocks."""
-    ends = [row.start + row.num_new for row in rows]
-    num = max((end - skip + BLOCK - 1) // BLOCK for end, skip in zip(ends, skipped, strict=True))
-    blocks = [
-        [*row.blocks[skip // BLOCK : (end + BLOCK - 1) // BLOCK], *[row.blocks[0]] * num][:num]
-        for row, end, skip in zip(rows, ends, skipped, strict=True)
-    ]
-    starts = torch.tensor([row.start - skip for row, skip in zip(rows, skipped, strict=True)])
-    last = starts[:, None] + torch.arange(rows[0].num_new)
+    num_new = rows[0].num_new
+    starts = [row.start - skip for row, skip in zip(rows, skipped, strict=True)]
+    num, blocks = (max(starts) + num_new + BLOCK - 1) // BLOCK, []
+    for row, skip in zip(rows, skipped, strict=True):
+        own = row.blocks[skip // BLOCK : skip // BLOCK + num]
+        blocks += own
+        blocks += own[:1] * (num - len(own))
+    last = torch.tensor(starts)[:, None] + torch.arange(num_new)
     hidden = torch.arange(num * BLOCK) > last[:, :, None]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
-    return Plan([], torch.tensor(blocks).flatten().to(device), mask.to(device))
+    return Plan([], torch.tensor(blocks).to(device), mask.to(device))
 
 
 def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:

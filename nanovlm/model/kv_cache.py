@@ -60,15 +60,15 @@ class CachePass:
     def __init__(self, cache: KVCache, spans: Sequence[Span]):
         self.cache, device = cache, cache.keys[0].device
         # Equally many new tokens side by side, and among them rows that may share their first blocks.
-        self.order = sorted(range(len(spans)), key=lambda i: (spans[i].num_new, spans[i].blocks[0], i))
+        self.order = sorted(range(len(spans)), key=lambda i: (spans[i].num_new, spans[i].blocks[0]))
         ordered = [spans[i] for i in self.order]
         positions, slots, self.groups, start = [], [], [], 0
         for num_new, same in itertools.groupby(ordered, key=lambda span: span.num_new):
             rows = list(same)
-            for span in rows:
-                new = range(span.start, span.start + num_new)
+            for blocks, first, _ in rows:
+                new = range(first, first + num_new)
                 positions += new
-                slots += [span.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in new]
+                slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in new]
             self.groups.append(Group(start, num_new, cache.prepare(rows, cache.keys[0])))
             start += num_new * len(rows)
         both = torch.tensor([positions, slots]).to(device, non_blocking=True)

@@ -1,0 +1,71 @@
+"""A request -> its rows: one for each answer, with what the engine knows about it."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanovlm.infer.blocks import Block, block_key, digest_tile
+from nanovlm.infer.request import Request
+from nanovlm.infer.speculate import Guess
+from nanovlm.model.cache_attention import BLOCK
+from nanovlm.model.vlm import VLM
+
+
+class Prompt:
+    """What the answers to a request share: token ids, tiles, their digests, where the image tokens are, block keys."""
+
+    def __init__(self, request: Request, model: VLM):
+        document, config = request.prompt, model.config
+        self.ids, self.tiles = document.input_ids.tolist(), document.tiles
+        self.digests = [digest_tile(tile) for tile in document.tiles]
+        self.per_tile = config.num_image_tokens if config.vision is not None else 1
+        self.image_positions: list[int] = []
+        if config.image_token_id is not None:
+            self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
+        # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
+        self.keys: list[bytes] = []
+        for start in range(0, len(self.ids) - BLOCK, BLOCK):
+            self.keys.append(self.key(self.keys[-1] if start else b"", self.ids, start))
+
+    def key(self, before: bytes, tokens: Sequence[int], start: int) -> bytes:
+        """Return the key of the block of these tokens that begins at `start`."""
+        digests = [self.digests[i] for i in self.tiles_of(start, start + BLOCK)]
+        return block_key(before, tokens[start : start + BLOCK], digests)
+
+    def tiles_of(self, start: int, end: int) -> range:
+        """Return the indices of the tiles that have image tokens at the positions from `start` to `end`."""
+        first, last = (bisect_left(self.image_positions, position) for position in (start, end))
+        return range(
+            first // self.per_tile, (last - 1) // self.per_tile + 1 if last > first else first // self.per_tile
+        )
+
+
+class Row:
+    """An answer that is being made: its tokens, prompt first, and how many of them are in the cache."""
+
+    def __init__(self, number: int, answer: int, request: Request, prompt: Prompt, now: float):
+        self.number, self.answer, self.request, self.prompt, self.submitted = number, answer, request, prompt, now
+        self.generator = torch.Generator().manual_seed(request.sampling.seed + answer)
+        self.tokens, self.num_prompt = list(prompt.ids), len(prompt.ids)
+        self.most_tokens = self.num_prompt + request.sampling.max_new_tokens
+        self.blocks: list[Block] = []
+        self.numbers: list[int] = []
+        self.keys = list(prompt.keys)
+        self.num_computed = self.num_cached = 0
+        # Whether the prompt is done: all tokens but the one chosen last are in the cache.
+        self.is_answering = False
+        self.first_token_s = 0.0
+        # Of the tiles that the prompt has yet to show, by their index: [P, D].
+        self.features: dict[int, Tensor] = {}
+        # bool[V], the tokens that the repetition penalty applies to.
+        self.seen: Tensor | None = None
+        # Tokens that may follow, computed in the same pass, and the state of the generator before it draws for them.
+        self.guess = Guess([])
+        self.state: Tensor | None = None
+        self.num_drafted = self.num_accepted = 0
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.num_prompt
