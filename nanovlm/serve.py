@@ -82,6 +82,7 @@ def main(config: ServeConfig):
     from nanovlm.infer.engine import Engine
     from nanovlm.infer.service import Service
     from nanovlm.infer.worker import Worker
+    from nanovlm.model.inference import prepare
     from nanovlm.model.quantized import quantize
 
     device = find_device(config.device)
@@ -90,6 +91,7 @@ def main(config: ServeConfig):
     model, processor = nanovlm.load(config.model, device, dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
+    prepare(model)
     engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens)
     service = Service(
         processor,

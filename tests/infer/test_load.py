@@ -18,6 +18,7 @@ import torch
 
 import nanovlm
 from nanovlm.hub.model_folder import save_model
+from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 from tests.infer.serving import chat, data_url, end, question, read_events, started
@@ -44,6 +45,7 @@ def asked(tmp_path_factory, processor):
     with torch.no_grad():
         for weights in other.parameters():
             weights *= 1 + 1e-5 * torch.randn_like(weights)
+    prepare(model)
     draw, questions = random.Random(0), []
     for i in range(50):
         images = [noise(draw.randrange(NUM_IMAGES), draw.choice((16, 30))) for _ in range(draw.randrange(3))]

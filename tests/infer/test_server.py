@@ -25,12 +25,15 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import nanovlm
+from nanovlm.config import QuantizationConfig
 from nanovlm.data import source_address
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.api import Limits
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.looking import look_response
+from nanovlm.model.inference import prepare
+from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.serve import ServeConfig, main
 from tests.conftest import TINY, noise
@@ -59,7 +62,7 @@ def folder(tmp_path_factory, processor):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return nanovlm.load(folder)[0]
+    return prepare(nanovlm.load(folder)[0])
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,16 @@ def test_fields_of_our_own_reach_the_sampling(server, model, processor):
     fields = chat(ASKED, temperature=1.0, seed=3, max_completion_tokens=16)
     reply = server.client().chat.completions.create(**fields, extra_body=body)
     assert reply.choices[0].message.content == expected(model, processor, ASKED, max_new_tokens=16, **options)
+
+
+def test_a_quantised_model_is_served(folder, processor):
+    model = prepare(quantize(nanovlm.load(folder)[0], QuantizationConfig("int8")))
+    with started(folder, "--name", "tiny", "--quantize", "int8", "--num-rows", "2", "--cache-tokens", "256") as server:
+        reply = server.client().chat.completions.create(**chat(ASKED, max_tokens=12))
+        assert reply.choices[0].message.content == expected(model, processor, ASKED, max_new_tokens=12)
+        # Without max_tokens an answer has the room that the cache leaves.
+        reply = server.client().chat.completions.create(**chat(ASKED))
+        assert reply.usage.total_tokens <= 256 and reply.choices[0].finish_reason in ("length", "stop")
 
 
 def test_turns_and_roles_are_those_of_the_template(server, model, processor):
