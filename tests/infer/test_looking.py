@@ -19,6 +19,7 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.infer import looking
 from nanovlm.infer.looking import choose_means, look, look_response, show_token, split_text, watch_attention
+from nanovlm.model.inference import prepare
 from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
@@ -104,6 +105,16 @@ def test_looking_leaves_the_model_as_it_is(model, processor):
     sdpa.load_state_dict(model.state_dict())
     for name, values in vars(look(sdpa.eval(), prompt, ANSWER)).items():
         torch.testing.assert_close(getattr(found, name), values, rtol=0, atol=1e-5)
+
+
+def test_a_prepared_model_looks_at_the_same(processor):
+    torch.manual_seed(0)
+    model, prompt = VLM(TINY).eval(), processor.prompt(QUESTION, [noise(0), noise(1)])
+    expected = look(model, prompt, ANSWER)
+    found = look(prepare(model), prompt, ANSWER)
+    assert all(layer.self_attn.joined is not None for layer in model.decoder.layers)
+    for name in ("to_images", "to_text", "logprobs", "likeliest_ids"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
