@@ -37,13 +37,14 @@ OPACITY = """() => {
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
   return {width: canvas.width, alpha: [...pixels.filter((_, i) => i % 4 === 3)]};
 }"""
-DROP = """([url, name]) => {
+# A file is dropped, or pasted.
+GIVE = """([how, url, name]) => {
   const bytes = Uint8Array.from(atob(url.split(",")[1]), (character) => character.charCodeAt(0));
   const files = new DataTransfer();
   files.items.add(new File([bytes], name, {type: url.slice(5).split(";")[0]}));
-  for (const type of ["dragover", "drop"]) {
-    document.body.dispatchEvent(new DragEvent(type, {dataTransfer: files, bubbles: true, cancelable: true}));
-  }
+  const options = {dataTransfer: files, clipboardData: files, bubbles: true, cancelable: true};
+  if (how === "paste") document.body.dispatchEvent(new ClipboardEvent("paste", options));
+  else for (const type of ["dragover", "drop"]) document.body.dispatchEvent(new DragEvent(type, options));
 }"""
 
 
@@ -121,7 +122,7 @@ def answered(browser, server):
     """A visit with one answer about a picture, and the text of the file that it saves."""
     visit = Visit(browser, server)
     assert visit.page.evaluate("document.activeElement.id") == "question"
-    visit.page.evaluate(DROP, [data_url(PICTURE), "a<b>.png"])
+    visit.page.evaluate(GIVE, ["drop", data_url(PICTURE), "a<b>.png"])
     playwright.expect(visit.page.locator("#pending img")).to_have_count(1)
     visit.ask("what is <i>this</i>?")
     visit.tokens()
@@ -293,7 +294,8 @@ def test_an_answer_streams_and_can_be_stopped(visit, mixture):
     engine.model = model
     with running(processor, engine) as slow:
         here = visit(slow)
-        here.page.evaluate(DROP, [data_url(PICTURE), "a.png"])
+        here.page.evaluate(GIVE, ["paste", data_url(PICTURE), "a.png"])
+        playwright.expect(here.page.locator("#pending img")).to_have_count(1)
         here.ask("what?", len(words))
         answer = here.page.locator(".answer")
         playwright.expect(answer).to_contain_text("<b> & a blue")
@@ -308,6 +310,7 @@ def test_an_answer_streams_and_can_be_stopped(visit, mixture):
         playwright.expect(here.page.locator(".turn")).to_have_count(2)
         here.page.locator("#stop").click()
         here.says("stopped")
+        playwright.expect(here.page.locator("#send")).to_be_focused()  # in the place of the button that went away
         assert here.page.locator("#question").input_value() == "and then?"
         assert here.page.locator(".turn").count() == 1 and here.tokens().count() == num
         engine.leave.set()

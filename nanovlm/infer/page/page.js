@@ -132,9 +132,11 @@ function walk(event, turn, number) {
 }
 
 function refresh() {
+  const [shown, gone] = running ? [$("stop"), $("send")] : [$("send"), $("stop")];
+  const hadFocus = document.activeElement === gone;
+  [shown.hidden, gone.hidden] = [false, true];
+  if (hadFocus) shown.focus();
   $("save").disabled = !turns.length || running !== null;
-  $("send").hidden = running !== null;
-  $("stop").hidden = running === null;
 }
 
 function clear() {
