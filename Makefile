@@ -28,8 +28,11 @@ kernels-3.6: .venv/installed-test  ## the kernels compile with the oldest Triton
 	PYTHONPATH=.venv/triton-3.6 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	  tests/kernels/test_sass.py tests/kernels/test_compiling.py
 
-serve-test: .venv/installed-test  ## the server under load: 100 requests at once, slow and vanishing clients
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load tests/infer
+# The page is tested where there is a Chromium (apt-get install chromium), which playwright drives.
+serve-test: .venv/installed-test  ## the server under load, and its page in a browser
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/browser playwright==1.65.2 greenlet==3.5.6
+	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load tests/infer
+	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/infer/test_page.py
 
 # lmms-eval, VLMEvalKit as it is on the index, and what of their many requirements the tests load.
 HARNESS := lmms-eval==0.7.3 ms-vlmeval==0.0.20 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrs==26.1.0 \
