@@ -151,7 +151,8 @@ def run(service, listening: socket.socket, host: str, grace: float):
             return await super().on_tick(counter) or service.worker.failure is not None
 
         async def shutdown(self, sockets=None):
-            ending = asyncio.create_task(service.close(0 if service.worker.failure else grace))
+            seconds = 0 if service.worker.failure else grace
+            ending = asyncio.create_task(service.close(seconds, lambda: self.force_exit))
             await super().shutdown(sockets)
             await ending
 

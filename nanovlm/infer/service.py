@@ -34,6 +34,7 @@ BODY_SECONDS = 60  # in which a body has to come
 NUM_DOWNLOADS = 4  # requests whose images are fetched at a time
 SMALL_BODY = 2**16  # bytes; larger ones have to wait while BODIES of the largest size are in memory
 BODIES = 4
+TELLING_SECONDS = 2  # for clients to be told that the server is shutting down
 T = TypeVar("T")
 
 
@@ -116,14 +117,17 @@ class Service:
         finally:
             self.num_open -= 1
 
-    async def close(self, grace: float):
-        """Refuse new requests from now on, and end those that are open after so many seconds."""
+    async def close(self, grace: float, is_hurried: Callable[[], bool]):
+        """Refuse new requests from now on, and end those that are open after so many seconds, or when it is hurried."""
         self.is_closing = True
         end = time.monotonic() + grace
-        while self.num_open and time.monotonic() < end:
+        while self.num_open and time.monotonic() < end and not is_hurried():
             await asyncio.sleep(0.05)
         self.is_closed = True
         self.worker.cancel_all()
+        end = time.monotonic() + TELLING_SECONDS
+        while self.num_open and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     # --- from a body to a prompt ------------------------------------------------------------------------------
 

@@ -824,20 +824,22 @@ def test_the_page_of_the_docs_is_right(letters, processor):
     assert f"`--num-rows` {config.num_rows}" in text and f"`--grace` {config.grace} seconds" in text
 
 
+def is_refused(server):
+    """Tell whether nobody listens any more."""
+    try:
+        socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+    except OSError:
+        return True
+    return False
+
+
 def test_a_signal_lets_answers_end(folder):
     """New requests are refused, the running one is whole, and the exit status is 0."""
     with started(folder, "--name", "tiny") as server:
         sock = server.connect(chat(ASKED, stream=True, max_tokens=600))
         first = sock.recv(2000)
         server.process.send_signal(signal.SIGTERM)
-
-        def refused():
-            try:
-                socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
-            except OSError:
-                return True
-
-        wait_for(refused)
+        wait_for(lambda: is_refused(server))
         events = read_events(first + read_all(sock))
         assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
         assert server.process.wait(20) == 0
@@ -858,6 +860,18 @@ def test_after_the_grace_answers_are_cut(folder):
         assert server.process.wait(20) == 0
         assert server.process.stderr.read() == ""
         assert time.monotonic() - start < 10
+
+
+def test_a_second_interrupt_ends_it_at_once(folder):
+    with started(folder, "--name", "tiny") as server:
+        sock = server.connect(chat(ASKED, stream=True, max_tokens=8000))
+        first = sock.recv(2000)
+        server.process.send_signal(signal.SIGINT)
+        wait_for(lambda: is_refused(server))
+        server.process.send_signal(signal.SIGINT)
+        assert read_events(first + read_all(sock))[-1]["error"]["message"] == "the server is shutting down"
+        assert server.process.wait(20) == 130
+        assert server.process.stderr.read() == "\nstopped\n"
 
 
 def test_mistakes_of_the_command(folder, tmp_path, capsys):
