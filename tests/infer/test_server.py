@@ -888,7 +888,7 @@ def test_mistakes_of_the_command(folder, tmp_path, capsys):
         (ServeConfig("m", limits=Limits(token_file=tmp_path / "empty")), "empty is empty"),
         (ServeConfig("m", port=taken.getsockname()[1]), "Address already in use"),
         (ServeConfig("m", host="192.0.2.1"), "--host 192.0.2.1"),
-        (ServeConfig(str(tmp_path / "none"), port=0), "there is no"),
+        (ServeConfig(str(tmp_path / "none"), port=0, threads=torch.get_num_threads()), "there is no"),
     ):
         with pytest.raises(UserError) as caught:
             main(config)
