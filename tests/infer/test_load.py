@@ -48,7 +48,7 @@ def asked(tmp_path_factory, processor):
     prepare(model)
     draw, questions = random.Random(0), []
     for i in range(50):
-        images = [noise(draw.randrange(NUM_IMAGES), draw.choice((16, 30))) for _ in range(draw.randrange(3))]
+        images = [noise(draw.randrange(NUM_IMAGES), draw.choice((16, 30, 200))) for _ in range(draw.randrange(3))]
         text, most = f"{draw.choice(TEXTS)} {i % 7}", draw.randrange(1, 65)
         sampling = {"temperature": 0} if i % 2 else {"temperature": 1.2, "seed": i}
         batch = processor([{"role": "user", "content": text}], images)
@@ -168,5 +168,6 @@ def test_nothing_is_lost_and_nothing_is_kept(asked):
         print("MiB after each round, now and at most:", *(f"{now:.0f} {most:.0f}" for now, most in used))
         assert used[-1][0] - used[1][0] < MOST_GROWTH, used
         assert used[-1][1] - used[1][1] < MOST_GROWTH, used
+        assert count(server, "nanovlm_requests_answering") == 0
         assert count(server, "nanovlm_clients_gone_total") == 30 * ROUNDS
         assert end(server) == (0, "")
