@@ -137,9 +137,9 @@ def running(processor, engine, buffer=None, host="127.0.0.1", **limits):
 
 
 @contextlib.contextmanager
-def started(*options):
+def started(*options, command=("-m", "nanovlm.serve", "--port", "0", "--threads", "1")):
     """Run `python -m nanovlm.serve` in a process of its own; yield the server, with the process as `process`."""
-    command = [sys.executable, "-m", "nanovlm.serve", *map(str, options), "--port", "0", "--threads", "1"]
+    command = [sys.executable, *command, *map(str, options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:

@@ -874,6 +874,31 @@ def test_a_second_interrupt_ends_it_at_once(folder):
         assert server.process.stderr.read() == "\nstopped\n"
 
 
+BROKEN = """
+import sys
+from nanovlm.hub.model_folder import load_folder
+from nanovlm.infer.api import Limits
+from nanovlm.infer.service import Service
+from nanovlm.infer.worker import Worker
+from nanovlm.serve import bind, run
+from tests.infer.serving import FakeEngine
+
+engine = FakeEngine(lambda _request, _answer: [1])
+engine.breaks = True
+processor = load_folder(sys.argv[1])[1]
+service = Service(processor, Worker(engine), "tiny", Limits(), num_rows=2, longest=100)
+run(service, bind("127.0.0.1", 0), "127.0.0.1", grace=30)
+"""
+
+
+def test_an_engine_that_fails_ends_the_server(folder):
+    """A supervisor starts it again; what an engine is after a bug is not known."""
+    with started("-c", BROKEN, folder, command=()) as server:
+        assert server.post(body=chat()).status_code == 500
+        assert server.process.wait(20) == 1
+        assert server.process.stderr.read().strip().endswith("RuntimeError: broken on purpose")
+
+
 def test_mistakes_of_the_command(folder, tmp_path, capsys):
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
