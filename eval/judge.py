@@ -11,7 +11,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,14 @@ from tqdm import tqdm
 
 from nanovlm import load
 from nanovlm.config import SamplingConfig
+from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
 from nanovlm.eval.metrics import exact_match, find_yes_no
 from nanovlm.eval.questions import Question
-from nanovlm.infer.answers import generate
+from nanovlm.infer.asking import answer_all
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import Request
+from nanovlm.model.vlm import VLM
 
 SEED, MAX_NEW_TOKENS = 0, 16
 TIMEOUT, TRIES, WAIT = 120, 4, 2.0  # seconds for a reply, attempts, seconds before the second, doubled each time
@@ -40,8 +44,13 @@ Is the answer right? Reply with one word, yes or no."""
 class Judge:
     """Asks for a verdict once for each different question, references and answer."""
 
-    def __init__(self, name: str, reply: Callable[[str], str], folder: Path | None = None):
-        """`reply` returns the judge's text for a prompt; verdicts of an earlier run by `name` in a folder are read."""
+    def __init__(
+        self, name: str, reply: Callable[[Sequence[str]], Iterator[tuple[int, str]]], folder: Path | None = None
+    ):
+        """`reply` yields the index of each prompt with the judge's text, in any order.
+
+        What an earlier run by `name` left in a folder is read.
+        """
         self.name, self.reply = name, reply
         self.path = folder / "judge.jsonl" if folder else None
         self.replies: dict[str, str] = {}
@@ -58,31 +67,43 @@ class Judge:
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], title: str | None = None) -> list[dict]:
         """Return `judge` (1 or 0), `judged` (1 if it was asked) and `judge_unclear` (neither yes nor no: wrong)."""
+        prompts = [
+            None if exact_match(answer, question.references) else make_prompt(question, answer)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        replies = iter(self.ask([prompt for prompt in prompts if prompt is not None], title))
         scores = []
-        pairs = zip(questions, answers, strict=True)
-        for question, answer in tqdm(pairs, desc=title, total=len(answers), disable=title is None, unit="answer"):
-            if exact_match(answer, question.references):
+        for prompt in prompts:
+            if prompt is None:
                 scores.append({"judge": 1.0, "judged": 0.0, "judge_unclear": 0.0})
                 continue
-            verdict = find_yes_no(self.ask(question, answer))
+            verdict = find_yes_no(next(replies))
             scores.append({"judge": float(verdict == "yes"), "judged": 1.0, "judge_unclear": float(verdict is None)})
         return scores
 
-    def ask(self, question: Question, answer: str) -> str:
-        """Return the judge's reply about an answer, from the cache if it is there."""
-        prompt = PROMPT.format(
-            question=question.text, references=" or ".join(question.references), answer=answer.strip()
-        )
-        key = hashlib.sha256(json.dumps([self.name, SEED, prompt]).encode()).hexdigest()
-        if key not in self.replies:
-            self.replies[key] = self.reply(prompt)
-            if self.path:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    line = json.dumps({"key": key, "judge": self.name, "reply": self.replies[key]})
-                    file.write(f"{self.start}{line}\n")
-                    self.start = ""
-        return self.replies[key]
+    def ask(self, prompts: Sequence[str], title: str | None = None) -> list[str]:
+        """Return the judge's replies, from the cache where they are there."""
+        keys = [hashlib.sha256(json.dumps([self.name, SEED, prompt]).encode()).hexdigest() for prompt in prompts]
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.replies}
+        names = list(missing)
+        given = self.reply(list(missing.values()))
+        for i, text in tqdm(given, desc=title, total=len(names), disable=title is None, unit="verdict"):
+            self.keep(names[i], text)
+        return [self.replies[key] for key in keys]
+
+    def keep(self, key: str, reply: str):
+        """Keep a reply, also in the folder, at once."""
+        self.replies[key] = reply
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{self.start}{json.dumps({'key': key, 'judge': self.name, 'reply': reply})}\n")
+                self.start = ""
+
+
+def make_prompt(question: Question, answer: str) -> str:
+    """Return what the judge is asked about an answer."""
+    return PROMPT.format(question=question.text, references=" or ".join(question.references), answer=answer.strip())
 
 
 def open_judge(judge: str, model: str = "", folder: Path | None = None, device: torch.device | str = "cpu") -> Judge:
@@ -90,15 +111,23 @@ def open_judge(judge: str, model: str = "", folder: Path | None = None, device: 
     if judge.startswith(("http://", "https://")):
         if not model:
             raise UserError("--judge with an address needs --judge-model, the name by which the server calls the model")
-        return Judge(f"{judge} {model}", lambda prompt: ask_server(judge, model, prompt), folder)
+
+        def ask_all(prompts):
+            return ((i, ask_server(judge, model, prompt)) for i, prompt in enumerate(prompts))
+
+        return Judge(f"{judge} {model}", ask_all, folder)
     loaded, processor = load(judge, device)
+    return Judge(judge, lambda prompts: ask_model(loaded, processor, prompts), folder)
 
-    def reply(prompt):
-        batch = processor([{"role": "user", "content": prompt}]).to(device)
-        (ids,) = generate(loaded, batch, SamplingConfig(max_new_tokens=MAX_NEW_TOKENS))
-        return processor.decode(ids)
 
-    return Judge(judge, reply, folder)
+def ask_model(model: VLM, processor: Processor, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield a model's greedy replies as they end. Raises UserError for a prompt that the model has no positions for."""
+    documents = (processor.prompt([{"role": "user", "content": prompt}]) for prompt in prompts)
+    sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS)
+    for done in answer_all(Engine(model), (Request(document, sampling) for document in documents)):
+        if done.end.reason == "error":
+            raise UserError(f"the judge gives no verdict: {done.end.message}")
+        yield done.request, processor.decode(done.ids)
 
 
 def ask_server(address: str, model: str, prompt: str) -> str:

@@ -7,9 +7,8 @@ models: `request.args` are (text, doc_to_messages, options of generation, number
 are greedy, so that they depend on the model and the question alone: a task that wants them drawn is refused.
 """
 
-import itertools
 import os
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
@@ -21,11 +20,12 @@ from tqdm import tqdm
 from nanovlm import load
 from nanovlm.config import SamplingConfig
 from nanovlm.data.images import open_image
-from nanovlm.data.types import Document
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
 from nanovlm.eval.published import NO_LIMIT
-from nanovlm.infer.answers import generate
+from nanovlm.eval.run import open_engine
+from nanovlm.infer.asking import answer_all
+from nanovlm.infer.request import Request
 
 READ = {"max_new_tokens", "until", "repetition_penalty", "do_sample", "temperature", "num_beams"}
 IDLE = {"top_p", "top_k", "seed", "use_cache"}  # say nothing to a greedy answer
@@ -39,16 +39,6 @@ def manifest() -> list[ModelManifest]:
         ModelManifest("nanovlm", chat_class_path=f"{__name__}.Model"),
         ModelManifest("nanovlm_lmms_engine", chat_class_path=theirs),
     ]
-
-
-class Prompt(NamedTuple):
-    """A request that the model can read."""
-
-    number: int
-    document: Document
-    # Largest number of new tokens, and the repetition penalty: the same for all prompts of a batch.
-    limits: tuple[int, float]
-    stops: list[str]
 
 
 class Model(lmms):
@@ -73,34 +63,40 @@ class Model(lmms):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.batch_size, self.device = int(batch_size), find_device(device or "auto")
         self.model, self.processor = load(str(pretrained), self.device, DTYPES[dtype])
+        self.engine = open_engine(self.model, self.batch_size)
         self.noted = set()
 
     def generate_until(self, requests: list) -> list[str]:
-        """Answer requests in batches; an answer is the same in any batch. Raises UserError that names a record."""
-        answers: dict[int, str] = {}
-        with tqdm(total=len(requests), desc="nanovlm", unit="answer", disable=self.rank > 0) as progress:
-            for start in range(0, len(requests), self.batch_size):
-                batch = enumerate(requests[start : start + self.batch_size], start)
-                prompts = sorted((self.read(request, number) for number, request in batch), key=_limits)
-                for limits, group in itertools.groupby(prompts, key=_limits):
-                    for prompt, text in self.answer(list(group), *limits):
-                        answers[prompt.number] = cut(text, prompt.stops)
-                progress.update(len(prompts))
-        return [answers[number] for number in range(len(requests))]
+        """Answer requests, --batch_size at a time, each by its own options. Raises UserError that names a record."""
+        answers, stops = [""] * len(requests), []
 
-    def read(self, request, number: int) -> Prompt:
-        """Turn a request into a prompt. Raises UserError that names its task and record."""
+        def prompts() -> Iterator[Request]:
+            for request in requests:
+                prompt, ends = self.read(request)
+                stops.append(ends)
+                yield prompt
+
+        with tqdm(total=len(requests), desc="nanovlm", unit="answer", disable=self.rank > 0) as progress:
+            for done in answer_all(self.engine, prompts()):
+                if done.end.reason == "error":
+                    raise UserError(f"{name(requests[done.request])}: {done.end.message}")
+                answers[done.request] = cut(self.processor.decode(done.ids), stops[done.request])
+                progress.update()
+        return answers
+
+    def read(self, request) -> tuple[Request, list[str]]:
+        """Return what the engine is asked, and the texts that end an answer. Raises UserError that names the record."""
         _text, doc_to_messages, options, doc_id, task, split = request.args
         try:
             messages, images = to_messages(doc_to_messages(self.task_dict[task][split][doc_id]))
-            document = self.processor.prompt(messages, images)
-            stops, limits = self.read_options(options, len(document), task)
+            prompt = self.processor.prompt(messages, images)
+            stops, sampling = self.read_options(options, len(prompt), task)
         except UserError as error:
-            raise UserError(f"the task {task}, record {doc_id} of {split}: {error}") from error
-        return Prompt(number, document, limits, stops)
+            raise UserError(f"{name(request)}: {error}") from error
+        return Request(prompt, sampling), stops
 
-    def read_options(self, options: dict, length: int, task: str) -> tuple[list[str], tuple[int, float]]:
-        """Return the texts that end an answer, and its limits, for a prompt of `length` tokens."""
+    def read_options(self, options: dict, length: int, task: str) -> tuple[list[str], SamplingConfig]:
+        """Return the texts that end an answer, and how it is chosen, for a prompt of `length` tokens."""
         temperature = float(options.get("temperature") or 0)
         if options.get("do_sample", temperature > 0) and temperature > 0:
             raise UserError(
@@ -118,14 +114,8 @@ class Model(lmms):
         if room < most:
             self.note(f"answers in the task {task} end before {most} tokens where the {room + length} positions end")
         penalty = float(options.get("repetition_penalty") or 1)
-        return [stops] if isinstance(stops, str) else [*stops], (min(most, room), penalty)
-
-    @torch.inference_mode()
-    def answer(self, prompts: list[Prompt], most: int, penalty: float) -> list[tuple[Prompt, str]]:
-        """Return prompts with their greedy answers."""
-        batch = self.processor.batch([prompt.document for prompt in prompts]).to(self.device)
-        rows = generate(self.model, batch, SamplingConfig(max_new_tokens=most, repetition_penalty=penalty))
-        return [(prompt, self.processor.decode(row)) for prompt, row in zip(prompts, rows, strict=True)]
+        sampling = SamplingConfig(max_new_tokens=min(most, room), repetition_penalty=penalty).validate()
+        return [stops] if isinstance(stops, str) else [*stops], sampling
 
     def note(self, text: str):
         """Print a line once."""
@@ -162,5 +152,7 @@ def cut(text: str, stops: list[str]) -> str:
     return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=None)]
 
 
-def _limits(prompt: Prompt) -> tuple[int, float]:
-    return prompt.limits
+def name(request) -> str:
+    """Return which record a request is about."""
+    _text, _messages, _options, doc_id, task, split = request.args
+    return f"the task {task}, record {doc_id} of {split}"

@@ -15,8 +15,9 @@ from nanovlm import cli
 if __name__ == "__main__":
     cli.end_on_interrupt()  # the imports below take seconds
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,10 +41,13 @@ from nanovlm.eval.questions import MAX_NEW_TOKENS, Question, Task
 from nanovlm.eval.report import Answers, write_report
 from nanovlm.eval.scores import format_table, summarise
 from nanovlm.eval.tasks import TASKS, open_records, open_task, read_questions
-from nanovlm.infer.answers import generate
+from nanovlm.infer.asking import answer_all
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import Request
 from nanovlm.model.vlm import VLM
 
-BATCH_ROWS = 128
+NUM_ROWS = 128  # answers at a time
+CACHE_TOKENS = 32768  # for the longest prompt and its answer, where the model has so many positions
 __all__ = ["MAX_NEW_TOKENS", "answer", "collect", "evaluate", "format_table"]
 
 
@@ -56,29 +60,44 @@ def answer(
 ) -> list[str]:
     """Generate the greedy answer to each question, about `images` if given, else its own; a title shows progress.
 
-    Raises UserError that names a question for which the model has too few positions.
+    Prompts are made one by one as rows of the engine become free. Raises UserError that names a question for which the
+    model has too few positions, or the device too little memory.
     """
     images = images or [question.images for question in questions]
-    device, answers = next(model.parameters()).device, {}
-    # Short answers first, so that none waits for a long one in its batch.
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].max_new_tokens, len(questions[i].truth)))
-    for start in tqdm(range(0, len(order), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):
-        chosen = order[start : start + BATCH_ROWS]
-        prompts = [processor.prompt(questions[i].messages, images[i]) for i in chosen]
-        longest = max(questions[i].max_new_tokens for i in chosen)
-        for i, prompt in zip(chosen, prompts, strict=True):
-            if len(prompt) + longest > (most := model.config.decoder.max_position_embeddings):
+    engine = open_engine(model, NUM_ROWS)
+    most = model.config.decoder.max_position_embeddings
+
+    def requests() -> Iterator[Request]:
+        for question, shown in zip(questions, images, strict=True):
+            prompt, num = processor.prompt(question.messages, shown), question.max_new_tokens
+            if len(prompt) + num > most:
                 raise UserError(
-                    f"the question {questions[i].text[:200]!r} of record {questions[i].record} takes {len(prompt)} "
-                    f"tokens and its answer up to {longest}, the model has {most} positions: lower --max-new-tokens, "
-                    "or leave the record out"
+                    f"{describe(question)} takes {len(prompt)} tokens and its answer up to {num}, the model has {most} "
+                    "positions: lower --max-new-tokens, or leave the record out"
                 )
-        batch = processor.batch(prompts).to(device)
-        rows = generate(model, batch, SamplingConfig(max_new_tokens=longest))
-        answers |= {
-            i: processor.decode(ids[: questions[i].max_new_tokens]) for i, ids in zip(chosen, rows, strict=True)
-        }
-    return [answers[i] for i in range(len(questions))]
+            yield Request(prompt, SamplingConfig(max_new_tokens=num))
+
+    answers = [""] * len(questions)
+    with tqdm(total=len(questions), desc=title, disable=title is None, unit="answer") as progress:
+        for done in answer_all(engine, requests()):
+            if done.end.reason == "error":
+                raise UserError(f"{describe(questions[done.request])} has no answer: {done.end.message}")
+            answers[done.request] = processor.decode(done.ids)
+            progress.update()
+    return answers
+
+
+def open_engine(model: VLM, num_rows: int) -> Engine:
+    """Return an engine for so many answers at a time that takes every prompt the model has positions for.
+
+    On a CPU the system gives the cache its memory when it is written to.
+    """
+    longest = model.config.decoder.max_position_embeddings
+    return Engine(model, num_rows, cache_tokens=max(min(longest, CACHE_TOKENS), num_rows * min(longest, 512)))
+
+
+def describe(question: Question) -> str:
+    return f"the question {question.text[:200]!r} of record {question.record}"
 
 
 def collect(
@@ -89,13 +108,20 @@ def collect(
     controls: bool = False,
     title: str | None = None,
 ) -> dict[str, list[str]]:
-    """Return the answers to the questions under `accuracy`, and those of the controls by their names."""
-    columns = {"accuracy": answer(model, processor, questions, title=title)}
+    """Return the answers to the questions under `accuracy`, and those of the controls by their names.
+
+    All are asked in one go, so that an image which is shown twice is encoded once.
+    """
+    asked = {"accuracy": (questions, [question.images for question in questions])}
     if controls and any(question.images for question in questions):
-        for name, images in (("blank", blank_images(questions)), ("shuffled", shuffled_images(questions))):
-            columns[name] = answer(model, processor, questions, images, title and f"{title}, {name} images")
+        asked["blank"] = questions, blank_images(questions)
+        asked["shuffled"] = questions, shuffled_images(questions)
         bare = [question.without_images() for question in questions]
-        columns["alone"] = answer(model, processor, bare, title=title and f"{title}, no images")
+        asked["alone"] = bare, [[] for _ in bare]
+    everything = [question for qs, _ in asked.values() for question in qs]
+    shown = [images for _, all_images in asked.values() for images in all_images]
+    answers = iter(answer(model, processor, everything, shown, title))
+    columns = {name: list(itertools.islice(answers, len(qs))) for name, (qs, _) in asked.items()}
     if training:
         columns["majority"] = [training.guess(question) for question in questions]
     return columns

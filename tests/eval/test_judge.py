@@ -1,15 +1,20 @@
 """A judge behind an address and in a folder: what it is asked, how often, and what becomes of its words."""
 
+import dataclasses
 import http.server
 import json
 import threading
 
 import pytest
+import torch
 
 from nanovlm.eval import judge as module
-from nanovlm.eval.judge import Judge, ask_server, open_judge
+from nanovlm.eval.judge import Judge, ask_server, make_prompt, open_judge
 from nanovlm.eval.questions import Question
 from nanovlm.hub.model_folder import save_model
+from nanovlm.infer.answers import generate
+from nanovlm.infer.asking import Answer
+from nanovlm.infer.request import End
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY
 
@@ -109,20 +114,32 @@ def test_an_address_needs_the_name_of_a_model():
 
 
 def test_a_model_in_a_folder_judges(tmp_path, processor, monkeypatch):
-    import dataclasses
-
+    """All prompts are asked together; a reply is kept, and is the greedy answer to its prompt alone."""
+    torch.manual_seed(0)
     decoder = dataclasses.replace(TINY.decoder, max_position_embeddings=1024)
-    save_model(tmp_path / "model", VLM(dataclasses.replace(TINY, decoder=decoder)), processor)
-    prompts = []
-    monkeypatch.setattr(module, "generate", lambda model, batch, config: prompts.append(batch) or [[5]])
-    judge = open_judge(str(tmp_path / "model"))
-    assert judge.ask(question(), "x") == processor.decode([5])
-    assert "how many in 0?" in processor.decode(prompts[0].input_ids[0].tolist())
-    monkeypatch.undo()
-    first, second = (open_judge(str(tmp_path / "model")).ask(question(), "x") for _ in range(2))
-    assert first == second  # greedy
+    model = VLM(dataclasses.replace(TINY, decoder=decoder))
+    save_model(tmp_path / "model", model, processor)
+    judge = open_judge(str(tmp_path / "model"), folder=tmp_path / "out")
+    prompts = [make_prompt(question(i), "x" * i) for i in (0, 1, 2, 1)]
+    assert "how many in 1?" in prompts[1] and "two dogs or 2 dogs" in prompts[1]
+    replies = judge.ask(prompts)
+    batches = [processor([{"role": "user", "content": prompt}]) for prompt in prompts]
+    expected = [processor.decode(generate(model, batch, max_new_tokens=16)[0]) for batch in batches]
+    assert replies == expected and len({*replies}) > 1
+    assert len((tmp_path / "out" / "judge.jsonl").read_text().splitlines()) == 3
+    monkeypatch.setattr(module, "answer_all", lambda engine, requests: iter([*requests][:0]))
+    assert open_judge(str(tmp_path / "model"), folder=tmp_path / "out").ask(prompts) == replies
+
+
+def test_a_judge_without_memory_gives_no_verdict(tmp_path, processor, monkeypatch):
+    save_model(tmp_path / "model", VLM(TINY), processor)
+    end = End(0, 0, "error", "there is not enough memory")
+    monkeypatch.setattr(module, "answer_all", lambda *_: iter([Answer(0, 0, [], end)]))
+    with pytest.raises(ValueError, match="the judge gives no verdict: there is not enough memory"):
+        open_judge(str(tmp_path / "model")).score([question()], ["x"])
 
 
 def test_a_verdict_in_the_folder_of_another_program_is_no_verdict(tmp_path):
     (tmp_path / "judge.jsonl").write_text('[]\n{"key": 1}\nnull\n')
-    assert Judge("a", lambda prompt: "yes", tmp_path).score([question()], ["x"])[0]["judge"] == 1
+    judge = Judge("a", lambda prompts: ((i, "yes") for i, _ in enumerate(prompts)), tmp_path)
+    assert judge.score([question()], ["x"])[0]["judge"] == 1

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanovlm.config import SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
@@ -233,7 +234,7 @@ def test_images_are_where_the_messages_have_them(model, tmp_path):
     ]
     plain = [{"role": turn["role"], "content": turn["content"][0]["text"]} for turn in dialogue]
     asked = request(model, dialogue, max_new_tokens=48)
-    assert model.read(asked, 0).document.input_ids.equal(model.processor.prompt(plain).input_ids)
+    assert model.read(asked)[0].prompt.input_ids.equal(model.processor.prompt(plain).input_ids)
     assert model.generate_until([asked]) == [say(model, plain, [], 48)]
 
 
@@ -291,7 +292,7 @@ def test_what_is_refused_names_task_and_record(model, messages, options, message
 def test_options_that_are_not_read_are_named_once(model, capsys):
     asked = [request(model, see("what?"), max_new_tokens=1, do_sample=False, temperature=0.2, top_p=0, look=1)] * 3
     assert len(set(model.generate_until(asked))) == 1
-    assert model.read(request(model, see("what?")), 0).limits == (NO_LIMIT, 1)
+    assert model.read(request(model, see("what?")))[0].sampling == SamplingConfig(max_new_tokens=NO_LIMIT)
     assert capsys.readouterr().out == "note: the options look of the task mine are not read\n"
 
 

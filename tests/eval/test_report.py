@@ -207,13 +207,16 @@ def test_controls_ask_the_same_questions_about_other_images_and_without_any(fold
     seen = []
 
     def spy(model, processor, questions, images=None, title=None):
-        seen.append([[x.tobytes() for x in shown] for shown in images or [q.images for q in questions]])
-        seen[-1].append([part["type"] for q in questions for part in q.messages[-1]["content"]])
-        return ["?"] * len(questions)
+        for question, shown in zip(questions, images or [q.images for q in questions], strict=True):
+            kinds = [part["type"] for part in question.messages[-1]["content"]]
+            seen.append(([x.tobytes() for x in shown], kinds))
+        return [str(i) for i in range(len(questions))]
 
     monkeypatch.setattr(run, "answer", spy)
     questions = read_questions(open_records(str(folder / "own.jsonl"), 3))
-    assert list(collect(None, None, questions, controls=True)) == ["accuracy", "blank", "shuffled", "alone"]
-    own, blank, shuffled, alone = seen
-    assert shuffled[:3] == [own[1], own[2], own[0]] and len({x for (x,) in blank[:3]}) == 1
-    assert alone == [[], [], [], ["text"] * 3] and own[3] == ["image", "text"] * 3
+    columns = collect(None, None, questions, controls=True)
+    names = ("accuracy", "blank", "shuffled", "alone")
+    assert columns == {name: [str(3 * i + j) for j in range(3)] for i, name in enumerate(names)}
+    own, blank, shuffled, alone = ([shown for shown, _ in seen[3 * i : 3 * i + 3]] for i in range(4))
+    assert shuffled == [own[1], own[2], own[0]] and len({x for (x,) in blank}) == 1 and alone == [[], [], []]
+    assert [kinds for _, kinds in seen] == [["image", "text"]] * 9 + [["text"]] * 3

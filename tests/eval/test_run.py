@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import open_source
 from nanovlm.data.types import Sample
+from nanovlm.errors import UserError
 from nanovlm.eval import run
 from nanovlm.eval.controls import TrainingScan, shuffled_images
 from nanovlm.eval.metrics import exact_match
@@ -23,6 +25,10 @@ from nanovlm.eval.scores import average
 from nanovlm.eval.sheet import choose, describe, draw_sheet
 from nanovlm.eval.tasks import TASKS, open_task, read_questions
 from nanovlm.hub.model_folder import save_model
+from nanovlm.infer.answers import generate
+from nanovlm.infer.asking import Answer
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import End
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, make_raw
 from tests.test_train import SMALL
@@ -76,6 +82,59 @@ def test_scores_and_controls(monkeypatch, name):
     assert line.split()[:3] == ["MEAN", "100.0", "0.0"]
     alone = evaluate(None, None, task, list(task.questions()))
     assert alone["kinds"]["color"] == {"accuracy": 1.0, "n": result["kinds"]["color"]["n"]}
+
+
+def test_answers_are_greedy_each_within_its_own_limit(monkeypatch, processor):
+    """Each is that of its question alone, and prompts are made as rows become free: their pixels take memory."""
+    torch.manual_seed(0)
+    model, waiting = VLM(TINY).eval(), []
+    questions = [
+        dataclasses.replace(q, max_new_tokens=1 + i % 5) for i, q in enumerate(open_task("scenes", 3).questions())
+    ]
+    monkeypatch.setattr(run, "NUM_ROWS", 4)
+    num_open, prompt = 0, processor.prompt
+
+    def count(*args):
+        nonlocal num_open
+        num_open += 1
+        waiting.append(num_open)
+        return prompt(*args)
+
+    def decode(ids):
+        nonlocal num_open
+        num_open -= 1
+        return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    counting = SimpleNamespace(prompt=count, decode=decode)
+    got = run.answer(model, counting, questions)
+    assert max(waiting) == 4 and len(waiting) == len(questions) > 20
+    for question, said in zip(questions, got, strict=True):
+        (ids,) = generate(model, processor(question.messages, question.images), max_new_tokens=question.max_new_tokens)
+        assert said == processor.decode(ids)
+    assert len({*got}) > 3
+
+
+def test_a_picture_is_encoded_once_for_a_task_and_its_controls(monkeypatch, processor):
+    engines = []
+    monkeypatch.setattr(run, "Engine", lambda *args, **options: engines.append(Engine(*args, **options)) or engines[0])
+    questions = read_questions(open_task("scenes", 3))
+    run.collect(VLM(TINY), processor, questions, controls=True)
+    (engine,) = engines
+    pictures = {image.tobytes() for q in questions for image in q.images}
+    assert engine.features.num_encoded == len(pictures) + 1 == 4  # and one grey one
+
+
+def test_what_cannot_be_answered_is_named(monkeypatch, processor):
+    asked = question(7, text="what is\nthis?")
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, max_position_embeddings=50))
+    with pytest.raises(
+        UserError, match=r"'what is\\nthis\?' of record 7 takes \d+ tokens and its answer up to 48, the"
+    ):
+        run.answer(VLM(config), processor, [asked])
+    end = End(0, 0, "error", "there is not enough memory")
+    monkeypatch.setattr(run, "answer_all", lambda *_: iter([Answer(0, 0, [], end)]))
+    with pytest.raises(UserError, match=r"of record 7 has no answer: there is not enough memory"):
+        run.answer(VLM(TINY), processor, [asked])
 
 
 def test_records_of_the_training_set_are_dropped(monkeypatch):
