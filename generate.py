@@ -2,13 +2,14 @@
 
     python generate.py --model runs/scenes/model --image cat.png --prompt "what color is the circle?"
     python generate.py --model runs/scenes/model --image a.png b.png --prompt "..." --temperature 0.7 --seed 1
-    python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     one batch
+    python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     at a time
+    python generate.py --model runs/scenes/model --image a.png --prompt "..." --num-answers 4 --temperature 1
     python generate.py --model runs/scenes/model --image a.png                                 a chat
     python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --quantize int4  docs/quantization.md
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --show-attention where.png
 
-An image belongs to every prompt. With `--json` one JSON object is printed for each prompt.
+An image belongs to every prompt, and is encoded once. With `--json` one JSON object is printed for each answer.
 """
 
 import sys
@@ -26,9 +27,13 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import contextlib
 import json
 import resource
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import nanovlm
@@ -39,10 +44,12 @@ from nanovlm.data.types import IGNORE, Document
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
+from nanovlm.infer.asking import ask
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
-from nanovlm.infer.request import Request, Token
+from nanovlm.infer.request import End, Request, Token, Usage
+from nanovlm.infer.text import TextStream
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM, Extras
@@ -61,65 +68,100 @@ def main(config: GenerateConfig):
     if config.show_attention is not None:
         check_attention(config, model)
     if not config.prompt:
-        return chat(model, processor, images, config.sampling)
+        return chat(lambda: Engine(model, 1, config.cache_tokens), processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
-    echo = len(prompts) == 1 and not config.json
-    texts, numbers = answer(model, processor, prompts, config.sampling, echo)
-    if config.show_routing:
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(format_routing(model, processor, prompt, text))
-    if config.show_attention is not None:
-        write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], texts[0]))
-    if config.json:
-        for prompt, text, (prompt_tokens, new_tokens) in zip(config.prompt, texts, numbers["tokens"], strict=True):
-            shared = {key: value for key, value in numbers.items() if key != "tokens"}
-            counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-            print(json.dumps({"prompt": prompt, "text": text, **counts, **shared}))
-    elif not echo:
-        for prompt, text in zip(config.prompt, texts, strict=True):
-            print(f"{prompt}\n  {text}")
-
-
-def answer(model: VLM, processor: Processor, prompts: list, config: SamplingConfig, echo: bool):
-    """Generate an answer to each prompt document; return the texts and their token counts, speed and memory.
-
-    With `echo` the text of the first prompt appears on the terminal as it is generated.
-    """
-    device = next(model.parameters()).device
-    engine = Engine(model, num_rows=len(prompts))
-    rows: list[list[int]] = [[] for _ in prompts]
-    shown, first = "", 0.0
+    num_answers = len(prompts) * config.num_answers
+    engine = Engine(model, min(config.num_rows, num_answers), config.cache_tokens)
+    echo = num_answers == 1 and not config.json
     start = time.perf_counter()
-    numbers = [engine.submit(Request(prompt, config)) for prompt in prompts]
-    while not engine.is_idle:
-        for event in engine.step():
-            first = first or time.perf_counter()
+    requests = [Request(prompt, config.sampling, config.num_answers) for prompt in prompts]
+    said = answer(engine, processor, requests, echo)
+    shared = measure(engine, [one.end.usage for one in said], time.perf_counter() - start)
+    if config.show_routing:
+        for one in said:
+            print(format_routing(model, processor, prompts[one.request], one.text))
+    if config.show_attention is not None:
+        write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], said[0].text))
+    if config.json:
+        for one in said:
+            print(json.dumps({"prompt": config.prompt[one.request], **describe(one), **shared}))
+    elif not echo:
+        for one in said:
+            print(*([config.prompt[one.request]] if one.answer == 0 else []), f"  {one.text}", sep="\n")
+
+
+class Said(NamedTuple):
+    """An answer: its prompt's index, its own among the answers to it, its text and its end."""
+
+    request: int
+    answer: int
+    text: str
+    end: End
+
+
+def answer(engine: Engine, processor: Processor, requests: list[Request], echo: bool, stop=lambda: False) -> list[Said]:
+    """Return the answers to the requests, in order; with `echo` texts appear on the terminal as they are made.
+
+    As soon as `stop` returns true, what has not ended is cancelled and left out. Raises UserError where one fails.
+    """
+    texts = {(i, j): "" for i, request in enumerate(requests) for j in range(request.num_answers)}
+    streams = {key: TextStream(processor) for key in texts}
+    ends: dict[tuple[int, int], End] = {}
+    with contextlib.closing(ask(engine, requests)) as events:
+        for index, event in events:
+            key = index, event.answer
             if isinstance(event, Token):
-                rows[numbers.index(event.request)].append(event.id)
-        if echo:
-            text = processor.decode(rows[0])
-            # A character of several bytes may still be incomplete at the end.
-            if not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-    end = time.perf_counter()
-    texts = [processor.decode(row) for row in rows]
-    if echo:
-        print(texts[0][len(shown) :])
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+                new = streams[key].add(event.id)
+            else:
+                new, ends[key] = streams[key].end(), event
+                if event.reason == "error":
+                    raise UserError(event.message)
+            texts[key] += new
+            if echo:
+                print(new, end="" if isinstance(event, Token) else "\n", flush=True)
+            if stop():
+                break
+    return [Said(*key, texts[key], ends[key]) for key in texts if key in ends]
+
+
+def describe(said: Said) -> dict:
+    """Return what is an answer's own among the figures of --json."""
+    usage = said.end.usage
+    return {
+        "answer": said.answer,
+        "text": said.text,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "new_tokens": usage.new_tokens,
+        "finish_reason": said.end.reason,
+        "time_to_first_token_s": usage.first_token_s,
+    }
+
+
+def measure(engine: Engine, usages: list[Usage], seconds: float) -> dict:
+    """Return speed and memory of the whole run; of several answers, percentiles of the times that each took."""
+    if engine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(engine.device)
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    num_new = sum(len(row) for row in rows)
-    speed = num_new / (end - start)
-    return texts, {
-        "tokens": [(len(prompt), len(row)) for prompt, row in zip(prompts, rows, strict=True)],
-        "time_to_first_token_s": first - start,
+    speed = sum(usage.new_tokens for usage in usages) / seconds
+    figures = {
         "tokens_per_second": speed,
         "peak_memory_bytes": peak,
         "tokens_per_second_per_gb": speed / (peak / 1e9),
+        "cache_bytes_per_token": engine.cache.bytes_per_token,
     }
+    if len(usages) > 1:
+        between = [(u.total_s - u.first_token_s) / (u.new_tokens - 1) for u in usages if u.new_tokens > 1]
+        figures["time_to_first_token_s_percentiles"] = percentiles([usage.first_token_s for usage in usages])
+        figures["time_per_token_s_percentiles"] = percentiles(between)
+    return figures
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Return the 50th, 90th and 99th percentile; nothing of nothing."""
+    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99) if values}
 
 
 @torch.inference_mode()
@@ -171,14 +213,17 @@ def draw_attention(
     return draw_look(images, places, weights[0, 0], split_text(shown, processor), titles)
 
 
-def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig):
-    """Talk until the input ends; the conversation so far is part of every prompt. Ctrl-C stops an answer alone."""
+def chat(open_engine: Callable[[], Engine], processor: Processor, images: list, config: SamplingConfig):
+    """Talk until the input ends; the conversation so far is part of every prompt. Ctrl-C stops an answer alone.
+
+    One engine lasts for the whole conversation, so that a turn computes what is new in it: the cache has the rest.
+    """
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401, lets `input` edit lines and recall earlier ones
     about = "Ask" if processor.config.vision is None else "Ask about the image. /image FILE shows another one"
     print(f"{about}. /new forgets the conversation, /exit leaves.")
     messages, pending = [], list(images)
-    shown = []
+    shown, engine = [], open_engine()
     while True:
         try:
             line = input("> ").strip()
@@ -202,14 +247,17 @@ def chat(model: VLM, processor: Processor, images: list, config: SamplingConfig)
             content = [{"type": "image"} for _ in pending] + [{"type": "text", "text": line}]
             asked = [*messages, {"role": "user", "content": content}]
             prompt = processor.prompt(asked, shown + pending)
-            text = answer(model, processor, [prompt], config, echo=True)[0][0]
+            with cli.watch_signals(signal.SIGINT) as seen:
+                said = answer(engine, processor, [Request(prompt, config)], echo=True, stop=lambda: bool(seen))
         except ValueError as error:
             print(error)
             continue
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the second one, perhaps in the middle of a step
+            said, engine = [], open_engine()
+        if not said:
             print("\nstopped; the question and its answer are forgotten.")
             continue
-        messages, shown, pending = [*asked, {"role": "assistant", "content": text}], shown + pending, []
+        messages, shown, pending = [*asked, {"role": "assistant", "content": said[0].text}], shown + pending, []
 
 
 if __name__ == "__main__":

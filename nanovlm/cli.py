@@ -27,15 +27,16 @@ def _end(_number, _frame):
 
 
 @contextlib.contextmanager
-def watch_signals():
-    """Yield a list of the received SIGTERM and SIGUSR1, by which a scheduler announces the end of a job, and SIGINT.
+def watch_signals(*numbers: int):
+    """Yield a list of the received signals of these numbers; by default of those that end a run of training.
 
-    None ends the process, as each may arrive twice: from the scheduler, and once more from torchrun. Only a second
-    SIGINT, of a user who gives the save up, raises KeyboardInterrupt.
+    These are SIGTERM and SIGUSR1, by which a scheduler announces the end of a job, and SIGINT. None ends the process,
+    as each may arrive twice: from the scheduler, and once more from torchrun. Only a second SIGINT, of a user who does
+    not want to wait, raises KeyboardInterrupt.
     """
-    seen, numbers = [], [signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell sets it for what runs in the background
-        numbers.append(signal.SIGINT)
+    seen, numbers = [], numbers or (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell sets it for what runs in the background
+        numbers = tuple(number for number in numbers if number != signal.SIGINT)
 
     def note(number, _frame):
         if number == signal.SIGINT and number in seen:

@@ -57,9 +57,11 @@ class GenerateConfig:
     model: str
     # Image files, in the order in which the model sees them.
     image: tuple[Path, ...] = ()
-    # Questions about the images; with several, they are answered as one batch. Without any: a chat.
+    # Questions about the images; several are answered at a time. Without any: a chat.
     prompt: tuple[str, ...] = ()
-    # Print one JSON object for each prompt: text, token counts, speed, memory.
+    # How many answers to each prompt, each drawn with a seed of its own: the seed, the seed + 1, ...
+    num_answers: int = 1
+    # Print one JSON object for each answer: text, token counts, why it ended, times, speed, memory.
     json: bool = False
     # Print which experts the tokens of each answer went to (of a mixture of experts).
     show_routing: bool = False
@@ -79,12 +81,23 @@ class GenerateConfig:
     # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
     # folder.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # At most this many answers are made at a time.
+    num_rows: int = 16
+    # How many tokens, prompts included, the cache has room for; 0 for what suits num_rows.
+    cache_tokens: int = 0
 
     def validate(self) -> "GenerateConfig":
         """Return self, or raise UserError that names a value and what would be right."""
         self.sampling.validate()
         if self.json and not self.prompt:
             raise UserError("--json needs a --prompt; a chat has no JSON form")
+        for name, least in (("num_answers", 1), ("num_rows", 1), ("cache_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
+        if self.num_answers > 1 and not self.prompt:
+            raise UserError(f"--num-answers {self.num_answers} needs a --prompt; a chat has one answer a turn")
+        if self.num_answers > 1 and self.sampling.temperature == 0:
+            raise UserError(f"--num-answers {self.num_answers} would all be equal at temperature 0: add --temperature")
         if self.show_attention is None:
             if self.attention_layer is not None or self.attention_head is not None:
                 raise UserError("--attention-layer and --attention-head say what --show-attention FILE draws: add it")
@@ -93,6 +106,8 @@ class GenerateConfig:
             raise UserError("--show-attention draws attention over a picture, but there is none: add --image FILE")
         if len(self.prompt) != 1:
             raise UserError(f"--show-attention draws the answer to one --prompt, not to {len(self.prompt)}")
+        if self.num_answers > 1:
+            raise UserError(f"--show-attention draws one answer, not {self.num_answers}")
         if self.show_attention.suffix.lower() != ".png":
             raise UserError(f"--show-attention writes a PNG file: let the name {self.show_attention} end in .png")
         if not self.show_attention.absolute().parent.is_dir():

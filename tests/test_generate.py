@@ -1,8 +1,10 @@
 """generate.py as its users call it."""
 
 import dataclasses
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,14 @@ import torch
 from PIL import Image
 
 import generate
-from nanovlm.config import MoEConfig
+import nanovlm
+from generate import Said
+from nanovlm.config import MoEConfig, SamplingConfig
 from nanovlm.data.chat import Processor
+from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import End, Request, Token
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 
@@ -37,17 +44,47 @@ def call(folder, *args, text=""):
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, input=text)
 
 
-def test_json(folder):
-    done = call(
-        folder, "--image", "a.png", "b.png", "--prompt", "what?", "and a longer one?", "--json", "--max-new-tokens", "5"
-    )
+def test_json(folder, processor):
+    """Figures of each answer, which is that of its prompt alone, and of the run."""
+    names = ["a.png", "b.png", "a.png", "b.png", "a.png"]
+    prompts, options = ["what?", "and a longer one?"], ["--image", *names, "--max-new-tokens", "5"]
+    done = call(folder, *options, "--prompt", *prompts, "--json", "--num-rows", "1")
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
-    assert first["prompt"] == "what?" and isinstance(first["text"], str)
-    assert first["prompt_tokens"] < second["prompt_tokens"]
-    assert 0 <= first["new_tokens"] <= 5
-    for key in ("time_to_first_token_s", "tokens_per_second", "peak_memory_bytes", "tokens_per_second_per_gb"):
-        assert first[key] > 0
+    model, _ = nanovlm.load(folder / "model", "cpu")
+    images = [Image.open(folder / name) for name in names]
+    for line, text in zip((first, second), prompts, strict=True):
+        batch = processor([{"role": "user", "content": text}], images)
+        (ids,) = nanovlm.generate(model, batch, max_new_tokens=5)
+        assert (line["prompt"], line["answer"], line["text"]) == (text, 0, processor.decode(ids))
+        assert (line["prompt_tokens"], line["new_tokens"]) == (batch.input_ids.shape[1], len(ids))
+        assert line["finish_reason"] == ("length" if len(ids) == 5 else "stop")
+    # The second shares the images with the first, whose 20 tokens have one whole block of 16.
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, 16)
+    assert 0 < first["time_to_first_token_s"]
+    for key in ("tokens_per_second", "peak_memory_bytes", "tokens_per_second_per_gb"):
+        assert first[key] == second[key] > 0
+    decoder = TINY.decoder
+    numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    assert first["cache_bytes_per_token"] == 4 * numbers
+    waits = first["time_to_first_token_s_percentiles"]
+    two = sorted(line["time_to_first_token_s"] for line in (first, second))
+    assert list(waits) == ["p50", "p90", "p99"] and waits["p50"] == pytest.approx(sum(two) / 2)
+    assert two[0] <= waits["p90"] <= waits["p99"] <= two[1] and first["time_per_token_s_percentiles"]["p50"] > 0
+
+
+def test_several_answers_to_a_prompt(folder):
+    options = ["--image", "a.png", "--max-new-tokens", "9", "--temperature", "1"]
+    several = [*options, "--prompt", "what?", "why?", "--num-answers", "3", "--seed", "4"]
+    done = call(folder, *several, "--json")
+    assert done.returncode == 0, done.stderr
+    lines = list(map(json.loads, done.stdout.splitlines()))
+    assert [(x["prompt"], x["answer"]) for x in lines] == [(p, i) for p in ("what?", "why?") for i in range(3)]
+    assert len({x["text"] for x in lines}) == 6
+    alone = call(folder, *options, "--prompt", "why?", "--seed", "6")
+    assert alone.stdout == lines[5]["text"] + "\n"
+    what, why = ("".join(f"  {x['text']}\n" for x in lines[i : i + 3]) for i in (0, 3))
+    assert call(folder, *several).stdout == f"what?\n{what}why?\n{why}"
 
 
 def test_text_is_streamed_and_repeats(folder):
@@ -75,36 +112,9 @@ def test_a_chat_goes_on_after_a_prompt_that_is_too_long(folder):
     assert done.stdout.count("are more than the model's 8192 positions") == 2
 
 
-def test_a_chat_remembers(folder, monkeypatch, processor):
-    """Every prompt holds the conversation so far and all images, until /new."""
-    seen = []
-
-    def answer(model, processor, prompts, config, echo):
-        text = processor.tokenizer.decode(prompts[0].input_ids.tolist(), skip_special_tokens=False)
-        seen.append((text.replace("<image>" * 4, "<I>"), len(prompts[0].tiles)))
-        return ["fine"], {}
-
-    lines = iter(["one?", f"/image {folder / 'b.png'}", "two?", "/new", "three?"])
-    monkeypatch.setattr(generate, "answer", answer)
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/exit"))
-    generate.chat(None, processor, [noise(0)], generate.SamplingConfig())
-    assert seen == [
-        ("<|user|><I>one?<|assistant|>", 1),
-        ("<|user|><I>one?<|assistant|>fine<end_of_utterance><|user|><I>two?<|assistant|>", 2),
-        ("<|user|><I>three?<|assistant|>", 1),
-    ]
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys):
-    asked = []
-
-    def answer(model, processor, prompts, config, echo):
-        asked.append(processor.tokenizer.decode(prompts[0].input_ids.tolist()))
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-        return ["fine"], {}
-
-    lines = iter(["one?", KeyboardInterrupt(), "two?"])
+def talk(monkeypatch, lines):
+    """Let a user say these lines, or press Ctrl-C in place of one, and then leave."""
+    lines = iter(lines)
 
     def read(_prompt):
         line = next(lines, "/exit")
@@ -112,12 +122,90 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys)
             raise line
         return line
 
-    monkeypatch.setattr(generate, "answer", answer)
     monkeypatch.setattr("builtins.input", read)
-    generate.chat(None, processor, [], generate.SamplingConfig())
-    assert ["one" in text for text in asked] == [True, False] and "two" in asked[1]
+
+
+def test_a_chat_remembers(folder, monkeypatch, processor):
+    """Every prompt holds the conversation so far and all images, until /new."""
+    seen = []
+
+    def answer(engine, processor, requests, echo, stop):
+        prompt = requests[0].prompt
+        text = processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+        seen.append((text.replace("<image>" * 4, "<I>"), len(prompt.tiles)))
+        return [Said(0, 0, "fine", End(0, 0, "stop"))]
+
+    talk(monkeypatch, ["one?", f"/image {folder / 'b.png'}", "two?", "/new", "three?"])
+    monkeypatch.setattr(generate, "answer", answer)
+    generate.chat(lambda: None, processor, [noise(0)], SamplingConfig())
+    assert seen == [
+        ("<|user|><I>one?<|assistant|>", 1),
+        ("<|user|><I>one?<|assistant|>fine<end_of_utterance><|user|><I>two?<|assistant|>", 2),
+        ("<|user|><I>three?<|assistant|>", 1),
+    ]
+
+
+class Recorded(Engine):
+    """An engine that keeps its events; at tokens with these numbers, or twice in a step, the user presses Ctrl-C."""
+
+    def __init__(self, at_tokens=(), in_steps=False):
+        torch.manual_seed(0)
+        super().__init__(VLM(TINY), num_rows=1)
+        self.at_tokens, self.in_steps, self.tokens, self.ends = at_tokens, in_steps, [], []
+
+    def step(self):
+        for _ in range(2 * self.in_steps):
+            signal.raise_signal(signal.SIGINT)
+        events = super().step()
+        for event in events:
+            (self.tokens if isinstance(event, Token) else self.ends).append(event)
+            if isinstance(event, Token) and len(self.tokens) in self.at_tokens:
+                signal.raise_signal(signal.SIGINT)
+        return events
+
+
+def test_a_turn_of_a_chat_computes_what_is_new(monkeypatch, processor):
+    """A picture is encoded once in five turns, and a turn finds the conversation so far in the cache."""
+    engine = Recorded()
+    talk(monkeypatch, ["what color is the circle?", "and the others?", "why?", "where?", "how many?"])
+    generate.chat(lambda: engine, processor, [noise(0), noise(1)], SamplingConfig(max_new_tokens=9))
+    assert len(engine.ends) == 5 and engine.features.num_encoded == 2
+    assert engine.ends[0].usage.cached_tokens == 0
+    for before, now in itertools.pairwise(end.usage for end in engine.ends):
+        # All whole blocks of the last prompt; its answer may be tokenised in another way than it was generated.
+        assert before.prompt_tokens < now.prompt_tokens and now.cached_tokens >= before.prompt_tokens // 16 * 16 > 0
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys):
+    """What was asked is forgotten, its answer is cancelled, and the same engine answers the next question."""
+    engine, other = Recorded(at_tokens=[3]), Recorded()
+    talk(monkeypatch, ["one?", KeyboardInterrupt(), "two?"])
+    generate.chat(lambda: engine, processor, [], SamplingConfig(max_new_tokens=9))
     shown = capsys.readouterr().out
-    assert "stopped; the question and its answer are forgotten." in shown and "/exit leaves." in shown
+    assert shown.count("stopped; the question and its answer are forgotten.") == 1 and "/exit leaves." in shown
+    assert engine.is_idle and engine.blocks.num_free == len(engine.blocks.all)
+    assert [token.request for token in engine.tokens] == [0] * 3 + [1] * (len(engine.tokens) - 3)
+    talk(monkeypatch, ["two?"])
+    generate.chat(lambda: other, processor, [], SamplingConfig(max_new_tokens=9))
+    assert [token.id for token in engine.tokens[3:]] == [token.id for token in other.tokens] != []
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_what_a_second_ctrl_c_leaves_of_an_engine_is_not_used_again(monkeypatch, processor, capsys):
+    first, second = Recorded(in_steps=True), Recorded()
+    engines = iter([first, second])
+    talk(monkeypatch, ["one?", "two?"])
+    generate.chat(lambda: next(engines), processor, [], SamplingConfig(max_new_tokens=1))
+    assert capsys.readouterr().out.count("stopped; the question and its answer are forgotten.") == 1
+    assert (first.tokens, [end.request for end in second.ends]) == ([], [0])
+
+
+def test_a_failed_answer_is_one_sentence(processor):
+    engine = Recorded()
+    prompt = processor.prompt([{"role": "user", "content": "what?"}])
+    engine.step = lambda: [End(0, 0, "error", "there is not enough memory")]
+    with pytest.raises(UserError, match="there is not enough memory"):
+        generate.answer(engine, processor, [Request(prompt)], echo=False)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +216,32 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys)
         (["--prompt", "  "], "the prompt is empty"),
         (["--prompt", os.fsdecode(b"\xff")], "the prompt is not valid UTF-8 text"),
         (["--json"], "--json needs a --prompt"),
+        (["--prompt", "a", "--num-answers", "0"], "--num-answers 0 must be at least 1"),
+        (["--prompt", "a", "--num-rows", "0"], "--num-rows 0 must be at least 1"),
+        (["--prompt", "a", "--cache-tokens", "-1"], "--cache-tokens -1 must be at least 0"),
+        (["--prompt", "a", "--cache-tokens", "64"], "more than the cache holds, 64: raise cache_tokens"),
+        (["--num-answers", "2"], "--num-answers 2 needs a --prompt"),
+        (["--prompt", "a", "--num-answers", "2"], "would all be equal at temperature 0: add --temperature"),
         (["--prompt", "a", "--show-attention", "a.png"], "there is none: add --image FILE"),
         (["--image", "a.png", "--show-attention", "a.png"], "draws the answer to one --prompt, not to 0"),
         (["--image", "a.png", "--prompt", "a", "--show-attention", "x.jpg"], "let the name x.jpg end in .png"),
         (["--image", "a.png", "--prompt", "a", "--show-attention", "no/x.png"], "there is no folder"),
         (["--image", "a.png", "--prompt", "a", "--attention-layer", "1"], "say what --show-attention FILE draws"),
+        (
+            [
+                "--image",
+                "a.png",
+                "--prompt",
+                "a",
+                "--show-attention",
+                "x.png",
+                "--num-answers",
+                "2",
+                "--temperature",
+                "1",
+            ],
+            "--show-attention draws one answer, not 2",
+        ),
         (
             ["--image", "a.png", "--prompt", "a", "--show-attention", "x.png", "--attention-head", "4"],
             "--attention-head 4 is not in model: it has 0 to 3",
