@@ -8,6 +8,7 @@
     python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --quantize int4  docs/quantization.md
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --show-attention where.png
+    python generate.py --model owner/large --image a.png --prompt "..." --draft owner/small     the same answer, sooner
 
 An image belongs to every prompt, and is encoded once. With `--json` one JSON object is printed for each answer.
 """
@@ -45,11 +46,14 @@ from nanovlm.environment import find_device
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.infer.asking import ask
+from nanovlm.infer.draft_model import DraftModel, check_vocabulary
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
 from nanovlm.infer.request import End, Request, Token, Usage
+from nanovlm.infer.speculate import PromptLookup
 from nanovlm.infer.text import TextStream
+from nanovlm.model.inference import prepare
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM, Extras
@@ -63,15 +67,16 @@ def main(config: GenerateConfig):
     model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
+    prepare(model)
     if config.show_routing and model.config.decoder.moe is None:
         raise UserError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     if config.show_attention is not None:
         check_attention(config, model)
     if not config.prompt:
-        return chat(lambda: Engine(model, 1, config.cache_tokens), processor, images, config.sampling)
+        return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
     num_answers = len(prompts) * config.num_answers
-    engine = Engine(model, min(config.num_rows, num_answers), config.cache_tokens)
+    engine = open_engine(config, model, processor, min(config.num_rows, num_answers))
     echo = num_answers == 1 and not config.json
     start = time.perf_counter()
     requests = [Request(prompt, config.sampling, config.num_answers) for prompt in prompts]
@@ -88,6 +93,18 @@ def main(config: GenerateConfig):
     elif not echo:
         for one in said:
             print(*([config.prompt[one.request]] if one.answer == 0 else []), f"  {one.text}", sep="\n")
+
+
+def open_engine(config: GenerateConfig, model: VLM, processor: Processor, num_rows: int) -> Engine:
+    """Return an engine for so many answers at a time. Raises UserError for a draft with another tokenizer."""
+    draft = None
+    if config.draft == "lookup":
+        draft = PromptLookup(config.draft_tokens)
+    elif config.draft:
+        small, other = nanovlm.load(config.draft, find_device(config.device), model.decoder.embed_tokens.weight.dtype)
+        check_vocabulary(processor.tokenizer, other.tokenizer)
+        draft = DraftModel(prepare(small), config.draft_tokens)
+    return Engine(model, num_rows, config.cache_tokens, draft=draft)
 
 
 class Said(NamedTuple):
@@ -133,6 +150,8 @@ def describe(said: Said) -> dict:
         "prompt_tokens": usage.prompt_tokens,
         "cached_tokens": usage.cached_tokens,
         "new_tokens": usage.new_tokens,
+        "drafted_tokens": usage.drafted_tokens,
+        "accepted_tokens": usage.accepted_tokens,
         "finish_reason": said.end.reason,
         "time_to_first_token_s": usage.first_token_s,
     }
@@ -213,7 +232,7 @@ def draw_attention(
     return draw_look(images, places, weights[0, 0], split_text(shown, processor), titles)
 
 
-def chat(open_engine: Callable[[], Engine], processor: Processor, images: list, config: SamplingConfig):
+def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, config: SamplingConfig):
     """Talk until the input ends; the conversation so far is part of every prompt. Ctrl-C stops an answer alone.
 
     One engine lasts for the whole conversation, so that a turn computes what is new in it: the cache has the rest.
@@ -223,7 +242,7 @@ def chat(open_engine: Callable[[], Engine], processor: Processor, images: list, 
     about = "Ask" if processor.config.vision is None else "Ask about the image. /image FILE shows another one"
     print(f"{about}. /new forgets the conversation, /exit leaves.")
     messages, pending = [], list(images)
-    shown, engine = [], open_engine()
+    shown, engine = [], make_engine()
     while True:
         try:
             line = input("> ").strip()
@@ -253,7 +272,7 @@ def chat(open_engine: Callable[[], Engine], processor: Processor, images: list, 
             print(error)
             continue
         except KeyboardInterrupt:  # the second one, perhaps in the middle of a step
-            said, engine = [], open_engine()
+            said, engine = [], make_engine()
         if not said:
             print("\nstopped; the question and its answer are forgotten.")
             continue

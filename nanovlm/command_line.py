@@ -85,13 +85,18 @@ class GenerateConfig:
     num_rows: int = 16
     # How many tokens, prompts included, the cache has room for; 0 for what suits num_rows.
     cache_tokens: int = 0
+    # Who guesses the next tokens, so that one pass gives several; no greedy token changes. `lookup` guesses what
+    # followed the same words before; else a smaller model with the same tokenizer, as for --model. Empty for nobody.
+    draft: str = ""
+    # How many tokens are guessed at a time.
+    draft_tokens: int = 4
 
     def validate(self) -> "GenerateConfig":
         """Return self, or raise UserError that names a value and what would be right."""
         self.sampling.validate()
         if self.json and not self.prompt:
             raise UserError("--json needs a --prompt; a chat has no JSON form")
-        for name, least in (("num_answers", 1), ("num_rows", 1), ("cache_tokens", 0)):
+        for name, least in (("num_answers", 1), ("num_rows", 1), ("cache_tokens", 0), ("draft_tokens", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
         if self.num_answers > 1 and not self.prompt:

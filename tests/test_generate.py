@@ -19,6 +19,7 @@ import nanovlm
 from generate import Said
 from nanovlm.config import MoEConfig, SamplingConfig
 from nanovlm.data.chat import Processor
+from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.engine import Engine
@@ -34,6 +35,8 @@ def folder(tmp_path_factory, processor):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("generate")
     save_model(folder / "model", VLM(TINY), processor)
+    other = Processor(train_tokenizer(["some other words, and none of them red"] * 9, 300), CHAT_TEMPLATE, TINY)
+    save_model(folder / "other", VLM(TINY), other)
     noise(0).save(folder / "a.png")
     noise(1).convert("L").resize((500, 3)).save(folder / "b.png")
     return folder
@@ -85,6 +88,19 @@ def test_several_answers_to_a_prompt(folder):
     assert alone.stdout == lines[5]["text"] + "\n"
     what, why = ("".join(f"  {x['text']}\n" for x in lines[i : i + 3]) for i in (0, 3))
     assert call(folder, *several).stdout == f"what?\n{what}why?\n{why}"
+
+
+def test_guesses_change_no_answer_and_save_passes(folder):
+    """Those looked up in the row, and those of a draft model, here the model itself, which is always right."""
+    options = ["--image", "a.png", "--prompt", "is it is it is it", "--max-new-tokens", "24", "--json"]
+    plain, looked_up, drafted = (
+        json.loads(call(folder, *options, *more).stdout)
+        for more in ([], ["--draft", "lookup"], ["--draft", "model", "--draft-tokens", "3"])
+    )
+    assert plain["drafted_tokens"] == 0 and looked_up["drafted_tokens"] >= looked_up["accepted_tokens"] > 0
+    assert drafted["drafted_tokens"] == drafted["accepted_tokens"] > 0
+    for line in (looked_up, drafted):
+        assert (line["text"], line["new_tokens"]) == (plain["text"], plain["new_tokens"])
 
 
 def test_text_is_streamed_and_repeats(folder):
@@ -220,6 +236,9 @@ def test_a_failed_answer_is_one_sentence(processor):
         (["--prompt", "a", "--num-rows", "0"], "--num-rows 0 must be at least 1"),
         (["--prompt", "a", "--cache-tokens", "-1"], "--cache-tokens -1 must be at least 0"),
         (["--prompt", "a", "--cache-tokens", "64"], "more than the cache holds, 64: raise cache_tokens"),
+        (["--prompt", "a", "--draft-tokens", "0"], "--draft-tokens 0 must be at least 1"),
+        (["--prompt", "a", "--draft", "nowhere"], "there is no model folder nowhere"),
+        (["--prompt", "a", "--draft", "other"], "the draft model has another tokenizer: token"),
         (["--num-answers", "2"], "--num-answers 2 needs a --prompt"),
         (["--prompt", "a", "--num-answers", "2"], "would all be equal at temperature 0: add --temperature"),
         (["--prompt", "a", "--show-attention", "a.png"], "there is none: add --image FILE"),
