@@ -2,7 +2,7 @@
 
     python generate.py --model runs/scenes/model --image cat.png --prompt "what color is the circle?"
     python generate.py --model runs/scenes/model --image a.png b.png --prompt "..." --temperature 0.7 --seed 1
-    python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     at a time
+    python generate.py --model runs/scenes/model --image a.png --prompt "first?" "second?"     both at once
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --num-answers 4 --temperature 1
     python generate.py --model runs/scenes/model --image a.png                                 a chat
     python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
