@@ -216,6 +216,14 @@ def test_what_a_second_ctrl_c_leaves_of_an_engine_is_not_used_again(monkeypatch,
     assert (first.tokens, [end.request for end in second.ends]) == ([], [0])
 
 
+def test_what_is_shown_is_the_text_also_where_a_character_is_cut_off(processor, capsys):
+    engine = Recorded()
+    prompt, ids = processor.prompt([{"role": "user", "content": "what?"}]), processor.tokenizer.encode("a日").ids[:-1]
+    engine.step = lambda: [*(Token(0, 0, i) for i in ids), End(0, 0, "length")]
+    (said,) = generate.answer(engine, processor, [Request(prompt)], echo=True)
+    assert said.text == "a\ufffd" == processor.decode(ids) and capsys.readouterr().out == "a\ufffd\n"
+
+
 def test_a_failed_answer_is_one_sentence(processor):
     engine = Recorded()
     prompt = processor.prompt([{"role": "user", "content": "what?"}])
