@@ -54,8 +54,8 @@ from nanovlm.kernels.register import operator
 # As in attention.py: (BM, BN, warps, stages) by class of GPU or "fp32", the first whose width is at least HA + HB.
 # "few" is for up to 16 pairs of a token and a head of a group, as decoding has, "many" for more. Keys wait for the
 # table, which has half of the stages. By benchmarks/kernels_static.py on Hopper, clocks for 1,000 pairs of a chunk of
-# 512 tokens: 239 with 5 stages, 277 with 3, 292 with 3 where the loop reads the table a step ahead; for 1,000 slots of
-# one token: 52,600 with 5, 37,600 with 3, 54,000.
+# 512 tokens: 218 with 5 stages, 277 with 3; for 1,000 slots of one token: 52,300 with 5, 35,600 with 3. A loop that
+# reads the table a step ahead, with 3 stages, took 292 where this one took 277, and 54,000 where it took 37,600.
 BLOCKS = {
     "many": {
         90: {128: (64, 64, 4, 5), 256: (64, 32, 8, 2)},
@@ -65,7 +65,7 @@ BLOCKS = {
     },
     "few": {
         90: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
-        80: {128: (16, 64, 4, 3), 256: (16, 32, 4, 3)},
+        80: {256: (16, 32, 4, 3)},
         "hip": {256: (16, 32, 4, 1)},
         "fp32": {128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -125,7 +125,8 @@ def blocks_step(
     return m_new, b_l * shrink + tl.sum(b_p, 1), acc_a, acc_b
 
 
-@triton.jit
+# Rows come and go: what is compiled for one number of them, and for one width of the table, serves all.
+@triton.jit(do_not_specialize=["most_parts", "stride_table", "B"], do_not_specialize_on_alignment=["p_table", "p_last"])
 def blocks_kernel(
     p_q, p_k, p_v, p_table, p_last, p_out, p_lse, scale_log2, most_parts,
     stride_qb, stride_qt, stride_qn, stride_ks, stride_kn, stride_vs, stride_vn, stride_table, B, T, K,
@@ -173,7 +174,7 @@ def blocks_kernel(
     tl.store(p_lse + o_out, b_m + tl.log2(b_l), mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "num_rows"])
 def merge_kernel(p_parts, p_lse, p_out, num_parts, num_rows, H: tl.constexpr, HP: tl.constexpr, BP: tl.constexpr):
     """Merge the parts of one query and head; those with lse -inf are not read."""
     i_r = tl.program_id(0).to(tl.int64)

@@ -92,6 +92,7 @@ CASES = {  # T, last of the first query of each row, (N, K, H)
     "an empty row": (1, [-1, 3, -1], (3, 1, 72)),
     "parts": (1, [399, 128, 127, 0, -1, 256], (8, 1, 32)),
     "heads of 256": (1, [63, 128], (2, 2, 256)),
+    "one step ends between two queries": (2, [62, 63, 30], (2, 1, 16)),
     "two drafted": (3, [-2, 120, 297], (8, 2, 96)),
     "four drafted": (5, [60, 0], (6, 2, 128)),
     "seven drafted": (8, [129], (9, 3, 64)),
