@@ -118,7 +118,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.has_rope:
-            q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+            q_BTNH, k_BTKH = rotate_both(q_BTNH, k_BTKH, rope)
         if cache is None:
             out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
         else:
@@ -160,6 +160,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, signed_sin = rope
     x = x.float()
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
+
+
+def rotate_both(q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rotate q [B, T, N, H] and k [B, T, K, H], together where no copy of them has to be kept for gradients."""
+    if torch.is_grad_enabled():
+        return rotate(q, rope), rotate(k, rope)
+    q, k = rotate(torch.cat((q, k), dim=2), rope).split([q.shape[2], k.shape[2]], dim=2)
+    return q, k
 
 
 # A scaling takes frequencies fp32[H / 2] and returns the scaled ones, and a factor for cosine and sine.

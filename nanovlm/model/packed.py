@@ -28,22 +28,26 @@ class PackedWeight:
     def __init__(self, weights: Sequence[QuantizedWeight]):
         self.format, self.sizes, self.num_inputs = weights[0].format, [w.shape[0] for w in weights], weights[0].shape[1]
         self.codes, self.scales, self.group = PACK[self.format](weights)
-        self.padding = math.ceil(self.num_inputs / 32) * 32 - self.num_inputs
+        self.num_outputs, self.padding = sum(self.sizes), -self.num_inputs % 32
+        # Rows of `codes`, padding included.
+        self.num_rows = self.codes.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> the outputs of all layers [..., N], in the dtype of x."""
-        rows = x.reshape(-1, self.num_inputs).bfloat16()
+        x_RK = x.reshape(-1, self.num_inputs).bfloat16()
         if self.padding:
-            rows = F.pad(rows, (0, self.padding))
+            x_RK = F.pad(x_RK, (0, self.padding))
         most_rows, few, many = PRODUCTS[self.format]
-        product = few if len(rows) <= most_rows else many
-        return product(rows, self)[:, : sum(self.sizes)].to(x.dtype).view(*x.shape[:-1], -1)
+        y_RN = (few if x_RK.shape[0] <= most_rows else many)(x_RK, self)
+        if self.num_rows > self.num_outputs:
+            y_RN = y_RN[:, : self.num_outputs]
+        return y_RN.to(x.dtype).view(*x.shape[:-1], self.num_outputs)
 
     def unpack(self, index: int) -> Tensor:
         """Return the codes of one of the layers as in QuantizedWeight; there is no way back from the copy of nf4."""
         assert self.format != "nf4"
-        codes = int4_codes(self.codes, self.scales.shape[1]) if self.format == "int4" else self.codes.int() + 128
-        return pack(codes.split([*self.sizes, len(codes) - sum(self.sizes)])[index], NUM_BITS[self.format])
+        codes = int4_codes(self.codes, self.num_rows) if self.format == "int4" else self.codes.int() + 128
+        return pack(codes[: self.num_outputs].split(self.sizes)[index], NUM_BITS[self.format])
 
 
 # --- int8: codes int8[N, K], scales bf16[N] -------------------------------------------------------------------
@@ -97,9 +101,9 @@ def int4_few(x: Tensor, w: PackedWeight) -> Tensor:
 
 
 def int4_many(x: Tensor, w: PackedWeight) -> Tensor:
-    order, num_outputs = find_order(), w.scales.shape[1]
+    order = find_order()
     # bf16[2, N / 64, G, 1, 64]
-    scales = w.scales.view(-1, num_outputs // len(order), len(order), 2)[..., order, :].permute(3, 1, 0, 2)
+    scales = w.scales.view(-1, w.num_rows // len(order), len(order), 2)[..., order, :].permute(3, 1, 0, 2)
     scale, offset = scales.unsqueeze(3).contiguous()
     codes = nibbles(w.codes).view(len(scale), -1, w.group, len(order)).bfloat16().sub_(8)
     weight = torch.addcmul(offset, codes, scale).flatten(1, 2)  # [N / 64, K, 64]

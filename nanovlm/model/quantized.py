@@ -81,7 +81,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and not torch.is_grad_enabled():
-            y = self.packed(x).split(self.packed.sizes, dim=-1)[self.index]
+            y = self.packed(x)
+            y = y if len(self.packed.sizes) == 1 else y.split(self.packed.sizes, dim=-1)[self.index]
             return y if self.bias is None else y + self.bias
         return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, self.weight(), self.bias)
 
