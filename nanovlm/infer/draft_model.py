@@ -68,11 +68,8 @@ class DraftModel:
 
     def prepare(self, model: VLM, num_rows: int, num_blocks: int):
         own, config, weight = self.model.config, model.config, self.model.decoder.embed_tokens.weight
-        # Of the engine's model, and of those tokens the first that the draft knows.
-        self.vocab_size, self.num_known = (
-            config.decoder.vocab_size,
-            min(config.decoder.vocab_size, own.decoder.vocab_size),
-        )
+        self.vocab_size = config.decoder.vocab_size
+        self.num_known = min(self.vocab_size, own.decoder.vocab_size)  # tokens that both models have, the first ones
         self.image_token_id, self.stops = config.image_token_id, frozenset(find_stops(config))
         never = {token for token in (*find_never(own), *find_never(config)) if token < self.num_known}
         self.never = torch.tensor(sorted(never), dtype=torch.int64, device=self.device)

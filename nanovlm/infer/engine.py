@@ -128,6 +128,10 @@ class Engine:
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
+            for row in self.rows:
+                if row.state is not None:  # numbers of the pass that failed are drawn again
+                    row.generator.set_state(row.state)
+                    row.state = None
             if any(row.guess.tokens for row, _ in work):
                 self._end_guessing()
                 return events
@@ -206,9 +210,7 @@ class Engine:
     def _end_guessing(self):
         self.draft = None
         for row in self.rows:
-            if row.state is not None:
-                row.generator.set_state(row.state)
-            row.guess, row.state = Guess([]), None
+            row.guess = Guess([])
         self._free()
 
     def _plan(self) -> list[tuple[Row, int]]:
@@ -321,8 +323,8 @@ class Engine:
             seen = None
             if config.repetition_penalty != 1:
                 seen = torch.cat([add_draft(self._seen(row), row.guess.tokens) for row in chosen])
-            for row in chosen:
-                if row.guess.tokens and config.temperature > 0:
+            if config.temperature > 0:
+                for row in chosen:
                     row.state = row.generator.get_state()
             where = slice(None) if len(own) == len(rows) else torch.tensor(own, device=self.device)
             if all(row.guess.probabilities is None for row in chosen):
@@ -331,7 +333,10 @@ class Engine:
                 draft, drawn_by = join_guesses([row.guess for row in chosen], logits)
                 ids[where] = choose_against(logits[where], seen, config, generators, draft, drawn_by)
         for i, row in enumerate(rows):
-            if row.seen is not None and not row.guess.tokens:
+            if row.guess.tokens:  # until it is known how many are accepted
+                continue
+            row.state = None
+            if row.seen is not None:
                 row.seen.index_fill_(0, ids[i : i + 1], True)
         if logprobs is not None:
             logprobs = logprobs.gather(-1, ids[:, None])[:, 0]
@@ -387,7 +392,7 @@ class Engine:
     def _settle(self, row: Row, tokens: list[int]):
         """Note what came of a guess: the accepted tokens, and one more."""
         row.num_drafted += len(row.guess.tokens)
-        row.num_accepted += len(tokens) - 1
+        row.num_accepted += sum(token == guessed for token, guessed in zip(tokens, row.guess.tokens, strict=False))
         self._advance(row, len(tokens) - 1)
         if row.state is not None:
             rewind(row.generator, row.state, len(tokens))

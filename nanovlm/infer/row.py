@@ -61,8 +61,9 @@ class Row:
         self.features: dict[int, Tensor] = {}
         # bool[V], the tokens that the repetition penalty applies to.
         self.seen: Tensor | None = None
-        # Tokens that may follow, computed in the same pass, and the state of the generator before it draws for them.
+        # Tokens that may follow, computed in the same pass.
         self.guess = Guess([])
+        # The generator's, before a pass draws whose outcome is not known yet.
         self.state: Tensor | None = None
         self.num_drafted = self.num_accepted = 0
 

@@ -177,6 +177,10 @@ class PromptLookup:
 
     A row whose guesses fail is guessed for less often: after MOST_FAILURES guesses in a row of which no token was
     accepted there is none for PAUSE tokens, and for twice as many, up to LONGEST_PAUSE, each time the next one fails.
+
+    SmolLM2-135M on a CPU, 160 greedy tokens (2026-11-29): 2.7 tokens a pass where it repeats a file, 1.1 in a story,
+    1.2 in a numbered list, of which 30 of 248 guesses are accepted. A pass with four guesses costs 1.2 times one
+    without in bf16, 1.5 in int8, 2.1 in fp32, so in fp32 the list takes longer with guesses than without.
     """
 
     def __init__(self, num_tokens: int = 4, longest: int = 3, shortest: int = 2):

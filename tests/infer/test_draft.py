@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 
 from nanovlm.config import SamplingConfig
 from nanovlm.errors import UserError
+from nanovlm.infer import engine as engine_module
 from nanovlm.infer.draft_model import DraftModel, check_vocabulary
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request, Token
@@ -74,7 +75,7 @@ def check_draft(draft):
 def test_no_draft_changes_a_greedy_answer(name, kind, processor, prompts):
     model = MODELS[name]
     draft = make_draft(kind, model)
-    engine = Engine(model, num_rows=3, chunk=30, draft=draft)
+    engine = Engine(model, num_rows=3, chunk=30, read_every=3, draft=draft)
     numbers = [engine.submit(Request(prompt, GREEDY, num_answers=1 + i % 2)) for i, prompt in enumerate(prompts)]
     answers, ends = finish(engine)
     for number, prompt in zip(numbers, prompts, strict=True):
@@ -85,8 +86,6 @@ def test_no_draft_changes_a_greedy_answer(name, kind, processor, prompts):
         sum(getattr(end.usage, field) for end in ends.values()) for field in ("drafted_tokens", "accepted_tokens")
     )
     assert drafted > 0
-    if kind == "itself":
-        assert accepted == drafted
     if kind == "lookup":
         assert 0 < accepted < drafted
 
@@ -181,7 +180,7 @@ def test_drawn_answers_keep_their_distribution(kind, processor):
     prompt = dataclasses.replace(
         processor.prompt([{"role": "user", "content": "x"}]), input_ids=ids, labels=ids, branch_ids=0 * ids.int()
     )
-    config = SamplingConfig(max_new_tokens=3, temperature=1.5)
+    config = SamplingConfig(max_new_tokens=4, temperature=1.5)
     engine = Engine(model, num_rows=64, draft=draft)
     engine.submit(Request(prompt, config, num_answers=2500))
     answers, ends = finish(engine)
@@ -220,6 +219,27 @@ def test_a_drawn_answer_depends_on_its_seed_alone(kind, prompts):
         assert draw(None, 1) == (first, second)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_guesses_of_the_model_itself_are_all_accepted(name, temperature, prompts):
+    """With images in pieces, a penalty, and an end: the draft computes what the engine computes."""
+    model = MODELS[name]
+    config = SamplingConfig(max_new_tokens=NUM, temperature=temperature, repetition_penalty=1.3, seed=3)
+    plain = Engine(model)
+    for prompt in prompts:
+        plain.submit(Request(prompt, config))
+    answers, _ = finish(plain)
+    model = VLM(dataclasses.replace(model.config, stop_token_ids=tuple(row[5] for row in answers.values()))).eval()
+    model.load_state_dict(MODELS[name].state_dict())
+    engine = Engine(model, num_rows=3, chunk=30, draft=DraftModel(model, 4, chunk=6))
+    for prompt in prompts:
+        engine.submit(Request(prompt, config))
+    answers, ends = finish(engine)
+    for usage in (end.usage for end in ends.values() if end.usage.new_tokens > 1):
+        assert usage.accepted_tokens == usage.drafted_tokens > 0
+    assert sum(end.reason == "stop" for end in ends.values()) > 1
+
+
 # --- what it costs, and what goes wrong -----------------------------------------------------------------------
 
 
@@ -253,29 +273,35 @@ def test_answers_to_one_prompt_share_it_in_the_draft(processor, monkeypatch):
     assert seen["tokens"] == len(prompt) + 15 * own + 2 * 16
 
 
-@pytest.mark.parametrize("where", ["guess", "check"])
+@pytest.mark.parametrize("where", ["guess", "pass", "check"])
 def test_without_memory_guessing_ends_and_no_request_does(where, processor, prompts, monkeypatch):
     model = make_model("dense")
-    draft = make_draft("lookup" if where == "check" else "sees", model)
-    engine = Engine(model, num_rows=2, draft=draft)
-    sampling = SamplingConfig(max_new_tokens=NUM, temperature=0.5 if where == "check" else 0, repetition_penalty=1.2)
+    engine = Engine(model, num_rows=2, draft=make_draft("sees" if where == "guess" else "lookup", model))
+    sampling = SamplingConfig(max_new_tokens=NUM, temperature=0 if where == "guess" else 0.5, repetition_penalty=1.2)
     numbers = [engine.submit(Request(prompt, sampling)) for prompt in prompts]
-    expected, num_failed = [Engine(model), []], []
+    plain, failed = Engine(model), []
     for prompt in prompts:
-        expected[0].submit(Request(prompt, sampling))
-    expected, _ = finish(expected[0])
-    decode = DRAFT_MODELS["sees"].decoder if where == "guess" else model
-    run = decode.forward if where == "guess" else model.head
+        plain.submit(Request(prompt, sampling))
+    expected, _ = finish(plain)
+    target, name = {
+        "guess": (DRAFT_MODELS["sees"].decoder, "forward"),
+        "pass": (model.decoder, "forward"),
+        "check": (engine_module, "choose"),
+    }[where]
+    run = getattr(target, name)
 
     def run_short_of_memory(x, *args, **options):
-        if len(num_failed) < 1 and (where == "guess" or len(x) > 3):
-            num_failed.append(len(x))
+        result = run(x, *args, **options)  # numbers have been drawn, where this is `choose`
+        # A row without a guess, which has drawn before, beside one with a guess.
+        guessed = [bool(row.guess.tokens) for row in engine.rows if row.num_new > 2]
+        if not failed and (where == "guess" or (any(guessed) and not all(guessed))):
+            failed.append(where)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(x, *args, **options)
+        return result
 
-    monkeypatch.setattr(decode, "forward" if where == "guess" else "head", run_short_of_memory)
+    monkeypatch.setattr(target, name, run_short_of_memory)
     answers, ends = finish(engine)
-    assert num_failed and engine.draft is None
+    assert failed and engine.draft is None
     assert [answers[number, 0] for number in numbers] == [expected[i, 0] for i in range(len(prompts))]
     assert {end.reason for end in ends.values()} <= {"length", "stop"}
 
@@ -289,6 +315,18 @@ def test_a_draft_with_fewer_positions_leaves_long_answers_alone(processor, promp
     numbers = [engine.submit(Request(prompts[0], SamplingConfig(max_new_tokens=most))) for most in (8, 60)]
     _, ends = finish(engine)
     assert [ends[number, 0].usage.drafted_tokens > 0 for number in numbers] == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["sees", "text"])
+def test_a_draft_has_room_for_all_rows_of_a_full_cache(kind, processor):
+    prompts = [ask(processor, f"{word} " * 20, i) for i, word in enumerate(("red", "green", "blue"))]
+    most = 48 + 1 - max(len(prompt) for prompt in prompts)  # the last token needs no slot
+    engine = Engine(MODELS["dense"], num_rows=3, cache_tokens=3 * 48, draft=DraftModel(DRAFT_MODELS[kind], 20))
+    numbers = [engine.submit(Request(prompt, SamplingConfig(max_new_tokens=most))) for prompt in prompts]
+    while len(engine.rows) < 3:
+        engine.step()
+    _, ends = finish(engine)
+    assert all(ends[number, 0].usage.drafted_tokens > 0 for number in numbers)
 
 
 def test_an_end_is_taken_out_of_the_middle_of_a_guess(processor, prompts):
