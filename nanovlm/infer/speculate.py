@@ -7,7 +7,8 @@ tokens so far  a b c      guessed  d e f      one pass over  c  d  e  f
 
 Guesses are looked up in the row's own tokens (PromptLookup), or come from a smaller model (draft_model.py). What the
 model chooses behind a right guess is what it would have chosen without guesses, with the same number drawn by the row's
-generator. So such guesses change no token of an answer, greedy or sampled; they only save passes.
+generator. So such guesses change no token of an answer, greedy or sampled; they only save passes. As beside other rows
+(engine.py), sums are rounded in another order: in bf16 that alone can change a token where two are nearly as likely.
 
 Guesses that were drawn themselves, as the draft model's are for a sampled answer, come with the probabilities that they
 were drawn by. Speculative sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318)
