@@ -42,16 +42,15 @@ from nanovlm.config import QuantizationConfig, SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image, place_tiles
 from nanovlm.data.types import IGNORE, Document
-from nanovlm.environment import find_device
+from nanovlm.environment import find_device, keep_freed_memory
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
+from nanovlm.hub.draft import open_draft
 from nanovlm.infer.asking import ask
-from nanovlm.infer.draft_model import DraftModel, check_vocabulary
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
 from nanovlm.infer.request import End, Request, Token, Usage
-from nanovlm.infer.speculate import PromptLookup
 from nanovlm.infer.text import TextStream
 from nanovlm.model.inference import prepare
 from nanovlm.model.moe import expert_load
@@ -62,6 +61,7 @@ from nanovlm.model.vlm import VLM, Extras
 def main(config: GenerateConfig):
     """Answer the prompts, or chat. Raises UserError with one sentence for anything wrong with the input."""
     config.validate()
+    keep_freed_memory()
     images = [open_image(path) for path in config.image]
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
@@ -97,13 +97,7 @@ def main(config: GenerateConfig):
 
 def open_engine(config: GenerateConfig, model: VLM, processor: Processor, num_rows: int) -> Engine:
     """Return an engine for so many answers at a time. Raises UserError for a draft with another tokenizer."""
-    draft = None
-    if config.draft == "lookup":
-        draft = PromptLookup(config.draft_tokens)
-    elif config.draft:
-        small, other = nanovlm.load(config.draft, find_device(config.device), model.decoder.embed_tokens.weight.dtype)
-        check_vocabulary(processor.tokenizer, other.tokenizer)
-        draft = DraftModel(prepare(small), config.draft_tokens)
+    draft = open_draft(config.draft, config.draft_tokens, model, processor)
     return Engine(model, num_rows, config.cache_tokens, draft=draft)
 
 

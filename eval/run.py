@@ -30,7 +30,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.columns import parse_fields
 from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_sources
-from nanovlm.environment import find_device
+from nanovlm.environment import find_device, keep_freed_memory
 from nanovlm.errors import UserError
 from nanovlm.eval.benchmarks import BENCHMARKS
 from nanovlm.eval.compare import compare, format_comparison, read_answers
@@ -200,6 +200,7 @@ class AskConfig:
 
 def main(config: AskConfig):
     """Print the scores of a model, and write the report."""
+    keep_freed_memory()
     tasks = open_tasks(config)
     asked = [(task, read_questions(task)) for task in tasks]
     if config.max_new_tokens:

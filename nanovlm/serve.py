@@ -49,6 +49,11 @@ class ServeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Quantise the decoder's linear layers to this format.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # What guesses the next tokens, which then are checked together: lookup (what followed the same words before) or a
+    # smaller model with the same tokenizer. No answer changes.
+    draft: str = ""
+    # How many tokens it guesses at a time.
+    draft_tokens: int = 4
     # Threads of the CPU; 0 for one a physical core.
     threads: int = 0
 
@@ -60,6 +65,7 @@ class ServeConfig:
             ("num_rows", self.num_rows >= 1, "at least 1"),
             ("cache_tokens", self.cache_tokens >= 0, "0 or more"),
             ("grace", 0 <= self.grace < float("inf"), "0 or more"),
+            ("draft_tokens", self.draft_tokens >= 1, "at least 1"),
             ("threads", self.threads >= 0, "0 or more"),
         ):
             if not ok:
@@ -78,13 +84,15 @@ def main(config: ServeConfig):
 
     import nanovlm
     from nanovlm.config import QuantizationConfig
-    from nanovlm.environment import choose_threads, find_device
+    from nanovlm.environment import choose_threads, find_device, keep_freed_memory
+    from nanovlm.hub.draft import open_draft
     from nanovlm.infer.engine import Engine
     from nanovlm.infer.service import Service
     from nanovlm.infer.worker import Worker
     from nanovlm.model.inference import prepare
     from nanovlm.model.quantized import quantize
 
+    keep_freed_memory()
     device = find_device(config.device)
     torch.set_num_threads(config.threads or choose_threads(device))
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
@@ -92,7 +100,8 @@ def main(config: ServeConfig):
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
     prepare(model)
-    engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens)
+    draft = open_draft(config.draft, config.draft_tokens, model, processor)
+    engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens, draft=draft)
     service = Service(
         processor,
         Worker(engine),

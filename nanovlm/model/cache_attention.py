@@ -126,8 +126,7 @@ def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.devi
     num, blocks = (max(starts) + num_new + BLOCK - 1) // BLOCK, []
     for row, skip in zip(rows, skipped, strict=True):
         own = row.blocks[skip // BLOCK : skip // BLOCK + num]
-        blocks += own
-        blocks += own[:1] * (num - len(own))
+        blocks += [*own, *[own[0]] * (num - len(own))]
     last = torch.tensor(starts)[:, None] + torch.arange(num_new)
     hidden = torch.arange(num * BLOCK) > last[:, :, None]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
