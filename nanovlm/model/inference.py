@@ -3,13 +3,13 @@
 ```
 q, k, v and gate, up     one product each instead of five (joined.py)
 quantised weights        products that read the few bits (packed.py) instead of writing the weights out
-head if quantised        a copy in int8, a byte a weight
+head beside 4 bits       a copy in int8
 fp32 weights             stored transposed, [K, N]: products with one row read them in order
 norms                    one call; in bf16 rounded once less
 ```
 
-State dicts, training and everything else stay as they were; moving or casting the model undoes it, for `prepare` to be
-called again.
+State dicts, training and everything else stay as they were; moving or casting the model undoes all but the norms, for
+`prepare` to be called again.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,10 @@ from nanovlm.model.vlm import VLM
 def prepare(model: VLM, int8_head: bool | None = None) -> VLM:
     """Make decode steps fast, in place; what is prepared already is left as it is.
 
-    With `int8_head`, by default where the model is quantised, logits come from a copy of the head in int8.
+    With `int8_head`, by default where the model is quantised to 4 bits, logits come from a copy of the head in int8, in
+    bf16: half the time of a head in bf16. It adds about as much error as int8 in all layers, which beside that of 4
+    bits is not seen: SmolLM2-135M on 384 tokens of text has a divergence from fp32 of 0.308 in int4 and 0.289 to 0.291
+    in nf4 with and without, and in int8 0.0041 without and 0.0084 with (2026-11-29).
     """
     if model.decoder.embed_tokens.weight.device.type != "cpu":
         return model
@@ -43,7 +46,9 @@ def prepare(model: VLM, int8_head: bool | None = None) -> VLM:
             join(None, module.down_proj)
         elif isinstance(module, RMSNorm):
             module.is_fused = True
-    if model.config.quantization is not None if int8_head is None else int8_head:
+    if int8_head is None:
+        int8_head = model.config.quantization is not None and model.config.quantization.format != "int8"
+    if int8_head:
         model.decoder.joined_head = copy_head(model.decoder)
     else:
         share([model.decoder.head_weight])

@@ -71,8 +71,10 @@ def assert_same_state(model, expected):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_outputs_in_fp32(processor, monkeypatch, name):
+    """And to the bit with and without gradients, as long as nothing is prepared."""
     model, batch = random_model(name), batch_of(processor)
     expected = logits(model, batch)
+    assert torch.equal(expected, model.logits(batch).detach())
     called = count_products(monkeypatch)
     found = logits(prepare(model), batch)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -254,6 +256,7 @@ def test_other_weights_replace_those_that_were_joined(processor, format):
     prepare(model)
     assert (logits(model, batch) - logits(other, batch)).abs().max() <= 0.05 * logits(other, batch).abs().max()
     assert_same_state(model, other)
+    logits(prepare(twin), batch)
     twin.to(torch.float64)
     first = random_model() if format is None else quantize(random_model(), QuantizationConfig(format))
     expected = logits(first.to(torch.float64), batch)
@@ -289,10 +292,12 @@ def test_a_copy_is_a_model_of_its_own(processor, format):
 
 
 def test_head_in_int8(processor):
-    """Quantised models have it unless told otherwise; it is off by half a step a weight, and never trained."""
+    """Models in 4 bits have it unless told otherwise; it is off by half a step a weight, and never trained."""
     batch = batch_of(processor)
+    assert prepare(random_model()).decoder.joined_head is None
+    assert prepare(quantize(random_model(), QuantizationConfig("int8"))).decoder.joined_head is None
     for name in ("plain", "head of its own"):
-        model = prepare(quantize(random_model(name), QuantizationConfig("int8")))
+        model = prepare(quantize(random_model(name), QuantizationConfig("int4")))
         with torch.no_grad():
             hidden = model(batch)
             found, exact = model.head(hidden), F.linear(hidden, model.decoder.head_weight)
