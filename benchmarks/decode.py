@@ -1,11 +1,12 @@
-"""Answers of models of real shapes with random weights: prefill, and tokens a second with the cache and of generate().
+"""Answers of models of real shapes with random weights: prefill, and tokens a second of the engine and of generate().
 
     python benchmarks/decode.py                           222m and 460m; on a GPU with torch's attention and the kernels
     python benchmarks/decode.py --shapes tiny             does all of it run? nothing is written
 
-Weights have the precision of a run on the device. The logits after the last token are checked first, against one
-forward pass over the whole rows: in fp32 they may be off by 1e-4 of the largest, in bf16 by twice what that forward
-pass itself is off from the same in fp32. Appends lines to benchmarks/results/decode.jsonl.
+Weights have the precision of a run on the device. What the engine chose is checked first, against one forward pass over
+the whole rows: in fp32 the logit of every token may be below the largest by 1e-4 of it, in bf16 by four times what that
+forward pass itself is off from the same in fp32. Appends lines to benchmarks/results/decode.jsonl. benchmarks/engine.py
+compares the engine with others.
 """
 
 import copy
@@ -25,10 +26,15 @@ from benchmarks import arguments
 from nanovlm import cli
 from nanovlm.config import SamplingConfig, VLMConfig
 from nanovlm.data.loader import collate
-from nanovlm.data.types import IGNORE, Batch, Row
+from nanovlm.data.packing import make_row
+from nanovlm.data.types import IGNORE, Document
 from nanovlm.environment import choose_precision, choose_threads, describe_environment, find_device
-from nanovlm.infer.sampling import decode_one_token, prefill, stream
-from nanovlm.model.kv_cache import KVCache
+from nanovlm.infer.answers import generate
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import Request, Token
+from nanovlm.infer.sampling import find_never
+from nanovlm.model.cache_attention import BLOCK
+from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decode.jsonl"
@@ -62,99 +68,106 @@ def main(config: DecodeConfig):
                 interpret_kernels()
             torch.manual_seed(0)
             exact = VLM(with_backends(SHAPES[shape], backends)).to(device).eval()
-            model = copy.deepcopy(exact).bfloat16() if precision == "bf16" else exact
+            model = prepare(copy.deepcopy(exact).to(torch.bfloat16 if precision == "bf16" else torch.float32))
             for size in config.batch_sizes:
-                batch = make_prompts(model.config, size, config.text_tokens).to(device)
+                prompts = make_prompts(model.config, size, config.text_tokens)
                 line = {"shape": shape, "backends": backends}
-                line |= time_decoding(model, exact, batch, config.new_tokens, config.repeats)
-                line["generated_per_second"] = time_generating(model, batch, config)
+                line |= time_decoding(model, exact, prompts, config.new_tokens, config.repeats)
+                line["generated_per_second"] = time_generating(model, prompts, config)
                 print(json.dumps(environment | line), flush=True)
                 if shape != "tiny":
                     with open(RESULTS, "a") as file:
                         file.write(json.dumps(environment | line) + "\n")
 
 
-def make_prompts(config: VLMConfig, num: int, num_text: int) -> Batch:
+def make_prompts(config: VLMConfig, num: int, num_text: int) -> list[Document]:
     """Make prompts of an image and random text, all of one length."""
     generator = torch.Generator().manual_seed(0)
-    size, length, rows = config.vision.image_size, config.num_image_tokens + num_text, []
+    size, length, prompts = config.vision.image_size, config.num_image_tokens + num_text, []
     for _ in range(num):
         text = torch.randint(8, 500, (num_text,), generator=generator).tolist()  # special tokens lie outside
-        rows.append(
-            Row(
+        prompts.append(
+            Document(
                 input_ids=torch.tensor([config.image_token_id] * config.num_image_tokens + text),
                 labels=torch.full((length,), IGNORE),
-                doc_ids=torch.zeros(length, dtype=torch.int32),
                 branch_ids=torch.zeros(length, dtype=torch.int32),
-                position_ids=torch.arange(length),
                 tiles=torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8),
-                tile_doc_ids=torch.zeros(1, dtype=torch.int32),
             )
         )
-    return collate(rows)
+    return prompts
 
 
-@torch.inference_mode()
-def time_decoding(model: VLM, exact: VLM, batch: Batch, new_tokens: int, repeats: int) -> dict:
-    """Time prefill and decode_one_token over a static cache; `exact` is the same model in fp32."""
-    (num, length), device = batch.input_ids.shape, batch.input_ids.device
-    dtype = model.decoder.embed_tokens.weight.dtype
+def time_decoding(model: VLM, exact: VLM, prompts: list[Document], new_tokens: int, repeats: int) -> dict:
+    """Time the engine until all prompts have their first token, and from there on; `exact` is the model in fp32."""
+    num, device = len(prompts), model.decoder.embed_tokens.weight.device
+    length = max(map(len, prompts))
 
     def decode():
-        cache = KVCache(model.config.decoder, num, length + new_tokens, device, dtype)
+        cache_tokens, config = num * (length + new_tokens + BLOCK), SamplingConfig(max_new_tokens=new_tokens)
+        engine = Engine(model, num_rows=num, cache_tokens=cache_tokens, chunk=num * length, keeps_prefixes=False)
+        engine.stops = []  # answers are of one length
+        answers = {engine.submit(Request(prompt, config)): [] for prompt in prompts}
         synchronize(device)
-        begin = time.perf_counter()
-        logits = prefill(model, batch, cache)
-        synchronize(device)
-        middle = time.perf_counter()
-        tokens = []
-        for _ in range(new_tokens):
-            tokens.append(logits.argmax(-1).clamp(min=6))  # 6: behind the special tokens
-            logits = decode_one_token(model, tokens[-1], cache)
-        synchronize(device)
-        return middle - begin, time.perf_counter() - middle, tokens, logits
+        begin = middle = time.perf_counter()
+        num_first = 0
+        while not engine.is_idle:
+            for event in engine.step():
+                if isinstance(event, Token):
+                    answers[event.request].append(event.id)
+            if not num_first and all(answers.values()):
+                synchronize(device)
+                middle, num_first = time.perf_counter(), sum(map(len, answers.values()))
+        rate = (num * new_tokens - num_first) / (time.perf_counter() - middle)
+        return middle - begin, rate, list(answers.values())
 
-    _, _, tokens, logits = decode()
-    check(model, exact, batch, torch.stack(tokens, dim=1), logits)
-    prefills, decodes, _, _ = zip(*(decode() for _ in range(repeats)), strict=True)
+    check(model, exact, prompts, decode()[2])
+    prefills, rates, _ = zip(*(decode() for _ in range(repeats)), strict=True)
     return {
         "batch_size": num,
         "prompt_tokens": length,
         "new_tokens": new_tokens,
         "prefill_ms": round(1e3 * statistics.median(prefills), 2),
-        "token_ms": round(1e3 * statistics.median(decodes) / new_tokens, 3),
-        "tokens_per_second": round(num * new_tokens / statistics.median(decodes)),
+        "token_ms": round(1e3 * num / statistics.median(rates), 3),
+        "tokens_per_second": round(statistics.median(rates)),
     }
 
 
-def check(model: VLM, exact: VLM, batch: Batch, tokens: Tensor, logits: Tensor):
-    """Exit where the last logits differ from those of one forward pass over the whole rows by more than they may."""
-    grown = torch.cat([batch.input_ids, tokens], dim=1)
-    whole = dataclasses.replace(
-        batch,
-        input_ids=grown,
-        doc_ids=batch.doc_ids[:, :1].expand_as(grown),
-        branch_ids=batch.branch_ids[:, :1].expand_as(grown),
-        position_ids=torch.arange(grown.shape[1], device=grown.device).expand_as(grown),
-    )
-    expected, ours = (x.head(x(whole)[:, -1]).float() for x in (exact, model))
-    error = ((logits.float() - expected).abs().max() / expected.abs().max()).item()
-    bound = 1e-4
-    if model is not exact:
-        bound = 2 * ((ours - expected).abs().max() / expected.abs().max()).item() + torch.finfo(logits.dtype).eps
-    if not error <= bound:
-        raise SystemExit(f"error: decoding is wrong by {error:.1e} relative, above {bound:.1e}: it is not timed")
+def check(model: VLM, exact: VLM, prompts: list[Document], answers: list[list[int]]):
+    """Exit where a token was chosen that is not among the likeliest, as far as the precision goes."""
+    is_fp32 = model.decoder.embed_tokens.weight.dtype == torch.float32
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        expected, found = (last_logits(x, prompt, tokens)[:-1] for x in (exact, model))
+        largest = expected.abs().max()
+        bound = 1e-4 if is_fp32 else (4 * (found - expected).abs().max() / largest).item()
+        chosen = expected.gather(-1, torch.tensor(tokens, device=expected.device)[:, None])[:, 0]
+        gap = ((expected.amax(-1) - chosen).max() / largest).item()
+        if not gap <= bound:
+            raise SystemExit(f"error: decoding is wrong by {gap:.1e} relative, above {bound:.1e}: it is not timed")
 
 
-def time_generating(model: VLM, batch: Batch, config: DecodeConfig) -> int:
-    """Return how many tokens a second nanovlm.generate yields, prompts included in the time."""
+@torch.inference_mode()
+def last_logits(model: VLM, prompt: Document, tokens: list[int]) -> Tensor:
+    """Return the logits behind a prompt and behind each of some tokens, fp32[1 + k, V]: one pass, without a cache."""
+    device = model.decoder.embed_tokens.weight.device
+    ids = torch.cat((prompt.input_ids, torch.tensor(tokens, dtype=torch.int64)))
+    branches = torch.zeros(len(ids), dtype=torch.int32)
+    grown = dataclasses.replace(prompt, input_ids=ids, labels=torch.full_like(ids, IGNORE), branch_ids=branches)
+    hidden = model(collate([make_row([grown], len(ids), model.config.pad_token_id)]).to(device))
+    logits = model.head(hidden[0, len(prompt) - 1 :]).float()
+    never = torch.tensor(find_never(model.config), dtype=torch.int64, device=device)
+    return logits.index_fill(-1, never, logits.min().item())
+
+
+def time_generating(model: VLM, prompts: list[Document], config: DecodeConfig) -> int:
+    """Return how many tokens a second nanovlm.generate gives, prompts included in the time."""
+    length, pad = max(map(len, prompts)), model.config.pad_token_id
+    batch = collate([make_row([prompt], length, pad) for prompt in prompts])
+    batch = batch.to(model.decoder.embed_tokens.weight.device)
     seconds = []
     for _ in range(1 + config.repeats):
-        synchronize(batch.input_ids.device)
         start = time.perf_counter()
-        num = sum(len(tokens) for tokens in stream(model, batch, SamplingConfig(max_new_tokens=config.new_tokens)))
-        synchronize(batch.input_ids.device)
-        seconds.append((time.perf_counter() - start) / num)
+        num = sum(map(len, generate(model, batch, max_new_tokens=config.new_tokens)))
+        seconds.append((time.perf_counter() - start) / max(num, 1))
     return round(1 / statistics.median(seconds[1:]))
 
 

@@ -132,8 +132,7 @@ def time_prompts(model, processor, source, config, batch_size):
     """Time decoding of prompts of the preset's records, in fp32."""
     question = [{"role": "user", "content": "describe the image."}]
     prompts = [processor.prompt(question, source.read(i)["images"]) for i in range(batch_size)]
-    batch = processor.batch(prompts).to(next(model.parameters()).device)
-    times = time_decoding(model, model, batch, config.new_tokens, config.repeats)
+    times = time_decoding(model, model, prompts, config.new_tokens, config.repeats)
     return {"what": "decoding", "precision": "fp32"} | times
 
 

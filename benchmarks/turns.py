@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,13 +22,23 @@ def compare(script: str, options: list[str], other: str, repeats: int) -> list[t
 
     WARM_UP turns, in which memory and caches fill, come before the `repeats` that count. Exits where a worker fails.
     """
-    workers, firsts = [], []
-    for tree in (str(ROOT), other):
-        command = [sys.executable, script, "--worker", tree, *options]
-        workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        firsts.append(_ask(workers[-1]))
-    turns = [tuple(firsts)] + [(_ask(workers[0]), _ask(workers[1])) for _ in range(WARM_UP - 1 + repeats)]
-    for worker in workers:
+    commands = {tree: [sys.executable, script, "--worker", tree, *options] for tree in (str(ROOT), other)}
+    return [tuple(turn.values()) for turn in alternate(commands, [""] * (WARM_UP + repeats))]
+
+
+def alternate(commands: dict[Hashable, list[str]], lines: Sequence[str]) -> list[dict]:
+    """Start workers by name and ask all of them each line, one after the other; return what each turn measured.
+
+    A worker is started when it is first asked, so that one loads at a time. Exits where a worker fails.
+    """
+    workers, turns = {}, []
+    for line in lines:
+        turns.append({})
+        for name, command in commands.items():
+            if name not in workers:
+                workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            turns[-1][name] = _ask(workers[name], line)
+    for worker in workers.values():
         worker.communicate()
     return turns
 
@@ -66,10 +76,10 @@ def checkout(commit: str):
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", folder], check=True)
 
 
-def _ask(worker: subprocess.Popen) -> dict:
-    worker.stdin.write("\n")
+def _ask(worker: subprocess.Popen, line: str) -> dict:
+    worker.stdin.write(f"{line}\n")
     worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
+    answer = worker.stdout.readline()
+    if not answer:
         sys.exit(f"error: {' '.join(worker.args)} ended")
-    return json.loads(line)
+    return json.loads(answer)
