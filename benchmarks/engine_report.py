@@ -144,8 +144,11 @@ def memory(lines: list[dict]) -> list[str]:
 
 
 def where(line: dict) -> str:
+    """Return what a line was measured on; a + says that files were changed after the commit."""
     threads = f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}"
-    return f"{line['device']}, {threads}, {(line['commit'] or 'no commit')[:7]}, {line['date']}"
+    commit = line["commit"] or "no commit"
+    changed = "+" if commit.endswith("+") else ""
+    return f"{line['device']}, {threads}, {commit[:7]}{changed}, {line['date']}"
 
 
 TABLES = {"speed": speed, "ratios": ratios, "speculation": speculation, "memory": memory}

@@ -103,7 +103,7 @@ def test_a_table_of_the_page_is_that_of_the_results(name):
 
 
 def test_the_last_line_counts_and_what_is_missing_says_so(tmp_path, monkeypatch):
-    environment = {"device": "A processor", "threads": 2, "commit": "0123456789", "date": "2026-01-01"}
+    environment = {"device": "A processor", "threads": 2, "commit": "0123456789+", "date": "2026-01-01"}
     ours = {"what": "questions", "shape": "scenes", "peer": "before", "weights": "fp32", "peer_per_second": 2.5}
     lines = [
         environment | ours | {"per_second": value, "ratio": value / 2.5, "least": 1, "most": 9} for value in (5, 10)
@@ -111,7 +111,7 @@ def test_the_last_line_counts_and_what_is_missing_says_so(tmp_path, monkeypatch)
     first, second, *_ = speed(lines)[2:]
     assert (
         "| 10 (fp32) |" in first
-        and "| **4.00** (1.00 to 9.00) | ≥ 3 | A processor, 2 threads, 0123456, 2026-01-01 |" in first
+        and "| **4.00** (1.00 to 9.00) | ≥ 3 | A processor, 2 threads, 0123456+, 2026-01-01 |" in first
     )
     assert "not measured yet" in second
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
