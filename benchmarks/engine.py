@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from torch import Tensor
+from torch.nn import Parameter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
@@ -209,7 +210,8 @@ def measure_memory(bench: Bench) -> list[dict]:
 def count_bytes() -> int:
     """Count the bytes of all tensors of this process, each piece of memory once."""
     gc.collect()
-    storages = [found.untyped_storage() for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, Parameter) and not found.is_meta]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -24,7 +24,7 @@ CARRIED = ROOT / "benchmarks" / "carried"
 KERNEL_TESTS = "tests/kernels/test_{}.py"
 # Tests by what they are of: their files, and what part of the processors they get, as compiling takes them longest.
 TESTS = {
-    "attention": ([KERNEL_TESTS.format("attention")], 6),
+    "attention": ([KERNEL_TESTS.format("attention"), KERNEL_TESTS.format("cache_attention")], 6),
     "grouped_gemm": ([KERNEL_TESTS.format("grouped_gemm")], 4),
     "dequant_matmul": ([KERNEL_TESTS.format("dequant_matmul")], 3),
     "cross_entropy": ([KERNEL_TESTS.format("cross_entropy")], 1),

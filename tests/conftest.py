@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
@@ -51,6 +52,9 @@ def pytest_configure():
     """Forget that whoever runs the tests may be a rank of a job; the ranks that tests start import this file too."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    # A shell has it ignored for what runs in the background, and what tests start would ignore it, too.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from nanovlm import distributed
 from nanovlm.config import TrainConfig
@@ -83,8 +84,15 @@ def validate(state: TrainState, held_out: dict[str, list[list[Batch]]]) -> dict[
 
 @contextlib.contextmanager
 def evaluating(state: TrainState) -> Iterator[None]:
-    """Compute as an evaluation does: in the run's precision, without gradients, noise or compiling."""
+    """Compute as an evaluation does: in the run's precision, without gradients, noise or compiling.
+
+    An engine calls parts of the model, not the model as a whole, which would gather what FSDP shards at its root.
+    """
     state.replica.eval()
+    if isinstance(state.replica, FSDPModule):
+        state.replica.unshard()
     with torch.no_grad(), autocast(state), torch.compiler.set_stance("force_eager"):
         yield
+    if isinstance(state.replica, FSDPModule):
+        state.replica.reshard()
     state.replica.train()
