@@ -15,8 +15,7 @@ class ImageFeatures:
     def __init__(self, model: VLM, most_bytes: int):
         self.model, self.most_bytes, self.num_bytes = model, most_bytes, 0
         self.kept: OrderedDict[bytes, Tensor] = OrderedDict()
-        # How many tiles were encoded, and how many were found.
-        self.num_encoded = self.num_found = 0
+        self.num_encoded = 0
 
     def has(self, digest: bytes) -> bool:
         return digest in self.kept
@@ -30,7 +29,7 @@ class ImageFeatures:
             pixel_values = torch.stack([tiles[i] for i in missing.values()]).to(device)
             # Copies, as a view would keep the whole batch in memory.
             new = {digest: x.clone() for digest, x in zip(missing, self.model.encode(pixel_values), strict=True)}
-        self.num_encoded, self.num_found = self.num_encoded + len(missing), self.num_found + len(digests) - len(missing)
+        self.num_encoded += len(missing)
         found = [new[digest] if digest in new else self.kept[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):
             self._keep(digest, features)
