@@ -195,10 +195,10 @@ def answers(bench: Bench) -> list[dict]:
 
 def measure_memory(bench: Bench) -> list[dict]:
     """Bytes of weights as they are prepared for a CPU, of a token in the cache, and of the features of a tile."""
-    before = count_bytes()
+    before = find_storages()
     model, processor = make_model(find_config(bench.shape), torch.float32)
     model = prepare(make_format(model, bench.format)[1])
-    weights = count_bytes() - before
+    weights = sum(x.nbytes() for address, x in find_storages().items() if address not in before)
     engine = Engine(model, num_rows=1, cache_tokens=1024)
     engine.submit(Request(make_document(processor, 0, model.config.tile_size, QUESTIONS[0])))
     engine.step()
@@ -207,12 +207,11 @@ def measure_memory(bench: Bench) -> list[dict]:
     return [line | {"tokens_a_tile": model.config.num_image_tokens}]
 
 
-def count_bytes() -> int:
-    """Count the bytes of all tensors of this process, each piece of memory once."""
+def find_storages() -> dict[int, torch.UntypedStorage]:
+    """Find the memory of all tensors of this process by address. What is held cannot be freed and used again."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, Parameter) and not found.is_meta]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return {x.data_ptr(): x for x in (tensor.untyped_storage() for tensor in tensors)}
 
 
 # What measures a subject, and its shapes and formats.
