@@ -67,7 +67,7 @@ def main(config: GenerateConfig):
     model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
-    prepare(model)
+    prepare(model, compiles=config.compile)
     if config.show_routing and model.config.decoder.moe is None:
         raise UserError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     if config.show_attention is not None:

@@ -3,7 +3,7 @@
     python benchmarks/engine.py questions               64 questions about 16 pictures, answers of 1 to 64 tokens
     python benchmarks/engine.py chat                    first token of the second turn over that of the first
     python benchmarks/engine.py answers                 8 answers to a prompt over one: time and cache
-    python benchmarks/engine.py decode                  tokens a second of one answer, in every format of weights
+    python benchmarks/engine.py decode                  tokens a second of one answer, all formats, compiled too
     python benchmarks/engine.py llama.cpp               the same of SmolLM2-135M, whose weights are real
     python benchmarks/engine.py speculate               the same with guesses, by look-up and by a draft
     python benchmarks/engine.py vllm --python VENV/bin/python       32 requests at once
@@ -114,22 +114,24 @@ def ask_vllm(bench: Bench) -> list[dict]:
 
 def decode(bench: Bench) -> list[dict]:
     """One answer, tokens a second after the first: all formats by turns, of the engine and of what came before it."""
-    benches, commands, requests = {}, {}, [[0, 17]]
+    benches, commands, requests, sides = {}, {}, [[0, 33]], ("engine", "compiled", "before")
     for format in FORMATS:
         benches[format] = Bench(bench.folder / format, bench.before, bench.shape, format, rows=1)
         benches[format].folder.mkdir()
         benches[format].prepare_questions(1)
-        commands |= {(format, side): benches[format].command(side) for side in ("engine", "before")}
+        commands |= {(format, side): benches[format].command(side) for side in sides}
     measured = turns.alternate(commands, [json.dumps({"requests": requests})] * (1 + bench.repeats))
-    by_format = {f: [{side: turn[f, side] for side in ("engine", "before")} for turn in measured] for f in FORMATS}
+    by_format = {f: [{side: turn[f, side] for side in sides} for turn in measured] for f in FORMATS}
     lines = []
     for format, results in by_format.items():
         benches[format].check(requests, results[0])
         benches[format].check(requests, results[1])
-        line = {"weights": format, "rows": 1} | compare(results[1:], "before", "tokens", decoding_rate)
-        pairs = zip(results[1:], by_format["bf16"][1:], strict=True)
-        times = spread([decoding_rate(own["engine"]) / decoding_rate(bf16["engine"]) for own, bf16 in pairs])
-        lines.append(line | {"times_bf16": [times["ratio"], times["least"], times["most"]]})
+        for side, about in (("engine", {}), ("compiled", {"compiled": True})):
+            line = {"weights": format, "rows": 1} | about
+            line |= compare(results[1:], "before", "tokens", decoding_rate, side)
+            pairs = zip(results[1:], by_format["bf16"][1:], strict=True)
+            times = spread([decoding_rate(own[side]) / decoding_rate(bf16[side]) for own, bf16 in pairs])
+            lines.append(line | {"times_bf16": [times["ratio"], times["least"], times["most"]]})
     return lines
 
 
@@ -142,8 +144,11 @@ def decode_smollm2(bench: Bench) -> list[dict]:
         exact, processor, [{"ids": prompt.input_ids.tolist(), "pictures": []}], gguf=str(gguf), ignores_ends=True
     )
     requests = [[0, 129]]
-    timed = bench.time(("engine", "llama.cpp"), [requests], [requests] * bench.repeats, is_alike)
-    return [{"peer_weights": gguf.stem} | compare(timed, "llama.cpp", "tokens", decoding_rate)]
+    timed = bench.time(("engine", "compiled", "llama.cpp"), [requests], [requests] * bench.repeats, is_alike)
+    return [
+        {"peer_weights": gguf.stem} | about | compare(timed, "llama.cpp", "tokens", decoding_rate, side)
+        for side, about in (("engine", {}), ("compiled", {"compiled": True}))
+    ]
 
 
 def speculate(bench: Bench) -> list[dict]:

@@ -147,16 +147,16 @@ def decoding_rate(result: dict) -> float:
     return (len(result["answers"][0]) - 1) / (result["seconds"] - result["firsts"][0])
 
 
-def compare(timed: list[dict[str, dict]], peer: str, unit: str, rate: Callable[[dict], float]) -> dict:
-    """Return the medians of what the engine and a peer do a second, and the spread of the ratios of a turn."""
-    pairs = [(rate(turn["engine"]), rate(turn[peer])) for turn in timed]
+def compare(timed: list[dict[str, dict]], peer: str, unit: str, rate: Callable[[dict], float], ours="engine") -> dict:
+    """Return the medians of what a side of ours and a peer do a second, and the spread of the ratios of a turn."""
+    pairs = [(rate(turn[ours]), rate(turn[peer])) for turn in timed]
     return {
         "unit": unit,
         "per_second": median(ours for ours, _ in pairs),
         "peer": peer,
         "peer_per_second": median(theirs for _, theirs in pairs),
         **spread([ours / theirs for ours, theirs in pairs]),
-        "equal": min(timed[0]["engine"]["equal"], timed[0][peer]["equal"]),
+        "equal": min(timed[0][ours]["equal"], timed[0][peer]["equal"]),
     }
 
 

@@ -15,6 +15,13 @@ BEFORE, TRANSFORMERS = "`generate` before the engine, batches of 16", "`transfor
 QUESTIONS = "answers a second, 64 questions about 16 pictures, answers of 1 to 64 tokens, {}"
 DECODE = "tokens a second of one answer, {}"
 MISSING = "not measured yet"
+
+
+def both(what: str) -> list[tuple[str, dict]]:
+    """Return how a subject is measured, and the fields of the lines: as it is written, and with --compile."""
+    return [("", {"what": what, "compiled": None}), (", `--compile`", {"what": what, "compiled": True})]
+
+
 # What is measured, against whom, fields of its line, and what the ratio should be.
 SPEED = [
     *(
@@ -23,24 +30,24 @@ SPEED = [
         for peer, name, aim in ((BEFORE, "before", "≥ 3"), (TRANSFORMERS, "transformers", "≥ 1.5"))
     ),
     *(
-        (DECODE.format(f"222M, {name}"), "`generate` before the engine", {"what": "decode", "weights": name}, aim)
+        (DECODE.format(f"222M, {name}{how}"), "`generate` before the engine", fields | {"weights": name}, aim)
         for name, aim in (("fp32", ""), ("bf16", "≥ 1.3"), ("int8", ""), ("int4", ""), ("nf4", ""))
+        for how, fields in both("decode")
     ),
     *(
-        (
-            DECODE.format(f"SmolLM2-135M, {ours}"),
-            f"llama.cpp, {theirs}",
-            {"what": "llama.cpp", "weights": ours},
-            "≥ 0.6",
-        )
+        (DECODE.format(f"SmolLM2-135M, {ours}{how}"), f"llama.cpp, {theirs}", fields | {"weights": ours}, "≥ 0.6")
         for ours, theirs in (("int8", "Q8_0"), ("int4", "Q4_0"))
+        for how, fields in both("llama.cpp")
     ),
     ("answers a second, 32 requests at once, 222M", "vLLM on the CPU", {"what": "vllm"}, "≥ 0.5"),
 ]
 # What is measured, fields of its line, which of them has the ratio, and what it should be.
 RATIOS = [
-    ("222M, one answer, tokens a second: int8 over bf16", {"what": "decode", "weights": "int8"}, "times_bf16", "≥ 1.6"),
-    ("222M, one answer, tokens a second: int4 over bf16", {"what": "decode", "weights": "int4"}, "times_bf16", "≥ 2.2"),
+    *(
+        (f"222M, one answer, tokens a second: {name} over bf16{how}", fields | {"weights": name}, "times_bf16", aim)
+        for name, aim in (("int8", "≥ 1.6"), ("int4", "≥ 2.2"))
+        for how, fields in both("decode")
+    ),
     ("256M, a picture of 17 tiles, seconds to the first token: turn 2 over 1", {"what": "chat"}, "ratio", "≤ 0.15"),
     ("256M, the same picture, seconds until 8 answers begin over 1", {"what": "answers"}, "ratio", "≤ 1.6"),
     ("256M, the same, the most of the cache that they use", {"what": "answers"}, "cache_ratio", "≤ 1.6"),

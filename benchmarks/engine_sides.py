@@ -67,7 +67,7 @@ def read_prompts(folder: Path) -> list:
     return prompts
 
 
-def engine(folder: Path, job: dict, make_draft: Callable | None = None) -> Answer:
+def engine(folder: Path, job: dict, make_draft: Callable | None = None, compiles: bool = False) -> Answer:
     """Ours: a new engine each turn, so that it keeps nothing of the last one."""
     from nanovlm.config import SamplingConfig
     from nanovlm.infer.engine import Engine
@@ -75,7 +75,7 @@ def engine(folder: Path, job: dict, make_draft: Callable | None = None) -> Answe
     from nanovlm.model.inference import prepare
 
     model, processor, prompts = load(folder, job)
-    prepare(model)
+    prepare(model, compiles=compiles)
     draft = make_draft(job) if make_draft else None
     pictures = read_pictures(folder) if job.get("reads_pictures") else []
 
@@ -110,6 +110,11 @@ def engine(folder: Path, job: dict, make_draft: Callable | None = None) -> Answe
         }
 
     return answer
+
+
+def compiled(folder: Path, job: dict) -> Answer:
+    """Ours with --compile."""
+    return engine(folder, job, compiles=True)
 
 
 def look_up(folder: Path, job: dict) -> Answer:
@@ -272,6 +277,7 @@ def in_batches(requests: Sequence, size: int) -> list:
 
 SIDES = {
     "engine": engine,
+    "compiled": compiled,
     "look-up": look_up,
     "draft": draft,
     "before": before,

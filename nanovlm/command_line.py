@@ -81,6 +81,8 @@ class GenerateConfig:
     # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
     # folder.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # Compile the steps that make a token of each answer, which takes a minute: worth it for many tokens.
+    compile: bool = False
     # At most this many answers are made at a time.
     num_rows: int = 16
     # How many tokens, prompts included, the cache has room for; 0 for what suits num_rows.

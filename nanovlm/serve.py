@@ -49,6 +49,8 @@ class ServeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Quantise the decoder's linear layers to this format.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # Compile the steps that make a token of each answer, before the first request; this takes a minute.
+    compile: bool = False
     # What guesses the next tokens, which then are checked together: lookup (what followed the same words before) or a
     # smaller model with the same tokenizer. No answer changes.
     draft: str = ""
@@ -99,7 +101,7 @@ def main(config: ServeConfig):
     model, processor = nanovlm.load(config.model, device, dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
-    prepare(model)
+    prepare(model, compiles=config.compile)
     draft = open_draft(config.draft, config.draft_tokens, model, processor)
     engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens, draft=draft)
     service = Service(

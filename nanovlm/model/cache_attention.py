@@ -175,8 +175,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: 
 
 
 def view(x: Tensor, first: int, last: int) -> Tensor:
-    """[S, K, H] -> [1, K, last - first, H]."""
-    return x[None, first:last].transpose(1, 2)
+    """[S, K, H], contiguous -> [1, K, last - first, H]."""
+    _, K, H = x.shape
+    return x.as_strided((1, K, last - first, H), (x.numel(), H, K * H, 1), first * K * H)
 
 
 def gather(x: Tensor, blocks: Tensor, num_rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import DecoderConfig, pick
 from nanovlm.model.attention import ATTENTION
+from nanovlm.model.compiled import CompiledSteps
 from nanovlm.model.joined import Joined, project
 from nanovlm.model.kv_cache import CachePass
 from nanovlm.model.moe import MLP, MoE, Routing
@@ -27,7 +28,9 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-        self.joined_head: Joined | None = None  # the head in int8, set by inference.prepare
+        # Both set by inference.prepare: the head in int8, and what runs decode steps compiled.
+        self.joined_head: Joined | None = None
+        self.compiled: CompiledSteps | None = None
 
     @property
     def head_layer(self) -> nn.Embedding | nn.Linear:
@@ -61,6 +64,11 @@ class Decoder(nn.Module):
         is the rows of `rope_table` for position_ids, if they are there already.
         """
         rope = rope_table(position_ids, self.config) if rope is None else rope
+        if cache is not None and self.compiled is not None and self.compiled.takes(cache, x_BTD.shape[1]):
+            return self.compiled(self, x_BTD, rope, cache), []
+        return self.run_blocks(x_BTD, rope, mask, cache, is_token)
+
+    def run_blocks(self, x_BTD, rope, mask, cache, is_token) -> tuple[Tensor, list[Routing]]:
         routings = []
         for layer in self.layers:
             x_BTD, routing = layer(x_BTD, rope, mask, cache, is_token)

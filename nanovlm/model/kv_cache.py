@@ -31,7 +31,7 @@ class KVCache:
 
     def __init__(self, config: DecoderConfig, num_blocks: int, device: torch.device | str, dtype: torch.dtype):
         device = torch.device(device)
-        dtype = torch.float32 if device.type == "cpu" else dtype
+        dtype = cache_dtype(device, dtype)
         shape = (num_blocks * BLOCK, config.num_key_value_heads, config.head_dim)
         self.keys = [allocate(shape, device, dtype) for _ in range(config.num_hidden_layers)]
         self.values = [allocate(shape, device, dtype) for _ in range(config.num_hidden_layers)]
@@ -41,6 +41,11 @@ class KVCache:
     def begin(self, spans: Sequence[Span]) -> "CachePass":
         """Prepare a forward pass over the new tokens of these rows."""
         return CachePass(self, spans)
+
+
+def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the cache of a model whose weights are of this one."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def allocate(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -54,7 +59,7 @@ class CachePass:
     """A forward pass over a cache: where its tokens are written, and what they see.
 
     `order` are indices of the spans in the order in which their tokens follow each other in the pass; `position_ids`
-    int64[1, T] are the tokens' positions.
+    int64[1, T] are the tokens' positions, and `num_new` is the most of a row.
     """
 
     def __init__(self, cache: KVCache, spans: Sequence[Span]):
@@ -71,18 +76,24 @@ class CachePass:
                 slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in new]
             self.groups.append(Group(start, num_new, cache.prepare(rows, cache.keys[0])))
             start += num_new * len(rows)
+        self.num_new = self.groups[-1].num_new
         both = torch.tensor([positions, slots]).to(device, non_blocking=True)
         self.position_ids, self.slots = both[:1], both[1]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v [1, T, K, H] into a layer; return what q [1, T, N, H] attends to, [1, T, N, H] like v."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
-        values.index_copy_(0, self.slots, v[0].to(keys.dtype))
-        q, outs = q[0].to(keys.dtype), []
-        for group, after in itertools.zip_longest(self.groups, self.groups[1:]):
-            end = len(q) if after is None else after.start
-            rows = q[group.start : end].unflatten(0, (-1, group.num_new))
-            outs.append(self.cache.attend(rows, keys, values, group.plan).flatten(0, 1))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        dtype = self.cache.keys[layer].dtype
+        out = self.attend_rows(layer, q[0].to(dtype), k[0].to(dtype), v[0].to(dtype))
         return out[None].to(v.dtype)
+
+    def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same for q [T, N, H], k and v [T, K, H] in the dtype of the cache."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, self.slots, k)
+        values.index_copy_(0, self.slots, v)
+        outs = []
+        for group, after in itertools.zip_longest(self.groups, self.groups[1:]):
+            own = q if len(self.groups) == 1 else q[group.start : after and after.start]
+            rows = own[:, None] if group.num_new == 1 else own.unflatten(0, (-1, group.num_new))
+            outs.append(self.cache.attend(rows, keys, values, group.plan).flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
