@@ -318,6 +318,23 @@ def test_an_answer_streams_and_can_be_stopped(visit, mixture):
         assert here.page.locator(".turn").count() == 0 and here.page.locator("#look").is_hidden()
 
 
+def test_another_conversation_begins_while_it_looks(answered, visit, tmp_path):
+    """What is said then is of the new one, not that the old one was stopped."""
+    (tmp_path / "a.json").write_text(answered[1])
+    here = visit()
+    here.page.route("**/v1/look", lambda _route: None)  # never answered
+    for begin, said in (
+        (lambda: here.page.locator("#open").set_input_files(tmp_path / "a.json"), "opened; tiny gave the answers"),
+        (lambda: here.page.locator("#new").click(), ""),
+    ):
+        here.ask("why?", 2)
+        here.says("looking…")
+        begin()
+        playwright.expect(here.page.locator("#send")).to_be_visible()
+        here.page.wait_for_timeout(100)  # for what the old one still says
+        assert here.page.locator("#status").text_content() == said
+
+
 def test_what_the_server_refuses_is_said(visit, server):
     here = visit()
     here.page.locator("#pictures").set_input_files(

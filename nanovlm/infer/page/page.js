@@ -199,10 +199,12 @@ async function during(turn, part) {
   try {
     await part(turn, controller.signal);
   } catch (error) {
+    if (running !== controller) return; // another conversation has begun
     const isStopped = error.name === "AbortError";
     say(isStopped ? "stopped" : error.message, !isStopped);
   }
-  if (running === controller) running = null;
+  if (running !== controller) return;
+  running = null;
   refresh();
 }
 
@@ -210,8 +212,8 @@ async function answer(turn, signal) {
   const start = performance.now();
   let first = 0;
   try {
-    if (!model) await connect();
     say("answering…");
+    if (!model) await connect();
     const body = { model, messages: messagesOf(turns), ...options() };
     turn.finish = await ask(body, $("token").value, signal, (text, ids) => {
       first ||= ids.length ? performance.now() : 0;
