@@ -97,6 +97,12 @@ class Visit:
         playwright.expect(self.page.locator("#stop")).to_be_hidden()
         return self.page.locator(".turn:last-child .token")
 
+    def save(self):
+        """Return the text of the file that is saved."""
+        with self.page.expect_download() as download:
+            self.page.locator("#save").click()
+        return download.value.path().read_text(encoding="utf-8")
+
     def says(self, text):
         playwright.expect(self.page.locator("#status")).to_contain_text(text)
 
@@ -126,9 +132,7 @@ def answered(browser, server):
     playwright.expect(visit.page.locator("#pending img")).to_have_count(1)
     visit.ask("what is <i>this</i>?")
     visit.tokens()
-    with visit.page.expect_download() as download:
-        visit.page.locator("#save").click()
-    yield visit, download.value.path().read_text(encoding="utf-8")
+    yield visit, visit.save()
     visit.context.close()
     assert all(request.url.startswith((server.url, "data:", "blob:")) for request in visit.requests)
     assert not visit.complaints
@@ -316,6 +320,26 @@ def test_an_answer_streams_and_can_be_stopped(visit, mixture):
         engine.leave.set()
         here.page.locator("#new").click()
         assert here.page.locator(".turn").count() == 0 and here.page.locator("#look").is_hidden()
+
+
+def test_what_came_before_an_error_is_kept(visit, mixture, tmp_path):
+    model, processor = mixture
+    words = processor.encode_answer("a red circle. " * 100)
+    engine = FakeEngine(lambda *_: words, pace=0.02)
+    engine.model = model
+    with running(processor, engine, timeout=2) as slow:
+        here = visit(slow)
+        here.ask("what?", len(words))
+        playwright.expect(here.page.locator(".counts")).to_contain_text("; too late")  # as the server says it
+        num = here.tokens().count()
+        assert 0 < num < len(words)
+        (tmp_path / "a.json").write_text(here.save())
+    (kept,) = json.loads((tmp_path / "a.json").read_text())["turns"]
+    assert kept["answer"] == processor.decode(words[:num]) and kept["ids"] == words[:num] and kept["finish"] == "error"
+    here.page.locator("#open").set_input_files(tmp_path / "a.json")
+    here.says("opened; ")
+    playwright.expect(here.page.locator(".counts")).to_contain_text("; too late")
+    playwright.expect(here.page.locator(".counts")).to_have_css("color", "rgb(176, 0, 32)")
 
 
 def test_another_conversation_begins_while_it_looks(answered, visit, tmp_path):

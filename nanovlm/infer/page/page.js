@@ -82,10 +82,16 @@ function showTurn(turn) {
   const thumbs = make("div", { className: "thumbs" }, ...turn.pictures.map(thumbnail));
   const question = make("div", { className: "question" }, thumbs, make("span", { textContent: turn.question }));
   turn.view = make("div", { className: "answer" });
-  turn.note = make("p", { className: "counts", textContent: turn.counts });
+  turn.note = make("p", { className: "counts" });
   $("hint").hidden = true;
   $("turns").append(make("article", { className: "turn" }, question, turn.view, turn.note));
+  showCounts(turn);
   showAnswer(turn);
+}
+
+function showCounts(turn) {
+  turn.note.textContent = turn.counts;
+  turn.note.classList.toggle("bad", turn.finish === "error");
 }
 
 function showAnswer(turn) {
@@ -221,20 +227,21 @@ async function answer(turn, signal) {
       turn.answer += text;
       turn.counts = count(turn.ids.length, start, first);
       turn.view.textContent = turn.answer;
-      turn.note.textContent = turn.counts;
+      showCounts(turn);
     });
     if (turn.finish === "length") turn.counts += "; ended at the most tokens";
     say(turn.ids.length ? "" : "the answer is empty");
   } catch (error) {
     if (!turns.includes(turn)) return; // another conversation has begun
-    if (error.name !== "AbortError" || !turn.ids.length) {
+    if (!turn.ids.length) {
       takeBack(turn);
       throw error;
     }
-    turn.finish = "stopped";
-    turn.counts += "; stopped";
+    const isStopped = error.name === "AbortError";
+    turn.finish = isStopped ? "stopped" : "error";
+    turn.counts += `; ${isStopped ? "stopped" : error.message}`;
   }
-  turn.note.textContent = turn.counts;
+  showCounts(turn);
 }
 
 // Puts a question that got no answer back to where it can be asked again.
