@@ -209,6 +209,19 @@ def test_the_keyboard_walks_over_the_tokens(answered):
     assert len(names) > 5 and all(names)
 
 
+def test_the_focus_is_seen(visit):
+    """A file is chosen by a field out of sight; the label that is seen in its place has the ring, and nothing else."""
+    page = visit().page
+    for focused in ("open", "pictures"):
+        page.locator("#new" if focused == "open" else "#question").focus()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == focused
+        ringed = page.locator("button, .button").evaluate_all(
+            "all => all.filter((x) => getComputedStyle(x).outlineStyle !== 'none').map((x) => x.htmlFor)"
+        )
+        assert ringed == [focused]
+
+
 def test_what_was_saved_is_shown_without_an_answer(answered, visit, tmp_path):
     before, text = answered
     saved = json.loads(text)
@@ -394,17 +407,30 @@ def test_a_server_with_a_token(visit, mixture):
         here.complaints.clear()
 
 
-def test_light_and_dark(visit):
+def test_light_and_dark(answered, visit, tmp_path):
+    data = json.loads(answered[1])
+    for number, text in enumerate(("", "a")):  # a part of a character, and a text
+        data["turns"][0]["look"]["tokens"][number]["text"] = text
+    (tmp_path / "a.json").write_text(json.dumps(data))
     here = visit(color_scheme="dark")
+    here.page.locator("#open").set_input_files(tmp_path / "a.json")
 
     def brightness():
-        color = here.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        """Return that of the page; the token that is chosen stands out, whatever it is."""
+        for number in (0, 1):
+            here.tokens().nth(number).hover()
+            assert abs(shade(here.tokens().nth(number), "color") - shade(here.tokens().nth(number))) > 300
+        return shade(here.page.locator("body"))
+
+    def shade(element, name="backgroundColor"):
+        color = element.evaluate("(x, name) => getComputedStyle(x)[name]", name)
         return sum(map(int, color.strip("rgb()").split(", ")))
 
     assert brightness() < 150
     here.page.get_by_label("Colors").select_option("light")
     assert brightness() > 700
     here.page.reload()
+    here.page.locator("#open").set_input_files(tmp_path / "a.json")
     assert brightness() > 700
     here.page.get_by_label("Colors").select_option("dark")
     here.page.emulate_media(color_scheme="light")

@@ -104,7 +104,6 @@ function showAnswer(turn) {
   turn.view.setAttribute("aria-orientation", "horizontal");
   const tokens = turn.read.tokens.map(({ text, logprob }, number) => {
     const token = make("span", { className: "token", role: "option", textContent: text || "·" });
-    token.setAttribute("role", "option");
     token.setAttribute("aria-selected", "false");
     token.tabIndex = number === 0 ? 0 : -1;
     token.classList.toggle("part", !text);
