@@ -393,6 +393,27 @@ def test_what_the_server_refuses_is_said(visit, server):
     here.complaints.clear()
 
 
+def test_options(visit):
+    """One that was emptied is as at first; what the server refuses is said, though the options are folded."""
+    here = visit()
+    for name in ("temperature", "max_tokens", "seed"):
+        here.page.evaluate("name => document.getElementById(name).value = ''", name)
+    here.page.locator("#question").fill("why?")
+    with here.page.expect_request("**/completions") as asked:
+        here.page.locator("#send").click()
+    body = json.loads(asked.value.post_data)
+    assert body["temperature"] == 0 and body["max_tokens"] == 128 and "seed" not in body
+    assert here.page.locator("#temperature").input_value() == "0"
+    here.tokens()
+    here.page.evaluate("document.getElementById('top_p').value = 7")
+    here.page.locator("#question").fill("and then?")
+    here.page.locator("#send").click()
+    here.says("top_p")
+    assert here.page.locator("#question").input_value() == "and then?"
+    assert [text for text in here.complaints if "400 (Bad Request)" not in text] == []
+    here.complaints.clear()
+
+
 def test_a_server_with_a_token(visit, mixture):
     with running(mixture[1], Engine(mixture[0], num_rows=1), token="secret") as closed:
         here = visit(closed)

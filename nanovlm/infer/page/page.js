@@ -178,7 +178,8 @@ function save() {
 function options() {
   const chosen = {};
   for (const name of NUMBERS) {
-    if ($(name).value !== "") chosen[name] = Number($(name).value);
+    $(name).value ||= $(name).defaultValue; // an emptied one is as it was at first, and what is asked is seen
+    if ($(name).value) chosen[name] = Number($(name).value);
   }
   return chosen;
 }
