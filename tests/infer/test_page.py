@@ -269,17 +269,26 @@ def damage(text):
     yield changed("turns", 0, "pictures", 0, "url", to="https://example.com/a.png"), "a picture is not in the file"
     yield changed("turns", 0, "pictures", 0, "url", to="data:image/svg+xml;base64,AAAA"), "a picture is not in the file"
     yield changed("turns", 0, "pictures", to=[]), "what was looked at are other pictures"
+    yield changed("turns", 0, "pictures", 0, "url", to=[data_url(PICTURE)]), "a picture is not in the file"
     yield changed(*look, "version", to=9), "it has no version 1"
     yield changed(*look, "grid", to=3), "bytes, not"
     yield changed(*look, "grid", to=1e9), "tiles"
     yield changed(*look, "tiles", 0, "image", to=1), "tiles"
     yield changed(*look, "tiles", 0, "box", to=[0, 0, "1", 1]), "tiles"
+    yield changed(*look, "tiles", 0, "box", to=[0, 0, 1e-200, 1e-200]), "tiles"
     yield changed(*look, "tokens", to=[]), "tokens"
+    yield changed(*look, "tokens", 0, "logprob", to=700), "tokens"
     yield changed(*look, "tokens", 0, "likeliest", 0, to=[1, {}, 0]), "alternatives"
+    yield changed(*look, "tokens", 0, "likeliest", 0, 2, to=700), "alternatives"
     yield changed(*look, "attention", "layers", to=-1), "layers and heads"
     yield changed(*look, "attention", "weights", to="*"), "is not in base64"
     yield changed(*look, "attention", "peaks", to=base64.b64encode(b"\xff" * 4 * 2 * 4 * 12).decode()), "are no shares"
     yield changed(*look, "experts", "chosen", 0, 0, to=[7]), "experts"
+    for name, rows in json.loads(text)["turns"][0]["look"]["experts"].items():
+        if name != "count":  # what has a length and indices, but is no list
+            yield changed(*look, "experts", name, to=dict(enumerate(rows), length=12)), "experts"
+            yield changed(*look, "experts", name, 0, to=dict(enumerate(rows[0]), length=2)), "experts"
+            yield changed(*look, "experts", name, 0, 0, to=dict(enumerate(rows[0][0]), length=2)), "experts"
     yield changed(*look, "images", 0, "width", to=0), "images"
 
 

@@ -11,6 +11,8 @@ function check(holds, what) {
 
 const isCount = (x, least, most) => Number.isInteger(x) && x >= least && x <= most;
 const isText = (x) => typeof x === "string" && x.length <= 10000;
+const isList = (x, length) => Array.isArray(x) && x.length === length;
+const isLogprob = (x) => Number.isFinite(x) && x <= 0.001;
 
 function bytes(text, length, what) {
   check(typeof text === "string" && length <= MOST.bytes, `${what} has no place`);
@@ -39,17 +41,19 @@ export function readLook(data) {
   for (const image of images) check(isCount(image?.width, 1, 65535) && isCount(image?.height, 1, 65535), "images");
   check(Array.isArray(tiles) && tiles.length <= MOST.tiles && isCount(grid, 0, 256), "tiles");
   for (const tile of tiles) {
-    const isBox = Array.isArray(tile?.box) && tile.box.length === 4 && tile.box.every((x) => Number.isFinite(x));
-    check(isBox && tile.box[0] < tile.box[2] && tile.box[1] < tile.box[3] && typeof tile.whole === "boolean", "tiles");
+    check(isList(tile?.box, 4) && tile.box.every((x) => Number.isFinite(x)), "tiles");
+    const [left, top, right, bottom] = tile.box;
+    // Not too small: heat is weight over area.
+    check(right - left > 1e-6 && bottom - top > 1e-6 && typeof tile.whole === "boolean", "tiles");
     check(isCount(tile.image, 0, images.length - 1), "tiles");
   }
   check(Array.isArray(tokens) && isCount(tokens.length, 1, MOST.tokens), "tokens");
   for (const token of tokens) {
-    check(isText(token?.text) && Number.isInteger(token.id) && Number.isFinite(token.logprob), "tokens");
+    check(isText(token?.text) && Number.isInteger(token.id) && isLogprob(token.logprob), "tokens");
     check(Array.isArray(token.likeliest) && token.likeliest.length <= 100, "alternatives");
     for (const other of token.likeliest) {
-      const isTriple = Array.isArray(other) && other.length === 3 && Number.isInteger(other[0]);
-      check(isTriple && isText(other[1]) && Number.isFinite(other[2]), "alternatives");
+      check(isList(other, 3) && Number.isInteger(other[0]), "alternatives");
+      check(isText(other[1]) && isLogprob(other[2]), "alternatives");
     }
   }
   const { layers, heads, mean } = attention ?? {};
@@ -61,13 +65,13 @@ export function readLook(data) {
   const P = tiles.length * grid * grid;
   if (experts !== null) {
     check(isCount(experts?.count, 1, 65536), "experts");
-    for (const name of ["chosen", "weights"]) check(experts[name]?.length === A, "experts");
+    check(isList(experts.chosen, A) && isList(experts.weights, A), "experts");
     for (let a = 0; a < A; a++) {
       const [chosen, weights] = [experts.chosen[a], experts.weights[a]];
-      check(chosen?.length === layers && weights?.length === layers, "experts");
+      check(isList(chosen, layers) && isList(weights, layers), "experts");
       for (let layer = 0; layer < layers; layer++) {
-        check(Array.isArray(chosen[layer]) && Array.isArray(weights[layer]), "experts");
-        check(chosen[layer].length === weights[layer].length && chosen[layer].length <= experts.count, "experts");
+        check(Array.isArray(chosen[layer]) && isList(weights[layer], chosen[layer].length), "experts");
+        check(chosen[layer].length <= experts.count, "experts");
         check(chosen[layer].every((e) => isCount(e, 0, experts.count - 1)), "experts");
         check(weights[layer].every((x) => Number.isFinite(x)), "experts");
       }

@@ -1,8 +1,8 @@
 // The page: pictures and questions in, answers as they come, and for each of their tokens where it looked.
 // Whatever comes from a model, a file or a person is put into the page as text alone.
 
-import { drawChosen, hideLook, percent, plural, showLook } from "./panel.js";
-import { PICTURE, readConversation, writeConversation } from "./saved.js";
+import { drawChosen, hideLook, plural, showLook } from "./panel.js";
+import { isPicture, readConversation, writeConversation } from "./saved.js";
 import { ask, askLook, findModel, messagesOf } from "./talk.js";
 import { readLook } from "./look.js";
 
@@ -47,7 +47,7 @@ async function take(files) {
         continue;
       }
       const url = await readFile(file, "readAsDataURL");
-      if (!PICTURE.test(url)) throw new Error(`${file.name} is no picture that can be shown`);
+      if (!isPicture(url)) throw new Error(`${file.name} is no picture that can be shown`);
       pending.push({ name: file.name, url });
     } catch (error) {
       say(error.message, true);

@@ -3,7 +3,9 @@
 import { readLook } from "./look.js";
 
 const FORMAT = "nanovlm conversation";
-export const PICTURE = /^data:image\/(png|jpeg|webp|gif|avif|bmp|tiff);base64,[A-Za-z0-9+/]+=*$/;
+const PICTURE = /^data:image\/(png|jpeg|webp|gif|avif|bmp|tiff);base64,[A-Za-z0-9+/]+=*$/;
+
+export const isPicture = (url) => typeof url === "string" && PICTURE.test(url);
 
 // Returns the text of the file.
 export function writeConversation(model, turns) {
@@ -35,7 +37,7 @@ export function readConversation(text) {
     if (!Array.isArray(turn.ids) || !turn.ids.every(Number.isInteger)) refuse("a turn has no tokens");
     if (!Array.isArray(turn.pictures)) refuse("a turn has no list of pictures");
     const pictures = turn.pictures.map((picture) => {
-      if (typeof picture?.name !== "string" || !PICTURE.test(picture.url)) refuse("a picture is not in the file");
+      if (typeof picture?.name !== "string" || !isPicture(picture.url)) refuse("a picture is not in the file");
       return { name: picture.name, url: picture.url };
     });
     numPictures += pictures.length;
