@@ -224,12 +224,13 @@ def test_the_focus_is_seen(visit):
 
 def test_what_was_saved_is_shown_without_an_answer(answered, visit, tmp_path):
     before, text = answered
-    saved = json.loads(text)
-    (turn,) = saved["turns"]
+    (turn,) = json.loads(text)["turns"]
     assert turn["pictures"] == [{"name": "a<b>.png", "url": data_url(PICTURE)}] and len(turn["look"]["tokens"]) == 12
-    (tmp_path / "a.json").write_text(text)
+    assert turn["model"] == "tiny"
+    (tmp_path / "a.json").write_text(text.replace('"model":"tiny"', '"model":"another"'))
     after = visit()
     after.page.locator("#open").set_input_files(tmp_path / "a.json")
+    after.says("opened; another gave the answers")
     assert after.tokens().all_text_contents() == before.tokens().all_text_contents()
     for one in (before, after):
         one.tokens().nth(7).hover()
@@ -246,6 +247,8 @@ def test_what_was_saved_is_shown_without_an_answer(answered, visit, tmp_path):
     assert [message["role"] for message in asked] == ["user", "assistant", "user"]
     assert asked[0]["content"][0]["image_url"]["url"] == data_url(PICTURE)
     assert after.page.locator("#shown img").count() == 1
+    again = json.loads(after.save())["turns"]
+    assert [turn["model"] for turn in again] == ["another", "tiny"] and again[0]["ids"] == turn["ids"]
 
 
 def damage(text):
@@ -265,6 +268,7 @@ def damage(text):
     yield changed("version", to=2), "its format is not"
     yield changed("turns", to={}), "it has no turns"
     yield changed("turns", 0, "answer", to=["<b>"]), "a turn has no answer"
+    yield changed("turns", 0, "model", to=None), "a turn has no model"
     yield changed("turns", 0, "ids", to=["5"]), "a turn has no tokens"
     yield changed("turns", 0, "pictures", 0, "url", to="https://example.com/a.png"), "a picture is not in the file"
     yield changed("turns", 0, "pictures", 0, "url", to="data:image/svg+xml;base64,AAAA"), "a picture is not in the file"
@@ -302,7 +306,7 @@ def test_files_of_strangers(answered, visit, tmp_path):
         assert here.page.locator(".turn").count() == 0
     data, evil = json.loads(answered[1]), "<img src=x onerror=alert(1)><script>alert(2)</script>"
     turn = data["turns"][0]
-    data["model"] = turn["question"] = turn["answer"] = turn["counts"] = turn["pictures"][0]["name"] = evil
+    turn["model"] = turn["question"] = turn["answer"] = turn["counts"] = turn["pictures"][0]["name"] = evil
     for token in turn["look"]["tokens"]:
         token["text"] = token["likeliest"][0][1] = evil
     (tmp_path / "evil.json").write_text(json.dumps(data))

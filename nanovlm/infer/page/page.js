@@ -9,11 +9,11 @@ import { readLook } from "./look.js";
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
 
-// A turn: {question, pictures: [{name, url}], answer, ids, finish, counts, look, read}, where `look` is what the server
-// told and `read` is that with its arrays.
+// A turn: {question, pictures: [{name, url}], model, answer, ids, finish, counts, look, read}, where `model` gave the
+// answer, `look` is what the server told and `read` is that with its arrays.
 let turns = [];
 let pending = []; // pictures of the next question
-let model = "";
+let model = ""; // the one that is served
 let running = null; // AbortController of what is being asked
 
 function make(tag, properties = {}, ...children) {
@@ -156,18 +156,19 @@ function clear() {
 }
 
 function open(text) {
-  const read = readConversation(text);
+  const opened = readConversation(text); // throws before anything is cleared
   clear();
-  turns = read.turns;
+  turns = opened;
   turns.forEach(showTurn);
   refresh();
-  say(`opened; ${read.model} gave the answers`);
+  const models = [...new Set(turns.map((turn) => turn.model))];
+  say(`opened; ${models.join(" and ")} gave the answers`);
   const last = turns.findLast((turn) => turn.read);
   if (last) select(last, 0);
 }
 
 function save() {
-  const blob = new Blob([writeConversation(model, turns)], { type: "application/json" });
+  const blob = new Blob([writeConversation(turns)], { type: "application/json" });
   const link = make("a", { href: URL.createObjectURL(blob), download: "conversation.json" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
@@ -220,6 +221,7 @@ async function answer(turn, signal) {
   try {
     say("answering…");
     if (!model) await connect();
+    turn.model = model;
     const body = { model, messages: messagesOf(turns), ...options() };
     turn.finish = await ask(body, $("token").value, signal, (text, ids) => {
       first ||= ids.length ? performance.now() : 0;

@@ -8,14 +8,14 @@ const PICTURE = /^data:image\/(png|jpeg|webp|gif|avif|bmp|tiff);base64,[A-Za-z0-
 export const isPicture = (url) => typeof url === "string" && PICTURE.test(url);
 
 // Returns the text of the file.
-export function writeConversation(model, turns) {
-  const told = turns.map(({ question, pictures, answer, ids, finish, counts, look }) => ({
-    question, pictures, answer, ids, finish, counts, look,
+export function writeConversation(turns) {
+  const told = turns.map(({ question, pictures, model, answer, ids, finish, counts, look }) => ({
+    question, pictures, model, answer, ids, finish, counts, look,
   }));
-  return JSON.stringify({ format: FORMAT, version: 1, model, turns: told });
+  return JSON.stringify({ format: FORMAT, version: 1, turns: told });
 }
 
-// Returns {model, turns} of a file's text; throws an Error with a sentence for what is no such file.
+// Returns the turns of a file's text; throws an Error with a sentence for what is no such file.
 export function readConversation(text) {
   const refuse = (what) => {
     throw new Error(`this is no conversation that was saved here: ${what}`);
@@ -27,11 +27,10 @@ export function readConversation(text) {
     refuse("it is not JSON");
   }
   if (data?.format !== FORMAT || data.version !== 1) refuse(`its format is not ${FORMAT}, version 1`);
-  const isList = Array.isArray(data.turns) && data.turns.length <= 1000;
-  if (typeof data.model !== "string" || !isList) refuse("it has no turns");
+  if (!Array.isArray(data.turns) || data.turns.length > 1000) refuse("it has no turns");
   let numPictures = 0;
-  const turns = data.turns.map((turn) => {
-    for (const name of ["question", "answer", "finish", "counts"]) {
+  return data.turns.map((turn) => {
+    for (const name of ["question", "model", "answer", "finish", "counts"]) {
       if (typeof turn?.[name] !== "string") refuse(`a turn has no ${name}`);
     }
     if (!Array.isArray(turn.ids) || !turn.ids.every(Number.isInteger)) refuse("a turn has no tokens");
@@ -41,10 +40,9 @@ export function readConversation(text) {
       return { name: picture.name, url: picture.url };
     });
     numPictures += pictures.length;
-    const { question, answer, finish, counts, ids } = turn;
+    const { question, model, answer, finish, counts, ids } = turn;
     const read = turn.look === null ? null : readLook(turn.look);
     if (read && read.images.length !== numPictures) refuse("what was looked at are other pictures");
-    return { question, answer, finish, counts, ids, pictures, look: turn.look, read };
+    return { question, model, answer, finish, counts, ids, pictures, look: turn.look, read };
   });
-  return { model: data.model, turns };
 }
