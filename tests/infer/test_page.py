@@ -77,7 +77,8 @@ def browser():
 class Visit:
     """A page that was opened, what it asked for, and what it complained of."""
 
-    def __init__(self, browser, server, **options):
+    def __init__(self, browser, server, script="", **options):
+        """`script` runs before those of the page."""
         self.context = browser.new_context(viewport={"width": 1000, "height": 800}, **options)
         self.context.set_default_timeout(15_000)
         self.page, self.server = self.context.new_page(), server
@@ -85,6 +86,7 @@ class Visit:
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request))
+        self.page.add_init_script(script)
         self.page.goto(server.url)
 
     def ask(self, text, num_tokens=12):
@@ -201,6 +203,8 @@ def test_the_keyboard_walks_over_the_tokens(answered):
         page.keyboard.press(key)
         playwright.expect(tokens.nth(at)).to_be_focused()
         assert tokens.nth(at).get_attribute("aria-selected") == "true"
+    page.keyboard.press("Alt+ArrowRight")  # the browser's
+    playwright.expect(tokens.nth(0)).to_be_focused()
     page.keyboard.press("Tab")  # all tokens are one stop
     playwright.expect(page.locator("#question")).to_be_focused()
     names = page.locator("button:visible, input:visible, select:visible, textarea:visible").evaluate_all(
@@ -385,6 +389,15 @@ def test_another_conversation_begins_while_it_looks(answered, visit, tmp_path):
         assert here.page.locator("#status").text_content() == said
 
 
+def test_text_is_dropped_into_the_question(visit):
+    """Only files are taken by the page: what is done with all else is up to the browser."""
+    page = visit().page
+    page.locator("#hint").select_text()
+    page.locator("#hint").drag_to(page.locator("#question"), source_position={"x": 40, "y": 10})
+    assert "Drop a picture anywhere" in page.locator("#question").input_value()
+    assert page.locator("#drop").is_hidden()
+
+
 def test_what_the_server_refuses_is_said(visit, server):
     here = visit()
     here.page.locator("#pictures").set_input_files(
@@ -469,6 +482,13 @@ def test_light_and_dark(answered, visit, tmp_path):
     here.page.get_by_label("Colors").select_option("dark")
     here.page.emulate_media(color_scheme="light")
     assert brightness() < 150
+
+
+def test_a_browser_that_keeps_nothing(visit):
+    here = visit(script="Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied') }})")
+    playwright.expect(here.page.locator("#model")).to_have_text("tiny")
+    here.page.get_by_label("Colors").select_option("dark")
+    assert here.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 27)"
 
 
 def test_it_fits_a_phone(answered, visit, tmp_path):

@@ -131,7 +131,8 @@ function select(turn, number) {
 function walk(event, turn, number) {
   const last = turn.view.children.length - 1;
   const moves = { ArrowLeft: number - 1, ArrowRight: number + 1, Home: 0, End: last };
-  if (!(event.key in moves)) return;
+  const isShortcut = event.altKey || event.ctrlKey || event.metaKey || event.shiftKey; // Alt+ArrowLeft goes back
+  if (isShortcut || !(event.key in moves)) return;
   event.preventDefault();
   turn.view.children[Math.max(0, Math.min(last, moves[event.key]))].focus();
 }
@@ -313,23 +314,34 @@ document.onpaste = (event) => {
     take([...event.clipboardData.files]);
   }
 };
+// Text that is dragged goes where it is dropped, as in any page.
+const holdsFiles = (event) => event.dataTransfer.types.includes("Files");
 document.ondragover = (event) => {
+  if (!holdsFiles(event)) return;
   event.preventDefault();
-  $("drop").hidden = !event.dataTransfer.types.includes("Files");
+  $("drop").hidden = false;
 };
 document.ondragleave = (event) => {
   if (!event.relatedTarget) $("drop").hidden = true;
 };
 document.ondrop = (event) => {
+  if (!holdsFiles(event)) return;
   event.preventDefault();
   $("drop").hidden = true;
   take([...event.dataTransfer.files]);
 };
+
+let kept = {}; // what the browser keeps for this page
+try {
+  kept = localStorage;
+} catch {
+  // It is told to keep nothing.
+}
 $("theme").onchange = () => {
-  document.documentElement.dataset.theme = $("theme").value;
-  localStorage.setItem("theme", $("theme").value);
+  document.documentElement.dataset.theme = kept.theme = $("theme").value;
 };
-$("theme").value = ["light", "dark"].includes(localStorage.getItem("theme")) ? localStorage.getItem("theme") : "auto";
+$("theme").value = ["light", "dark"].includes(kept.theme) ? kept.theme : "auto";
 $("theme").onchange();
+
 $("token").onchange = () => connect().then(() => say(""), (error) => say(error.message, true));
 connect().catch((error) => say(error.status === 401 ? "the server asks for its token: see Options" : error.message, true));
