@@ -37,6 +37,7 @@ OPACITY = """() => {
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
   return {width: canvas.width, alpha: [...pixels.filter((_, i) => i % 4 === 3)]};
 }"""
+BOXES = "all => all.map((x) => x.getBoundingClientRect()).map(({x, y, width, height}) => [x, y, width, height])"
 # A file is dropped, or pasted.
 GIVE = """([how, url, name]) => {
   const bytes = Uint8Array.from(atob(url.split(",")[1]), (character) => character.charCodeAt(0));
@@ -186,6 +187,22 @@ def test_a_token_shows_where_it_looked(answered, server, mixture):
     (expert, other), share = found.experts[1, 5].tolist(), float(found.expert_weights[1, 5, 0])
     line = page.locator("#experts li").nth(1).text_content()
     assert line.startswith(f"layer 1: {expert} ({100 * share:.0f} %), {other} (")
+
+
+def heat_lies_on_pictures(page):
+    boxes = [page.locator(f"#shown {name}").evaluate_all(BOXES) for name in ("img", "canvas")]
+    return np.abs(np.subtract(*boxes)).max() < 1
+
+
+def test_pictures_of_other_shapes(visit):
+    """Each has its own height, and its heat map covers all of it and nothing else."""
+    here = visit()
+    for size in ((60, 24), (24, 60)):
+        here.page.evaluate(GIVE, ["drop", data_url(PICTURE.resize(size)), "a.png"])
+    playwright.expect(here.page.locator("#pending img")).to_have_count(2)
+    here.ask("what?", 2)
+    here.tokens()
+    assert here.page.locator("#shown img").count() == 2 and heat_lies_on_pictures(here.page)
 
 
 def test_the_keyboard_walks_over_the_tokens(answered):
@@ -500,3 +517,4 @@ def test_it_fits_a_phone(answered, visit, tmp_path):
     assert here.tokens().nth(3).get_attribute("aria-selected") == "true"
     assert here.page.evaluate("document.documentElement.scrollWidth") <= 360
     assert here.page.locator("#shown canvas").bounding_box()["width"] > 90
+    assert heat_lies_on_pictures(here.page)
