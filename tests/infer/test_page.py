@@ -480,14 +480,16 @@ def test_light_and_dark(answered, visit, tmp_path):
     here.page.locator("#open").set_input_files(tmp_path / "a.json")
 
     def brightness():
-        """Return that of the page; the token that is chosen stands out, whatever it is."""
+        """Return that of the page; the token that is chosen stands out, whatever it is, and so do hints."""
         for number in (0, 1):
             here.tokens().nth(number).hover()
             assert abs(shade(here.tokens().nth(number), "color") - shade(here.tokens().nth(number))) > 300
+        field = here.page.locator("#question")
+        assert abs(shade(field, "color", "::placeholder") - shade(field)) > 300
         return shade(here.page.locator("body"))
 
-    def shade(element, name="backgroundColor"):
-        color = element.evaluate("(x, name) => getComputedStyle(x)[name]", name)
+    def shade(element, name="backgroundColor", part=None):
+        color = element.evaluate("(x, [name, part]) => getComputedStyle(x, part)[name]", [name, part])
         return sum(map(int, color.strip("rgb()").split(", ")))
 
     assert brightness() < 150
