@@ -436,6 +436,16 @@ def test_what_the_server_refuses_is_said(visit, server):
     here.complaints.clear()
 
 
+def test_a_question_has_words(visit):
+    here = visit()
+    here.page.evaluate(GIVE, ["drop", data_url(PICTURE), "a.png"])
+    playwright.expect(here.page.locator("#pending img")).to_have_count(1)
+    here.page.locator("#send").click()
+    here.says("write a question")
+    playwright.expect(here.page.locator("#question")).to_be_focused()
+    assert here.page.locator(".turn").count() == 0 and here.page.locator("#pending img").count() == 1
+
+
 def test_options(visit):
     """One that was emptied is as at first; what the server refuses is said, though the options are folded."""
     here = visit()

@@ -188,7 +188,12 @@ function options() {
 
 async function send() {
   const question = $("question").value.trim();
-  if (running || !question) return;
+  if (running) return;
+  if (!question) {
+    say("write a question");
+    $("question").focus();
+    return;
+  }
   const turn = { question, pictures: pending, answer: "", ids: [], finish: "", counts: "", look: null, read: null };
   turns.push(turn);
   pending = [];
