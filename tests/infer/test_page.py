@@ -4,6 +4,7 @@ import base64
 import copy
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_a_token_shows_where_it_looked(answered, server, mixture):
     shown = [text for text in tokens.all_text_contents() if text != "·"]
     assert "".join(shown) == choice["message"]["content"]
     playwright.expect(page.locator(".counts")).to_contain_text("12 tokens, ")
-    playwright.expect(page.locator(".counts")).to_contain_text(" tokens a second, the first after ")
+    playwright.expect(page.locator(".counts")).to_contain_text(", the first after ")
     prompt = processor.prompt([{"role": "user", "content": "what is <i>this</i>?"}], [PICTURE])
     found = look(model, prompt, choice["token_ids"])
     places = place_tiles(*PICTURE.size, model.config)
@@ -380,6 +381,8 @@ def test_what_came_before_an_error_is_kept(visit, mixture, tmp_path):
         playwright.expect(here.page.locator(".counts")).to_contain_text("; too late")  # as the server says it
         num = here.tokens().count()
         assert 0 < num < len(words)
+        counts = here.page.locator(".counts").text_content()
+        assert 0 < float(re.search(r"([0-9.]+) tokens a second, the first after", counts)[1]) < 50
         (tmp_path / "a.json").write_text(here.save())
     (kept,) = json.loads((tmp_path / "a.json").read_text())["turns"]
     assert kept["answer"] == processor.decode(words[:num]) and kept["ids"] == words[:num] and kept["finish"] == "error"
@@ -387,6 +390,18 @@ def test_what_came_before_an_error_is_kept(visit, mixture, tmp_path):
     here.says("opened; ")
     playwright.expect(here.page.locator(".counts")).to_contain_text("; too late")
     playwright.expect(here.page.locator(".counts")).to_have_css("color", "rgb(176, 0, 32)")
+
+
+def test_what_comes_together_has_no_speed(visit):
+    """It was computed before the first piece was there."""
+    here = visit()
+    pieces = [{"choices": [{"delta": {"content": "a"}, "token_ids": [5], "finish_reason": None}]} for _ in range(32)]
+    pieces[-1]["choices"][0]["finish_reason"] = "stop"
+    body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
+    here.page.route("**/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    here.ask("what?")
+    assert here.tokens().count() == 32
+    assert here.page.locator(".counts").text_content().startswith("32 tokens, the first after ")
 
 
 def test_another_conversation_begins_while_it_looks(answered, visit, tmp_path):

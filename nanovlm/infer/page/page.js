@@ -276,7 +276,8 @@ async function look(turn, signal) {
 
 function count(num, start, first) {
   const seconds = (performance.now() - first) / 1000;
-  const speed = num > 1 && seconds > 0 ? `, ${((num - 1) / seconds).toFixed(1)} tokens a second` : "";
+  // Pieces that come together, as from a proxy that gathers them, tell no speed.
+  const speed = num > 1 && seconds > 0.2 ? `, ${((num - 1) / seconds).toFixed(1)} tokens a second` : "";
   return `${plural(num, "token")}${speed}, the first after ${((first - start) / 1000).toFixed(2)} s`;
 }
 
