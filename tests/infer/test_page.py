@@ -392,6 +392,25 @@ def test_what_came_before_an_error_is_kept(visit, mixture, tmp_path):
     playwright.expect(here.page.locator(".counts")).to_have_css("color", "rgb(176, 0, 32)")
 
 
+def test_a_server_that_is_gone(visit, mixture):
+    """It is said in the same words in all browsers, before an answer as in the midst of one."""
+    model, processor = mixture
+    words = processor.encode_answer("a red circle. " * 100)
+    engine = FakeEngine(lambda *_: words, pace=0.02)
+    engine.model = model
+    with running(processor, engine) as leaving:
+        here = visit(leaving)
+        here.ask("what?", len(words))
+        playwright.expect(here.page.locator(".answer")).to_contain_text("a red circle")
+    playwright.expect(here.page.locator(".counts")).to_contain_text("; the connection to the server was lost")
+    here.says("the server cannot be reached")  # to look at what came
+    here.ask("and then?")
+    playwright.expect(here.page.locator("#question")).to_have_value("and then?")
+    here.says("the server cannot be reached")
+    assert all("Failed to load resource" in text for text in here.complaints), here.complaints
+    here.complaints.clear()
+
+
 def test_what_comes_together_has_no_speed(visit):
     """It was computed before the first piece was there."""
     here = visit()

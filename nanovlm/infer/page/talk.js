@@ -1,5 +1,7 @@
 // Questions -> the server -> answers as they come, and what led to them.
 
+const LOST = "the connection to the server was lost";
+
 async function refusal(response) {
   let message = "";
   try {
@@ -12,15 +14,27 @@ async function refusal(response) {
   return error;
 }
 
+// Says a sentence where the network fails: browsers tell of it by a TypeError, each in words of its own.
+async function orSay(sentence, promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    throw error instanceof TypeError ? new Error(sentence) : error;
+  }
+}
+
+const reach = (path, options) => orSay("the server cannot be reached", fetch(path, options));
+const receive = (promise) => orSay(LOST, promise);
+
 function post(path, body, token, signal) {
   const headers = { "Content-Type": "application/json" };
   if (token) headers.Authorization = `Bearer ${token}`;
-  return fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  return reach(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
 // Returns the name of the served model.
 export async function findModel(token) {
-  const response = await fetch("v1/models", token ? { headers: { Authorization: `Bearer ${token}` } } : {});
+  const response = await reach("v1/models", token ? { headers: { Authorization: `Bearer ${token}` } } : {});
   if (!response.ok) throw await refusal(response);
   return (await response.json()).data[0].id;
 }
@@ -43,7 +57,7 @@ export async function ask(body, token, signal, hear) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let [rest, finish] = ["", null];
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await receive(reader.read());
     if (done) break;
     const lines = (rest + value).split("\n");
     rest = lines.pop();
@@ -57,7 +71,7 @@ export async function ask(body, token, signal, hear) {
       }
     }
   }
-  if (finish === null) throw new Error("the connection to the server was lost");
+  if (finish === null) throw new Error(LOST);
   return finish;
 }
 
@@ -66,5 +80,5 @@ export async function askLook(model, turns, ids, token, signal) {
   const body = { model, messages: messagesOf(turns), answer_ids: ids };
   const response = await post("v1/look", body, token, signal);
   if (!response.ok) throw await refusal(response);
-  return response.json();
+  return receive(response.json());
 }
