@@ -3,6 +3,7 @@
 import base64
 import copy
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -294,6 +295,7 @@ def damage(text):
     yield changed("turns", 0, "ids", to=["5"]), "a turn has no tokens"
     yield changed("turns", 0, "pictures", 0, "url", to="https://example.com/a.png"), "a picture is not in the file"
     yield changed("turns", 0, "pictures", 0, "url", to="data:image/svg+xml;base64,AAAA"), "a picture is not in the file"
+    yield changed("turns", 0, "pictures", 0, "url", to="data:image/png;base64,AAAA"), "a<b>.png cannot be shown"
     yield changed("turns", 0, "pictures", to=[]), "what was looked at are other pictures"
     yield changed("turns", 0, "pictures", 0, "url", to=[data_url(PICTURE)]), "a picture is not in the file"
     yield changed(*look, "version", to=9), "it has no version 1"
@@ -451,8 +453,9 @@ def test_text_is_dropped_into_the_question(visit):
 
 def test_what_the_server_refuses_is_said(visit, server):
     here = visit()
+    data = base64.b64decode(data_url(PICTURE).split(",")[1])  # half of it is enough for a browser
     here.page.locator("#pictures").set_input_files(
-        [{"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}]
+        [{"name": "a.png", "mimeType": "image/png", "buffer": data[: len(data) // 2]}]
     )
     playwright.expect(here.page.locator("#pending img")).to_have_count(1)
     here.ask("what?")
@@ -460,14 +463,25 @@ def test_what_the_server_refuses_is_said(visit, server):
     assert here.page.locator("#question").input_value() == "what?" and here.page.locator(".turn").count() == 0
     here.page.get_by_label("Remove a.png").click()
     assert here.page.locator("#pending img").count() == 0
-    here.page.locator("#pictures").set_input_files([{"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"}])
-    here.says("a.txt is no picture that can be shown")
-    here.page.keyboard.press("Control+a")
     here.ask("why?", 2)  # without a picture there are still alternatives
     assert here.tokens().count() == 2 and here.page.locator("#shown img").count() == 0
     assert "likely." in here.page.locator("#about").text_content()
     assert [text for text in here.complaints if "400 (Bad Request)" not in text] == []
     here.complaints.clear()
+
+
+def test_what_cannot_be_shown_is_not_taken(visit):
+    here = visit()
+    tiff = io.BytesIO()
+    PICTURE.save(tiff, "TIFF")
+    for name, kind, data, said in (
+        ("a.txt", "text/plain", b"text", "a.txt is no picture that can be shown"),
+        ("b.png", "image/png", b"text", "b.png cannot be shown"),
+        ("c.tif", "image/tiff", tiff.getvalue(), "c.tif cannot be shown"),
+    ):
+        here.page.locator("#pictures").set_input_files([{"name": name, "mimeType": kind, "buffer": data}])
+        here.says(said)
+        assert here.page.locator("#pending img").count() == 0
 
 
 def test_a_question_has_words(visit):

@@ -38,17 +38,29 @@ function readFile(file, how) {
   });
 }
 
+// Ends well where the browser can show the picture: not all show TIFF, and a name says little.
+function tryPicture({ name, url }) {
+  return new Promise((resolve, reject) => {
+    const image = new Image();
+    image.onload = resolve;
+    image.onerror = () => reject(new Error(`${name} cannot be shown`));
+    image.src = url;
+  });
+}
+
 async function take(files) {
   say("");
   for (const file of files) {
     try {
       if (file.type === "application/json" || file.name.endsWith(".json")) {
-        open(await readFile(file, "readAsText"));
+        await open(await readFile(file, "readAsText"));
         continue;
       }
       const url = await readFile(file, "readAsDataURL");
       if (!isPicture(url)) throw new Error(`${file.name} is no picture that can be shown`);
-      pending.push({ name: file.name, url });
+      const picture = { name: file.name, url };
+      await tryPicture(picture);
+      pending.push(picture);
     } catch (error) {
       say(error.message, true);
     }
@@ -156,8 +168,9 @@ function clear() {
   refresh();
 }
 
-function open(text) {
-  const opened = readConversation(text); // throws before anything is cleared
+async function open(text) {
+  const opened = readConversation(text); // throws before anything is cleared, as does the next line
+  await Promise.all(opened.flatMap(({ pictures }) => pictures).map(tryPicture));
   clear();
   turns = opened;
   turns.forEach(showTurn);
