@@ -274,6 +274,31 @@ def test_what_was_saved_is_shown_without_an_answer(answered, visit, tmp_path):
     assert [turn["model"] for turn in again] == ["another", "tiny"] and again[0]["ids"] == turn["ids"]
 
 
+@pytest.mark.parametrize("width", [1000, 360])
+def test_the_last_turn_of_a_file_is_in_sight(answered, visit, tmp_path, width):
+    """Its first token is chosen. On a narrow screen the picture is above, and no token hides behind it."""
+    data = json.loads(answered[1])
+    data["turns"] += [data["turns"][0] | {"pictures": []} for _ in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    here = visit()
+    here.page.set_viewport_size({"width": width, "height": 640})
+    here.page.locator("#open").set_input_files(tmp_path / "a.json")
+    here.says("opened; ")
+
+    def stands_below(token):
+        here.page.wait_for_timeout(100)  # for the picture to have its height
+        look, box = here.page.locator("#look").bounding_box(), token.bounding_box()
+        return box["y"] >= (look["y"] + look["height"] - 1 if width == 360 else 0)
+
+    first, another = here.tokens().nth(0), here.page.locator(".turn").nth(4).locator(".token").nth(0)
+    assert first.get_attribute("aria-selected") == "true" and stands_below(first)
+    last = here.page.locator(".turn:last-child").bounding_box()
+    assert last["y"] + last["height"] < 641
+    another.evaluate("token => scrollBy(0, token.getBoundingClientRect().y - 60)")
+    another.evaluate("token => token.focus()")
+    assert stands_below(another)
+
+
 def damage(text):
     """Yield files that are not what was saved, each with what is said of it."""
 
@@ -290,6 +315,7 @@ def damage(text):
     yield "[]", "its format is not"
     yield changed("version", to=2), "its format is not"
     yield changed("turns", to={}), "it has no turns"
+    yield changed("turns", to=[]), "it has no turns"
     yield changed("turns", 0, "answer", to=["<b>"]), "a turn has no answer"
     yield changed("turns", 0, "model", to=None), "a turn has no model"
     yield changed("turns", 0, "ids", to=["5"]), "a turn has no tokens"

@@ -179,6 +179,7 @@ async function open(text) {
   say(`opened; ${models.join(" and ")} gave the answers`);
   const last = turns.findLast((turn) => turn.read);
   if (last) select(last, 0);
+  turns.at(-1).view.parentElement.scrollIntoView({ block: "nearest" });
 }
 
 function save() {

@@ -27,7 +27,7 @@ export function readConversation(text) {
     refuse("it is not JSON");
   }
   if (data?.format !== FORMAT || data.version !== 1) refuse(`its format is not ${FORMAT}, version 1`);
-  if (!Array.isArray(data.turns) || data.turns.length > 1000) refuse("it has no turns");
+  if (!Array.isArray(data.turns) || !data.turns.length || data.turns.length > 1000) refuse("it has no turns");
   let numPictures = 0;
   return data.turns.map((turn) => {
     for (const name of ["question", "model", "answer", "finish", "counts"]) {
