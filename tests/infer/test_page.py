@@ -489,11 +489,20 @@ def test_what_the_server_refuses_is_said(visit, server):
     assert here.page.locator("#question").input_value() == "what?" and here.page.locator(".turn").count() == 0
     here.page.get_by_label("Remove a.png").click()
     assert here.page.locator("#pending img").count() == 0
-    here.ask("why?", 2)  # without a picture there are still alternatives
-    assert here.tokens().count() == 2 and here.page.locator("#shown img").count() == 0
-    assert "likely." in here.page.locator("#about").text_content()
     assert [text for text in here.complaints if "400 (Bad Request)" not in text] == []
     here.complaints.clear()
+
+
+def test_without_a_picture_there_are_alternatives(visit):
+    """And nothing else: no lists of layers and heads, and no place for a picture."""
+    here = visit()
+    here.ask("why?", 2)
+    assert here.tokens().count() == 2 and here.page.locator("#shown img").count() == 0
+    assert "likely." in here.page.locator("#about").text_content()
+    assert here.page.locator("#layer").is_hidden() and here.page.locator("#head").is_hidden()
+    assert here.page.locator("#likeliest li").count() == 10
+    here.page.set_viewport_size({"width": 360, "height": 640})
+    assert here.page.locator("#about").bounding_box()["width"] > 300
 
 
 def test_what_cannot_be_shown_is_not_taken(visit):
