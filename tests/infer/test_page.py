@@ -40,11 +40,12 @@ OPACITY = """() => {
   return {width: canvas.width, alpha: [...pixels.filter((_, i) => i % 4 === 3)]};
 }"""
 BOXES = "all => all.map((x) => x.getBoundingClientRect()).map(({x, y, width, height}) => [x, y, width, height])"
-# A file is dropped, or pasted.
-GIVE = """([how, url, name]) => {
+# A file is dropped, or pasted, maybe with texts of some types.
+GIVE = """([how, url, name, texts]) => {
   const bytes = Uint8Array.from(atob(url.split(",")[1]), (character) => character.charCodeAt(0));
   const files = new DataTransfer();
   files.items.add(new File([bytes], name, {type: url.slice(5).split(";")[0]}));
+  for (const type of texts ?? []) files.setData(type, "text");
   const options = {dataTransfer: files, clipboardData: files, bubbles: true, cancelable: true};
   if (how === "paste") document.body.dispatchEvent(new ClipboardEvent("paste", options));
   else for (const type of ["dragover", "drop"]) document.body.dispatchEvent(new DragEvent(type, options));
@@ -380,6 +381,10 @@ def test_an_answer_streams_and_can_be_stopped(visit, mixture):
         answer = here.page.locator(".answer")
         playwright.expect(answer).to_contain_text("<b> & a blue")
         assert here.page.locator("#stop").is_visible() and here.page.locator("#send").is_hidden()
+        # Escape that is an input method's is not the page's.
+        here.page.evaluate("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', isComposing: true}))")
+        playwright.expect(answer).to_contain_text("<b> & a blue star. a red")
+        assert here.page.locator("#stop").is_visible()
         here.page.keyboard.press("Escape")
         num = here.tokens().count()
         assert 0 < num < len(words) and answer.text_content() == processor.decode(words[:num])
@@ -475,6 +480,19 @@ def test_text_is_dropped_into_the_question(visit):
     page.locator("#hint").drag_to(page.locator("#question"), source_position={"x": 40, "y": 10})
     assert "Drop a picture anywhere" in page.locator("#question").input_value()
     assert page.locator("#drop").is_hidden()
+
+
+def test_text_is_pasted_without_its_picture(visit):
+    """Office programs give text as a picture, too; file managers give a file's name, too."""
+    page = visit().page
+    for name, texts in (
+        ("office.png", ["text/plain", "text/html"]),
+        ("file.png", ["text/plain"]),
+        ("web.png", ["text/html"]),
+    ):
+        page.evaluate(GIVE, ["paste", data_url(PICTURE), name, texts])
+    playwright.expect(page.locator("#pending img")).to_have_count(2)
+    assert sorted(page.locator("#pending img").evaluate_all("all => all.map((x) => x.alt)")) == ["file.png", "web.png"]
 
 
 def test_what_the_server_refuses_is_said(visit, server):

@@ -313,7 +313,7 @@ $("question").onkeydown = (event) => {
 };
 $("stop").onclick = () => running?.abort();
 document.onkeydown = (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape" && !event.isComposing) running?.abort();
 };
 $("new").onclick = () => {
   clear();
@@ -329,10 +329,12 @@ for (const id of ["open", "pictures"]) {
 }
 for (const id of ["layer", "head", "view"]) $(id).onchange = drawChosen;
 document.onpaste = (event) => {
-  if (event.clipboardData.files.length) {
-    event.preventDefault();
-    take([...event.clipboardData.files]);
-  }
+  const { files, types } = event.clipboardData;
+  // Office programs add a picture to formatted text. A copied file may come with its name, but only as plain text.
+  const isText = types.includes("text/plain") && types.includes("text/html");
+  if (!files.length || isText) return;
+  event.preventDefault();
+  take([...files]);
 };
 // Text that is dragged goes where it is dropped, as in any page.
 const holdsFiles = (event) => event.dataTransfer.types.includes("Files");
