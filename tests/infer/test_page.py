@@ -276,8 +276,8 @@ def test_what_was_saved_is_shown_without_an_answer(answered, visit, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1000, 360])
-def test_the_last_turn_of_a_file_is_in_sight(answered, visit, tmp_path, width):
-    """Its first token is chosen. On a narrow screen the picture is above, and no token hides behind it."""
+def test_the_end_of_a_long_conversation_is_in_sight(answered, visit, tmp_path, width):
+    """That of a file, of which a token is chosen, and what is said below. A picture above the turns hides no token."""
     data = json.loads(answered[1])
     data["turns"] += [data["turns"][0] | {"pictures": []} for _ in range(9)]
     (tmp_path / "a.json").write_text(json.dumps(data))
@@ -295,9 +295,15 @@ def test_the_last_turn_of_a_file_is_in_sight(answered, visit, tmp_path, width):
     assert first.get_attribute("aria-selected") == "true" and stands_below(first)
     last = here.page.locator(".turn:last-child").bounding_box()
     assert last["y"] + last["height"] < 641
+    if width == 1000:
+        playwright.expect(here.page.locator("#status")).to_be_in_viewport(ratio=1)
     another.evaluate("token => scrollBy(0, token.getBoundingClientRect().y - 60)")
     another.evaluate("token => token.focus()")
     assert stands_below(another)
+    here.page.route("**/completions", lambda _route: None)  # never answered
+    here.ask("and now?")
+    playwright.expect(here.page.locator("#stop")).to_be_in_viewport(ratio=1)
+    playwright.expect(here.page.locator("#status")).to_be_in_viewport(ratio=1)
 
 
 def damage(text):

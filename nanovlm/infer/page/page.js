@@ -27,6 +27,11 @@ function say(text, isBad = false) {
   $("status").classList.toggle("bad", isBad);
 }
 
+// Scrolls as little as shows the element.
+function bring(element) {
+  element.scrollIntoView({ block: "nearest" });
+}
+
 // ---- pictures ----
 
 function readFile(file, how) {
@@ -179,7 +184,8 @@ async function open(text) {
   say(`opened; ${models.join(" and ")} gave the answers`);
   const last = turns.findLast((turn) => turn.read);
   if (last) select(last, 0);
-  turns.at(-1).view.parentElement.scrollIntoView({ block: "nearest" });
+  bring($("ask"));
+  bring(turns.at(-1).view.parentElement);
 }
 
 function save() {
@@ -214,6 +220,7 @@ async function send() {
   $("question").value = "";
   showPending();
   showTurn(turn);
+  bring($("ask")); // the turn has moved it down, with what is said there
   await during(turn, answer);
   if (turns.includes(turn) && turn.ids.length) await during(turn, look);
 }
