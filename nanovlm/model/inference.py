@@ -3,7 +3,7 @@
 ```
 q, k, v and gate, up     one product each instead of five (joined.py)
 quantised weights        products that read the few bits (packed.py) instead of writing the weights out
-head beside 4 bits       a copy in int8
+head, if quantised       a copy in int8
 fp32 weights             stored transposed, [K, N]: products with one row read them in order
 norms                    one call; in bf16 rounded once less
 blocks                   if asked for, one compiled graph (compiled.py), on a GPU too
@@ -35,10 +35,10 @@ def prepare(model: VLM, int8_head: bool | None = None, compiles: bool = False) -
     With `compiles`, which takes half a minute and a C++ compiler, decode steps of a dense decoder run as a compiled
     graph; raises UserError where they cannot.
 
-    With `int8_head`, by default where the model is quantised to 4 bits, logits come from a copy of the head in int8, in
-    bf16: half the time of a head in bf16. It adds about as much error as int8 in all layers, which beside that of 4
-    bits is not seen: SmolLM2-135M on 384 tokens of text has a divergence from fp32 of 0.308 in int4 and 0.289 to 0.291
-    in nf4 with and without, and in int8 0.0041 without and 0.0084 with (2026-11-29).
+    With `int8_head`, by default where the model is quantised, logits come from a copy of the head in int8, in bf16: half
+    the time of a head in bf16. It adds about as much error as int8 in all layers: SmolLM2-135M on 384 tokens of text
+    has a divergence from fp32 of 0.0041 nats a token in int8 without it and 0.0084 with it, and beside that of 4 bits it
+    is not seen, 0.308 in int4 and 0.289 to 0.291 in nf4 with and without (2026-11-29).
     """
     if model.decoder.embed_tokens.weight.device.type == "cpu":
         prepare_for_cpu(model, int8_head)
@@ -57,7 +57,7 @@ def prepare_for_cpu(model: VLM, int8_head: bool | None):
         elif isinstance(module, RMSNorm):
             module.is_fused = True
     if int8_head is None:
-        int8_head = model.config.quantization is not None and model.config.quantization.format != "int8"
+        int8_head = model.config.quantization is not None
     if int8_head:
         model.decoder.joined_head = copy_head(model.decoder)
     else:

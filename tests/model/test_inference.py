@@ -292,12 +292,11 @@ def test_a_copy_is_a_model_of_its_own(processor, format):
 
 
 def test_head_in_int8(processor):
-    """Models in 4 bits have it unless told otherwise; it is off by half a step a weight, and never trained."""
+    """Quantised models have it unless told otherwise; it is off by half a step a weight, and never trained."""
     batch = batch_of(processor)
     assert prepare(random_model()).decoder.joined_head is None
-    assert prepare(quantize(random_model(), QuantizationConfig("int8"))).decoder.joined_head is None
-    for name in ("plain", "head of its own"):
-        model = prepare(quantize(random_model(name), QuantizationConfig("int4")))
+    for name, format in (("plain", "int4"), ("plain", "int8"), ("head of its own", "nf4")):
+        model = prepare(quantize(random_model(name), QuantizationConfig(format)))
         with torch.no_grad():
             hidden = model(batch)
             found, exact = model.head(hidden), F.linear(hidden, model.decoder.head_weight)
