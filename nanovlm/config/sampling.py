@@ -31,6 +31,8 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            # What a generator takes, with room for the seeds of several answers.
+            ("seed", -(2**62) <= self.seed <= 2**62, "from -2**62 to 2**62"),
         ):
             if not ok:
                 raise UserError(f"{name} = {getattr(self, name)} must be {right}")

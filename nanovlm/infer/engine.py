@@ -80,17 +80,18 @@ class Engine:
                 raise UserError(f"{name} = {value} must be at least {least}")
         self.model, self.config = model, model.config
         self.num_rows, self.chunk = num_rows, chunk
-        weight, longest = model.decoder.embed_tokens.weight, self.config.decoder.max_position_embeddings
+        weight, positions = model.decoder.embed_tokens.weight, self.config.decoder.max_position_embeddings
         self.device = weight.device
         self.read_every = read_every or (1 if self.device.type == "cpu" else 8)
-        cache_tokens = cache_tokens or max(min(longest, 8192), num_rows * min(longest, 1024))
+        cache_tokens = cache_tokens or max(min(positions, 8192), num_rows * min(positions, 1024))
         num_blocks = (cache_tokens + BLOCK - 1) // BLOCK
+        self.longest = min(positions, num_blocks * BLOCK)  # a prompt with its answer
         self.cache = KVCache(self.config.decoder, num_blocks, self.device, weight.dtype)
         self.blocks = Blocks(num_blocks, keeps_prefixes)
         self.features = ImageFeatures(model, feature_bytes)
         self.stops = find_stops(self.config)
         self.never = torch.tensor(find_never(self.config), dtype=torch.int64, device=self.device)
-        self.rope = rope_table(torch.arange(min(longest, cache_tokens), device=self.device)[None], self.config.decoder)
+        self.rope = rope_table(torch.arange(self.longest, device=self.device)[None], self.config.decoder)
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
         self.num_submitted = 0
@@ -111,7 +112,9 @@ class Engine:
         number, now = self.num_submitted, time.monotonic()
         self.num_submitted += 1
         prompt = Prompt(request, self.model)
-        self.queue.extend(Row(number, answer, request, prompt, now) for answer in range(request.num_answers))
+        # All of them, or none where one cannot be made.
+        rows = [Row(number, answer, request, prompt, now) for answer in range(request.num_answers)]
+        self.queue.extend(rows)
         return number
 
     @torch.inference_mode()
@@ -154,21 +157,23 @@ class Engine:
     def _check(self, request: Request):
         request.sampling.validate()
         prompt, num, most = request.prompt, len(request.prompt), request.sampling.max_new_tokens
-        longest, num_slots = self.config.decoder.max_position_embeddings, BLOCK * len(self.blocks.all)
+        positions, vocab_size = self.config.decoder.max_position_embeddings, self.config.decoder.vocab_size
         if request.num_answers < 1:
             raise UserError(f"num_answers = {request.num_answers} must be at least 1")
-        if request.num_logprobs is not None and not 0 <= request.num_logprobs <= self.config.decoder.vocab_size:
+        if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
             raise UserError(f"num_logprobs = {request.num_logprobs} must be from 0 to the size of the vocabulary")
         if not num or bool((prompt.branch_ids != 0).any()):
             raise UserError("a prompt must be one document without branches, of at least one token")
-        if num + most > longest:
+        if not 0 <= int(prompt.input_ids.min()) <= int(prompt.input_ids.max()) < vocab_size:
+            raise UserError(f"a token of the prompt is not one of the model's vocabulary, 0 to {vocab_size - 1}")
+        if num + most > positions:
             raise UserError(
-                f"a prompt of {num} tokens and {most} new ones are more than the model's {longest} positions: shorten "
-                "the prompt or lower max_new_tokens"
+                f"a prompt of {num} tokens and {most} new ones are more than the model's {positions} positions: "
+                "shorten the prompt or lower max_new_tokens"
             )
-        if num + most > num_slots:
+        if num + most > self.longest:
             raise UserError(
-                f"a prompt of {num} tokens and {most} new ones are more than the cache holds, {num_slots}: raise "
+                f"a prompt of {num} tokens and {most} new ones are more than the cache holds, {self.longest}: raise "
                 "cache_tokens, shorten the prompt or lower max_new_tokens"
             )
         num_image = int((prompt.input_ids == self.config.image_token_id).sum()) if self.config.vision else 0

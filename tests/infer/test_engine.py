@@ -147,7 +147,9 @@ def test_any_schedule_gives_the_answers_of_requests_alone(processor, data):
         for _ in range(data.draw(st.integers(0, 3)) if left else 0):
             if left:
                 prompt, answer = cases[left.pop()]
-                most = data.draw(st.integers(1, NUM))
+                # Now and then as many as there is just room for, of which the first NUM are known.
+                is_full = data.draw(st.integers(0, 9)) == 0
+                most = engine.longest - len(prompt) if is_full else data.draw(st.integers(1, NUM))
                 num = data.draw(st.sampled_from([1, 1, 1, 3]))
                 number = engine.submit(Request(prompt, SamplingConfig(max_new_tokens=most), num_answers=num))
                 expected |= {(number, i): answer[:most] for i in range(num)}
@@ -167,7 +169,34 @@ def test_any_schedule_gives_the_answers_of_requests_alone(processor, data):
     check_blocks(engine)
     assert ended | cancelled == set(expected)
     for key in ended:
-        assert answers.get(key, []) == expected[key]
+        assert answers.get(key, [])[:NUM] == expected[key]
+
+
+@pytest.mark.parametrize("cache_tokens", [33, 48])
+def test_an_answer_may_fill_the_cache(processor, cache_tokens):
+    """Which has whole blocks, 48 slots for 33 tokens as well; one more token is refused."""
+    prompt = ask(processor, "why?")
+    engine = Engine(MODELS["dense"], cache_tokens=cache_tokens)
+    assert engine.longest == 48
+    config = SamplingConfig(max_new_tokens=48 - len(prompt))
+    number = engine.submit(Request(prompt, config))
+    assert finish(engine)[0][number, 0] == written_out(engine.model, processor, prompt, config.max_new_tokens)[0]
+    with pytest.raises(UserError, match="more than the cache holds, 48"):
+        engine.submit(Request(prompt, dataclasses.replace(config, max_new_tokens=config.max_new_tokens + 1)))
+
+
+def test_a_request_is_queued_as_a_whole_or_not_at_all(processor, prompts, monkeypatch):
+    engine, make = Engine(MODELS["dense"]), engine_module.Row
+
+    def make_two(number, answer, *rest):
+        if answer == 2:
+            raise MemoryError
+        return make(number, answer, *rest)
+
+    monkeypatch.setattr(engine_module, "Row", make_two)
+    with pytest.raises(MemoryError):
+        engine.submit(Request(prompts[0], GREEDY, num_answers=3))
+    assert engine.is_idle
 
 
 def test_a_drawn_answer_depends_on_its_seed_alone(processor, prompts):
@@ -447,10 +476,13 @@ def test_what_the_penalty_applies_to(processor, prompts, monkeypatch):
         (dict(sampling=SamplingConfig(max_new_tokens=9000)), "are more than the model's 8192 positions"),
         (dict(sampling=SamplingConfig(max_new_tokens=300)), "are more than the cache holds, 256: raise cache_tokens"),
         (dict(sampling=SamplingConfig(top_p=0)), "top_p = 0 must be above 0"),
+        (dict(sampling=SamplingConfig(seed=2**63 - 1), num_answers=2), r"seed = \d+ must be from -2\*\*62 to 2\*\*62"),
         (dict(num_answers=0), "num_answers = 0 must be at least 1"),
         (dict(num_logprobs=513), "num_logprobs = 513 must be from 0 to"),
         (dict(branch_ids=1), "one document without branches"),
         (dict(length=0), "of at least one token"),
+        (dict(token=-1), "not one of the model's vocabulary, 0 to 511"),
+        (dict(token=512), "not one of the model's vocabulary, 0 to 511"),
         (dict(tiles=1), "8 image placeholders in the prompt, but 4 image features"),
     ],
 )
@@ -458,6 +490,8 @@ def test_what_can_never_be_answered_is_refused(processor, change, message):
     prompt = ask(processor, "why?", 1, 2)
     if "branch_ids" in change:
         prompt.branch_ids[-1] = change.pop("branch_ids")
+    if "token" in change:
+        prompt.input_ids[-1] = change.pop("token")
     if "length" in change:
         change.pop("length")
         prompt = dataclasses.replace(prompt, input_ids=prompt.input_ids[:0], branch_ids=prompt.branch_ids[:0])
