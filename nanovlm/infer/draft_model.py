@@ -24,14 +24,13 @@ from torch import Tensor
 
 from nanovlm.errors import UserError
 from nanovlm.infer.blocks import Block, Blocks
-from nanovlm.infer.engine import MOST_TILES, group_by_sampling
+from nanovlm.infer.engine import MOST_TILES, group_by_sampling, make_cache
 from nanovlm.infer.features import ImageFeatures
 from nanovlm.infer.row import Prompt, Row
 from nanovlm.infer.sampling import choose, find_never, find_stops
 from nanovlm.infer.speculate import Guess, find_probabilities
 from nanovlm.model.cache_attention import BLOCK, Span
 from nanovlm.model.decoder import rope_table
-from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
 
 
@@ -82,7 +81,7 @@ class DraftModel:
         # Without image tokens prompts share their blocks at other places, so each row may need a block more; and the
         # draft computes num_tokens behind the last token, even where an answer may have fewer.
         num_blocks += num_rows * (1 + (self.num_tokens + BLOCK - 1) // BLOCK)
-        self.cache = KVCache(own.decoder, num_blocks, self.device, weight.dtype)
+        self.cache = make_cache(own.decoder, num_blocks, self.device, weight.dtype)
         self.blocks = Blocks(num_blocks)
         num = min(own.decoder.max_position_embeddings + self.num_tokens, num_blocks * BLOCK)
         self.rope = rope_table(torch.arange(num, device=self.device)[None], own.decoder)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovlm.config import DecoderConfig
 from nanovlm.errors import UserError
 from nanovlm.infer.blocks import Blocks
 from nanovlm.infer.features import ImageFeatures
@@ -83,10 +84,9 @@ class Engine:
         weight, positions = model.decoder.embed_tokens.weight, self.config.decoder.max_position_embeddings
         self.device = weight.device
         self.read_every = read_every or (1 if self.device.type == "cpu" else 8)
-        cache_tokens = cache_tokens or max(min(positions, 8192), num_rows * min(positions, 1024))
-        num_blocks = (cache_tokens + BLOCK - 1) // BLOCK
+        num_blocks = ((cache_tokens or suitable_cache(self.config.decoder, num_rows)) + BLOCK - 1) // BLOCK
         self.longest = min(positions, num_blocks * BLOCK)  # a prompt with its answer
-        self.cache = KVCache(self.config.decoder, num_blocks, self.device, weight.dtype)
+        self.cache = make_cache(self.config.decoder, num_blocks, self.device, weight.dtype)
         self.blocks = Blocks(num_blocks, keeps_prefixes)
         self.features = ImageFeatures(model, feature_bytes)
         self.stops = find_stops(self.config)
@@ -108,7 +108,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its number. Raises UserError if it can never be answered."""
-        self._check(request)
+        self.check(request)
         number, now = self.num_submitted, time.monotonic()
         self.num_submitted += 1
         prompt = Prompt(request, self.model)
@@ -116,6 +116,34 @@ class Engine:
         rows = [Row(number, answer, request, prompt, now) for answer in range(request.num_answers)]
         self.queue.extend(rows)
         return number
+
+    def check(self, request: Request):
+        """Raise UserError if a request can never be answered."""
+        request.sampling.validate()
+        prompt, num, most = request.prompt, len(request.prompt), request.sampling.max_new_tokens
+        positions, vocab_size = self.config.decoder.max_position_embeddings, self.config.decoder.vocab_size
+        if request.num_answers < 1:
+            raise UserError(f"num_answers = {request.num_answers} must be at least 1")
+        if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
+            raise UserError(f"num_logprobs = {request.num_logprobs} must be from 0 to the size of the vocabulary")
+        if not num or bool((prompt.branch_ids != 0).any()):
+            raise UserError("a prompt must be one document without branches, of at least one token")
+        if not 0 <= int(prompt.input_ids.min()) <= int(prompt.input_ids.max()) < vocab_size:
+            raise UserError(f"a token of the prompt is not one of the model's vocabulary, 0 to {vocab_size - 1}")
+        if num + most > positions:
+            raise UserError(
+                f"a prompt of {num} tokens and {most} new ones are more than the model's {positions} positions: "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        if num + most > self.longest:
+            raise UserError(
+                f"a prompt of {num} tokens and {most} new ones are more than the cache holds, {self.longest}: raise "
+                "cache_tokens, shorten the prompt or lower max_new_tokens"
+            )
+        num_image = int((prompt.input_ids == self.config.image_token_id).sum()) if self.config.vision else 0
+        expected = len(prompt.tiles) * self.config.num_image_tokens if self.config.vision else 0
+        if num_image != expected:
+            raise UserError(f"{num_image} image placeholders in the prompt, but {expected} image features of its tiles")
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -153,33 +181,6 @@ class Engine:
         return [self._finish(row, reason, message) for row in rows]
 
     # --- in the order of a step -------------------------------------------------------------------------------
-
-    def _check(self, request: Request):
-        request.sampling.validate()
-        prompt, num, most = request.prompt, len(request.prompt), request.sampling.max_new_tokens
-        positions, vocab_size = self.config.decoder.max_position_embeddings, self.config.decoder.vocab_size
-        if request.num_answers < 1:
-            raise UserError(f"num_answers = {request.num_answers} must be at least 1")
-        if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
-            raise UserError(f"num_logprobs = {request.num_logprobs} must be from 0 to the size of the vocabulary")
-        if not num or bool((prompt.branch_ids != 0).any()):
-            raise UserError("a prompt must be one document without branches, of at least one token")
-        if not 0 <= int(prompt.input_ids.min()) <= int(prompt.input_ids.max()) < vocab_size:
-            raise UserError(f"a token of the prompt is not one of the model's vocabulary, 0 to {vocab_size - 1}")
-        if num + most > positions:
-            raise UserError(
-                f"a prompt of {num} tokens and {most} new ones are more than the model's {positions} positions: "
-                "shorten the prompt or lower max_new_tokens"
-            )
-        if num + most > self.longest:
-            raise UserError(
-                f"a prompt of {num} tokens and {most} new ones are more than the cache holds, {self.longest}: raise "
-                "cache_tokens, shorten the prompt or lower max_new_tokens"
-            )
-        num_image = int((prompt.input_ids == self.config.image_token_id).sum()) if self.config.vision else 0
-        expected = len(prompt.tiles) * self.config.num_image_tokens if self.config.vision else 0
-        if num_image != expected:
-            raise UserError(f"{num_image} image placeholders in the prompt, but {expected} image features of its tiles")
 
     def _end_late(self) -> list[End]:
         now, late = time.monotonic(), []
@@ -429,6 +430,25 @@ class Engine:
         total_s, guessed = time.monotonic() - row.submitted, (row.num_drafted, row.num_accepted)
         usage = Usage(row.num_prompt, row.num_cached, row.num_new, row.first_token_s, total_s, *guessed)
         return End(row.number, row.answer, reason, message, usage)
+
+
+def suitable_cache(config: DecoderConfig, num_rows: int) -> int:
+    """Return how many tokens a cache has room for where nobody says it."""
+    positions = config.max_position_embeddings
+    return max(min(positions, 8192), num_rows * min(positions, 1024))
+
+
+def make_cache(config: DecoderConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    """Raise UserError where the device has too little memory for the cache."""
+    try:
+        return KVCache(config, num_blocks, device, dtype)
+    except OUT_OF_MEMORY as error:
+        if not is_out_of_memory(error):
+            raise
+        num, size = num_blocks * BLOCK, KVCache(config, 0, device, dtype).bytes_per_token
+        raise UserError(
+            f"a cache of {num} tokens takes {num * size / 1e9:.3g} GB, more than there is: lower cache_tokens"
+        ) from error
 
 
 def group_by_sampling(rows: list[Row]) -> list[list[int]]:
