@@ -30,7 +30,7 @@ import json
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.hub.draft import open_draft
 from nanovlm.infer.asking import ask
-from nanovlm.infer.engine import Engine
+from nanovlm.infer.engine import Engine, suitable_cache
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
 from nanovlm.infer.request import End, Request, Token, Usage
@@ -72,67 +72,90 @@ def main(config: GenerateConfig):
         raise UserError(f"--show-routing needs a mixture of experts, but {config.model} has none")
     if config.show_attention is not None:
         check_attention(config, model)
+    if images and model.config.vision is None:
+        raise UserError(f"{config.model} is a language model, which sees no pictures: leave --image out")
     if not config.prompt:
         return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
     num_answers = len(prompts) * config.num_answers
-    engine = open_engine(config, model, processor, min(config.num_rows, num_answers))
+    longest = max(map(len, prompts)) + config.sampling.max_new_tokens
+    engine = open_engine(config, model, processor, min(config.num_rows, num_answers), longest)
     echo = num_answers == 1 and not config.json
-    start = time.perf_counter()
     requests = [Request(prompt, config.sampling, config.num_answers) for prompt in prompts]
+    check_requests(engine, requests, config.prompt)
+    start = time.perf_counter()
     said = answer(engine, processor, requests, echo)
     shared = measure(engine, [one.end.usage for one in said], time.perf_counter() - start)
-    if config.show_routing:
-        for one in said:
-            print(format_routing(model, processor, prompts[one.request], one.text))
-    if config.show_attention is not None:
-        write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], said[0].text))
-    if config.json:
-        for one in said:
+    for one in said:
+        if config.json:
             print(json.dumps({"prompt": config.prompt[one.request], **describe(one), **shared}))
-    elif not echo:
-        for one in said:
+        elif not echo:
             print(*([config.prompt[one.request]] if one.answer == 0 else []), f"  {one.text}", sep="\n")
+        if config.show_routing and one.end.reason != "error":
+            print(format_routing(model, processor, prompts[one.request], one.ids))
+    failed = [one for one in said if one.end.reason == "error"]
+    if failed:
+        causes = [f"to {config.prompt[one.request][:200]!r}: {one.end.message}" for one in failed]
+        raise UserError(f"{len(failed)} of {len(said)} answers failed; {'; '.join(causes)}")
+    if config.show_attention is not None:
+        write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], said[0]))
 
 
-def open_engine(config: GenerateConfig, model: VLM, processor: Processor, num_rows: int) -> Engine:
-    """Return an engine for so many answers at a time. Raises UserError for a draft with another tokenizer."""
+def open_engine(config: GenerateConfig, model: VLM, processor: Processor, num_rows: int, num_tokens: int = 0) -> Engine:
+    """Return an engine for so many answers at a time, with room for one that has `num_tokens` tokens with its prompt.
+
+    Raises UserError for a draft with another tokenizer.
+    """
     draft = open_draft(config.draft, config.draft_tokens, model, processor)
-    return Engine(model, num_rows, config.cache_tokens, draft=draft)
+    usual = suitable_cache(model.config.decoder, num_rows)
+    needed = min(num_tokens, model.config.decoder.max_position_embeddings)
+    return Engine(model, num_rows, config.cache_tokens or max(usual, needed), draft=draft)
+
+
+def check_requests(engine: Engine, requests: list[Request], prompts: Sequence[str]):
+    """Raise UserError that names a prompt which can never be answered."""
+    for request, text in zip(requests, prompts, strict=True):
+        try:
+            engine.check(request)
+        except UserError as error:
+            raise UserError(f"--prompt {text[:200]!r}: {error}") from error
 
 
 class Said(NamedTuple):
-    """An answer: its prompt's index, its own among the answers to it, its text and its end."""
+    """An answer: its prompt's index, its own among the answers to it, its text and tokens, and its end."""
 
     request: int
     answer: int
     text: str
+    ids: list[int]
     end: End
 
 
 def answer(engine: Engine, processor: Processor, requests: list[Request], echo: bool, stop=lambda: False) -> list[Said]:
     """Return the answers to the requests, in order; with `echo` texts appear on the terminal as they are made.
 
-    As soon as `stop` returns true, what has not ended is cancelled and left out. Raises UserError where one fails.
+    As soon as `stop`, which is asked once a step, returns true, what has not ended is cancelled and left out. An answer
+    that fails ends alone, as its end says.
     """
     texts = {(i, j): "" for i, request in enumerate(requests) for j in range(request.num_answers)}
+    ids: dict[tuple[int, int], list[int]] = {key: [] for key in texts}
     streams = {key: TextStream(processor) for key in texts}
     ends: dict[tuple[int, int], End] = {}
-    with contextlib.closing(ask(engine, requests)) as events:
-        for index, event in events:
-            key = index, event.answer
-            if isinstance(event, Token):
-                new = streams[key].add(event.id)
-            else:
-                new, ends[key] = streams[key].end(), event
-                if event.reason == "error":
-                    raise UserError(event.message)
-            texts[key] += new
-            if echo:
-                print(new, end="" if isinstance(event, Token) else "\n", flush=True)
+    with contextlib.closing(ask(engine, requests)) as steps:
+        for events in steps:
+            for index, event in events:
+                key = index, event.answer
+                if isinstance(event, Token):
+                    new = streams[key].add(event.id)
+                    ids[key].append(event.id)
+                else:
+                    new, ends[key] = streams[key].end(), event
+                texts[key] += new
+                if echo:
+                    print(new, end="" if isinstance(event, Token) else "\n", flush=True)
             if stop():
                 break
-    return [Said(*key, texts[key], ends[key]) for key in texts if key in ends]
+    return [Said(*key, texts[key], ids[key], ends[key]) for key in texts if key in ends]
 
 
 def describe(said: Said) -> dict:
@@ -167,7 +190,7 @@ def measure(engine: Engine, usages: list[Usage], seconds: float) -> dict:
     }
     if len(usages) > 1:
         between = [(u.total_s - u.first_token_s) / (u.new_tokens - 1) for u in usages if u.new_tokens > 1]
-        figures["time_to_first_token_s_percentiles"] = percentiles([usage.first_token_s for usage in usages])
+        figures["time_to_first_token_s_percentiles"] = percentiles([u.first_token_s for u in usages if u.first_token_s])
         figures["time_per_token_s_percentiles"] = percentiles(between)
     return figures
 
@@ -178,10 +201,9 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def format_routing(model: VLM, processor: Processor, prompt: Document, text: str) -> str:
+def format_routing(model: VLM, processor: Processor, prompt: Document, answer_ids: list[int]) -> str:
     """Lay out, in percent, which experts the image tokens, the question and the answer went to in each layer."""
-    answer_ids = torch.tensor(processor.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
-    ids = torch.cat((prompt.input_ids, answer_ids))
+    ids = torch.cat((prompt.input_ids, torch.tensor(answer_ids, dtype=torch.int64)))
     fields = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "branch_ids": torch.zeros_like(ids).int()}
     document = replace(prompt, **fields)
     batch, extras = processor.batch([document]).to(next(model.parameters()).device), Extras()
@@ -209,20 +231,22 @@ def check_attention(config: GenerateConfig, model: VLM):
 
 
 def draw_attention(
-    config: GenerateConfig, model: VLM, processor: Processor, images: list, prompt: Document, text: str
+    config: GenerateConfig, model: VLM, processor: Processor, images: list, prompt: Document, said: Said
 ) -> bytes:
-    """Draw where the first tokens of an answer looked, as a PNG file."""
-    answer_ids = processor.encode_answer(text)
-    shown = answer_ids[:MOST_TOKENS]
-    weights, names = look(model, prompt, shown).to_images, []
+    """Draw where the first tokens of an answer looked, as a PNG file. Raises UserError if it has none."""
+    if not said.ids:
+        raise UserError(f"the answer is empty, so {config.show_attention} is not written: there is nothing to draw")
+    shown = said.ids[:MOST_TOKENS]
+    is_mean = config.attention_layer is None and config.attention_head is None
+    weights, names = look(model, prompt, shown, "layers" if is_mean else "none").to_images, []
     for axis, name, number in ((0, "layer", config.attention_layer), (1, "head", config.attention_head)):
         names.append(f"all {name}s" if number is None else f"{name} {number}")
         weights = weights.mean(axis, keepdim=True) if number is None else weights.narrow(axis, number, 1)
     about = f"attention of {' and '.join(names)}"
-    if len(shown) < len(answer_ids):
-        about += f", the first {len(shown)} tokens of {len(answer_ids)}"
+    if len(shown) < len(said.ids):
+        about += f", the first {len(shown)} tokens of {len(said.ids)}"
     places = [place_tiles(*image.size, model.config) for image in images]
-    titles = [config.prompt[0], text, f"({about})"]
+    titles = [config.prompt[0], said.text, f"({about})"]
     return draw_look(images, places, weights[0, 0], split_text(shown, processor), titles)
 
 
@@ -253,6 +277,8 @@ def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, 
             continue
         try:
             if line.startswith("/image "):
+                if processor.config.vision is None:
+                    raise UserError("this is a language model, which sees no pictures")
                 pending.append(open_image(line.removeprefix("/image ").strip()))
                 continue
             if line.startswith("/"):
@@ -269,6 +295,9 @@ def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, 
             said, engine = [], make_engine()
         if not said:
             print("\nstopped; the question and its answer are forgotten.")
+            continue
+        if said[0].end.reason == "error":
+            print(said[0].end.message)
             continue
         messages, shown, pending = [*asked, {"role": "assistant", "content": said[0].text}], shown + pending, []
 

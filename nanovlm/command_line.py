@@ -98,6 +98,10 @@ class GenerateConfig:
         self.sampling.validate()
         if self.json and not self.prompt:
             raise UserError("--json needs a --prompt; a chat has no JSON form")
+        if self.show_routing and self.json:
+            raise UserError("--show-routing prints tables, which have no JSON form: leave it or --json out")
+        if self.show_routing and not self.prompt:
+            raise UserError("--show-routing needs a --prompt; it shows nothing in a chat")
         for name, least in (("num_answers", 1), ("num_rows", 1), ("cache_tokens", 0), ("draft_tokens", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
@@ -117,6 +121,8 @@ class GenerateConfig:
             raise UserError(f"--show-attention draws one answer, not {self.num_answers}")
         if self.show_attention.suffix.lower() != ".png":
             raise UserError(f"--show-attention writes a PNG file: let the name {self.show_attention} end in .png")
+        if self.show_attention.resolve() in [path.resolve() for path in self.image]:
+            raise UserError(f"--show-attention would write over the picture {self.show_attention}: give another name")
         if not self.show_attention.absolute().parent.is_dir():
             raise UserError(f"--show-attention: there is no folder {self.show_attention.absolute().parent}")
         return self

@@ -17,6 +17,7 @@ from PIL import Image
 import generate
 import nanovlm
 from generate import Said
+from nanovlm.command_line import GenerateConfig
 from nanovlm.config import MoEConfig, SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -149,7 +150,7 @@ def test_a_chat_remembers(folder, monkeypatch, processor):
         prompt = requests[0].prompt
         text = processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
         seen.append((text.replace("<image>" * 4, "<I>"), len(prompt.tiles)))
-        return [Said(0, 0, "fine", End(0, 0, "stop"))]
+        return [Said(0, 0, "fine", [7], End(0, 0, "stop"))]
 
     talk(monkeypatch, ["one?", f"/image {folder / 'b.png'}", "two?", "/new", "three?"])
     monkeypatch.setattr(generate, "answer", answer)
@@ -162,15 +163,15 @@ def test_a_chat_remembers(folder, monkeypatch, processor):
 
 
 class Recorded(Engine):
-    """An engine that keeps its events; at tokens with these numbers, or twice in a step, the user presses Ctrl-C."""
+    """An engine that keeps its events; at tokens with these numbers, or so often in a step, the user presses Ctrl-C."""
 
-    def __init__(self, at_tokens=(), in_steps=False):
+    def __init__(self, at_tokens=(), in_steps=0):
         torch.manual_seed(0)
         super().__init__(VLM(TINY), num_rows=1)
         self.at_tokens, self.in_steps, self.tokens, self.ends = at_tokens, in_steps, [], []
 
     def step(self):
-        for _ in range(2 * self.in_steps):
+        for _ in range(self.in_steps):
             signal.raise_signal(signal.SIGINT)
         events = super().step()
         for event in events:
@@ -208,12 +209,21 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys)
 
 
 def test_what_a_second_ctrl_c_leaves_of_an_engine_is_not_used_again(monkeypatch, processor, capsys):
-    first, second = Recorded(in_steps=True), Recorded()
+    first, second = Recorded(in_steps=2), Recorded()
     engines = iter([first, second])
     talk(monkeypatch, ["one?", "two?"])
     generate.chat(lambda: next(engines), processor, [], SamplingConfig(max_new_tokens=1))
     assert capsys.readouterr().out.count("stopped; the question and its answer are forgotten.") == 1
     assert (first.tokens, [end.request for end in second.ends]) == ([], [0])
+
+
+def test_ctrl_c_is_heard_while_a_prompt_is_computed(monkeypatch, processor, capsys):
+    engine = Recorded(in_steps=1)
+    engine.chunk = 4
+    talk(monkeypatch, ["what is it? " * 5])
+    generate.chat(lambda: engine, processor, [], SamplingConfig(max_new_tokens=1))
+    assert "stopped; the question and its answer are forgotten." in capsys.readouterr().out
+    assert engine.tokens == engine.ends == [] and engine.is_idle
 
 
 def test_what_is_shown_is_the_text_also_where_a_character_is_cut_off(processor, capsys):
@@ -224,12 +234,90 @@ def test_what_is_shown_is_the_text_also_where_a_character_is_cut_off(processor, 
     assert said.text == "a\ufffd" == processor.decode(ids) and capsys.readouterr().out == "a\ufffd\n"
 
 
-def test_a_failed_answer_is_one_sentence(processor):
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_failed_answer_is_named_and_the_others_are_shown(folder, monkeypatch, capsys, json_too):
+    """Also its beginning; the command fails."""
+    finish = Engine._take
+
+    def take(engine, chosen):
+        events = finish(engine, chosen)
+        failing = [row for row in engine.rows if row.number == 1 and row.num_new == 2]
+        return events + [engine._finish(row, "error", "there is not enough memory") for row in failing]
+
+    monkeypatch.setattr(Engine, "_take", take)
+    monkeypatch.chdir(folder)
+    config = GenerateConfig("model", prompt=("one?", "two?", "three?"), json=json_too)
+    with pytest.raises(UserError, match=r"1 of 3 answers failed; to 'two\?': there is not enough memory"):
+        generate.main(dataclasses.replace(config, sampling=SamplingConfig(max_new_tokens=4)))
+    shown = capsys.readouterr().out
+    if json_too:
+        found = [(line["finish_reason"], line["new_tokens"]) for line in map(json.loads, shown.splitlines())]
+        assert found == [("length", 4), ("error", 2), ("length", 4)]
+    else:
+        assert all(f"{text}?\n  " in shown for text in ("one", "two", "three"))
+
+
+def test_a_chat_goes_on_after_an_answer_that_failed(monkeypatch, processor, capsys):
     engine = Recorded()
-    prompt = processor.prompt([{"role": "user", "content": "what?"}])
-    engine.step = lambda: [End(0, 0, "error", "there is not enough memory")]
-    with pytest.raises(UserError, match="there is not enough memory"):
-        generate.answer(engine, processor, [Request(prompt)], echo=False)
+    talk(monkeypatch, ["one?", "two?"])
+    step = engine.step
+    steps = iter([lambda: engine.cancel(0, reason="error", message="there is not enough memory")])
+    engine.step = lambda: [*next(steps, step)()]
+    generate.chat(lambda: engine, processor, [], SamplingConfig(max_new_tokens=2))
+    assert "there is not enough memory" in capsys.readouterr().out
+    assert [end.usage.prompt_tokens for end in engine.ends] == [len(processor.prompt(user("two?")))]
+
+
+def test_every_prompt_is_checked_before_the_first_is_answered(folder):
+    done = call(folder, "--prompt", "a", "why? " * 40, "--cache-tokens", "64", "--max-new-tokens", "20")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--prompt 'why?" in done.stderr and "more than the cache holds, 64" in done.stderr
+
+
+def test_a_long_prompt_has_room_in_the_usual_cache(folder, processor, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(generate, "suitable_cache", lambda *_: 32)
+    config = GenerateConfig("model", prompt=("why? " * 40,), sampling=SamplingConfig(max_new_tokens=2))
+    generate.main(config)
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(UserError, match="more than the model's 8192 positions"):
+        generate.main(dataclasses.replace(config, sampling=SamplingConfig(max_new_tokens=10**9)))
+
+
+@pytest.mark.parametrize("text", ["", "is it?"])
+def test_a_language_model_is_shown_no_pictures(folder, processor, text):
+    """Which is said before a chat begins, and where one is added."""
+    blind = VLM(dataclasses.replace(TINY, vision=None, image_token_id=None))
+    save_model(folder / "blind", blind, Processor(processor.tokenizer, processor.chat_template, blind.config))
+    done = call(folder, "--model", "blind", "--image", "a.png", *(["--prompt", text] if text else []), text="hello?")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "blind is a language model, which sees no pictures: leave --image out" in done.stderr
+    if not text:
+        done = call(folder, "--model", "blind", "--max-new-tokens", "3", text="/image a.png\nhello?\n")
+        assert done.returncode == 0 and "> this is a language model, which sees no pictures\n" in done.stdout
+        assert len(done.stdout.splitlines()) == 4
+
+
+def test_tokens_that_were_generated_are_shown(folder, processor, monkeypatch):
+    """Also those that no text would be encoded as, such as single letters of a word."""
+    monkeypatch.chdir(folder)
+    model, _ = nanovlm.load("model", "cpu")
+    prompt = processor.prompt(user("what?"), [noise(0)])
+    ids = [i for letter in "red" for i in processor.tokenizer.encode(letter, add_special_tokens=False).ids]
+    assert processor.tokenizer.encode("red", add_special_tokens=False).ids != ids
+    seen, look = [], generate.look
+    monkeypatch.setattr(generate, "look", lambda *args: seen.append(args[2:]) or look(*args))
+    config = GenerateConfig("model", image=(Path("a.png"),), prompt=("what?",), show_attention=Path("x.png"))
+    said = Said(0, 0, processor.decode(ids), ids, End(0, 0, "stop"))
+    assert generate.draw_attention(config, model, processor, [noise(0)], prompt, said)[1:4] == b"PNG"
+    generate.draw_attention(dataclasses.replace(config, attention_head=1), model, processor, [noise(0)], prompt, said)
+    assert seen == [(ids, "layers"), (ids, "none")]
+    with pytest.raises(UserError, match=r"the answer is empty, so x\.png is not written"):
+        generate.draw_attention(config, model, processor, [noise(0)], prompt, said._replace(ids=[], text=""))
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +335,11 @@ def test_a_failed_answer_is_one_sentence(processor):
         (["--prompt", "a", "--draft-tokens", "0"], "--draft-tokens 0 must be at least 1"),
         (["--prompt", "a", "--draft", "nowhere"], "there is no model folder nowhere"),
         (["--prompt", "a", "--draft", "other"], "the draft model has another tokenizer: token"),
+        (["--prompt", "a", "--cache-tokens", "9" * 13], "GB, more than there is: lower cache_tokens"),
+        (["--prompt", "a", "--seed", "9" * 20, "--temperature", "1"], "must be from -2**62 to 2**62"),
+        (["--show-routing"], "--show-routing needs a --prompt"),
+        (["--show-routing", "--prompt", "a", "--json"], "--show-routing prints tables, which have no JSON form"),
+        (["--image", "a.png", "--prompt", "a", "--show-attention", "./a.png"], "would write over the picture a.png"),
         (["--num-answers", "2"], "--num-answers 2 needs a --prompt"),
         (["--prompt", "a", "--num-answers", "2"], "would all be equal at temperature 0: add --temperature"),
         (["--prompt", "a", "--show-attention", "a.png"], "there is none: add --image FILE"),
@@ -302,7 +395,7 @@ def test_routing_of_one_answer(folder, processor):
     blind = VLM(dataclasses.replace(model.config, vision=None, image_token_id=None))
     speaker = Processor(processor.tokenizer, processor.chat_template, blind.config)
     prompt = speaker.prompt([{"role": "user", "content": "what?"}], [])
-    names = [line.split()[:3] for line in generate.format_routing(blind, speaker, prompt, "red").splitlines()[1:]]
+    names = [line.split()[:3] for line in generate.format_routing(blind, speaker, prompt, [7]).splitlines()[1:]]
     assert names == [["layer", str(layer), part] for layer in (0, 1) for part in ("question", "answer")]
     refused = call(folder, "--image", "a.png", "--prompt", "what?", "--show-routing")
     assert refused.returncode == 2 and "--show-routing needs a mixture of experts" in refused.stderr

@@ -6,6 +6,7 @@ once: one is made when a row is free.
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from itertools import chain
 from typing import NamedTuple
 
 from nanovlm.infer.engine import Engine
@@ -21,8 +22,8 @@ class Answer(NamedTuple):
     end: End
 
 
-def ask(engine: Engine, requests: Iterable[Request]) -> Generator[tuple[int, Event]]:
-    """Yield what becomes of the requests, in the order in which it happens, each event with its request's index.
+def ask(engine: Engine, requests: Iterable[Request]) -> Generator[list[tuple[int, Event]]]:
+    """Yield what became of the requests in each step, maybe nothing; each event comes with its request's index.
 
     The engine must be idle. What has not ended is cancelled where the caller stops or a request is refused.
     """
@@ -34,9 +35,9 @@ def ask(engine: Engine, requests: Iterable[Request]) -> Generator[tuple[int, Eve
                 num_open += request.num_answers
             if not num_open:
                 return
-            for event in engine.step():
-                num_open -= not isinstance(event, Token)
-                yield index_of[event.request], event
+            events = engine.step()
+            num_open -= sum(not isinstance(event, Token) for event in events)
+            yield [(index_of[event.request], event) for event in events]
     finally:
         if num_open:
             for number in index_of:
@@ -46,8 +47,8 @@ def ask(engine: Engine, requests: Iterable[Request]) -> Generator[tuple[int, Eve
 def answer_all(engine: Engine, requests: Iterable[Request]) -> Iterator[Answer]:
     """Yield the answers to the requests as they end."""
     ids: dict[tuple[int, int], list[int]] = {}
-    with closing(ask(engine, requests)) as events:
-        for index, event in events:
+    with closing(ask(engine, requests)) as steps:
+        for index, event in chain.from_iterable(steps):
             tokens = ids.setdefault((index, event.answer), [])
             if isinstance(event, Token):
                 tokens.append(event.id)

@@ -68,16 +68,24 @@ def test_several_answers_to_a_request_are_kept_apart(engine, processor):
 
 
 def test_events_come_as_they_happen(engine, processor):
-    events = list(ask(engine, (make_request(processor, i) for i in range(5))))
+    steps = list(ask(engine, (make_request(processor, i) for i in range(5))))
+    events = list(itertools.chain.from_iterable(steps))
     for i in range(5):
         own = [event for index, event in events if index == i]
         assert own and all(isinstance(event, Token) for event in own[:-1]) and not isinstance(own[-1], Token)
 
 
+def test_a_caller_can_stop_while_a_prompt_is_computed(engine, processor):
+    """Also a step that gives no token is told."""
+    engine.chunk = 4
+    steps = list(ask(engine, [make_request(processor, 3)]))
+    assert steps[:2] == [[], []] and all(steps[-2:])
+
+
 def test_nothing_is_left_behind(engine, processor):
     """Where the caller stops, or a request is refused; the engine goes on with the next ones."""
-    with contextlib.closing(ask(engine, (make_request(processor, i) for i in range(9)))) as events:
-        assert list(itertools.islice(events, 2)) and not engine.is_idle
+    with contextlib.closing(ask(engine, (make_request(processor, i) for i in range(9)))) as steps:
+        assert list(itertools.islice(steps, 2)) and not engine.is_idle
     assert engine.is_idle and engine.blocks.num_free == len(engine.blocks.all)
     bad = Request(make_request(processor, 0).prompt, SamplingConfig(max_new_tokens=10**6))
     with pytest.raises(UserError, match="are more than the model's 8192 positions"):
