@@ -26,6 +26,7 @@ from nanovlm.eval.questions import Question
 from nanovlm.infer.asking import answer_all
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
+from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM
 
 SEED, MAX_NEW_TOKENS = 0, 16
@@ -117,6 +118,7 @@ def open_judge(judge: str, model: str = "", folder: Path | None = None, device: 
 
         return Judge(f"{judge} {model}", ask_all, folder)
     loaded, processor = load(judge, device)
+    prepare(loaded)
     return Judge(judge, lambda prompts: ask_model(loaded, processor, prompts), folder)
 
 

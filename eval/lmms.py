@@ -26,6 +26,7 @@ from nanovlm.eval.published import NO_LIMIT
 from nanovlm.eval.run import open_engine
 from nanovlm.infer.asking import answer_all
 from nanovlm.infer.request import Request
+from nanovlm.model.inference import prepare
 
 READ = {"max_new_tokens", "until", "repetition_penalty", "do_sample", "temperature", "num_beams"}
 IDLE = {"top_p", "top_k", "seed", "use_cache"}  # say nothing to a greedy answer
@@ -63,6 +64,7 @@ class Model(lmms):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.batch_size, self.device = int(batch_size), find_device(device or "auto")
         self.model, self.processor = load(str(pretrained), self.device, DTYPES[dtype])
+        prepare(self.model)
         self.engine = open_engine(self.model, self.batch_size)
         self.noted = set()
 
@@ -108,8 +110,8 @@ class Model(lmms):
         if unread := sorted(options.keys() - READ - IDLE):
             self.note(f"the options {', '.join(unread)} of the task {task} are not read")
         stops = options.get("until") or []
-        most, positions = int(options.get("max_new_tokens") or NO_LIMIT), self.processor.config.decoder
-        if (room := positions.max_position_embeddings - length) < 1:
+        most = int(options.get("max_new_tokens") or NO_LIMIT)
+        if (room := self.engine.longest - length) < 1:
             raise UserError(f"its prompt of {length} tokens fills the {room + length} positions of the model")
         if room < most:
             self.note(f"answers in the task {task} end before {most} tokens where the {room + length} positions end")

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from nanovlm.eval.tasks import TASKS, open_records, open_task, read_questions
 from nanovlm.infer.asking import answer_all
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
+from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM
 
 NUM_ROWS = 128  # answers at a time
@@ -60,37 +62,46 @@ def answer(
 ) -> list[str]:
     """Generate the greedy answer to each question, about `images` if given, else its own; a title shows progress.
 
-    Prompts are made one by one as rows of the engine become free. Raises UserError that names a question for which the
-    model has too few positions, or the device too little memory.
+    Prompts are made one by one as rows of the engine become free. A question for which there are too few positions, or
+    too little memory, has an empty answer, so that the others are not lost; a line on stderr names it. Raises UserError
+    where an answer may be so long that no prompt would fit.
     """
     images = images or [question.images for question in questions]
     engine = open_engine(model, NUM_ROWS)
-    most = model.config.decoder.max_position_embeddings
+    answers, asked = [""] * len(questions), []
+    if (most := max((question.max_new_tokens for question in questions), default=0)) >= engine.longest:
+        raise UserError(f"answers of up to {most} tokens do not fit {engine.longest} positions: lower --max-new-tokens")
+
+    def leave_empty(question: Question, cause: str):
+        tqdm.write(f"note: {describe(question)} is left without an answer: {cause}", file=sys.stderr)
+        progress.update()
 
     def requests() -> Iterator[Request]:
-        for question, shown in zip(questions, images, strict=True):
+        for i, (question, shown) in enumerate(zip(questions, images, strict=True)):
             prompt, num = processor.prompt(question.messages, shown), question.max_new_tokens
-            if len(prompt) + num > most:
-                raise UserError(
-                    f"{describe(question)} takes {len(prompt)} tokens and its answer up to {num}, the model has {most} "
-                    "positions: lower --max-new-tokens, or leave the record out"
-                )
+            if len(prompt) + num > engine.longest:
+                cause = f"it takes {len(prompt)} tokens and its answer up to {num}, the engine {engine.longest}"
+                leave_empty(question, f"{cause} (--max-new-tokens lowers it)")
+                continue
+            asked.append(i)
             yield Request(prompt, SamplingConfig(max_new_tokens=num))
 
-    answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, disable=title is None, unit="answer") as progress:
         for done in answer_all(engine, requests()):
+            i = asked[done.request]
             if done.end.reason == "error":
-                raise UserError(f"{describe(questions[done.request])} has no answer: {done.end.message}")
-            answers[done.request] = processor.decode(done.ids)
-            progress.update()
+                leave_empty(questions[i], done.end.message)
+            else:
+                answers[i] = processor.decode(done.ids)
+                progress.update()
     return answers
 
 
 def open_engine(model: VLM, num_rows: int) -> Engine:
-    """Return an engine for so many answers at a time that takes every prompt the model has positions for.
+    """Return an engine for so many answers at a time; a prompt and its answer may have Engine.longest tokens.
 
-    On a CPU the system gives the cache its memory when it is written to.
+    That is what the model has positions for, at most CACHE_TOKENS or 512 for each row. On a CPU the system gives the
+    cache its memory when it is written to.
     """
     longest = model.config.decoder.max_position_embeddings
     return Engine(model, num_rows, cache_tokens=max(min(longest, CACHE_TOKENS), num_rows * min(longest, 512)))
@@ -210,6 +221,7 @@ def main(config: AskConfig):
     others = read_answers(Path(config.compare)) if config.compare and is_answers(config.compare) else None
     device = find_device(config.device)
     model, processor = load(config.model, device)
+    prepare(model)
     judge = open_judge(config.judge, config.judge_model, config.out, device) if config.judge else None
     scans = scan_training(config, tasks)
     answers = [
@@ -218,6 +230,7 @@ def main(config: AskConfig):
     if config.compare and others is None:
         del model
         other, other_processor = load(config.compare, device)
+        prepare(other)
         plain = replace(config, controls=False, likelihood=False)
         others = {
             own.task: examine(other, other_processor, task, own.questions, None, plain, judge).lines()

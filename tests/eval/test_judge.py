@@ -127,8 +127,10 @@ def test_a_model_in_a_folder_judges(tmp_path, processor, monkeypatch):
     expected = [processor.decode(generate(model, batch, max_new_tokens=16)[0]) for batch in batches]
     assert replies == expected and len({*replies}) > 1
     assert len((tmp_path / "out" / "judge.jsonl").read_text().splitlines()) == 3
-    monkeypatch.setattr(module, "answer_all", lambda engine, requests: iter([*requests][:0]))
+    engines = []
+    monkeypatch.setattr(module, "answer_all", lambda engine, requests: iter(engines.append(engine) or []))
     assert open_judge(str(tmp_path / "model"), folder=tmp_path / "out").ask(prompts) == replies
+    assert engines[0].model.decoder.norm.is_fused  # prepared
 
 
 def test_a_judge_without_memory_gives_no_verdict(tmp_path, processor, monkeypatch):

@@ -258,19 +258,15 @@ def test_answers_end_before_the_first_stop(model):
 def test_answers_end_with_the_positions(model, capsys, monkeypatch):
     length = len(model.processor.prompt(see(noise(0), "what is 0?"), [noise(0)]))
     asked = [request(model, see(noise(0), "what is 0?"), max_new_tokens=n) for n in (4, 1000)]
-    monkeypatch.setattr(model.processor, "config", with_positions(model.processor.config, length + 2))
+    monkeypatch.setattr(model.engine, "longest", length + 2)
     cut = say(model, "what is 0?", [noise(0)], 2)
     assert model.generate_until(asked) == [cut, cut]
     noted = capsys.readouterr().out.splitlines()
     assert noted[0] == f"note: answers in the task mine end before 4 tokens where the {length + 2} positions end"
     assert len(noted) == 2
-    monkeypatch.setattr(model.processor, "config", with_positions(model.processor.config, length))
+    monkeypatch.setattr(model.engine, "longest", length)
     with pytest.raises(UserError, match=rf"the task mine, record \d+ of test: its prompt of {length} tokens fills the"):
         model.generate_until(asked)
-
-
-def with_positions(config, num):
-    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=num))
 
 
 REFUSED = {

@@ -14,7 +14,6 @@ from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import open_source
 from nanovlm.data.types import Sample
-from nanovlm.errors import UserError
 from nanovlm.eval import run
 from nanovlm.eval.controls import TrainingScan, shuffled_images
 from nanovlm.eval.metrics import exact_match
@@ -124,17 +123,23 @@ def test_a_picture_is_encoded_once_for_a_task_and_its_controls(monkeypatch, proc
     assert engine.features.num_encoded == len(pictures) + 1 == 4  # and one grey one
 
 
-def test_what_cannot_be_answered_is_named(monkeypatch, processor):
+def test_what_cannot_be_answered_is_named_and_no_other_answer_is_lost(monkeypatch, processor, capsys):
     asked = question(7, text="what is\nthis?")
-    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, max_position_embeddings=50))
-    with pytest.raises(
-        UserError, match=r"'what is\\nthis\?' of record 7 takes \d+ tokens and its answer up to 48, the"
-    ):
-        run.answer(VLM(config), processor, [asked])
-    end = End(0, 0, "error", "there is not enough memory")
-    monkeypatch.setattr(run, "answer_all", lambda *_: iter([Answer(0, 0, [], end)]))
-    with pytest.raises(UserError, match=r"of record 7 has no answer: there is not enough memory"):
-        run.answer(VLM(TINY), processor, [asked])
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, max_position_embeddings=52))
+    model, short = VLM(config), question(8, text="what?")
+    (alone,) = run.answer(model, processor, [short])
+    assert alone and run.answer(model, processor, [short, asked, short]) == [alone, "", alone]
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and note.startswith("note: the question 'what is\\nthis?' of record 7 is left without")
+    assert f"it takes {len(processor.prompt(asked.messages, asked.images))} tokens and its answer up to 48" in note
+    ends = [End(0, 0, "error", "there is not enough memory"), End(1, 0, "stop")]
+
+    def answer_all(_engine, requests):
+        return (Answer(i, 0, [7], ends[i]) for i, _ in enumerate(requests))
+
+    monkeypatch.setattr(run, "answer_all", answer_all)
+    assert run.answer(VLM(TINY), processor, [asked, short]) == ["", processor.decode([7])]
+    assert "of record 7 is left without an answer: there is not enough memory" in capsys.readouterr().err
 
 
 def test_records_of_the_training_set_are_dropped(monkeypatch):
