@@ -7,11 +7,11 @@ draft's row    [ image tokens | question | answer so far | g1 g2 g3 g4 ]      it
 ```
 
 A draft model that takes the same tiles as the engine's model sees the pictures. To any other a prompt is shown without
-its image tokens. Tokens that the draft's vocabulary lacks are left out of what it is shown, too.
+image tokens, the engine's and its own. Tokens that the draft's vocabulary lacks are left out of what it is shown, too.
 
 For a greedy request the draft is greedy. For another it draws as the request is drawn, by a generator of its own, and
-tells by which probabilities (speculate.py). What it guesses follows from the row alone, so that an answer still depends
-on its seed alone.
+tells by which probabilities (speculate.py). What it guesses follows from the row alone, and a drawn answer waits until
+the draft has computed its prompt, so that it still depends on its seed alone.
 """
 
 from bisect import bisect_left
@@ -28,7 +28,7 @@ from nanovlm.infer.engine import MOST_TILES, group_by_sampling, make_cache
 from nanovlm.infer.features import ImageFeatures
 from nanovlm.infer.row import Prompt, Row
 from nanovlm.infer.sampling import choose, find_never, find_stops
-from nanovlm.infer.speculate import Guess, find_probabilities
+from nanovlm.infer.speculate import Guess, find_probabilities, rewind
 from nanovlm.model.cache_attention import BLOCK, Span
 from nanovlm.model.decoder import rope_table
 from nanovlm.model.vlm import VLM
@@ -53,17 +53,21 @@ class DraftRow:
 class DraftModel:
     """Guesses the next `num_tokens` tokens of each row by a model with the same tokenizer (check_vocabulary).
 
-    It computes a prompt as a whole, in pieces of `chunk` tokens, in the step after the answer's first token. A row for
-    which the draft has too few positions gets no guesses.
+    It begins with a prompt in the step after the answer's first token. In a step it computes at most `chunk` tokens of
+    prompts and encodes MOST_TILES tiles, one prompt after the other. A row whose prompt is not done gets no guesses,
+    and neither does one for which the draft has too few positions.
     """
 
     def __init__(self, model: VLM, num_tokens: int = 4, chunk: int = 512, feature_bytes: int = 2**26):
-        if num_tokens < 1:
-            raise UserError(f"num_tokens = {num_tokens} must be at least 1")
+        for name, value in (("num_tokens", num_tokens), ("chunk", chunk)):
+            if value < 1:
+                raise UserError(f"{name} = {value} must be at least 1")
         self.model, self.num_tokens, self.chunk = model, num_tokens, chunk
         self.device = model.decoder.embed_tokens.weight.device
         self.features = ImageFeatures(model, feature_bytes)
         self.rows: dict[Row, DraftRow | None] = {}
+        # What this step has yet to spend on prompts.
+        self.tokens_left = self.tiles_left = 0
 
     def prepare(self, model: VLM, num_rows: int, num_blocks: int):
         own, config, weight = self.model.config, model.config, self.model.decoder.embed_tokens.weight
@@ -88,9 +92,11 @@ class DraftModel:
         self.rows = {}
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Row]) -> list[Guess]:
-        guesses = [Guess([]) for _ in rows]
-        asked = [(i, own) for i, row in enumerate(rows) if (own := self._follow(row)) is not None]
+    def propose(self, rows: Sequence[Row]) -> list[Guess | None]:
+        self.tokens_left, self.tiles_left = self.chunk, MOST_TILES
+        followed = [self._follow(row) for row in rows]
+        guesses = [None if self._is_late(row) and row.request.sampling.temperature > 0 else Guess([]) for row in rows]
+        asked = [(i, own) for i, own in enumerate(followed) if own is not None]
         if not asked:
             return guesses
         wanted, followed = [rows[i] for i, _ in asked], [own for _, own in asked]
@@ -98,8 +104,11 @@ class DraftModel:
         logits = self._run([(own, own.num_computed, len(own.tokens) - own.num_computed) for own in followed])
         for own in followed:
             self._advance(own, len(own.tokens) - own.num_computed)
+        # As many as an answer may still get, but for the token that the pass gives anyway.
+        most = [min(self.num_tokens, row.most_tokens - len(row.tokens) - 1) for row in wanted]
+        states = [own.generator.get_state() for own in followed]
         drawn, drawn_by = [], []
-        for step in range(self.num_tokens):
+        for step in range(max(most)):
             if step:
                 logits = self._run([(own, own.num_computed + step - 1, 1) for own in followed], drawn[-1])
             ids, probabilities = self._choose(wanted, followed, logits, seen)
@@ -111,7 +120,9 @@ class DraftModel:
             ends = [num for num, token in enumerate(own.guess, 1) if token in self.stops]
             is_drawn = rows[i].request.sampling.temperature > 0
             guess = Guess(own.guess, torch.stack([p[r] for p in drawn_by]) if is_drawn else None)
-            guesses[i] = guess.cut(min([*ends, self.num_tokens]))  # nothing is accepted behind an end
+            guesses[i] = guess.cut(min([*ends, most[r]]))  # nothing is accepted behind an end
+            if is_drawn:  # how far it was drawn beside others must not matter
+                rewind(own.generator, states[r], most[r])
         return guesses
 
     def forget(self, row: Row):
@@ -121,9 +132,19 @@ class DraftModel:
 
     # --- in the order of a proposal ---------------------------------------------------------------------------
 
+    def _is_late(self, row: Row) -> bool:
+        """Whether a row's prompt is yet to be computed."""
+        own = self.rows.get(row)
+        return row not in self.rows or (own is not None and self._count_new(own) > self.num_tokens + 1)
+
+    def _count_new(self, own: DraftRow) -> int:
+        return len(own.tokens) - own.num_computed
+
     def _follow(self, row: Row) -> DraftRow | None:
-        """Take over what is new of an engine's row, computing a new prompt. None if there is no room for the row."""
+        """Take over what is new of an engine's row. None if its prompt is not done, or there is no room for the row."""
         if row not in self.rows:
+            if self.tokens_left == 0:  # later it finds what others have computed by then
+                return None
             self.rows[row] = self._begin(row)
         own = self.rows[row]
         if own is None:
@@ -138,17 +159,31 @@ class DraftModel:
         self._advance(own, num)
         # The last token again, if the draft knows none of the new ones: what follows it is to be guessed.
         own.num_computed = min(own.num_computed, len(own.tokens) - 1)
-        while (num := len(own.tokens) - own.num_computed) > self.num_tokens + 1:
-            num = min(self.chunk, num - 1)
+        if self._is_late(row) and (num := self._claim(own, self._count_new(own) - 1)):
             self._run([(own, own.num_computed, num)])
             self._advance(own, num)
-        return own
+        return None if self._is_late(row) else own
+
+    def _claim(self, own: DraftRow, most: int) -> int:
+        """Return how many tokens of a prompt, at most `most`, this step still computes, and spend them."""
+        num = min(most, self.tokens_left)
+        for i in own.prompt.tiles_of(own.num_computed, own.num_computed + num):
+            if self.features.has(own.prompt.digests[i]):
+                continue
+            if self.tiles_left == 0:  # stop before it, and for this step
+                num = max(own.prompt.image_positions[i * own.prompt.per_tile] - own.num_computed, 0)
+                self.tokens_left = num
+                break
+            self.tiles_left -= 1
+        self.tokens_left -= num
+        return num
 
     def _begin(self, row: Row) -> DraftRow | None:
         prompt, ids = row.prompt, row.request.prompt.input_ids
         is_shown = ids < self.num_known
-        if not self.sees_images and self.image_token_id is not None:
-            is_shown &= ids != self.image_token_id
+        for token in (self.image_token_id, self.model.config.image_token_id):
+            if not self.sees_images and token is not None:
+                is_shown &= ids != token
         if not bool(is_shown.all()) or (prompt.digests and not self.sees_images):
             fields = dict(input_ids=ids[is_shown], tiles=prompt.tiles if self.sees_images else prompt.tiles[:0])
             prompt = Prompt(replace(row.request, prompt=replace(row.request.prompt, **fields)), self.model)
@@ -200,10 +235,8 @@ class DraftModel:
     def _encode(self, prompt: Prompt, first: int, last: int) -> Tensor:
         """Return the features of the image tokens from `first` to `last` of a prompt, [last - first, D]."""
         P = prompt.per_tile
-        tiles, found = range(first // P, (last - 1) // P + 1), []
-        for i in range(0, len(tiles), MOST_TILES):
-            some = tiles[i : i + MOST_TILES]
-            found += self.features.get([prompt.digests[j] for j in some], [prompt.tiles[j] for j in some])
+        tiles = range(first // P, (last - 1) // P + 1)
+        found = self.features.get([prompt.digests[i] for i in tiles], [prompt.tiles[i] for i in tiles])
         return torch.cat(found)[first - tiles[0] * P : last - tiles[0] * P]
 
     def _see(self, rows: list[Row], followed: list[DraftRow]) -> Tensor | None:

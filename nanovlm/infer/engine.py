@@ -207,7 +207,9 @@ class Engine:
             return
         try:
             for row, guess in zip(rows, self.draft.propose(rows), strict=True):
-                row.guess = guess.cut(row.most_tokens - len(row.tokens) - 1)  # the pass gives one token more
+                row.is_waiting = guess is None
+                if guess is not None:
+                    row.guess = guess.cut(row.most_tokens - len(row.tokens) - 1)  # the pass gives one token more
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
@@ -216,12 +218,12 @@ class Engine:
     def _end_guessing(self):
         self.draft = None
         for row in self.rows:
-            row.guess = Guess([])
+            row.guess, row.is_waiting = Guess([]), False
         self._free()
 
     def _plan(self) -> list[tuple[Row, int]]:
         """Return which rows take part in the next pass, and with how many new tokens, guessed ones included."""
-        work = [(row, 1 + len(row.guess.tokens)) for row in self.rows if row.is_answering]
+        work = [(row, 1 + len(row.guess.tokens)) for row in self.rows if row.is_answering and not row.is_waiting]
         tokens, tiles, missing = self.chunk, MOST_TILES, set()
         for row in self.rows:
             if tokens == 0 or row.is_answering:

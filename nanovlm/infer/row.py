@@ -63,6 +63,8 @@ class Row:
         self.seen: Tensor | None = None
         # Tokens that may follow, computed in the same pass.
         self.guess = Guess([])
+        # Whether it takes no part in the next pass, as its draft is not ready.
+        self.is_waiting = False
         # The generator's, before a pass draws whose outcome is not known yet.
         self.state: Tensor | None = None
         self.num_drafted = self.num_accepted = 0

@@ -53,10 +53,10 @@ class Draft(Protocol):
         """Prepare for an engine of this model, with so many rows and blocks of its cache."""
         ...
 
-    def propose(self, rows: Sequence[Any]) -> list[Guess]:
+    def propose(self, rows: Sequence[Any]) -> Sequence[Guess | None]:
         """Return for each of these rows (row.Row), which are answering, what may follow, maybe nothing.
 
-        The engine cuts a guess that is longer than the answer may become.
+        None has the row wait for the next step. The engine cuts a guess that is longer than the answer may become.
         """
         ...
 

@@ -204,8 +204,8 @@ def test_a_drawn_answer_depends_on_its_seed_alone(kind, prompts):
 
     def draw(draft, seed, *others):
         engine = Engine(model, num_rows=4, chunk=25, draft=draft)
-        for other in others:
-            engine.submit(Request(other, SamplingConfig(max_new_tokens=5, temperature=0.7, seed=99)))
+        for i, other in enumerate(others):
+            engine.submit(Request(other, SamplingConfig(max_new_tokens=5 + 20 * i, temperature=0.7, seed=99)))
         config = SamplingConfig(max_new_tokens=NUM, temperature=0.5, seed=seed, repetition_penalty=1.2)
         number = engine.submit(Request(prompts[2], config, num_answers=2))
         answers, _ = finish(engine)
@@ -236,7 +236,9 @@ def test_guesses_of_the_model_itself_are_all_accepted(name, temperature, prompts
         engine.submit(Request(prompt, config))
     answers, ends = finish(engine)
     for usage in (end.usage for end in ends.values() if end.usage.new_tokens > 1):
-        assert usage.accepted_tokens == usage.drafted_tokens > 0
+        assert usage.accepted_tokens == usage.drafted_tokens
+        assert usage.drafted_tokens or temperature == 0  # a greedy answer does not wait for its prompt in the draft
+    assert any(end.usage.drafted_tokens for end in ends.values())
     assert sum(end.reason == "stop" for end in ends.values()) > 1
 
 
@@ -269,8 +271,61 @@ def test_answers_to_one_prompt_share_it_in_the_draft(processor, monkeypatch):
     finish(engine)
     own = len(prompt) - (len(prompt) - 1) // 16 * 16
     assert seen["tiles"] == 2
-    # Of each answer the first token, and one guess behind it.
-    assert seen["tokens"] == len(prompt) + 15 * own + 2 * 16
+    # Of each answer the first token, behind which there is room for one guess.
+    assert seen["tokens"] == len(prompt) + 15 * own + 16
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_a_new_prompt_in_the_draft_delays_the_others_by_a_chunk(temperature, processor, monkeypatch):
+    """A greedy answer goes on without guesses meanwhile, a drawn one waits."""
+    draft = DraftModel(make_draft_model("sees"), 2, chunk=8)
+    engine = Engine(make_model("dense"), draft=draft)
+    first = engine.submit(Request(ask(processor, "why?"), SamplingConfig(max_new_tokens=60)))
+    while not any(event.request == first for event in engine.step()):
+        pass
+    seen = count(monkeypatch, Engine(draft.model))
+    num_tiles = engine_module.MOST_TILES + 3
+    prompt = ask(processor, "why " * 20, *range(num_tiles))
+    second = engine.submit(Request(prompt, SamplingConfig(max_new_tokens=40, temperature=temperature)))
+    new, steps, most_tiles, drafted = {first: 0, second: 0}, 0, 0, None
+    while drafted is None:
+        before, tiles, passes = dict(new), seen["tiles"], len(seen["passes"])
+        for event in engine.step():
+            new[event.request] += 1
+        drafted = next((row.num_drafted for row in engine.rows if row.number == second and row.num_drafted), None)
+        # The prompt, then the last tokens of both and a guess of each.
+        assert new[first] > before[first] and sum(seen["passes"][passes:]) <= 8 + 2 * 3 + 2
+        most_tiles, steps = max(most_tiles, seen["tiles"] - tiles), steps + 1
+    assert steps >= len(prompt) // 8 and most_tiles <= engine_module.MOST_TILES and seen["tiles"] == num_tiles
+    assert (new[second] > 10) == (temperature == 0)
+
+
+def test_a_draft_encodes_few_tiles_a_step(processor, monkeypatch):
+    draft = DraftModel(make_draft_model("sees"), 2)
+    engine = Engine(make_model("dense"), draft=draft)
+    num = engine_module.MOST_TILES
+    engine.submit(Request(ask(processor, "why?", *range(2 * num + 1)), GREEDY))
+    seen, tiles = count(monkeypatch, Engine(draft.model)), []
+    while seen["tiles"] < 2 * num + 1:
+        before = seen["tiles"]
+        engine.step()
+        tiles += [seen["tiles"] - before] if seen["tiles"] > before else []
+    assert tiles == [num, num, 1]
+
+
+def test_a_draft_that_calls_a_word_its_image_is_not_shown_the_word(processor, prompts):
+    """Its own placeholder is a token as any other in the model's vocabulary."""
+    model, other = MODELS["dense"], DRAFT_MODELS["other tiles"]
+    draft_model = VLM(dataclasses.replace(other.config, image_token_id=int(prompts[0].input_ids[2]))).eval()
+    draft = DraftModel(draft_model, 3)
+    engine = Engine(model, draft=draft)
+    numbers = [engine.submit(Request(prompt, GREEDY)) for prompt in prompts]
+    answers, ends = finish(engine)
+    assert [answers[number, 0] for number in numbers] == [
+        written_out(model, processor, prompt, NUM)[0] for prompt in prompts
+    ]
+    assert all(end.usage.drafted_tokens for end in ends.values())
+    check_draft(draft)
 
 
 @pytest.mark.parametrize("where", ["guess", "pass", "check"])
