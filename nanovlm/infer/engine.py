@@ -187,7 +187,7 @@ class Engine:
         for row in (*self.rows, *self.queue):
             limit = row.request.timeout
             if limit is not None and now - row.submitted > limit:
-                late.append((row, f"no answer after {limit:g} seconds: the time-out of the request"))
+                late.append((row, f"not finished after {limit:g} seconds: the time-out of the request"))
         return [self._finish(row, "timeout", message) for row, message in late]
 
     def _admit(self):

@@ -60,8 +60,9 @@ class Usage:
     # Tokens of the prompt whose keys and values were there already.
     cached_tokens: int = 0
     new_tokens: int = 0
-    # Seconds from submission to the first token and to the end; 0 where there was none.
+    # Seconds from submission until the first token was chosen, be it the one that ends the answer; 0 where none was.
     first_token_s: float = 0.0
+    # Seconds from submission until the end.
     total_s: float = 0.0
     # Tokens that were guessed, and those of them that the model would have chosen too.
     drafted_tokens: int = 0

@@ -403,7 +403,7 @@ def test_time_out(processor, prompts, monkeypatch):
     assert [(end.request, end.reason) for end in ends] == [(waiting, "timeout")]
     clock[0] = 5.5
     answers, ends = finish(engine)
-    assert ends[late, 0].reason == "timeout" and "no answer after 5 seconds" in ends[late, 0].message
+    assert ends[late, 0].reason == "timeout" and "not finished after 5 seconds" in ends[late, 0].message
     assert answers[good, 0] == written_out(MODELS["dense"], processor, prompts[2])[0]
 
 
