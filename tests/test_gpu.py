@@ -8,9 +8,13 @@ import torch
 
 import train
 from nanovlm import config
+from nanovlm.infer.draft_model import DraftModel
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import Request
+from nanovlm.infer.speculate import PromptLookup
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
-from tests.conftest import TINY, make_batch, make_document
+from tests.conftest import TINY, make_batch, make_document, noise
 from tests.test_train import SMALL, metrics
 
 pytestmark = pytest.mark.gpu
@@ -54,3 +58,37 @@ def test_weights_in_few_bits_give_the_hidden_states_of_the_cpu(processor, format
         ours = copy.deepcopy(model).to("cuda")(batch.to("cuda")).cpu()
         theirs = model(batch)
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("draft", ["none", "lookup", "model"])
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+def test_an_engine_waits_for_the_device_only_to_read_tokens(processor, monkeypatch, attention, draft):
+    torch.manual_seed(0)
+    decoder = dataclasses.replace(TINY.decoder, attention=attention)
+    model = VLM(dataclasses.replace(TINY, decoder=decoder)).eval().cuda()
+    drafts = {"none": lambda: None, "lookup": lambda: PromptLookup(3, 3, 1), "model": lambda: DraftModel(model, 3)}
+    engine = Engine(model, draft=drafts[draft]())
+    for i, temperature in enumerate((0, 0.7, 0)):
+        prompt = processor.prompt([{"role": "user", "content": "is it? " * 4}], [noise(i)])
+        sampling = config.SamplingConfig(
+            max_new_tokens=20, temperature=temperature, top_k=5, repetition_penalty=1 + 0.2 * (i > 0)
+        )
+        engine.submit(Request(prompt, sampling))
+
+    def read(function):
+        def call(*args):
+            torch.cuda.set_sync_debug_mode("default")
+            result = function(*args)
+            torch.cuda.set_sync_debug_mode("error")
+            return result
+
+        return call
+
+    monkeypatch.setattr(engine, "_take", read(engine._take))
+    if draft == "model":  # it reads what it guessed
+        monkeypatch.setattr(engine, "_guess", read(engine._guess))
+    try:  # from the first tokens on
+        while not engine.is_idle:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -222,14 +222,15 @@ class DraftModel:
         if ids is None:
             ids = torch.tensor(listed).to(self.device, non_blocking=True)
         else:
-            ids = ids[torch.tensor(now.order, device=self.device)]
+            ids = ids[torch.tensor(now.order).to(self.device, non_blocking=True)]
         x_BTD = self.model.decoder.embed_tokens(ids[None])
         if places:
             index = torch.tensor(places).to(self.device, non_blocking=True)
             x_BTD[0].index_copy_(0, index, torch.cat(features).to(x_BTD.dtype))
         rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
         hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope)
-        logits = self.model.head(hidden[0, torch.tensor(lasts, device=self.device)]).float()[:, : self.num_known]
+        last = hidden[0, torch.tensor(lasts).to(self.device, non_blocking=True)]
+        logits = self.model.head(last).float()[:, : self.num_known]
         return logits.index_fill(1, self.never, -torch.inf)
 
     def _encode(self, prompt: Prompt, first: int, last: int) -> Tensor:
@@ -246,7 +247,7 @@ class DraftModel:
         seen = torch.zeros(len(rows), self.num_known, dtype=torch.bool)
         for own, of_row in zip(followed, seen, strict=True):
             of_row[own.tokens] = True
-        return seen.to(self.device)
+        return seen.to(self.device, non_blocking=True)
 
     def _choose(
         self, rows: list[Row], followed: list[DraftRow], logits: Tensor, seen: Tensor | None
@@ -259,7 +260,8 @@ class DraftModel:
         is_drawn = any(row.request.sampling.temperature > 0 for row in rows)
         probabilities = torch.zeros(len(rows), self.vocab_size if is_drawn else 0, device=self.device)
         for indices in group_by_sampling(rows):
-            config, where = rows[indices[0]].request.sampling, torch.tensor(indices, device=self.device)
+            config = rows[indices[0]].request.sampling
+            where = torch.tensor(indices).to(self.device, non_blocking=True)
             of_group = None if seen is None else seen[where]
             ids[where] = choose(logits[where], of_group, config, [followed[i].generator for i in indices])
             if config.temperature > 0:

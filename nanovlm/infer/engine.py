@@ -334,7 +334,9 @@ class Engine:
             if config.temperature > 0:
                 for row in chosen:
                     row.state = row.generator.get_state()
-            where = slice(None) if len(own) == len(rows) else torch.tensor(own, device=self.device)
+            where = slice(None)
+            if len(own) < len(rows):
+                where = torch.tensor(own).to(self.device, non_blocking=True)
             if all(row.guess.probabilities is None for row in chosen):
                 ids[where] = choose(logits[where], seen, config, generators)
             else:
@@ -353,7 +355,7 @@ class Engine:
     def _seen(self, row: Row) -> Tensor:
         if row.seen is None:
             row.seen = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool, device=self.device)
-            row.seen[torch.tensor(row.tokens, device=self.device)] = True
+            row.seen.index_fill_(0, torch.tensor(row.tokens).to(self.device, non_blocking=True), True)
         return row.seen
 
     def _advance(self, row: Row, num: int):

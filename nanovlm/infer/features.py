@@ -26,7 +26,7 @@ class ImageFeatures:
         new = {}
         if missing:
             device = self.model.decoder.embed_tokens.weight.device
-            pixel_values = torch.stack([tiles[i] for i in missing.values()]).to(device)
+            pixel_values = torch.stack([tiles[i] for i in missing.values()]).to(device, non_blocking=True)
             # Copies, as a view would keep the whole batch in memory.
             new = {digest: x.clone() for digest, x in zip(missing, self.model.encode(pixel_values), strict=True)}
         self.num_encoded += len(missing)

@@ -31,8 +31,9 @@ def choose(logits: Tensor, seen: Tensor | None, config: SamplingConfig, generato
         return logits.argmax(-1)
     sums = filter_logits(logits, config).double().softmax(-1).cumsum(-1)
     drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    shares = drawn.to(sums.device, non_blocking=True) * sums[:, -1:]
     # The first token whose cumulative sum exceeds the drawn share of the total, so never one of zero probability.
-    return torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1)
+    return torch.searchsorted(sums, shares, right=True)[:, 0].clamp(max=sums.shape[1] - 1)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -101,7 +101,7 @@ def add_draft(seen: Tensor, draft: Sequence[int]) -> Tensor:
     grown = seen.expand(len(draft) + 1, -1).clone()
     if draft:
         pairs = [(later, token) for i, token in enumerate(draft) for later in range(i + 1, len(draft) + 1)]
-        positions, tokens = torch.tensor(pairs).T.to(seen.device)
+        positions, tokens = torch.tensor(pairs).T.to(seen.device, non_blocking=True)
         grown[positions, tokens] = True
     return grown
 
@@ -135,7 +135,7 @@ def choose_against(
         return choose(logits, seen, config, generators)
     p, q = find_probabilities(logits, seen, config), probabilities.double()
     drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    drawn, one = drawn.to(p.device), draft[:, None]
+    drawn, one = drawn.to(p.device, non_blocking=True), draft[:, None]
     bound = torch.where(q.gather(-1, one) > 0, p.gather(-1, one) / q.gather(-1, one), 0).clamp(max=1)
     sums = (p - q).clamp(min=0).cumsum(-1)
     share = ((drawn - bound) / (1 - bound).clamp(min=1e-300)).clamp(0, 1 - 2**-53)

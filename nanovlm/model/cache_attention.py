@@ -130,7 +130,7 @@ def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.devi
     last = torch.tensor(starts)[:, None] + torch.arange(num_new)
     hidden = torch.arange(num * BLOCK) > last[:, :, None]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
-    return Plan([], torch.tensor(blocks).to(device), mask.to(device))
+    return Plan([], torch.tensor(blocks).to(device, non_blocking=True), mask.to(device, non_blocking=True))
 
 
 def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
