@@ -19,6 +19,8 @@ def generate(model: VLM, batch: Batch, config: SamplingConfig = SamplingConfig()
     """
     config = replace(config, **options).validate()
     prompts = [read_row(batch, row) for row in range(len(batch.input_ids))]
+    if not prompts:
+        return []
     longest = model.config.decoder.max_position_embeddings
     num = sum(min(len(prompt) + config.max_new_tokens, longest) + BLOCK for prompt in prompts)
     engine = Engine(model, num_rows=len(prompts), cache_tokens=num)

@@ -76,7 +76,10 @@ class Engine:
         read_every: int = 0,
         draft: Draft | None = None,
     ):
-        for name, value, least in (("num_rows", num_rows, 1), ("cache_tokens", cache_tokens, 0), ("chunk", chunk, 1)):
+        for name, value, least in (
+            *(("num_rows", num_rows, 1), ("cache_tokens", cache_tokens, 0), ("chunk", chunk, 1)),
+            *(("feature_bytes", feature_bytes, 0), ("read_every", read_every, 0)),
+        ):
             if value < least:
                 raise UserError(f"{name} = {value} must be at least {least}")
         self.model, self.config = model, model.config

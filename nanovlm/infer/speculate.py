@@ -68,34 +68,6 @@ class Draft(Protocol):
 # --- checking -------------------------------------------------------------------------------------------------
 
 
-def verify(
-    logits: Tensor,
-    draft: list[int],
-    probabilities: Tensor | None,
-    config: SamplingConfig,
-    generator: torch.Generator,
-    seen: Tensor | None = None,
-    stops: Collection[int] = (),
-) -> list[int]:
-    """Return the accepted ones of k drafted tokens and one more, the model's own; nothing behind one of `stops`.
-
-    `logits` fp32[k + 1, V] are those behind the last token and behind each drafted one. The draft was drawn by
-    `probabilities` [k, V]; None if it was not drawn. `seen` bool[V] marks the tokens that the repetition penalty
-    applies to, without the draft. The generator goes on as if it had drawn for the returned tokens alone.
-    """
-    state = generator.get_state()
-    grown = None if seen is None else add_draft(seen, draft)
-    generators = [generator] * len(logits)
-    if probabilities is None:
-        chosen = choose(logits, grown, config, generators)
-    else:
-        chosen = choose_against(logits, grown, config, generators, *join_guesses([Guess(draft, probabilities)], logits))
-    tokens = accept(draft, chosen.tolist(), stops)
-    if config.temperature > 0:
-        rewind(generator, state, len(tokens))
-    return tokens
-
-
 def add_draft(seen: Tensor, draft: Sequence[int]) -> Tensor:
     """Return bool[k + 1, V]: `seen` bool[V], to which each position adds the drafted tokens before it."""
     grown = seen.expand(len(draft) + 1, -1).clone()

@@ -503,6 +503,21 @@ def test_what_can_never_be_answered_is_refused(processor, change, message):
     assert engine.is_idle
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("num_rows", 1), ("cache_tokens", 0), ("chunk", 1), ("feature_bytes", 0), ("read_every", 0)]
+)
+def test_sizes_that_are_too_small_are_refused(name, least):
+    with pytest.raises(UserError, match=f"{name} = {least - 1} must be at least {least}"):
+        Engine(MODELS["dense"], **{name: least - 1})
+
+
+def test_nobody_asks(processor, prompts):
+    batch = processor.batch(prompts[:1])
+    rows = ("input_ids", "labels", "position_ids", "doc_ids", "branch_ids")
+    none = dataclasses.replace(batch, **{name: getattr(batch, name)[:0] for name in rows})
+    assert nanovlm.generate(MODELS["dense"], none, GREEDY) == []
+
+
 def test_a_row_with_two_documents_is_no_prompt(processor, prompts):
     batch = processor.batch(prompts[:1])
     batch.doc_ids[0, -2:] = 1

@@ -11,7 +11,18 @@ from nanovlm.config import SamplingConfig
 from nanovlm.errors import UserError
 from nanovlm.infer import speculate
 from nanovlm.infer.sampling import choose
-from nanovlm.infer.speculate import LONGEST_PAUSE, MOST_FAILURES, PromptLookup, accept, find_probabilities, verify
+from nanovlm.infer.speculate import (
+    LONGEST_PAUSE,
+    MOST_FAILURES,
+    Guess,
+    PromptLookup,
+    accept,
+    add_draft,
+    choose_against,
+    find_probabilities,
+    join_guesses,
+    rewind,
+)
 
 # Thousands of operations on a few numbers, which wait for each other where threads are many.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +65,22 @@ def decode(model, prompt, config, stops=()):
     while len(tokens) < len(prompt) + config.max_new_tokens and not (tokens[len(prompt) :] and tokens[-1] in stops):
         tokens.append(int(choose(model(tokens)[None], see(tokens)[None], config, [generator])))
     return tokens[len(prompt) :]
+
+
+def verify(logits, draft, probabilities, config, generator, seen, stops=()):
+    """The accepted ones of k drafted tokens and one more, by what an engine calls for a row.
+
+    `logits` [k + 1, V] are those behind the last token and behind each drafted one.
+    """
+    state, grown, generators = generator.get_state(), add_draft(seen, draft), [generator] * len(logits)
+    if probabilities is None:
+        chosen = choose(logits, grown, config, generators)
+    else:
+        chosen = choose_against(logits, grown, config, generators, *join_guesses([Guess(draft, probabilities)], logits))
+    tokens = accept(draft, chosen.tolist(), stops)
+    if config.temperature > 0:
+        rewind(generator, state, len(tokens))
+    return tokens
 
 
 def decode_with(guess, model, prompt, config, stops=(), check=verify):
