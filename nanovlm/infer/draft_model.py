@@ -101,9 +101,9 @@ class DraftModel:
             return guesses
         wanted, followed = [rows[i] for i, _ in asked], [own for _, own in asked]
         seen = self._see(wanted, followed)
-        logits = self._run([(own, own.num_computed, len(own.tokens) - own.num_computed) for own in followed])
+        logits = self._run([(own, own.num_computed, self._count_new(own)) for own in followed])
         for own in followed:
-            self._advance(own, len(own.tokens) - own.num_computed)
+            self._advance(own, self._count_new(own))
         # As many as an answer may still get, but for the token that the pass gives anyway.
         most = [min(self.num_tokens, row.most_tokens - len(row.tokens) - 1) for row in wanted]
         states = [own.generator.get_state() for own in followed]
