@@ -29,8 +29,11 @@ def new_folder(path: Path):
         shutil.rmtree(replaced, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for file in (*temporary.iterdir(), temporary):
+        for file in temporary.iterdir():
+            if file.is_file():  # safetensors lets nobody else read its files
+                file.chmod(temporary.stat().st_mode & 0o666)
             flush(file)
+        flush(temporary)
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)

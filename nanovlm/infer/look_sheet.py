@@ -58,13 +58,13 @@ def draw_look(
     """Draw the images, and again for each of an answer's first tokens with what it looked at, as a PNG file.
 
     `weights` float32[A, P] are the attention of each token to the image tokens of all tiles, `places` those of each
-    image's tiles, `texts` those of the tokens; `titles` are
-    lines above. The colors of a token reach to its own largest value.
+    image's tiles, `texts` those of the tokens; `titles` are lines above. The longer side of every image is SIDE. The
+    colors of a token reach to its own largest value.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     shown, columns = min(len(texts), MOST_TOKENS), min(COLUMNS, len(texts) + 1)
-    scale = min(SIDE / max(image.width for image in images), SIDE / max(image.height for image in images))
-    sizes = [(max(1, round(image.width * scale)), max(1, round(image.height * scale))) for image in images]
+    scaled = [(image.size, SIDE / max(image.size)) for image in images]
+    sizes = [(max(1, round(width * scale)), max(1, round(height * scale))) for (width, height), scale in scaled]
     width, tallest = max(SIDE, sum(w + 4 for w, _ in sizes) - 4), max(h for _, h in sizes)
     num_tiles = [len(tiles) for tiles in places]
     weights_AIP = rearrange(weights, "A (I P) -> A I P", I=sum(num_tiles))

@@ -29,6 +29,11 @@ def folder(tmp_path, processor):
     return tmp_path / "model"
 
 
+def test_whoever_may_read_one_file_may_read_all(folder):
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert set(modes.values()) == {modes["config.json"]} and "model.safetensors" in modes
+
+
 @torch.no_grad()
 def test_a_model_comes_back(folder, processor):
     torch.manual_seed(1)

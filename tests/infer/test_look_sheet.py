@@ -73,3 +73,14 @@ def test_a_sheet_of_several_pictures_and_many_tokens():
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(io.BytesIO(fewer))))
     one = Image.open(io.BytesIO(draw_look(images[:1], places[:1], weights[:1, : 4 * len(places[0])], ["a"], ["?"])))
     assert one.width < sheet.width and one.height < sheet.height
+
+
+def test_a_small_picture_beside_a_large_one_can_be_seen():
+    """The longer side of each is as long."""
+    images = [Image.new("RGB", size, (200, 0, 0)) for size in ((2000, 1000), (48, 48))]
+    places = [[TilePlace(0, 0, 1, 1, False)] for _ in images]
+    sheet = Image.open(io.BytesIO(draw_look(images, places, torch.zeros(1, 8), ["a"], ["?"])))
+    red = (np.asarray(sheet) == (200, 0, 0)).all(-1)
+    columns = red.sum(0)
+    assert set(columns.tolist()) == {0, 80, 160}
+    assert (columns == 80).sum() == (columns == 160).sum() == 160
