@@ -30,6 +30,7 @@ import json
 import resource
 import signal
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -90,7 +91,7 @@ def main(config: GenerateConfig):
         if config.json:
             print(json.dumps({"prompt": config.prompt[one.request], **describe(one), **shared}))
         elif not echo:
-            print(*([config.prompt[one.request]] if one.answer == 0 else []), f"  {one.text}", sep="\n")
+            print(*([config.prompt[one.request]] if one.answer == 0 else []), f"  {harmless(one.text)}", sep="\n")
         if config.show_routing and one.end.reason != "error":
             print(format_routing(model, processor, prompts[one.request], one.ids))
     failed = [one for one in said if one.end.reason == "error"]
@@ -152,10 +153,15 @@ def answer(engine: Engine, processor: Processor, requests: list[Request], echo: 
                     new, ends[key] = streams[key].end(), event
                 texts[key] += new
                 if echo:
-                    print(new, end="" if isinstance(event, Token) else "\n", flush=True)
+                    print(harmless(new), end="" if isinstance(event, Token) else "\n", flush=True)
             if stop():
                 break
     return [Said(*key, texts[key], ids[key], ends[key]) for key in texts if key in ends]
+
+
+def harmless(text: str) -> str:
+    """Write control characters, which would move the cursor or change the terminal, as \\x1b is written here."""
+    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def describe(said: Said) -> dict:

@@ -86,8 +86,8 @@ def test_several_answers_to_a_prompt(folder):
     assert [(x["prompt"], x["answer"]) for x in lines] == [(p, i) for p in ("what?", "why?") for i in range(3)]
     assert len({x["text"] for x in lines}) == 6
     alone = call(folder, *options, "--prompt", "why?", "--seed", "6")
-    assert alone.stdout == lines[5]["text"] + "\n"
-    what, why = ("".join(f"  {x['text']}\n" for x in lines[i : i + 3]) for i in (0, 3))
+    assert alone.stdout == generate.harmless(lines[5]["text"]) + "\n"
+    what, why = ("".join(f"  {generate.harmless(x['text'])}\n" for x in lines[i : i + 3]) for i in (0, 3))
     assert call(folder, *several).stdout == f"what?\n{what}why?\n{why}"
 
 
@@ -232,6 +232,10 @@ def test_what_is_shown_is_the_text_also_where_a_character_is_cut_off(processor, 
     engine.step = lambda: [*(Token(0, 0, i) for i in ids), End(0, 0, "length")]
     (said,) = generate.answer(engine, processor, [Request(prompt)], echo=True)
     assert said.text == "a\ufffd" == processor.decode(ids) and capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_an_answer_is_text_to_a_terminal_and_no_command():
+    assert generate.harmless("a\tb\nc \x1b[2J\x08\x9b1m\r\x7f é 😀") == "a\tb\nc \\x1b[2J\\x08\\x9b1m\\x0d\\x7f é 😀"
 
 
 @pytest.mark.parametrize("json_too", [False, True])
