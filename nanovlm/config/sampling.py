@@ -30,7 +30,8 @@ class SamplingConfig:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            # Logits are fp32: times a larger number, or over a smaller one, they overflow.
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             # What a generator takes, with room for the seeds of several answers.
             ("seed", -(2**62) <= self.seed <= 2**62, "from -2**62 to 2**62"),
         ):

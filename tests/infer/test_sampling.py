@@ -1,5 +1,11 @@
 """How a token is chosen."""
 
+import dataclasses
+import itertools
+import math
+import re
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,6 +88,30 @@ def test_draws_follow_the_probabilities():
     assert (chosen.bincount() / 5000 - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.02
 
 
+EXTREMES = {
+    "max_new_tokens": (1, 10**30),
+    "temperature": (0, 5e-324, 1e-46, 1e39, sys.float_info.max),
+    "top_k": (0, 1, 2**63, 10**30),
+    "top_p": (5e-324, 1e-46, math.nextafter(1, 0), 1),
+    "min_p": (0, 5e-324, 1e-46, 1),
+    "repetition_penalty": (0.01, 1, 100),
+    "seed": (-(2**62), 2**62),
+}
+
+
+def test_all_that_is_allowed_chooses_a_token():
+    """Whatever numbers meet, and never a token that was left out beforehand, also where its penalty is asked for."""
+    assert EXTREMES.keys() == {field.name for field in dataclasses.fields(SamplingConfig)}
+    torch.manual_seed(0)
+    logits = torch.randn(3, 9) * torch.tensor([[0], [1], [1e4]])
+    logits[:, 3] = -torch.inf
+    for values in itertools.product(*EXTREMES.values()):
+        config = SamplingConfig(**dict(zip(EXTREMES, values, strict=True))).validate()
+        generators = [torch.Generator().manual_seed(config.seed) for _ in logits]
+        chosen = choose(logits, torch.ones_like(logits, dtype=torch.bool), config, generators)
+        assert ((chosen >= 0) & (chosen < 9) & (chosen != 3)).all(), config
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -92,8 +122,14 @@ def test_draws_follow_the_probabilities():
         ("top_k", -1),
         ("min_p", 2),
         ("max_new_tokens", 0),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 5e-324),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", float("inf")),
+        ("repetition_penalty", float("nan")),
+        ("seed", 2**63),
     ],
 )
 def test_wrong_values_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field} = {value} must be"):
+    with pytest.raises(ValueError, match=re.escape(f"{field} = {value} must be")):
         SamplingConfig(**{field: value}).validate()

@@ -331,6 +331,7 @@ PICTURE = {"type": "image_url", "image_url": {"url": data_url(noise(0))}}
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"temperature": 10**400}, "temperature is too large|exceeds"),
         ({"top_p": 0}, "top_p = 0.0 must be above 0"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty = 1e.300 must be from 0.01 to 100"),
         ({"n": 0}, "n = 0 must be at least 1"),
         ({"n": 65}, "n = 65 must be at most 64"),
         ({"n": True}, "n must be a whole number"),
