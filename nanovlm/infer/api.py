@@ -138,6 +138,22 @@ class Ask:
     # Of an answer that is looked into.
     answer_ids: tuple[int, ...] = ()
 
+    @property
+    def prompt_field(self) -> str:
+        """The field that holds what is answered."""
+        return "messages" if self.text is None else "prompt"
+
+    @property
+    def num_characters(self) -> int:
+        """Of all texts."""
+        if self.text is not None:
+            return len(self.text)
+        contents = [message["content"] for message in self.messages]
+        return sum(
+            len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
+            for content in contents
+        )
+
 
 def parse_json(body: bytes) -> dict:
     """Return the object that a body holds. Raises ApiError for anything else."""

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from nanovlm.config import VLMConfig
@@ -153,9 +152,9 @@ def attention_weights(q: Tensor, k: Tensor, first: int) -> Tensor:
 
 
 def look_response(
-    model: VLM, processor: Processor, messages: list[dict], images: list[Image.Image], answer_ids: list[int]
+    model: VLM, processor: Processor, prompt: Document, sizes: list[tuple[int, int]], answer_ids: list[int]
 ) -> dict:
-    """Return as JSON what led to each token of the answer to a conversation.
+    """Return as JSON what led to each token of the answer to a prompt, which shows images of these (width, height).
 
     ```
     images     [{width, height}], in pixels, in the order in which they are shown
@@ -174,15 +173,15 @@ def look_response(
     `weights` has at most MOST_WEIGHTS bytes: where there are more, they are means over heads, or layers and heads, and
     at last the answer is cut; no more than MOST_TOKENS tokens are told.
     """
-    prompt, config = processor.prompt(messages, images), model.config
+    config = model.config
     P = len(prompt.tiles) * config.num_image_tokens
     shown = answer_ids[: max(1, min(MOST_TOKENS, MOST_WEIGHTS // max(1, P)))]
     L, N = config.decoder.num_hidden_layers, config.decoder.num_attention_heads
     means = choose_means(L, N, len(shown) * P)
     found = look(model, prompt, shown, means)
     tiles = []
-    for number, image in enumerate(images):
-        for place in place_tiles(*image.size, config):
+    for number, size in enumerate(sizes):
+        for place in place_tiles(*size, config):
             tiles.append({"image": number, "box": list(place[:4]), "whole": place.is_whole})
     told = zip(shown, split_text(shown, processor), found.logprobs.tolist(), strict=True)
     tokens = [{"id": token, "text": text, "logprob": logprob} for token, text, logprob in told]
@@ -194,7 +193,7 @@ def look_response(
     shares = found.to_images / peaks.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return {
         "version": 1,
-        "images": [{"width": image.width, "height": image.height} for image in images],
+        "images": [{"width": width, "height": height} for width, height in sizes],
         "tiles": tiles,
         "grid": math.isqrt(config.num_image_tokens),
         "tokens": tokens,

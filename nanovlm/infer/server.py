@@ -195,9 +195,9 @@ class Looking:
         service = self.service
         with service.place():
             try:
-                ask, images = await take_in(service, scope, receive, read_look, lambda _ask, images: images)
+                ask, made = await take_in(service, scope, receive, read_look, service.make_prompt_to_look)
                 async with while_connected(receive), time_limit(service.limits.timeout):
-                    found = await service.look(ask, images)
+                    found = await service.look(ask, *made)
                 await json_response(found)(scope, receive, send)
             except ClientGone:
                 service.gone.add()
@@ -217,6 +217,7 @@ async def take_in(
         async with while_connected(receive), time_limit(service.limits.timeout):
             ask = read(parse_json(body))
             service.check_model(ask.model)
+            service.check_length(ask)
             return ask, await service.with_images(ask, make)
 
 

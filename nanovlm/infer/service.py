@@ -69,6 +69,7 @@ class Service:
         self.processor, self.worker, self.model, self.limits = processor, worker, model, limits
         self.num_rows, self.longest, self.created = num_rows, longest, int(time.time())
         self.token_bytes = TokenBytes(processor.tokenizer)
+        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))  # in characters
         # Whether new requests are refused, and whether those that are open have been ended.
         self.is_closing = self.is_closed = False
         self.num_open = 0
@@ -171,6 +172,20 @@ class Service:
             message = f"there is no model {shown!r}; this server has {self.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
+    def check_length(self, ask: Ask):
+        """Raise ApiError for more text than tokens have room for, however long each may be.
+
+        To tokenise it would take long, while nobody else's prompt is made and the interpreter is held.
+        """
+        size, what = ask.num_characters, "the prompt has" if ask.text is not None else "the messages have"
+        if size > self.longest * self.longest_token:
+            message = f"{what} {size} characters, which are more than {self.longest} tokens"
+        elif len(ask.messages) > self.longest:
+            message = f"{len(ask.messages)} messages are more than {self.longest} tokens"
+        else:
+            return
+        raise ApiError(400, message, ask.prompt_field, "context_length_exceeded")
+
     async def with_images(self, ask: Ask, make: Callable[[Ask, list[Image.Image]], T]) -> T:
         """Return what a function makes of a request and its images, which are fetched and decoded. Raises ApiError."""
         if len(ask.pictures) > self.limits.max_images:
@@ -191,7 +206,7 @@ class Service:
                         pictures.append(url)
                 return await loop.run_in_executor(self.preparing, self._decode, ask, pictures, make)
         except UserError as error:
-            raise ApiError(400, str(error), "prompt" if ask.text is not None else "messages") from error
+            raise ApiError(400, str(error), ask.prompt_field) from error
 
     def _fetch(self, url: str, where: str, most: int) -> bytes:
         """Return what is at an address whose host is allowed."""
@@ -220,9 +235,13 @@ class Service:
             return self.processor.text_prompt(ask.text)
         return self.processor.prompt(list(ask.messages), images)
 
-    async def look(self, ask: Ask, images: list[Image.Image]) -> dict:
+    def make_prompt_to_look(self, ask: Ask, images: list[Image.Image]) -> tuple[Document, list[tuple[int, int]]]:
+        """Return the prompt of a request and the sizes of its images. Raises UserError."""
+        return self.make_prompt(ask, images), [image.size for image in images]
+
+    async def look(self, ask: Ask, prompt: Document, sizes: list[tuple[int, int]]) -> dict:
         """Return what led to an answer, which the engine's thread computes between two steps. Raises ApiError."""
-        args = self.worker.engine.model, self.processor, list(ask.messages), images, list(ask.answer_ids)
+        args = self.worker.engine.model, self.processor, prompt, sizes, list(ask.answer_ids)
         try:
             return await self.worker.call(look_response, *args)
         except UserError as error:

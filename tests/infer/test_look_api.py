@@ -1,6 +1,7 @@
 """What /v1/look tells is bounded, and leaves nothing behind in the engine, whatever becomes of it."""
 
 import base64
+import threading
 
 import pytest
 import torch
@@ -35,6 +36,19 @@ def test_a_long_answer_is_cut(server):
     told = look(server, [5] * 300).json()
     assert len(told["tokens"]) == 256 and told["left_out"] == 44
     assert len(base64.b64decode(told["attention"]["weights"])) == 2 * 4 * 256 * 4
+
+
+def test_its_prompt_is_made_where_others_are(server, monkeypatch):
+    """Not in the engine's thread, in which answers would wait for it."""
+    threads, make = [], server.service.processor.prompt
+
+    def prompt(*args):
+        threads.append(threading.current_thread().name)
+        return make(*args)
+
+    monkeypatch.setattr(server.service.processor, "prompt", prompt)
+    assert look(server, [5]).status_code == 200
+    assert [name.startswith("prompt") for name in threads] == [True]
 
 
 def test_answers_after_a_look_are_the_same(server, monkeypatch):

@@ -170,7 +170,7 @@ def test_a_response_says_what_was_found(mixture):
     images = [noise(0, 64).resize((40, 20)), noise(1)]
     answer = processor.encode_answer("a red \U0001f642 circle")
     found = look(model, processor.prompt(QUESTION, images), answer)
-    told = json.loads(json.dumps(look_response(model, processor, QUESTION, images, answer)))
+    told = told_of(model, processor, images, answer)
     assert [(image["width"], image["height"]) for image in told["images"]] == [(40, 20), (16, 16)]
     places = [(i, place) for i, image in enumerate(images) for place in place_tiles(*image.size, model.config)]
     assert [(t["image"], *t["box"], t["whole"]) for t in told["tiles"]] == [(i, *place) for i, place in places]
@@ -193,16 +193,21 @@ def test_a_response_says_what_was_found(mixture):
     assert torch.tensor(told["experts"]["weights"]).equal(found.expert_weights.transpose(0, 1))
 
 
+def told_of(model, processor, images, answer):
+    prompt = processor.prompt(QUESTION, images)
+    return json.loads(json.dumps(look_response(model, processor, prompt, [image.size for image in images], answer)))
+
+
 def test_a_response_is_small(mixture, monkeypatch):
     """Means are taken before anything is left out."""
     assert choose_means(30, 9, 100 * 64) == "none" and choose_means(30, 9, 100 * 640) == "heads"
     model, processor = mixture
     answer = processor.encode_answer("a red circle and a blue one")
-    each = look_response(model, processor, QUESTION, [noise(0)], answer)["attention"]
+    each = told_of(model, processor, [noise(0)], answer)["attention"]
     A, P = len(answer), 4
     for most, mean, num in ((8 * A * P, "none", 8), (2 * A * P, "heads", 2), (2 * A * P - 1, "layers", 1)):
         monkeypatch.setattr(looking, "MOST_WEIGHTS", most)
-        told = look_response(model, processor, QUESTION, [noise(0)], answer)
+        told = told_of(model, processor, [noise(0)], answer)
         weights, peaks = told["attention"]["weights"], told["attention"]["peaks"]
         assert told["attention"]["mean"] == mean and told["left_out"] == 0
         assert len(base64.b64decode(weights)) == num * A * P and len(base64.b64decode(peaks)) == 4 * num * A
@@ -210,14 +215,14 @@ def test_a_response_is_small(mixture, monkeypatch):
     mean = read(weights, "u1", A, P) / 255 * read(peaks, "<f4", A, 1)
     torch.testing.assert_close(mean, whole, rtol=0, atol=0.005)
     monkeypatch.setattr(looking, "MOST_WEIGHTS", 3 * P)
-    assert len(look_response(model, processor, QUESTION, [noise(0)], answer)["tokens"]) == 3
+    assert len(told_of(model, processor, [noise(0)], answer)["tokens"]) == 3
     monkeypatch.setattr(looking, "MOST_TOKENS", 2)
-    told = look_response(model, processor, QUESTION, [noise(0)], answer)
+    told = told_of(model, processor, [noise(0)], answer)
     assert len(told["tokens"]) == 2 and told["left_out"] == A - 2
 
 
 def test_a_response_about_text_alone(processor):
-    told = json.loads(json.dumps(look_response(VLM(TINY).eval(), processor, QUESTION, [], ANSWER)))
+    told = told_of(VLM(TINY).eval(), processor, [], ANSWER)
     assert told["images"] == told["tiles"] == [] and told["experts"] is None
     assert told["attention"]["weights"] == "" and read(told["attention"]["peaks"], "<f4", 2, 4, 7).abs().max() == 0
     assert (read(told["attention"]["text"], "<f4", 2, 4, 7) - 1).abs().max() < 1e-5

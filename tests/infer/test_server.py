@@ -365,6 +365,25 @@ def test_mistakes_are_one_sentence(server, fields, sentence):
         raise AssertionError(error["message"])
 
 
+def test_texts_that_no_prompt_has_room_for_are_not_tokenised(letters, processor, monkeypatch):
+    """It takes seconds a megabyte, in which nobody else is answered."""
+    with running(processor, letters) as server:
+        most = server.service.longest * server.service.longest_token
+        assert most == 8192 * max(map(len, processor.tokenizer.get_vocab()))
+        monkeypatch.setattr(server.service, "make_prompt", lambda *_: pytest.fail("it was made"))
+        half, turn = "x" * (most // 2), {"role": "user", "content": "a"}
+        bodies = {
+            "/v1/chat/completions": chat() | {"messages": [*question(half), *question(half + "xx")]},
+            "/v1/look": {"model": "tiny", "messages": question(half * 2 + "xx"), "answer_ids": [5]},
+            "/v1/completions": {"model": "tiny", "prompt": half * 2 + "xx"},
+        }
+        for path, body in [*bodies.items(), ("/v1/chat/completions", chat() | {"messages": [turn] * 8193})]:
+            reply = server.post(path, body)
+            assert reply.status_code == 400 and reply.json()["error"]["code"] == "context_length_exceeded", reply.text
+            assert "are more than 8192 tokens" in reply.json()["error"]["message"]
+            assert reply.json()["error"]["param"] == ("prompt" if "prompt" in body else "messages")
+
+
 def test_what_asks_for_nothing_is_taken(server):
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "user": "me"}
     fields |= {"presence_penalty": 0.0, "frequency_penalty": 0, "seed": None, "metadata": {"a": "b"}, "audio": None}
@@ -767,7 +786,8 @@ def test_what_led_to_an_answer_is_told(server, model, processor):
     found = server.post("/v1/look", body)
     assert found.status_code == 200, found.text
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": ASKED}]}]
-    expected = look_response(model, processor, messages, [noise(1), noise(2)], ids)
+    images = [noise(1), noise(2)]
+    expected = look_response(model, processor, processor.prompt(messages, images), [i.size for i in images], ids)
     assert found.json().keys() == expected.keys() and found.json()["tiles"] == expected["tiles"]
     assert [token["text"] for token in found.json()["tokens"]] == [token["text"] for token in expected["tokens"]]
     assert [t["logprob"] for t in found.json()["tokens"]] == pytest.approx([t["logprob"] for t in expected["tokens"]])
