@@ -15,6 +15,7 @@ from nanovlm.config import SamplingConfig
 from nanovlm.errors import UserError, printable
 
 MOST_ANSWERS, MOST_LOGPROBS, MOST_STOPS, LONGEST_STOP = 64, 20, 4, 256
+MOST_VALUES = 200_000  # of a body: millions of small ones take seconds to be parsed, in which nobody is answered
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as in OpenAI's
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -157,6 +158,8 @@ class Ask:
 
 def parse_json(body: bytes) -> dict:
     """Return the object that a body holds. Raises ApiError for anything else."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:  # base64 has none of these
+        raise ApiError(400, f"the body has more than {MOST_VALUES} commas and brackets, and so too many values")
     try:
         data = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -417,6 +417,11 @@ def test_mistakes_of_plain_text(server, fields, sentence):
         (b"\xff", "the body is not JSON"),
         (b"[]", "the body must be a JSON object"),
         (b"", "the body is not JSON"),
+        (b'{"metadata": [' + b"1," * 200_000 + b"1]}", "the body has more than 200000 commas and brackets"),
+        (
+            b'{"metadata": ' + (b"[" * 500 + b"]" * 500) * 401 + b"}",
+            "the body has more than 200000 commas and brackets",
+        ),
         (b'{"temperature": 1' + b"0" * 5000 + b"}", "the body is not JSON"),
     ],
 )
