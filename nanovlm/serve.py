@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import asyncio
 import importlib.util
+import math
 import socket
 import sys
 from dataclasses import dataclass, field, replace
@@ -148,6 +149,7 @@ def run(service, listening: socket.socket, host: str, grace: float):
     import uvicorn
 
     from nanovlm.infer.server import build_app, is_loopback
+    from nanovlm.infer.service import TELLING_SECONDS
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
@@ -162,10 +164,19 @@ def run(service, listening: socket.socket, host: str, grace: float):
             return await super().on_tick(counter) or service.worker.failure is not None
 
         async def shutdown(self, sockets=None):
-            seconds = 0 if service.worker.failure else grace
-            ending = asyncio.create_task(service.close(seconds, lambda: self.force_exit))
+            ending = asyncio.create_task(self.end_requests(0 if service.worker.failure else grace))
             await super().shutdown(sockets)
             await ending
+
+        async def end_requests(self, seconds: float):
+            loop = asyncio.get_running_loop()
+            latest = loop.time() + seconds + TELLING_SECONDS
+            await service.close(seconds, lambda: self.force_exit)
+            while self.server_state.connections and loop.time() < latest and not self.force_exit:
+                await asyncio.sleep(0.05)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()  # its client does not read
+            await asyncio.sleep(0.1)  # in which its handler hears of it
 
     config = uvicorn.Config(
         build_app(service, host),
@@ -177,7 +188,7 @@ def run(service, listening: socket.socket, host: str, grace: float):
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=int(grace) + 10,
+        timeout_graceful_shutdown=math.ceil(grace) + TELLING_SECONDS + 1,
     )
     service.worker.start()
     with cli.watch_signals() as seen:  # and have uvicorn watch for them in between

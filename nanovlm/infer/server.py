@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from nanovlm.infer.api import ApiError, Ask, parse_json, read_chat, read_completion, read_look
 from nanovlm.infer.metrics import exposition
 from nanovlm.infer.reply_json import ReplyJson, to_json
-from nanovlm.infer.service import SMALL_BODY, ClientGone, Service
+from nanovlm.infer.service import ClientGone, Service
 
 SENDING_SECONDS = 10  # beyond the time-out of a request, to tell a client of it
 T = TypeVar("T")
@@ -149,12 +149,13 @@ class Completions:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send):
         service, start = self.service, time.monotonic()
-        ask, prompt = await take_in(service, scope, receive, self.read, service.make_prompt)
+        async with service.time_limit(service.limits.timeout):
+            ask, prompt = await take_in(service, scope, receive, self.read, service.make_prompt)
         left = max(start + service.limits.timeout - time.monotonic(), 0.001)
         request = service.make_request(ask, prompt, left)
         # The images and their tiles are in memory no longer than needed.
         ask, prompt = replace(ask, messages=(), pictures=()), None
-        async with while_connected(receive), time_limit(left + SENDING_SECONDS):
+        async with while_connected(receive), service.time_limit(left + SENDING_SECONDS, is_reply=True):
             async with service.open_reply(ask, request) as reply:
                 request = None
                 form = ReplyJson(reply, service.model, service.token_bytes)
@@ -195,9 +196,10 @@ class Looking:
         service = self.service
         with service.place():
             try:
-                ask, made = await take_in(service, scope, receive, read_look, service.make_prompt_to_look)
-                async with while_connected(receive), time_limit(service.limits.timeout):
-                    found = await service.look(ask, *made)
+                async with service.time_limit(service.limits.timeout):
+                    ask, made = await take_in(service, scope, receive, read_look, service.make_prompt_to_look)
+                    async with while_connected(receive):
+                        found = await service.look(ask, *made)
                 await json_response(found)(scope, receive, send)
             except ClientGone:
                 service.gone.add()
@@ -212,9 +214,9 @@ async def take_in(
 ) -> tuple[Ask, T]:
     """Return a checked request and what is made of it and its images. Raises ApiError, or ClientGone."""
     size = service.check_head(scope)
-    async with service.budget.take(size if size > SMALL_BODY else 0):
-        body = await service.read_body(receive, size)
-        async with while_connected(receive), time_limit(service.limits.timeout):
+    with service.budget.share() as hold:
+        body = await service.read_body(receive, size, hold)
+        async with while_connected(receive):
             ask = read(parse_json(body))
             service.check_model(ask.model)
             service.check_length(ask)
@@ -249,16 +251,6 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         raise ClientGone from None
     finally:
         watcher.cancel()
-
-
-@contextlib.asynccontextmanager
-async def time_limit(seconds: float) -> AsyncIterator[None]:
-    """Raise ApiError with status 504 in what runs within once it takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise ApiError(504, "the request took too long") from error
 
 
 class Endpoints:

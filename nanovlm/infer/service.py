@@ -7,7 +7,7 @@ prompt. So what clients send has a bound in memory, whatever they do.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -32,7 +32,7 @@ from nanovlm.infer.worker import Worker
 
 BODY_SECONDS = 60  # in which a body has to come
 NUM_DOWNLOADS = 4  # requests whose images are fetched at a time
-SMALL_BODY = 2**16  # bytes; larger ones have to wait while BODIES of the largest size are in memory
+SMALL_BODY = 2**16  # bytes; larger ones have to wait while as much as BODIES of the largest size is in memory
 BODIES = 4
 TELLING_SECONDS = 2  # for clients to be told that the server is shutting down
 T = TypeVar("T")
@@ -43,21 +43,32 @@ class ClientGone(Exception):
 
 
 class Budget:
-    """Bytes that requests share; who needs more than are left waits."""
+    """Bytes that the bodies of requests share. Who needs more than are left waits.
+
+    The first does not: it can always end and give back what it has, so they never all wait for each other.
+    """
 
     def __init__(self, total: int):
         self.left, self._freed = total, asyncio.Event()
+        self._held: dict[object, int] = {}  # by whom, first come first
 
-    @contextlib.asynccontextmanager
-    async def take(self, amount: int) -> AsyncIterator[None]:
-        while self.left < amount:
-            self._freed.clear()
-            await self._freed.wait()
-        self.left -= amount
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], Awaitable[None]]]:
+        """Yield a function that waits until so many bytes, in all, are held; they are given back on the way out."""
+        holder = object()
+
+        async def hold(size: int):
+            held = self._held.setdefault(holder, 0)
+            while self.left < size - held and holder is not next(iter(self._held)):
+                self._freed.clear()
+                await self._freed.wait()
+            self.left -= size - held
+            self._held[holder] = size
+
         try:
-            yield
+            yield hold
         finally:
-            self.left += amount
+            self.left += self._held.pop(holder, 0)
             self._freed.set()
 
 
@@ -73,11 +84,13 @@ class Service:
         # Whether new requests are refused, and whether those that are open have been ended.
         self.is_closing = self.is_closed = False
         self.num_open = 0
-        self.budget = Budget(BODIES * limits.max_body)
+        self.budget = Budget((BODIES - 1) * limits.max_body)  # and what the first may take beyond it
         self.downloads = asyncio.Semaphore(NUM_DOWNLOADS)
         # One thread, as it decodes pictures: memory for one request at a time, and PIL's warnings are of a process.
         self.preparing = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self.downloading = ThreadPoolExecutor(NUM_DOWNLOADS, thread_name_prefix="download")
+        # Time limits of requests that have no reply yet, by which these are ended; and replies.
+        self.beginning: set[asyncio.Timeout] = set()
         self.replies: set[Reply] = set()
         self.statuses, self.answers = Count("path", "status"), Count("reason")
         self.prompt_tokens, self.cached_tokens, self.new_tokens = Count(), Count(), Count()
@@ -108,7 +121,7 @@ class Service:
     def place(self) -> Iterator[None]:
         """Hold a place among the open requests. Raises ApiError if there is none."""
         if self.is_closing or self.worker.failure is not None:
-            raise ApiError(503, "the server is shutting down", headers={"Connection": "close"})
+            raise shutting_down()
         if self.num_open >= self.num_rows + self.limits.max_queue:
             message = f"{self.num_open} requests are waiting or being answered; try again later"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
@@ -126,28 +139,48 @@ class Service:
             await asyncio.sleep(0.05)
         self.is_closed = True
         self.worker.cancel_all()
+        for limit in self.beginning:
+            if not limit.expired():
+                limit.reschedule(0)
         end = time.monotonic() + TELLING_SECONDS
         while self.num_open and time.monotonic() < end:
             await asyncio.sleep(0.05)
 
+    @contextlib.asynccontextmanager
+    async def time_limit(self, seconds: float, is_reply: bool = False) -> AsyncIterator[None]:
+        """Raise ApiError in what runs within once it takes longer, or, unless it is a reply, once the server closes."""
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                if not is_reply:
+                    self.beginning.add(limit)
+                yield
+        except TimeoutError as error:
+            raise (shutting_down() if self.is_closed else ApiError(504, "the request took too long")) from error
+        finally:
+            self.beginning.discard(limit)
+
     # --- from a body to a prompt ------------------------------------------------------------------------------
 
-    async def read_body(self, receive: Receive, size: int) -> bytes:
-        """Return a body of at most `size` bytes. Raises ApiError, or ClientGone."""
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                while True:
+    async def read_body(self, receive: Receive, size: int, hold: Callable[[int], Awaitable[None]]) -> bytes:
+        """Return a body of at most `size` bytes; `hold` waits for room in memory. Raises ApiError, or ClientGone."""
+        body, left = bytearray(), float(BODY_SECONDS)
+        while True:
+            start = time.monotonic()
+            try:
+                async with asyncio.timeout(left):
                     message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    body += message.get("body", b"")
-                    if len(body) > size:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError as error:
-            raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds") from error
+            except TimeoutError as error:
+                raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds") from error
+            left -= time.monotonic() - start  # what it waits for others is not the client's time
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            if len(body) > size:
+                raise self._too_large()
+            if len(body) > SMALL_BODY:
+                await hold(len(body))
+            if not message.get("more_body", False):
+                return bytes(body)
 
     def check_head(self, scope: Scope) -> int:
         """Return the largest size that the body may have. Raises ApiError for what is no JSON, or too large."""
@@ -260,7 +293,7 @@ class Service:
     async def open_reply(self, ask: Ask, request: Request) -> AsyncIterator[Reply]:
         """Submit a request and yield its reply once the engine has taken it; end it on the way out."""
         if self.is_closed:
-            raise ApiError(503, "the server is shutting down")
+            raise shutting_down()
         reply = Reply(self.processor, ask, self.worker)
         self.worker.submit(request, reply)
         self.replies.add(reply)
@@ -290,6 +323,10 @@ class Service:
                 self.answer_s.add(usage.total_s)
             if usage.new_tokens > 1:
                 self.token_s.add((usage.total_s - usage.first_token_s) / (usage.new_tokens - 1))
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", headers={"Connection": "close"})
 
 
 def is_address(url: str) -> bool:

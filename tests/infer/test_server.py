@@ -564,21 +564,52 @@ def test_a_body_that_does_not_come_is_given_up(letters, processor, monkeypatch):
         wait_for(lambda: server.service.num_open == 0)
 
 
+LARGE = chat("why? " * 18_000)  # 90,000 bytes
+
+
 def test_large_bodies_wait_for_each_other(letters, processor):
     with running(processor, letters, max_body_mb=0.1) as server:
-        holding = [server.connect({}, length=90_000) for _ in range(4)]
+        before = server.service.budget.left
+        announced = [server.connect({}, length=90_000) for _ in range(8)]  # of which nothing has come
+        wait_for(lambda: server.service.num_open == 8)
+        assert server.post(body=LARGE).status_code == 200
+        holding = [server.connect(LARGE, length=100_000) for _ in range(3)]
         wait_for(lambda: server.service.budget.left < 90_000)
         results = []
-        large = threading.Thread(target=lambda: results.append(server.post(body=chat("why? " * 18_000))))
+        large = threading.Thread(target=lambda: results.append(server.post(body=LARGE)))
         large.start()
         assert server.post(body=chat("why?")).status_code == 200  # a small one does not wait
         assert not results
         holding[0].close()
         large.join(20)
         assert results[0].status_code == 200
-        for sock in holding:
+        for sock in announced + holding:
             sock.close()
-        wait_for(lambda: server.service.budget.left == 4 * server.service.limits.max_body)
+        wait_for(lambda: server.service.num_open == 0)
+        assert server.service.budget.left == before
+
+
+def test_bodies_that_come_together_do_not_wait_for_ever(letters, processor):
+    """Each has a part of the room, and none has room for the rest."""
+    body = chat("why? " * 15_500)  # 77,500 bytes
+    with running(processor, letters, max_body_mb=0.1) as server:
+        clients = [server.connect(body, length=len(json.dumps(body)) + 20_000) for _ in range(8)]
+        wait_for(lambda: server.service.budget.left < 20_000)
+        for sock in clients:
+            sock.sendall(b" " * 20_000)
+        for sock in clients:
+            assert b"200 OK" in sock.recv(1000)
+
+
+def test_a_body_that_waits_for_others_has_the_time_of_a_request(letters, processor):
+    with running(processor, letters, max_body_mb=0.1, timeout=0.5) as server:
+        holding = [server.connect(LARGE, length=100_000) for _ in range(3)]
+        wait_for(lambda: server.service.budget.left < 90_000)
+        reply = server.post(body=LARGE)
+        assert reply.status_code == 504 and "the request took too long" in reply.text
+        for sock in holding:
+            assert b"504" in sock.recv(1000).split(b"\r\n")[0]
+        wait_for(lambda: server.service.num_open == 0)
 
 
 # --- clients that go away, or do not read -------------------------------------------------------------------------
@@ -900,8 +931,8 @@ def test_a_second_interrupt_ends_it_at_once(folder):
         assert server.process.stderr.read() == "\nstopped\n"
 
 
-BROKEN = """
-import sys
+FAKE = """
+import socket, sys
 from nanovlm.hub.model_folder import load_folder
 from nanovlm.infer.api import Limits
 from nanovlm.infer.service import Service
@@ -909,17 +940,37 @@ from nanovlm.infer.worker import Worker
 from nanovlm.serve import bind, run
 from tests.infer.serving import FakeEngine
 
-engine = FakeEngine(lambda _request, _answer: [1])
-engine.breaks = True
+engine = FakeEngine(lambda _request, _answer: [70] * 60_000, pace=0.0005)
+engine.breaks = sys.argv[2] == "broken"
 processor = load_folder(sys.argv[1])[1]
-service = Service(processor, Worker(engine), "tiny", Limits(), num_rows=2, longest=100)
-run(service, bind("127.0.0.1", 0), "127.0.0.1", grace=30)
+service = Service(processor, Worker(engine), "tiny", Limits(max_body_mb=0.1), num_rows=2, longest=100_000)
+listening = bind("127.0.0.1", 0)
+listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+run(service, listening, "127.0.0.1", grace=0.2)
 """
+
+
+def test_after_the_grace_nobody_is_waited_for(folder):
+    """Bodies that do not come, or wait for others, and a client that does not read."""
+    with started("-c", FAKE, folder, "whole", command=()) as server:
+        silent = server.connect(chat(stream=True, max_tokens=60_000, logprobs=True), buffer=4096)
+        bodies = [server.connect(LARGE, length=100_000) for _ in range(5)] + [server.connect({}, length=1000)]
+        wait_for(lambda: "nanovlm_requests_open 7" in server.get("/metrics").text)
+        wait_for(lambda: "nanovlm_requests_answering 1" in server.get("/metrics").text)
+        time.sleep(1)  # and its answer fills what the system keeps for it
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - start < 5
+        assert server.process.stderr.read() == ""
+        for sock in bodies:
+            assert sock.recv(1000).startswith(b"HTTP/1.1 503")
+        silent.close()
 
 
 def test_an_engine_that_fails_ends_the_server(folder):
     """A supervisor starts it again; what an engine is after a bug is not known."""
-    with started("-c", BROKEN, folder, command=()) as server:
+    with started("-c", FAKE, folder, "broken", command=()) as server:
         assert server.post(body=chat()).status_code == 500
         assert server.process.wait(20) == 1
         assert server.process.stderr.read().strip().endswith("RuntimeError: broken on purpose")
