@@ -66,6 +66,8 @@ class Limits:
     timeout: float = 600
     # Largest number of tokens of an answer where the request gives none.
     max_new_tokens: int = 512
+    # Largest number of tokens of all answers to a request together.
+    max_answer_tokens: int = 65536
 
     def validate(self) -> "Limits":
         """Return self, or raise UserError that names the value and what would be right."""
@@ -76,6 +78,11 @@ class Limits:
             ("max_queue", self.max_queue >= 0, "0 or more"),
             ("timeout", 0 < self.timeout < math.inf, "above 0"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            (
+                "max_answer_tokens",
+                self.max_answer_tokens >= self.max_new_tokens,
+                f"at least max_new_tokens = {self.max_new_tokens}",
+            ),
         ):
             if not ok:
                 raise UserError(f"{name} = {getattr(self, name)} must be {right}")

@@ -1,4 +1,4 @@
-"""Reply -> OpenAI's JSON: whole, or in chunks as it grows."""
+"""Reply -> OpenAI's JSON: whole, or in events as it grows."""
 
 import json
 import math
@@ -17,6 +17,11 @@ def to_json(data: Any) -> bytes:
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
 
 
+def event(data: dict) -> bytes:
+    """Write one of the Server-Sent Events."""
+    return b"data: %b\n\n" % to_json(data)
+
+
 class ReplyJson:
     """Writes one reply, of `/v1/chat/completions` or `/v1/completions`."""
 
@@ -32,34 +37,35 @@ class ReplyJson:
         self.kind = "chat.completion" if self.is_chat else "text_completion"
         self.offsets = [0] * len(reply.answers)  # characters of the tokens so far
 
-    def whole(self) -> dict:
-        """Return the reply when it is over."""
+    def whole(self) -> bytes:
+        """Return the reply when it is over, written one answer at a time: objects take many times the memory."""
         choices = []
         for piece in self.reply.take():
             text = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
-            choices.append(self._choice(piece, text if self.is_chat else {"text": piece.text}))
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.reply.usage()}
+            choices.append(to_json(self._choice(piece, text if self.is_chat else {"text": piece.text})))
+        head, usage = to_json({**self.head, "object": self.kind}), to_json(self.reply.usage())
+        return b'%b,"choices":[%b],"usage":%b}' % (head.removesuffix(b"}"), b",".join(choices), usage)
 
-    def opening(self) -> list[dict]:
-        """Return the chunks that precede those with text."""
+    def opening(self) -> bytes:
+        """Return the events that precede those with text."""
         if not self.is_chat:
-            return []
+            return b""
+        delta = {"delta": {"role": "assistant", "content": ""}}
         opened = [Piece(index, "", [], None) for index in range(len(self.reply.answers))]
-        return [self._chunk([self._choice(piece, {"delta": {"role": "assistant", "content": ""}})]) for piece in opened]
+        return b"".join(event(self._chunk([self._choice(piece, delta)])) for piece in opened)
 
-    def chunks(self) -> list[dict]:
-        """Return what has come since the last call."""
-        chunks = []
-        for piece in self.reply.take():
+    def events(self, pieces: list[Piece]) -> bytes:
+        """Return the events with what is new, one a piece."""
+        written = []
+        for piece in pieces:
             delta = {"content": piece.text} if piece.text or piece.tokens else {}
-            chunks.append(
-                self._chunk([self._choice(piece, {"delta": delta} if self.is_chat else {"text": piece.text})])
-            )
-        return chunks
+            choice = self._choice(piece, {"delta": delta} if self.is_chat else {"text": piece.text})
+            written.append(event(self._chunk([choice])))
+        return b"".join(written)
 
-    def closing(self) -> list[dict]:
-        """Return the chunks that follow those with text."""
-        return [self._chunk([], self.reply.usage())] if self.reply.ask.includes_usage else []
+    def closing(self) -> bytes:
+        """Return the events that follow those with text."""
+        return event(self._chunk([], self.reply.usage())) if self.reply.ask.includes_usage else b""
 
     def _chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
         chunk = {**self.head, "object": "chat.completion.chunk" if self.is_chat else self.kind, "choices": choices}

@@ -34,10 +34,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanovlm.infer.api import ApiError, Ask, parse_json, read_chat, read_completion, read_look
 from nanovlm.infer.metrics import exposition
-from nanovlm.infer.reply_json import ReplyJson, to_json
+from nanovlm.infer.reply_json import ReplyJson, event, to_json
 from nanovlm.infer.service import ClientGone, Service
 
 SENDING_SECONDS = 10  # beyond the time-out of a request, to tell a client of it
+MANY_TOKENS = 256  # that a client has not read yet: they are written in a thread of their own
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -164,25 +165,32 @@ class Completions:
     async def _whole(self, form: ReplyJson, scope: Scope, receive: Receive, send: Send):
         while not form.reply.is_over:
             await form.reply.wait()
-        await Response(to_json(form.whole()), media_type="application/json")(scope, receive, send)
+        # In a thread, as the event loop would stand still for seconds if there are many log-probabilities.
+        body = await asyncio.to_thread(form.whole)
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, form: ReplyJson, scope: Scope, receive: Receive, send: Send):
         """Send Server-Sent Events; what comes while a client does not read is one event an answer."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        chunks = form.opening()
+        data = form.opening()
         try:
             while True:
                 is_over = form.reply.is_over  # what comes during `send` is for the next round
-                await send_events(send, chunks + form.chunks())
+                pieces = form.reply.take()
+                if sum(len(piece.tokens) for piece in pieces) > MANY_TOKENS:
+                    data += await asyncio.to_thread(form.events, pieces)
+                else:
+                    data += form.events(pieces)
+                await send_part(send, data)
                 if is_over:
                     break
                 await form.reply.wait()
-                chunks = []
-            await send_events(send, form.closing())
+                data = b""
+            await send_part(send, form.closing())
         except ApiError as error:
-            await send_events(send, [error.body()])
+            await send_part(send, event(error.body()))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
@@ -219,14 +227,13 @@ async def take_in(
         async with while_connected(receive):
             ask = read(parse_json(body))
             service.check_model(ask.model)
-            service.check_length(ask)
+            service.check_size(ask)
             return ask, await service.with_images(ask, make)
 
 
-async def send_events(send: Send, chunks: list[dict]):
-    if chunks:
-        body = b"".join(b"data: %b\n\n" % to_json(chunk) for chunk in chunks)
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+async def send_part(send: Send, data: bytes):
+    if data:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 @contextlib.asynccontextmanager

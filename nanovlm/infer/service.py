@@ -205,11 +205,18 @@ class Service:
             message = f"there is no model {shown!r}; this server has {self.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def check_length(self, ask: Ask):
-        """Raise ApiError for more text than tokens have room for, however long each may be.
+    def check_size(self, ask: Ask):
+        """Raise ApiError for answers longer than is allowed, or more text than tokens have room for, however long each.
 
-        To tokenise it would take long, while nobody else's prompt is made and the interpreter is held.
+        To tokenise such a text takes long, while nobody else's prompt is made and the interpreter is held.
         """
+        num_tokens = ask.max_tokens or self.limits.max_new_tokens
+        if ask.num_answers * num_tokens > self.limits.max_answer_tokens:
+            message = (
+                f"n = {ask.num_answers} and max_tokens = {num_tokens} ask for more than the "
+                f"{self.limits.max_answer_tokens} tokens that the answers to a request may have together"
+            )
+            raise ApiError(400, message, "max_tokens")
         size, what = ask.num_characters, "the prompt has" if ask.text is not None else "the messages have"
         if size > self.longest * self.longest_token:
             message = f"{what} {size} characters, which are more than {self.longest} tokens"

@@ -32,6 +32,7 @@ from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.api import Limits
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.looking import look_response
+from nanovlm.infer.reply_json import ReplyJson
 from nanovlm.model.inference import prepare
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
@@ -701,6 +702,38 @@ def test_a_full_queue_refuses(endless, processor):
         assert server.client().chat.completions.create(**chat(max_tokens=4)).choices[0].message.content == "abcd"
 
 
+def test_answers_of_a_request_have_a_size(letters, processor):
+    with running(processor, letters, max_answer_tokens=10, max_new_tokens=5) as server:
+        for fields in ({"max_tokens": 10}, {"max_tokens": 5, "n": 2}, {"n": 2}):
+            assert server.post(body=chat(**fields)).status_code == 200
+        for fields in ({"max_tokens": 11}, {"max_tokens": 5, "n": 3}, {"n": 3}):
+            reply = server.post(body=chat(**fields))
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == "max_tokens"
+            assert "more than the 10 tokens that the answers to a request may have together" in reply.text
+        assert len(letters.submitted) == 3
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_large_reply_is_not_written_in_the_event_loop(letters, processor, monkeypatch, is_streamed):
+    """It takes seconds where there are many log-probabilities, and nobody would be answered."""
+    threads, write = set(), ReplyJson._chat_logprobs
+
+    def chat_logprobs(*args):
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return write(*args)
+
+    monkeypatch.setattr(ReplyJson, "_chat_logprobs", chat_logprobs)
+    monkeypatch.setattr("nanovlm.infer.server.MANY_TOKENS", 0)
+    with running(processor, letters) as server:
+        reply = server.client().chat.completions.create(**chat(n=3, logprobs=True), stream=is_streamed)
+        if is_streamed:
+            list(reply)
+        else:
+            tokens = [[entry.token for entry in choice.logprobs.content] for choice in reply.choices]
+            assert tokens == [list("abcdefgh")] * 3
+    assert threads == {"asyncio"}  # those of the loop's executor
+
+
 def test_requests_have_a_time(endless, processor):
     endless.leave.clear()
     with running(processor, endless, timeout=0.3) as server:
@@ -985,6 +1018,7 @@ def test_mistakes_of_the_command(folder, tmp_path, capsys):
         (ServeConfig("m", port=70000), "--port 70000 must be from 0 to 65535"),
         (ServeConfig("m", num_rows=0), "--num-rows 0 must be at least 1"),
         (ServeConfig("m", limits=Limits(timeout=0)), "timeout = 0 must be above 0"),
+        (ServeConfig("m", limits=Limits(max_answer_tokens=9)), "must be at least max_new_tokens = 512"),
         (ServeConfig("m", limits=Limits(allow_urls=("http://a.example",))), "--allow-urls takes names of hosts"),
         (ServeConfig("m", limits=Limits(token_file=tmp_path / "none")), "none cannot be read"),
         (ServeConfig("m", limits=Limits(token_file=tmp_path / "empty")), "empty is empty"),
