@@ -171,6 +171,14 @@ def test_a_quantised_model_is_served(folder, processor):
         assert reply.usage.total_tokens <= 256 and reply.choices[0].finish_reason in ("length", "stop")
 
 
+def test_an_answer_without_max_tokens_has_the_room_of_the_cache(tmp_path, processor):
+    """Which holds 8,192 tokens if nothing else is said, where this model has more positions."""
+    decoder = dataclasses.replace(TINY.decoder, max_position_embeddings=32768)
+    save_model(tmp_path / "model", VLM(dataclasses.replace(TINY, decoder=decoder)), processor)
+    with started(tmp_path / "model", "--name", "tiny", "--max-new-tokens", "20000", "--num-rows", "1") as server:
+        assert b"200 OK" in server.connect(chat(ASKED, stream=True)).recv(100)
+
+
 def test_turns_and_roles_are_those_of_the_template(server, model, processor):
     turns = [
         {"role": "developer", "content": "be short."},
