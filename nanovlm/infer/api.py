@@ -316,10 +316,8 @@ def read_messages(messages) -> tuple[tuple[dict, ...], tuple[str, ...]]:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
             raise ApiError(400, f"{where} must have a role that is one of {', '.join(ROLES)}", where)
-        for name, value in message.items():
-            # What an answer carried, such as "refusal": null, may come back.
-            if name not in ("role", "content", "name") and value not in (None, [], {}, ""):
-                raise ApiError(400, f"{where} has {printable(name, most=60)!r}, which is not supported", where)
+        # What an answer carried, such as "refusal": null, may come back.
+        _refuse_others(message, ("role", "content", "name"), f"{where} has", where)
         read.append({"role": ROLES[role], "content": _content(message.get("content"), role, where, pictures)})
     if read[-1]["role"] != "user":
         raise ApiError(400, "the last message must be the user's", "messages")
@@ -336,10 +334,15 @@ def _content(content, role: str, where: str, pictures: list[str]):
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            _refuse_others(part, ("type", "text"), f"{where} has a part of text with", where)
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image_url" and role == "user":
+            _refuse_others(part, ("type", "image_url"), f"{where} has an image part with", where)
             url = part.get("image_url")
-            url = url.get("url") if isinstance(url, dict) else url
+            if isinstance(url, dict):
+                known = ("url", "detail") if url.get("detail") == "auto" else ("url",)
+                _refuse_others(url, known, f"{where} has an image_url with", where)
+                url = url.get("url")
             if not isinstance(url, str) or not url[:8].lower().startswith(("data:", "http://", "https://")):
                 raise ApiError(400, f"{where}: image_url.url must be a data:, http:// or https:// URL", where)
             pictures.append(url)
@@ -348,3 +351,10 @@ def _content(content, role: str, where: str, pictures: list[str]):
             kinds = "text or, of a user's message, image_url"
             raise ApiError(400, f"{where} has a part that is not supported: its type must be {kinds}", where)
     return parts
+
+
+def _refuse_others(fields: dict, known: tuple[str, ...], what: str, where: str):
+    """Refuse fields that are not known, unless they say nothing."""
+    for name, value in fields.items():
+        if name not in known and value not in (None, [], {}, ""):
+            raise ApiError(400, f"{what} {printable(name, most=60)!r}, which is not supported", where)

@@ -327,6 +327,14 @@ def test_names_of_models(server):
 PICTURE = {"type": "image_url", "image_url": {"url": data_url(noise(0))}}
 
 
+def with_part(part):
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "why?"}, part]}]}
+
+
+def with_image_url(**fields):
+    return with_part({"type": "image_url", "image_url": PICTURE["image_url"] | fields})
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -362,6 +370,10 @@ PICTURE = {"type": "image_url", "image_url": {"url": data_url(noise(0))}}
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "'tool_calls', which is not supported"),
         ({"messages": [{"role": "system", "content": [PICTURE]}]}, "a part that is not supported"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid UTF-8"),
+        (with_part(PICTURE | {"type": "text", "text": "x"}), "a part of text with 'image_url', which is not supported"),
+        (with_part(PICTURE | {"text": "x"}), "an image part with 'text', which is not supported"),
+        (with_image_url(detail="high"), "an image_url with 'detail', which is not supported"),
+        (with_image_url(format="image/png"), "an image_url with 'format', which is not supported"),
         ({"model": None}, "model must be the name of the model"),
     ],
 )
@@ -396,8 +408,14 @@ def test_texts_that_no_prompt_has_room_for_are_not_tokenised(letters, processor,
 def test_what_asks_for_nothing_is_taken(server):
     fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "user": "me"}
     fields |= {"presence_penalty": 0.0, "frequency_penalty": 0, "seed": None, "metadata": {"a": "b"}, "audio": None}
-    reply = server.post(body=chat(max_tokens=1) | fields)
-    assert reply.status_code == 200, reply.text
+    for messages in (
+        {},
+        with_image_url(detail="auto"),
+        with_image_url(detail=None),
+        with_part(PICTURE | {"text": None}),
+    ):
+        reply = server.post(body=chat(max_tokens=1) | fields | messages)
+        assert reply.status_code == 200, reply.text
 
 
 @pytest.mark.parametrize(
