@@ -26,7 +26,6 @@ from typing import TypeVar
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -50,7 +49,7 @@ SECURITY = {
 }
 
 
-def build_app(service: Service, host: str) -> Starlette:
+def build_app(service: Service, host: str) -> ASGIApp:
     """Return the application; `host` is the address that it is bound to."""
     endpoints = Endpoints(service)
     pages = read_pages(PAGE)
@@ -66,11 +65,10 @@ def build_app(service: Service, host: str) -> Starlette:
     ]
     is_open = {"/health", *pages}
     hosts = {"localhost", "127.0.0.1", "::1", host} if is_loopback(host) else None
-    return Starlette(
-        routes=routes,
-        middleware=[Middleware(Gate, service=service, hosts=hosts, is_open=is_open, paths={r.path for r in routes})],
-        exception_handlers={ApiError: tell_error, HTTPException: tell_http, Exception: tell_bug},
-    )
+    handlers = {ApiError: tell_error, HTTPException: tell_http, Exception: tell_bug}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    # Around all of it: what Starlette itself answers to a bug is counted, too.
+    return Gate(app, service, hosts, is_open, {route.path for route in routes})
 
 
 class Gate:

@@ -782,6 +782,17 @@ def test_an_engine_that_fails_is_said_so(endless, processor):
         assert caught.value.status_code == 503
 
 
+def test_a_bug_is_counted_and_said_so(letters, processor, monkeypatch):
+    with running(processor, letters) as server:
+        monkeypatch.setattr(server.service, "make_prompt", lambda *_: 1 // 0)
+        reply = server.post(body=chat())
+        assert reply.status_code == 500 and "its log says why" in reply.json()["error"]["message"]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        counted = 'nanovlm_http_responses_total{path="/v1/chat/completions",status="500"} 1'
+        assert counted in server.get("/metrics").text
+        assert server.service.num_open == 0
+
+
 # --- images from addresses ----------------------------------------------------------------------------------------
 
 
