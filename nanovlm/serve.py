@@ -131,7 +131,7 @@ def read_token(limits: Limits) -> Limits:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket at an address. Raises UserError if it is taken, or not this machine's."""
+    """Return a socket that listens at an address. Raises UserError if it is taken, or not this machine's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -140,6 +140,7 @@ def bind(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
         listening.bind(address)
+        listening.listen(2048)  # only from now on it is taken; who connects already waits
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from error
     return listening

@@ -5,6 +5,7 @@ Answers are compared with those of nanovlm.generate, in a process of its own tha
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -36,7 +37,7 @@ from nanovlm.infer.reply_json import ReplyJson
 from nanovlm.model.inference import prepare
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
-from nanovlm.serve import ServeConfig, main
+from nanovlm.serve import ServeConfig, bind, main
 from tests.conftest import TINY, noise
 from tests.infer.serving import (
     FakeEngine,
@@ -1067,6 +1068,14 @@ def test_mistakes_of_the_command(folder, tmp_path, capsys):
             main(config)
         assert sentence in str(caught.value)
     taken.close()
+
+
+def test_of_two_servers_on_a_port_one_is_told_at_once():
+    """Before its model is loaded."""
+    with contextlib.closing(bind("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: Address already in use"):
+            bind("127.0.0.1", port)
 
 
 def test_cancelled_rows_are_free_for_others(model, processor):
