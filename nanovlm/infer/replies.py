@@ -24,7 +24,9 @@ class Answer:
 
     def __init__(self, processor: Processor, ask: Ask):
         self.text = TextStream(processor, ask.stop)
-        self.pending, self.tokens = "", []  # not taken yet: text, and tokens if they are told
+        # Not taken yet: text, and tokens if they are told, with the places in the text at which they begin.
+        self.pending: str = ""
+        self.tokens: list[tuple[Token, int]] = []
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self.is_told = False  # the finish_reason, to the client
@@ -77,9 +79,9 @@ class Reply:
 
     def _add(self, answer: Answer, token: Token):
         answer.num_tokens += 1
-        answer.pending += answer.text.add(token.id)
         if self.ask.num_logprobs is not None or self.ask.tells_tokens:
-            answer.tokens.append(token)
+            answer.tokens.append((token, answer.text.length))
+        answer.pending += answer.text.add(token.id)
         if answer.text.stopped is not None:
             self.worker.cancel(self, token.answer, "stop")
 
@@ -121,9 +123,9 @@ class Reply:
 
 
 class Piece(NamedTuple):
-    """What is new of an answer; `finish_reason` is there with the last one."""
+    """What is new of an answer: text, and tokens with their places; `finish_reason` is there with the last one."""
 
     index: int
     text: str
-    tokens: list[Token]
+    tokens: list[tuple[Token, int]]
     finish_reason: str | None

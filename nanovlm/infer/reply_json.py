@@ -14,7 +14,12 @@ LEAST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot say
 
 
 def to_json(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for (
+        character
+    ) in "\x85\u2028\u2029":  # JSON may hold them, but some clients take them for the end of an event's line
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode(errors="replace")
 
 
 def event(data: dict) -> bytes:
@@ -35,7 +40,6 @@ class ReplyJson:
             "model": model,
         }
         self.kind = "chat.completion" if self.is_chat else "text_completion"
-        self.offsets = [0] * len(reply.answers)  # characters of the tokens so far
 
     def whole(self) -> bytes:
         """Return the reply when it is over, written one answer at a time: objects take many times the memory."""
@@ -74,34 +78,34 @@ class ReplyJson:
     def _choice(self, piece: Piece, text: dict) -> dict:
         logprobs, ask = None, self.reply.ask
         if piece.tokens and ask.num_logprobs is not None:
-            logprobs = self._chat_logprobs(piece.tokens) if self.is_chat else self._logprobs(piece.index, piece.tokens)
+            logprobs = self._chat_logprobs(piece.tokens) if self.is_chat else self._logprobs(piece.tokens)
         choice = {"index": piece.index, **text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-        return choice | ({"token_ids": [token.id for token in piece.tokens]} if ask.tells_tokens else {})
+        return choice | ({"token_ids": [token.id for token, _ in piece.tokens]} if ask.tells_tokens else {})
 
-    def _chat_logprobs(self, tokens: list[Token]) -> dict:
+    def _chat_logprobs(self, tokens: list[tuple[Token, int]]) -> dict:
         def entry(token, logprob):
             data = self.token_bytes[token]
             return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
 
         content = [
             entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.likeliest]}
-            for token in tokens
+            for token, _ in tokens
         ]
         return {"content": content, "refusal": None}
 
-    def _logprobs(self, index: int, tokens: list[Token]) -> dict:
-        texts, offsets, likeliest = [], [], []
-        for token in tokens:
-            texts.append(self._text(token.id))
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(texts[-1])
+    def _logprobs(self, tokens: list[tuple[Token, int]]) -> dict:
+        likeliest = []
+        for token, _ in tokens:
             others = {}
             for other, logprob in token.likeliest:  # of two that read the same, the likelier
                 others.setdefault(self._text(other), _finite(logprob))
             likeliest.append(others)
-        logprobs = [_finite(token.logprob) for token in tokens]
-        told = likeliest if self.reply.ask.num_logprobs else None
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": told, "text_offset": offsets}
+        return {
+            "tokens": [self._text(token.id) for token, _ in tokens],
+            "token_logprobs": [_finite(token.logprob) for token, _ in tokens],
+            "top_logprobs": likeliest if self.reply.ask.num_logprobs else None,
+            "text_offset": [start for _, start in tokens],
+        }
 
     def _text(self, token: int) -> str:
         return self.token_bytes[token].decode(errors="replace")

@@ -53,6 +53,8 @@ class TextStream:
         self.waiting: list[int] = []
         # Text that may begin a stop string.
         self.held = ""
+        # Characters of all tokens so far; one that is not complete counts with the token that completes it.
+        self.length = 0
 
     def add(self, token_id: int) -> str:
         """Return the text that has become final with one more token."""
@@ -85,6 +87,7 @@ class TextStream:
 
     def _until_stop(self, new: str) -> str:
         """Return the text up to the stop string that is complete first, or to what may begin one."""
+        self.length += len(new)
         text, self.held = self.held + new, ""
         found = [(start + len(stop), start, stop) for stop in self.stop if (start := text.find(stop)) >= 0]
         if found:
