@@ -84,6 +84,7 @@ def main(config: ServeConfig):
     limits = read_token(config.limits)
     listening = bind(config.host, config.port)  # before what takes long, as it may be taken
     import torch
+    from PIL import Image
 
     import nanovlm
     from nanovlm.config import QuantizationConfig
@@ -106,6 +107,7 @@ def main(config: ServeConfig):
     prepare(model, compiles=config.compile)
     draft = open_draft(config.draft, config.draft_tokens, model, processor)
     engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens, draft=draft)
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels  # PIL checks it, too
     service = Service(
         processor,
         Worker(engine),

@@ -124,9 +124,11 @@ def decode_image(data: bytes, name: str = "image", most_pixels: int | None = Non
         raise UserError(f"{name} cannot be read as an image: {problem}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         number = re.search(r"\d+", str(error))
+        most = f"data.max_pixels = {Image.MAX_IMAGE_PIXELS}"
+        if most_pixels is not None:
+            most = f"the {most_pixels} that are left"
         raise UserError(
-            f"{name} cannot be read as an image: it has {number[0] if number else 'too many'} pixels, more than "
-            f"data.max_pixels = {Image.MAX_IMAGE_PIXELS}"
+            f"{name} cannot be read as an image: it has {number[0] if number else 'too many'} pixels, more than {most}"
         ) from error
     except Exception as error:  # on damaged files, decoders raise anything
         raise UserError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error

@@ -238,6 +238,7 @@ def _ask(data: dict, max_tokens: int | None, num_logprobs: int | None, **prompt)
     options = data.get("stream_options", {})
     if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:
         raise ApiError(400, "stream_options must be an object that has include_usage alone", "stream_options")
+    options = {name: value for name, value in options.items() if value is not None}
     seed = _whole(data, "seed", None)
     top_k = _whole(data, "top_k", 0)
     try:

@@ -36,8 +36,9 @@ class Answer:
 class Reply:
     """The answers to one request: the worker's listener on one side, read by the handler of the client on the other."""
 
-    def __init__(self, processor: Processor, ask: Ask, worker: Worker):
-        self.ask, self.worker = ask, worker
+    def __init__(self, processor: Processor, ask: Ask, num_prompt: int, worker: Worker):
+        """`num_prompt` is how many tokens the prompt has, which ends would tell too late where the client has gone."""
+        self.ask, self.num_prompt, self.worker = ask, num_prompt, worker
         self.answers = [Answer(processor, ask) for _ in range(ask.num_answers)]
         self.is_accepted = False
         self.error: ApiError | None = None
@@ -71,8 +72,7 @@ class Reply:
 
     def fail(self, error: Exception):
         if isinstance(error, UserError):
-            code = "context_length_exceeded" if "positions" in str(error) or "cache" in str(error) else None
-            self.error = ApiError(400, str(error), code=code)
+            self.error = ApiError(400, str(error))
         else:
             self.error = ApiError(500, "the server has failed; its log says why")
         self._changed.set()
@@ -115,7 +115,7 @@ class Reply:
     def usage(self) -> dict:
         """Return the counts of the request: its prompt once, and the tokens of all answers."""
         usages = [answer.usage for answer in self.answers]
-        prompt, new = max(usage.prompt_tokens for usage in usages), sum(answer.num_tokens for answer in self.answers)
+        prompt, new = self.num_prompt, sum(answer.num_tokens for answer in self.answers)
         # Of several answers, the first to compute the prompt has found least of it.
         details = {"cached_tokens": min(usage.cached_tokens for usage in usages)}
         counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

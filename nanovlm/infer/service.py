@@ -281,16 +281,35 @@ class Service:
 
     async def look(self, ask: Ask, prompt: Document, sizes: list[tuple[int, int]]) -> dict:
         """Return what led to an answer, which the engine's thread computes between two steps. Raises ApiError."""
+        self.check_room(ask, prompt)
         args = self.worker.engine.model, self.processor, prompt, sizes, list(ask.answer_ids)
         try:
             return await self.worker.call(look_response, *args)
         except UserError as error:
-            raise ApiError(400, str(error)) from error
+            raise ApiError(400, str(error), "answer_ids") from error
+
+    def check_room(self, ask: Ask, prompt: Document) -> int:
+        """Return how many tokens an answer to a prompt may have. Raises ApiError if it has no room."""
+        if (room := self.longest - len(prompt)) < 1:
+            message = (
+                f"the prompt has {len(prompt)} tokens, and with its answer there is room for {self.longest}: shorten it"
+            )
+            raise ApiError(400, message, ask.prompt_field, "context_length_exceeded")
+        return room
 
     def make_request(self, ask: Ask, prompt: Document, timeout: float) -> Request:
-        """Return what the engine is asked; an answer without max_tokens gets what room there is, up to a limit."""
-        room = self.longest - len(prompt)
-        max_tokens = ask.max_tokens or max(1, min(room, self.limits.max_new_tokens))
+        """Return what the engine is asked; an answer without max_tokens gets what room there is, up to a limit.
+
+        Raises ApiError where there is none.
+        """
+        room = self.check_room(ask, prompt)
+        max_tokens = ask.max_tokens or min(room, self.limits.max_new_tokens)
+        if max_tokens > room:
+            message = (
+                f"a prompt of {len(prompt)} tokens and max_tokens = {max_tokens} are more than the {self.longest} that "
+                "there is room for: shorten the prompt or lower max_tokens"
+            )
+            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
         sampling = replace(ask.sampling, max_new_tokens=max_tokens)
         return Request(prompt, sampling, ask.num_answers, ask.num_logprobs, timeout)
 
@@ -301,7 +320,7 @@ class Service:
         """Submit a request and yield its reply once the engine has taken it; end it on the way out."""
         if self.is_closed:
             raise shutting_down()
-        reply = Reply(self.processor, ask, self.worker)
+        reply = Reply(self.processor, ask, len(request.prompt), self.worker)
         self.worker.submit(request, reply)
         self.replies.add(reply)
         try:
