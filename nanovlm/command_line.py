@@ -90,8 +90,8 @@ class GenerateConfig:
     # Who guesses the next tokens, so that one pass gives several; no greedy token changes. `lookup` guesses what
     # followed the same words before; else a smaller model with the same tokenizer, as for --model. Empty for nobody.
     draft: str = ""
-    # How many tokens are guessed at a time.
-    draft_tokens: int = 4
+    # How many tokens are guessed at a time; 4 if not given.
+    draft_tokens: int | None = None
 
     def validate(self) -> "GenerateConfig":
         """Return self, or raise UserError that names a value and what would be right."""
@@ -103,8 +103,11 @@ class GenerateConfig:
         if self.show_routing and not self.prompt:
             raise UserError("--show-routing needs a --prompt; it shows nothing in a chat")
         for name, least in (("num_answers", 1), ("num_rows", 1), ("cache_tokens", 0), ("draft_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if self.draft_tokens is not None and not self.draft:
+            raise UserError("--draft-tokens says how many tokens a --draft guesses: add it")
         if self.num_answers > 1 and not self.prompt:
             raise UserError(f"--num-answers {self.num_answers} needs a --prompt; a chat has one answer a turn")
         if self.num_answers > 1 and self.sampling.temperature == 0:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import asyncio
 import importlib.util
+import logging
 import math
 import socket
 import sys
@@ -55,8 +56,8 @@ class ServeConfig:
     # What guesses the next tokens, which then are checked together: lookup (what followed the same words before) or a
     # smaller model with the same tokenizer. No answer changes.
     draft: str = ""
-    # How many tokens it guesses at a time.
-    draft_tokens: int = 4
+    # How many tokens it guesses at a time; 4 if not given.
+    draft_tokens: int | None = None
     # Threads of the CPU; 0 for one a physical core.
     threads: int = 0
 
@@ -68,11 +69,13 @@ class ServeConfig:
             ("num_rows", self.num_rows >= 1, "at least 1"),
             ("cache_tokens", self.cache_tokens >= 0, "0 or more"),
             ("grace", 0 <= self.grace < float("inf"), "0 or more"),
-            ("draft_tokens", self.draft_tokens >= 1, "at least 1"),
+            ("draft_tokens", self.draft_tokens is None or self.draft_tokens >= 1, "at least 1"),
             ("threads", self.threads >= 0, "0 or more"),
         ):
             if not ok:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be {right}")
+        if self.draft_tokens is not None and not self.draft:
+            raise UserError("--draft-tokens says how many tokens a --draft guesses: add it")
         return self
 
 
@@ -194,6 +197,8 @@ def run(service, listening: socket.socket, host: str, grace: float):
         server_header=False,
         timeout_graceful_shutdown=math.ceil(grace) + TELLING_SECONDS + 1,
     )
+    # A client that does not read is given up amid its answer, which is no mistake of this server's.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
     service.worker.start()
     with cli.watch_signals() as seen:  # and have uvicorn watch for them in between
         try:

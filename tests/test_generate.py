@@ -337,6 +337,7 @@ def user(text):
         (["--prompt", "a", "--cache-tokens", "-1"], "--cache-tokens -1 must be at least 0"),
         (["--prompt", "a", "--cache-tokens", "64"], "more than the cache holds, 64: raise cache_tokens"),
         (["--prompt", "a", "--draft-tokens", "0"], "--draft-tokens 0 must be at least 1"),
+        (["--prompt", "a", "--draft-tokens", "4"], "--draft-tokens says how many tokens a --draft guesses: add it"),
         (["--prompt", "a", "--draft", "nowhere"], "there is no model folder nowhere"),
         (["--prompt", "a", "--draft", "other"], "the draft model has another tokenizer: token"),
         (["--prompt", "a", "--cache-tokens", "9" * 13], "GB, more than there is: lower cache_tokens"),

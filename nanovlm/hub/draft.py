@@ -8,13 +8,14 @@ from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM
 
 
-def open_draft(name: str, num_tokens: int, model: VLM, processor: Processor) -> Draft | None:
+def open_draft(name: str, num_tokens: int | None, model: VLM, processor: Processor) -> Draft | None:
     """Return what guesses `num_tokens` at a time for a model: none for "", a look-up, or else the model of this name.
 
-    Raises UserError for a draft with another tokenizer.
+    It guesses 4 for None. Raises UserError for a draft with another tokenizer.
     """
     if not name:
         return None
+    num_tokens = 4 if num_tokens is None else num_tokens
     if name == "lookup":
         return PromptLookup(num_tokens)
     weight = model.decoder.embed_tokens.weight

@@ -1051,6 +1051,16 @@ def test_after_the_grace_answers_are_cut(folder):
         assert time.monotonic() - start < 10
 
 
+def test_a_client_that_does_not_read_leaves_nothing_in_the_log(folder):
+    with started("-c", FAKE, folder, "hurried", command=()) as server:
+        silent = server.connect(chat(stream=True, max_tokens=60_000, logprobs=True), buffer=4096)
+        wait_for(lambda: "nanovlm_clients_gone_total 1" in server.get("/metrics").text)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert server.process.stderr.read() == ""
+        silent.close()
+
+
 def test_a_second_interrupt_ends_it_at_once(folder):
     with started(folder, "--name", "tiny") as server:
         sock = server.connect(chat(ASKED, stream=True, max_tokens=8000))
@@ -1066,16 +1076,19 @@ def test_a_second_interrupt_ends_it_at_once(folder):
 FAKE = """
 import socket, sys
 from nanovlm.hub.model_folder import load_folder
+from nanovlm.infer import server
 from nanovlm.infer.api import Limits
 from nanovlm.infer.service import Service
 from nanovlm.infer.worker import Worker
 from nanovlm.serve import bind, run
 from tests.infer.serving import FakeEngine
 
+server.SENDING_SECONDS = 0.1
+limits = Limits(max_body_mb=0.1, timeout=1 if sys.argv[2] == "hurried" else 600)
 engine = FakeEngine(lambda _request, _answer: [70] * 60_000, pace=0.0005)
 engine.breaks = sys.argv[2] == "broken"
 processor = load_folder(sys.argv[1])[1]
-service = Service(processor, Worker(engine), "tiny", Limits(max_body_mb=0.1), num_rows=2, longest=100_000)
+service = Service(processor, Worker(engine), "tiny", limits, num_rows=2, longest=100_000)
 listening = bind("127.0.0.1", 0)
 listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 run(service, listening, "127.0.0.1", grace=0.2)
@@ -1116,6 +1129,8 @@ def test_mistakes_of_the_command(folder, tmp_path, capsys):
     for config, sentence in (
         (ServeConfig("m", port=70000), "--port 70000 must be from 0 to 65535"),
         (ServeConfig("m", num_rows=0), "--num-rows 0 must be at least 1"),
+        (ServeConfig("m", draft="lookup", draft_tokens=0), "--draft-tokens 0 must be at least 1"),
+        (ServeConfig("m", draft_tokens=4), "--draft-tokens says how many tokens a --draft guesses: add it"),
         (ServeConfig("m", limits=Limits(timeout=0)), "timeout = 0 must be above 0"),
         (ServeConfig("m", limits=Limits(max_answer_tokens=9)), "must be at least max_new_tokens = 512"),
         (ServeConfig("m", limits=Limits(allow_urls=("http://a.example",))), "--allow-urls takes names of hosts"),
