@@ -206,9 +206,9 @@ class Service:
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_size(self, ask: Ask):
-        """Raise ApiError for answers longer than is allowed, or more text than tokens have room for, however long each.
+        """Raise ApiError for longer answers than are allowed, or for more text than the longest tokens could hold.
 
-        To tokenise such a text takes long, while nobody else's prompt is made and the interpreter is held.
+        To tokenise such a text would take long, while nobody else's prompt is made and the interpreter is held.
         """
         num_tokens = ask.max_tokens or self.limits.max_new_tokens
         if ask.num_answers * num_tokens > self.limits.max_answer_tokens:
