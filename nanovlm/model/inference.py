@@ -36,9 +36,9 @@ def prepare(model: VLM, int8_head: bool | None = None, compiles: bool = False) -
     graph; raises UserError where they cannot.
 
     With `int8_head`, by default where the model is quantised, logits come from a copy of the head in int8, in bf16:
-    half the time of a head in bf16. It adds about as much error as int8 in all layers: SmolLM2-135M on 384 tokens of text
-    has a divergence from fp32 of 0.0041 nats a token in int8 without it and 0.0084 with it. In 4 bits it is
-    not seen: 0.308 in int4 and 0.289 to 0.291 in nf4, with and without (2026-11-29).
+    half the time of a head in bf16. It adds about as much error as int8 in all layers: SmolLM2-135M on 384 tokens of
+    text has a divergence from fp32 of 0.0041 nats a token in int8 without it and 0.0084 with it. In 4 bits it is not
+    seen: 0.308 in int4 and 0.289 to 0.291 in nf4, with and without (2026-11-29).
     """
     if model.decoder.embed_tokens.weight.device.type == "cpu":
         prepare_for_cpu(model, int8_head)
