@@ -61,7 +61,7 @@ class EngineConfig:
     ]
     # Which models: scenes, 222m, 256m, 460m, tiny; none for those of the subject.
     shapes: tuple[str, ...] = ()
-    # Weights: fp32, bf16, int8, int4, nf4; none for those of the subject. decode has all of them.
+    # Weights: fp32, bf16, int8, int4, nf4; none for those of the subject.
     formats: tuple[str, ...] = ()
     # Answers at a time of our engine.
     rows: int = 64
@@ -113,25 +113,26 @@ def ask_vllm(bench: Bench) -> list[dict]:
 
 
 def decode(bench: Bench) -> list[dict]:
-    """One answer, tokens a second after the first: all formats by turns, of the engine and of what came before it."""
-    benches, commands, requests, sides = {}, {}, [[0, 33]], ("engine", "compiled", "before")
-    for format in FORMATS:
-        benches[format] = Bench(bench.folder / format, bench.before, bench.shape, format, rows=1)
-        benches[format].folder.mkdir()
-        benches[format].prepare_questions(1)
-        commands |= {(format, side): benches[format].command(side) for side in sides}
+    """One answer, tokens a second after the first: the engine's, also compiled, those of before it, and bf16's."""
+    requests, sides = [[0, 33]], ("engine", "compiled", "before")
+    own, bf16 = (Bench(bench.folder / name, bench.before, bench.shape, name, rows=1) for name in (bench.format, "bf16"))
+    commands = {}
+    for one, prefix, shown in ((own, "", sides), (bf16, "bf16 ", sides[:2])):
+        if commands and own.format == "bf16":
+            break
+        one.folder.mkdir()
+        one.prepare_questions(1)
+        commands |= {prefix + side: one.command(side) for side in shown}
     measured = turns.alternate(commands, [json.dumps({"requests": requests})] * (1 + bench.repeats))
-    by_format = {f: [{side: turn[f, side] for side in sides} for turn in measured] for f in FORMATS}
+    results = [{side: turn[side] for side in sides} for turn in measured]
+    for turn in results[:2]:
+        own.check(requests, turn)
     lines = []
-    for format, results in by_format.items():
-        benches[format].check(requests, results[0])
-        benches[format].check(requests, results[1])
-        for side, about in (("engine", {}), ("compiled", {"compiled": True})):
-            line = {"weights": format, "rows": 1} | about
-            line |= compare(results[1:], "before", "tokens", decoding_rate, side)
-            pairs = zip(results[1:], by_format["bf16"][1:], strict=True)
-            times = spread([decoding_rate(own[side]) / decoding_rate(bf16[side]) for own, bf16 in pairs])
-            lines.append(line | {"times_bf16": [times["ratio"], times["least"], times["most"]]})
+    for side, about in (("engine", {}), ("compiled", {"compiled": True})):
+        pairs = [(turn[side], turn.get(f"bf16 {side}", turn[side])) for turn in measured[1:]]
+        times = spread([decoding_rate(mine) / decoding_rate(other) for mine, other in pairs])
+        line = {"rows": 1} | about | compare(results[1:], "before", "tokens", decoding_rate, side)
+        lines.append(line | {"times_bf16": [times["ratio"], times["least"], times["most"]]})
     return lines
 
 
@@ -224,7 +225,7 @@ SUBJECTS = {
     "questions": (ask_questions, ("scenes", "256m"), ("fp32",)),
     "chat": (chat, ("256m",), ("bf16",)),
     "answers": (answers, ("256m",), ("bf16",)),
-    "decode": (decode, ("222m",), ("all",)),
+    "decode": (decode, ("222m",), FORMATS),
     "llama.cpp": (decode_smollm2, ("smollm2",), ("int8", "int4")),
     "speculate": (speculate, ("smollm2",), ("fp32", "bf16")),
     "vllm": (ask_vllm, ("222m",), ("fp32",)),
