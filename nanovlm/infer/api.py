@@ -7,6 +7,7 @@ refused in one sentence, so that nobody takes an answer for what it is not.
 import difflib
 import json
 import math
+import re
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class Limits:
 
     # A token that clients have to send, as "Authorization: Bearer TOKEN"; or a file with it, which no list of processes
     # shows.
-    token: str = ""
+    token: str | None = None
     token_file: Path | None = None
     # Hosts from which images may be fetched, such as upload.wikimedia.org; without any, images are data: URLs.
     allow_urls: tuple[str, ...] = ()
@@ -89,10 +90,10 @@ class Limits:
         for host in self.allow_urls:
             if not host or any(character in host for character in "/:@*"):
                 raise UserError(f"--allow-urls takes names of hosts, such as upload.wikimedia.org, not {host!r}")
-        if self.token and self.token_file:
+        if self.token is not None and self.token_file is not None:
             raise UserError("give --token or --token-file, not both")
-        if not self.token.isascii() or any(character.isspace() for character in self.token):
-            raise UserError("a token must be ASCII without white space")
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise UserError("a token must be ASCII without white space, of at least one character")
         return self
 
     @property
@@ -224,8 +225,8 @@ def _known(data: dict, known: set[str]) -> dict:
             continue
         shown = printable(name, most=60)
         if name not in UNSUPPORTED:
-            nearest = difflib.get_close_matches(name[:60], sorted(known), n=1, cutoff=0)[0]
-            raise ApiError(400, f"there is no field {shown!r}; the nearest is {nearest!r}", shown, "unknown_parameter")
+            nearest = "".join(f"; the nearest is {x!r}" for x in difflib.get_close_matches(name[:60], known, n=1))
+            raise ApiError(400, f"there is no field {shown!r}{nearest}", shown, "unknown_parameter")
         if not any(type(value) in (type(neutral), int, float) and value == neutral for neutral in UNSUPPORTED[name]):
             raise ApiError(400, f"{shown} is not supported by this server", shown, "unsupported_parameter")
     return {name: value for name, value in data.items() if value is not None and name in known}
@@ -239,6 +240,8 @@ def _ask(data: dict, max_tokens: int | None, num_logprobs: int | None, **prompt)
     if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:
         raise ApiError(400, "stream_options must be an object that has include_usage alone", "stream_options")
     options = {name: value for name, value in options.items() if value is not None}
+    if options and not data.get("stream"):
+        raise ApiError(400, 'stream_options says how to stream: it needs "stream": true', "stream_options")
     seed = _whole(data, "seed", None)
     top_k = _whole(data, "top_k", 0)
     try:

@@ -102,7 +102,7 @@ class Gate:
         if self.hosts is not None and host_of(headers.get(b"host", b"")) not in self.hosts:
             raise ApiError(403, "this server is for this machine: ask it as localhost or 127.0.0.1")
         token = self.service.limits.token
-        if token and scope["path"] not in self.is_open:
+        if token is not None and scope["path"] not in self.is_open:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token.encode()):
                 message = "this server needs its token: send the header Authorization: Bearer TOKEN"
