@@ -10,14 +10,13 @@ from nanovlm.infer.replies import Piece, Reply
 from nanovlm.infer.request import Token
 from nanovlm.infer.token_bytes import TokenBytes
 
+LINE_ENDS = "\x85\u2028\u2029"  # JSON may hold them, but some clients take them for the end of an event
 LEAST_LOGPROB = -9999.0  # in the place of minus infinity, which JSON cannot say
 
 
 def to_json(data: Any) -> bytes:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for (
-        character
-    ) in "\x85\u2028\u2029":  # JSON may hold them, but some clients take them for the end of an event's line
+    for character in LINE_ENDS:
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode(errors="replace")
 
