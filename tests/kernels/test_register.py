@@ -145,6 +145,7 @@ def operators(device):
     _, *kept = ops.grouped_experts(tokens, choice, *tensors, True)
     for wanted in ([True] * 5, [False, True, False, True, False]):
         yield ops.grouped_experts_backward, (tokens, tokens, *tensors, *kept, wanted)
+    yield ops.attend_cache, (0, *(draw(2, heads, 8, device=device) for heads in (4, 2, 2)))
 
 
 def test_operators_are_what_they_say(device):
