@@ -104,7 +104,11 @@ def fake_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def compile_steps(decoder: Decoder) -> CompiledSteps:
-    """Compile for one row and for several. Raises UserError for a mixture of experts and where there is no compiler."""
+    """Compile for one row and for several.
+
+    Raises UserError for a mixture of experts, where there is no compiler, and on a CPU without AVX2, for which torch
+    2.13 writes C++ that no compiler takes.
+    """
     if decoder.compiled is not None and decoder.compiled.is_current():
         return decoder.compiled
     from torch._inductor.exc import InductorError, InvalidCxxCompiler  # a second to import
@@ -112,6 +116,8 @@ def compile_steps(decoder: Decoder) -> CompiledSteps:
     if decoder.config.moe is not None:
         raise UserError("a mixture of experts cannot be compiled for inference: leave --compile out")
     steps, weight = CompiledSteps(decoder), decoder.embed_tokens.weight
+    if weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        raise UserError("torch cannot compile for a CPU without AVX2: leave --compile out")
     for num_rows in (1, 2):
         x_BTD = torch.zeros(1, num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
         cos, sin = (torch.zeros(1, num_rows, 1, decoder.config.head_dim, device=weight.device) for _ in range(2))

@@ -18,6 +18,8 @@ from nanovlm.model.quantized import quantize
 from tests.conftest import noise
 from tests.model.test_inference import random_model
 
+IS_OLD = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+new_enough = pytest.mark.skipif(IS_OLD, reason="torch cannot compile for a CPU without AVX2")
 LENGTHS = (9, 3, 6, 2, 7)  # of the answers, so that all of 1 to 5 rows are answering at some time
 
 
@@ -55,6 +57,7 @@ def count_steps(monkeypatch):
     return taken
 
 
+@new_enough
 @pytest.mark.parametrize("name", ["plain", "biases", "norms of heads", "norms of all heads"])
 def test_equal_to_the_steps_as_written(processor, monkeypatch, name):
     """In fp32, for all numbers of rows, by two graphs."""
@@ -68,6 +71,7 @@ def test_equal_to_the_steps_as_written(processor, monkeypatch, name):
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
+@new_enough
 @pytest.mark.parametrize("format", ["none", "int8", "int4"])
 def test_in_bf16_as_near_to_fp32(processor, monkeypatch, format):
     """Log-probabilities of the same tokens, whichever of them are likeliest."""
@@ -87,6 +91,7 @@ def test_in_bf16_as_near_to_fp32(processor, monkeypatch, format):
     assert 0 < (found - expected).square().mean().sqrt() <= 1.5 * (eager - expected).square().mean().sqrt()
 
 
+@new_enough
 def test_many_rows_and_prompts_are_not_compiled(processor, monkeypatch):
     model, lengths = prepare(random_model()), (2,) * (MOST_ROWS + 1)
     expected = answer(model, processor, lengths)[0]
@@ -103,6 +108,7 @@ CHANGES = {
 }
 
 
+@new_enough
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_decoder_is_not_the_compiled_one(processor, monkeypatch, change):
     model, expected = prepare(random_model(), compiles=True), random_model()
@@ -121,6 +127,7 @@ def test_a_changed_decoder_is_not_the_compiled_one(processor, monkeypatch, chang
     assert prepare(model, compiles=True).decoder.compiled is model.decoder.compiled
 
 
+@new_enough
 def test_each_decoder_has_graphs_of_its_own(processor, monkeypatch):
     """Also one with fewer layers, as a draft has."""
     model, small = random_model(), random_model(seed=1)
@@ -137,6 +144,10 @@ def test_each_decoder_has_graphs_of_its_own(processor, monkeypatch):
 def test_what_cannot_be_compiled_says_so(monkeypatch):
     with pytest.raises(UserError, match="mixture of experts"):
         prepare(random_model("mixture"), compiles=True)
+    if IS_OLD:
+        with pytest.raises(UserError, match="without AVX2"):
+            prepare(random_model(), compiles=True)
+        return
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
             prepare(random_model(), compiles=True)
