@@ -96,7 +96,6 @@ def main(config: ServeConfig):
     from nanovlm.infer.engine import Engine
     from nanovlm.infer.service import Service
     from nanovlm.infer.worker import Worker
-    from nanovlm.model.cache_attention import BLOCK
     from nanovlm.model.inference import prepare
     from nanovlm.model.quantized import quantize
 
@@ -117,7 +116,7 @@ def main(config: ServeConfig):
         config.name or config.model,
         limits,
         num_rows=config.num_rows,
-        longest=min(model.config.decoder.max_position_embeddings, BLOCK * len(engine.blocks.all)),
+        longest=engine.longest,
     )
     run(service, listening, config.host, config.grace)
 

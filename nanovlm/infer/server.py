@@ -40,7 +40,7 @@ SENDING_SECONDS = 10  # beyond the time-out of a request, to tell a client of it
 MANY_TOKENS = 256  # that a client has not read yet: they are written in a thread of their own
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # What the page shows and runs comes from this server alone; pictures are those that were dropped on it.
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "

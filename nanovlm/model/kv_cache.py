@@ -93,7 +93,8 @@ class CachePass:
         values.index_copy_(0, self.slots, v)
         outs = []
         for group, after in itertools.zip_longest(self.groups, self.groups[1:]):
-            own = q if len(self.groups) == 1 else q[group.start : after and after.start]
+            end = None if after is None else after.start
+            own = q if len(self.groups) == 1 else q[group.start : end]
             rows = own[:, None] if group.num_new == 1 else own.unflatten(0, (-1, group.num_new))
             outs.append(self.cache.attend(rows, keys, values, group.plan).flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
