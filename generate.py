@@ -274,6 +274,7 @@ def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, 
             print()
             return
         except KeyboardInterrupt:
+            cli.interrupts.clear()
             print("\n/exit leaves.")
             continue
         if line == "/exit":
@@ -298,6 +299,7 @@ def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, 
             print(error)
             continue
         except KeyboardInterrupt:  # the second one, perhaps in the middle of a step
+            cli.interrupts.clear()
             said, engine = [], make_engine()
         if not said:
             print("\nstopped; the question and its answer are forgotten.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from nanovlm.errors import UserError, printable
 
 PROJECT = Path(__file__).resolve().parent.parent  # the checkout; site-packages where the wheel is installed
+interrupts: list[int] = []  # of which `run` has raised KeyboardInterrupt; a program that goes on after one clears it
 
 
 def end_on_interrupt():
@@ -24,6 +25,11 @@ def end_on_interrupt():
 def _end(_number, _frame):
     os.write(sys.stderr.fileno(), b"\nstopped\n")
     os._exit(130)
+
+
+def _interrupt(number, _frame):
+    interrupts.append(number)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -40,7 +46,7 @@ def watch_signals(*numbers: int):
 
     def note(number, _frame):
         if number == signal.SIGINT and number in seen:
-            raise KeyboardInterrupt
+            _interrupt(number, _frame)
         seen.append(number)
 
     before = {number: signal.signal(number, note) for number in numbers}
@@ -59,30 +65,34 @@ def run(main: Callable):
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        if is_guarded := signal.getsignal(signal.SIGINT) == _end:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if handler in (signal.default_int_handler, _end):
+            signal.signal(signal.SIGINT, _interrupt)
         result = main()
         sys.stdout.flush()
-        if is_guarded:
-            signal.signal(signal.SIGINT, _end)
         return result
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         end(128 + signal.SIGPIPE)
-    except (ValueError, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupts or isinstance(error, KeyboardInterrupt):  # a library may make another error of it
+            sys.unraisablehook = lambda _unraisable: None  # what is half made cannot always be deleted
+            print("\nstopped", file=sys.stderr)
+            end(130)
         if not isinstance(error, UserError | OSError) and not is_refused_by_kernels(error):
             raise
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"{rank}error: {printable(str(error), most=4000)}", file=sys.stderr)
         end(2)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        end(130)
     except SystemExit as error:
         if not isinstance(error.code, int):
             raise
         end(error.code)
+    finally:
+        interrupts.clear()
+        if handler in (signal.default_int_handler, _end):
+            signal.signal(signal.SIGINT, handler)
 
 
 def end(status: int):
@@ -100,8 +110,10 @@ def end(status: int):
     os._exit(status)
 
 
-def is_refused_by_kernels(error: ValueError) -> bool:
+def is_refused_by_kernels(error: BaseException) -> bool:
     """Return whether a kernel refuses its inputs: as kernels import nothing of ours, they raise no UserError."""
+    if not isinstance(error, ValueError):
+        return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     kernels = Path(__file__).parent / "kernels"
     return Path(last.filename).resolve().parent == kernels.resolve() and (last.line or "").startswith("raise ")

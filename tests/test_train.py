@@ -396,6 +396,25 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, unbro
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_ctrl_c_is_no_error_of_a_library_that_makes_another_of_it(ctrl_c, capsys):
+    """Safetensors does, in the milliseconds in which it makes a tensor."""
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            pass  # as code that is no Python drops it
+        raise ValueError("could not determine the shape")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "\nstopped\n")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    with pytest.raises(ValueError, match="another time"):
+        cli.run(lambda: exec("raise ValueError('another time')"))
+
+
 @pytest.mark.parametrize("command", [["train.py"], ["generate.py", "--model", "m"], ["-m", "eval.run", "m"]])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, ctrl_c, command):
     """A module in place of torch is imported until the signal comes."""
