@@ -27,6 +27,11 @@ from tests.test_train import SMALL, metrics, run
 class Focal:
     """A loss that cares less for what is known: (1 - p)^2 times cross-entropy (Lin et al. 2017, arXiv 1708.02002)."""
 
+    learns_from, state = "answers", {}
+
+    def __init__(self, config, processor, device):
+        pass
+
     def count(self, batch):
         return len(batch.trained)
 
@@ -119,7 +124,7 @@ def test_another_projector(monkeypatch, processor):
     monkeypatch.setitem(projector.PROJECTORS, "mlp", MLP)
     model = VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="mlp")))
     batch = make_batch([make_document(processor, 0, ("what?", "red"))])
-    OBJECTIVES["next_token"]().loss(model, batch).backward()
+    OBJECTIVES["next_token"](None, None, None).loss(model, batch).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters())
     with pytest.raises(ValueError, match=r"projector\.type = 'mpl' is unknown"):
         VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="mpl")))

@@ -15,18 +15,22 @@ from nanovlm.config.model import (
     VisionConfig,
     VLMConfig,
 )
+from nanovlm.config.post import DistillConfig, GroupConfig, PreferenceConfig
 from nanovlm.config.run import DataConfig, EvalConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.config.sampling import SamplingConfig
 
 __all__ = [
     "DataConfig",
     "DecoderConfig",
+    "DistillConfig",
     "EvalConfig",
+    "GroupConfig",
     "InitConfig",
     "MoEConfig",
     "OptimConfig",
     "ParallelConfig",
     "ParamRule",
+    "PreferenceConfig",
     "ProjectorConfig",
     "QuantizationConfig",
     "RopeScalingConfig",

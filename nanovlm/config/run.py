@@ -6,6 +6,7 @@ from typing import Literal
 
 from nanovlm.config.fields import check, check_finite, integers
 from nanovlm.config.model import VLMConfig
+from nanovlm.config.post import DistillConfig, GroupConfig, PreferenceConfig
 from nanovlm.errors import UserError
 
 
@@ -182,6 +183,12 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token.
     objective: str = "next_token"
+    # Objective preference: what is preferred to what, and how that is learned.
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    # Objective group: the model's own answers and their rewards.
+    group: GroupConfig = field(default_factory=GroupConfig)
+    # Objective distill: the teacher and what of it is learned.
+    distill: DistillConfig = field(default_factory=DistillConfig)
     # Seed of the weights and of the order of the data.
     seed: int = 0
     # cpu, cuda, or auto (cuda when there is one).
@@ -201,7 +208,8 @@ class TrainConfig:
 
     def validate(self) -> "TrainConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
-        self.model.validate()
+        for part in (self.model, self.preference, self.group, self.distill):
+            part.validate()
         d, o = self.data, self.optim
         check(
             self.model.quantization is None,

@@ -24,11 +24,14 @@ branch 1    all         causal     .
 branch 2    all         .          causal
 ```
 
-Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none.
+Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none. What else is
+known about each trained token, such as a weight or the log-probability under a reference, travels beside the labels as
+`values`: by its name a float32 tensor of their shape.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import PIL.Image
 import torch
@@ -64,6 +67,7 @@ class Document:
     labels: Tensor
     branch_ids: Tensor
     tiles: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self):
         return len(self.input_ids)
@@ -94,6 +98,7 @@ class Row:
     tiles: Tensor
     # int32[n]: the document of each tile.
     tile_doc_ids: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,6 +114,7 @@ class Batch:
     tile_doc_ids: Tensor
     # int64[N]: flat indices of the positions with a label. Computed on creation: on a GPU the host would have to wait.
     trained: Tensor = None  # pyright: ignore[reportAssignmentType]
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.trained is None:
@@ -118,18 +124,28 @@ class Batch:
         """Return the batch with every tensor on `device`; a copy to a GPU overlaps with the computation there."""
         device = torch.device(device)
         if device.type != "cuda":
-            return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+            return self._map(lambda tensor: tensor.to(device))
         with torch.cuda.stream(copy_stream(device)):
-            batch = Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+            batch = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         now = torch.cuda.current_stream(device)
         now.wait_stream(copy_stream(device))
-        for tensor in vars(batch).values():
-            tensor.record_stream(now)
+        batch._map(lambda tensor: tensor.record_stream(now))
         return batch
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from which a GPU copies while it computes."""
-        return Batch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def value(self, name: str) -> Tensor:
+        """fp32[N]: `values[name]` at the trained positions; 0 where no document of the batch has any."""
+        if name not in self.values:
+            return torch.zeros(len(self.trained), device=self.trained.device)
+        return self.values[name].flatten()[self.trained]
+
+    def _map(self, function: Callable) -> "Batch":
+        """Apply a function to every tensor."""
+        tensors = {name: function(tensor) for name, tensor in vars(self).items() if name != "values"}
+        return Batch(**tensors, values={name: function(tensor) for name, tensor in self.values.items()})
 
 
 @functools.cache

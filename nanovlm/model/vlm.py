@@ -36,6 +36,16 @@ class Extras:
         self.load: Tensor | int = 0
         self.num_tokens: Tensor | int = 0
         self.router_loss: Tensor | int = 0
+        # Over the step: metrics of the objective, each the sum of something and the number of what it is summed over.
+        self.means: dict[str, tuple[Tensor, Tensor | int]] = {}
+
+    def add(self, name: str, total: Tensor, number: Tensor | int):
+        """Add to a metric of the step: the sum of all totals is divided by that of all numbers.
+
+        A loss adds the same names in the same order whatever the batch, as ranks sum them up.
+        """
+        before, num_before = self.means.get(name, (0, 0))
+        self.means[name] = before + total.detach(), num_before + number
 
 
 class VLM(nn.Module):

@@ -1,20 +1,32 @@
 """What a run learns. To add an objective, write a file of its own and an entry of OBJECTIVES."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from nanovlm.config import TrainConfig
+from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.next_token import NextToken
 
 
 class Objective(Protocol):
-    """What a run learns. Made once per run, without arguments; may hold what it needs, such as a teacher.
+    """What a run learns. Made once a run, on every rank; may hold what it needs, such as a teacher.
 
     The loss of a step is the sum over its micro-batches and ranks, divided by the units in all of them, so that it does
     not depend on how documents fall into micro-batches.
     """
+
+    # What it learns from: the answers of records; pairs, records of a chosen and a rejected answer; or own, answers
+    # of the model itself to the questions of records, which train/rollouts.py samples.
+    @property
+    def learns_from(self) -> Literal["answers", "pairs", "own"]: ...
+
+    # Tensors that change during the run, equal on all ranks; checkpoints keep them.
+    state: dict[str, Tensor]
 
     def count(self, batch: Batch) -> int:
         """Return the units of a batch that the loss is divided by: trained tokens, or pairs, or groups."""
@@ -25,4 +37,4 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}
+OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective]] = {"next_token": NextToken}

@@ -1,5 +1,7 @@
 """Batch -> sum of the losses of its trained tokens, each predicted from the tokens before it."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from nanovlm.data.types import Batch
@@ -9,6 +11,11 @@ from nanovlm.objectives.losses import next_token_loss, router_loss
 
 class NextToken:
     """Predict every trained token from the tokens before it; with a mixture of experts, keep its load even."""
+
+    learns_from: Literal["answers"] = "answers"
+
+    def __init__(self, config=None, processor=None, device=None):
+        self.state = {}
 
     def count(self, batch: Batch) -> int:
         return len(batch.trained)

@@ -49,8 +49,21 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
         metrics["routing"] = stats
     if isinstance(extras.router_loss, torch.Tensor):
         metrics["router_loss"] = distributed.add_up_tensor(extras.router_loss) / max(1, num_units)
+    metrics |= average(extras.means, device)
     state.step += 1
     return {"step": state.step} | metrics
+
+
+def average(means: dict[str, tuple], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the metrics of an objective over all ranks, each the quotient of two sums: NaN where the second is 0.
+
+    Every call of a loss adds the same names, so that all ranks have them.
+    """
+    if not means:
+        return {}
+    sums = torch.stack([torch.as_tensor(x, device=device).float() for pair in means.values() for x in pair])
+    totals, numbers = distributed.add_up_tensor(sums).view(-1, 2).unbind(1)
+    return dict(zip(means, (totals / numbers).unbind(), strict=True))
 
 
 def autocast(state: TrainState) -> torch.autocast:
