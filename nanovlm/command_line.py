@@ -162,6 +162,8 @@ def parse_train(args: list[str], about: str | None = None) -> TrainConfig:
     if recipe.model.decoder.moe is None and any(a.startswith(("--model.decoder.moe.", "--help")) for a in args):
         decoder = dataclasses.replace(recipe.model.decoder, moe=MoEConfig())
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, decoder=decoder))
+    if "--help" not in args:
+        recipe = start_from_model(recipe, args)
     if values(args, "--model.vision")[-1:] == ["None"]:  # a language model: tyro cannot take a whole part away
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vision=None, image_token_id=None))
         args = without(args, "--model.vision")
@@ -193,6 +195,30 @@ def read_run(args: list[str]) -> TrainConfig | None:
     if not steps_taken(Path(folders[-1])):
         raise UserError(f"{folders[-1]} took no step: name its preset again, one of {', '.join(PRESETS)}")
     return read_config(Path(folders[-1]))
+
+
+def start_from_model(recipe: TrainConfig, args: list[str]) -> TrainConfig:
+    """Return a recipe with the model of --init.model, or of its own init.model, in place of its own.
+
+    A run that started from there and took steps is asked instead: the model may be gone by now. Raises UserError for
+    options about an image encoder that the model lacks.
+    """
+    given = values(args, "--init.model")
+    name, run_dir = [recipe.init.model, *given][-1], Path([recipe.run_dir, *values(args, "--run-dir")][-1])
+    if not name:
+        return recipe
+    if given:  # it brings all parts
+        recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, vision="", decoder=""))
+    recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, model=name))
+    from nanovlm.train.init import take_model  # takes seconds
+    from nanovlm.train.resume import read_config, steps_taken
+
+    saved = read_config(run_dir) if (run_dir / "config.json").is_file() and steps_taken(run_dir) else None
+    recipe = take_model(recipe, saved.model if saved and saved.init.model == name else None)
+    about_vision = [arg for arg in args if arg.startswith("--model.vision.")]
+    if recipe.model.vision is None and about_vision:
+        raise UserError(f"init.model = {name!r} is a language model, without an image encoder for {about_vision[0]}")
+    return recipe
 
 
 def values(args: list[str], option: str) -> list[str]:
@@ -235,6 +261,7 @@ def describe(config: TrainConfig, about: str) -> str:
             owner = getattr(owner, part)
         value = getattr(owner, last)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        shown = "(as init.model)" if name.startswith("model.") and config.init.model else shown
         name = name.replace("_", "-")
         if isinstance(value, bool):  # --wandb is said without a value
             name, shown = (f"no-{name}", "") if value else (name, "")

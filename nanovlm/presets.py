@@ -101,7 +101,9 @@ def small() -> TrainConfig:
                 head_dim=64,
             ),
         ),
-        data=DataConfig(sources=(), row_length=1024, batch_rows=2, val_fraction=0.05, tokenizer_size=vocab_size),
+        data=DataConfig(
+            sources=(), row_length=1024, too_long="shrink", batch_rows=2, val_fraction=0.05, tokenizer_size=vocab_size
+        ),
         optim=OptimConfig(
             steps=1000,
             warmup_steps=50,

@@ -12,7 +12,8 @@ from nanovlm.errors import UserError
 
 @dataclass(frozen=True)
 class InitConfig:
-    # A whole model: a folder, such as the model/ of an earlier run, or a repository of the hub, owner/name[@revision].
+    # A whole model: a folder, such as the model/ of an earlier run, a repository of the hub, owner/name[@revision], a
+    # .gguf file or smollm2. The command line takes its config, too, and changes only what other options name.
     model: str = ""
     # Noise on experts that are copies of a dense layer, relative to its weights.
     upcycle_noise: float = 0.0

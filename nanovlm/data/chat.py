@@ -158,6 +158,10 @@ class Processor:
         ids, _labels = self._tokens(spans)
         return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), ())
 
+    def token_ids(self) -> list[int]:
+        """Return the ids of all tokens, in order; the model's table may have more rows."""
+        return sorted(set(self.tokenizer.get_vocab().values()))
+
     def num_image_tokens(self, width: int, height: int) -> int:
         """Count the tokens of a single image of this size, markers included; its pixels are not needed."""
         return len(self._tokens((self._show(width, height),))[0])

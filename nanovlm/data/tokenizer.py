@@ -124,13 +124,14 @@ def tokenizer_errors(sentence: str) -> Iterator[None]:
 
 
 def extend_tokenizer(tokenizer: Tokenizer, markers: Iterable[str], image_token_id: int | None) -> Tokenizer:
-    """Append the special tokens of images that a tokenizer lacks; return it. Without image_token_id, change nothing.
+    """Return a tokenizer with the special tokens of images appended that it lacks; without image_token_id, itself.
 
     The image token comes first, then the markers of layouts. Raises UserError if its id is not `image_token_id`.
     """
     if image_token_id is None:
         return tokenizer
     missing = [token for token in (IMAGE_TOKEN, *markers) if tokenizer.token_to_id(token) is None]
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     if (found := tokenizer.token_to_id(IMAGE_TOKEN)) != image_token_id:
         raise UserError(f"image_token_id = {image_token_id}, but {IMAGE_TOKEN} is token {found} of the tokenizer")

@@ -3,7 +3,7 @@
 `fill_vision` and `fill_decoder` copy a part of it into another model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,13 +41,16 @@ def fill_vision(places: Places, stored: Stored):
 
 
 @torch.no_grad()
-def fill_decoder(places: Places, stored: Stored):
+def fill_decoder(places: Places, stored: Stored, ids: Iterable[int]):
     """Copy the decoder of a stored model into that of another, whose vocabulary may be larger.
 
-    The rows of new tokens become the mean of the old ones, plus noise of 1 % of their standard deviation, so that the
-    old tokens stay about as likely as before (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    `ids` are the tokens of the other. The rows of new tokens, and rows that the file lacks, become the mean of the rows
+    that the file's own tokens use, plus noise of 1 % of their standard deviation, so that the old tokens stay about as
+    likely as before (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). Rows of the file that no token used
+    or uses stay as they are.
     """
-    size = stored.config.decoder.vocab_size
+    size, used = stored.config.decoder.vocab_size, stored.processor.token_ids()
+    taken = sorted(i for i in set(ids).difference(used) if i < size)
     tables = {
         name: places[name] for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight") if name in places
     }
@@ -55,9 +58,13 @@ def fill_decoder(places: Places, stored: Stored):
     olds = {name: torch.empty(size, *table.shape[1:], dtype=table.dtype) for name, table in tables.items()}
     _fill(places | olds, stored, "decoder.")
     for name, table in tables.items():
-        old, new = olds[name], table[size:]
+        old = olds[name]
+        trained = old[used]
+        noise = torch.randn(len(taken) + len(table) - size, *table.shape[1:], dtype=table.dtype)
+        new = trained.mean(0) + 0.01 * trained.std(0) * noise
+        old[taken] = new[: len(taken)]
         table[:size].copy_(old)
-        new.copy_(old.mean(0) + 0.01 * old.std(0) * torch.randn(new.shape, dtype=table.dtype))
+        table[size:].copy_(new[len(taken) :])
 
 
 def _fill(places, stored, prefix):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from nanovlm import distributed
 from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VisionConfig, VLMConfig, differences, pick
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import marker_tokens
+from nanovlm.data.images import marker_tokens, plan_tiles
 from nanovlm.data.tokenizer import (
     CHAT_TEMPLATES,
     COMPLETION_TEMPLATE,
@@ -39,14 +39,26 @@ from nanovlm.model.build import empty_model
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
 from nanovlm.sharded import Places, Rows, local_part, places, writable
 
-# Settings of a mixture that may differ from the model that a run starts from: none changes what the weights mean.
-MOE_FIELDS_OF_TRAINING = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
-
-# Settings of its decoder that may differ, for the same reason.
-BACKENDS = ("attention", "cross_entropy")
+# Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
+FREE_OF_VISION = ("attention",)
+FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge")  # how many tiles, not what is in one
+FREE_OF_DECODER = ("attention", "cross_entropy", "max_position_embeddings")
+FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
 # The stacked matrices of a mixture's experts; a dense layer has one of each.
 STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def take_model(config: TrainConfig, theirs: VLMConfig | None = None) -> TrainConfig:
+    """Return the config with the model of its init.model in place of its own, which is `theirs` if that is known.
+
+    A mixture of experts of its own stays where theirs is dense, with experts of their width: it is to be upcycled.
+    """
+    theirs, moe = theirs or find_model(config.init.model).config, config.model.decoder.moe
+    if moe is not None and theirs.decoder.moe is None:
+        moe = dataclasses.replace(moe, intermediate_size=theirs.decoder.intermediate_size)
+        theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=moe))
+    return dataclasses.replace(config, model=theirs)
 
 
 def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Callable[[VLM], None]]:
@@ -63,9 +75,7 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     if init.vision:
         assert wanted.vision is not None
         theirs, fill_part = _open_vision(init.vision)
-        _check_same(
-            init.vision, dataclasses.replace(theirs, attention=wanted.vision.attention), wanted.vision, "vision."
-        )
+        _check_same(init.vision, _with(theirs, wanted.vision, FREE_OF_VISION), wanted.vision, "vision.")
         fillers.append(fill_part)
     decoder = find_model(init.decoder) if init.decoder else None
     if decoder is not None:
@@ -78,7 +88,7 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
             )
         theirs = dataclasses.replace(_for_training(theirs, wanted.decoder), vocab_size=wanted.decoder.vocab_size)
         _check_same(init.decoder, theirs, wanted.decoder, "decoder.")
-        fillers.append(lambda places: fill_decoder(places, decoder))
+        fillers.append(lambda places: fill_decoder(places, decoder, processor.token_ids()))
 
     def make_processor():
         if decoder is None:
@@ -92,7 +102,8 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
         for fill_part in fillers:
             fill_part(places(model))
 
-    return share_processor(make_processor, wanted), fill
+    processor = share_processor(make_processor, wanted)
+    return processor, fill
 
 
 def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:
@@ -119,11 +130,11 @@ def _prepare_from_model(config):
         is_upcycled = True
         check_upcycling(theirs.decoder, moe)
         theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=moe))
-    decoder = _for_training(theirs.decoder, wanted.decoder)
-    vision = theirs.vision
+    decoder, vision = _for_training(theirs.decoder, wanted.decoder), theirs.vision
     if vision is not None and wanted.vision is not None:
-        vision = dataclasses.replace(vision, attention=wanted.vision.attention)
-    _check_same(init.model, dataclasses.replace(theirs, vision=vision, decoder=decoder), wanted)
+        vision = _with(vision, wanted.vision, FREE_OF_VISION)
+    tiling = _with(theirs.tiling, wanted.tiling, FREE_OF_TILING)
+    _check_same(init.model, dataclasses.replace(theirs, vision=vision, tiling=tiling, decoder=decoder), wanted)
 
     def make_processor():
         return Processor(stored.processor.tokenizer, _template(config, stored.processor.chat_template), wanted)
@@ -134,7 +145,30 @@ def _prepare_from_model(config):
         else:
             stored.fill(places(model))
 
-    return share_processor(make_processor, wanted), fill
+    processor = share_processor(make_processor, wanted)
+    check_room(processor, config)
+    return processor, fill
+
+
+def check_room(processor: Processor, config: TrainConfig):
+    """Raise UserError where rows have no room for a square picture as the model cuts it, and none is to be cut smaller.
+
+    Idefics3 makes every picture as large as its longest_edge, so that each would be too long.
+    """
+    data, side = config.data, config.model.tile_size
+    if config.model.vision is None or data.too_long == "shrink":
+        return
+    tokens, tiles = processor.num_image_tokens(side, side), plan_tiles(side, side, config.model).num_tiles
+    for field, value, least in (
+        ("row_length", data.row_length, tokens + 1),
+        ("max_tiles", data.max_tiles or tiles, tiles),
+    ):
+        if value < least:
+            raise UserError(
+                f"data.{field} = {value} has no room for a square picture, which {config.init.model} cuts into {tiles} "
+                f"tiles, {tokens} tokens in all: set it to at least {least}, model.tiling.longest_edge = "
+                f"{config.model.tiling.longest_edge} to less, or data.too_long to shrink"
+            )
 
 
 def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
@@ -228,11 +262,14 @@ def _template(config: TrainConfig, otherwise: str) -> str:
 
 def _for_training(theirs: DecoderConfig, wanted: DecoderConfig) -> DecoderConfig:
     """Return their config with what may differ, as it does not change what the weights mean."""
-    theirs = dataclasses.replace(theirs, **{field: getattr(wanted, field) for field in BACKENDS})
+    theirs = _with(theirs, wanted, FREE_OF_DECODER)
     if theirs.moe is None or wanted.moe is None:
         return theirs
-    changes = {field: getattr(wanted.moe, field) for field in MOE_FIELDS_OF_TRAINING}
-    return dataclasses.replace(theirs, moe=dataclasses.replace(theirs.moe, **changes))
+    return dataclasses.replace(theirs, moe=_with(theirs.moe, wanted.moe, FREE_OF_MOE))
+
+
+def _with(theirs, wanted, fields):
+    return dataclasses.replace(theirs, **{field: getattr(wanted, field) for field in fields})
 
 
 def _refuse_quantized(name, config):

@@ -219,7 +219,7 @@ def test_each_rank_keeps_its_rows_of_a_decoder(hub, tmp_path):
     decoder = dataclasses.replace(stored.config.decoder, vocab_size=416)
     model = VLM(dataclasses.replace(stored.config, decoder=decoder))
     torch.manual_seed(0)
-    fill_decoder(model.state_dict(), stored)
+    fill_decoder(model.state_dict(), stored, stored.processor.token_ids())
     for rank in range(3):
         places = {}
         for name, tensor in model.state_dict().items():
@@ -227,7 +227,7 @@ def test_each_rank_keeps_its_rows_of_a_decoder(hub, tmp_path):
             rows = torch.full_like(tensor, 7)[rank * size : (rank + 1) * size]
             places[name] = Rows(rows, tensor.shape, min(rank * size, len(tensor)))
         torch.manual_seed(0)
-        fill_decoder(places, stored)
+        fill_decoder(places, stored, stored.processor.token_ids())
         for name, rows in places.items():
             assert rows.equal(model.state_dict()[name]), (rank, name)
 
