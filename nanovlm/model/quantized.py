@@ -16,10 +16,18 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nanovlm.config import QuantizationConfig
 from nanovlm.errors import UserError
-from nanovlm.kernels.quantized_weight import NUM_BITS, QuantizedWeight, dequant_matmul_ref, make_tables, pack
+from nanovlm.kernels.quantized_weight import (
+    NUM_BITS,
+    QuantizedWeight,
+    dequant_matmul_ref,
+    dequantize_ref,
+    make_tables,
+    pack,
+)
 from nanovlm.model.packed import PackedWeight
 from nanovlm.model.vlm import VLM
 
@@ -66,6 +74,7 @@ class QuantizedLinear(nn.Module):
     """
 
     codes: Tensor | None
+    scales: Tensor
 
     def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
         super().__init__()
@@ -84,7 +93,7 @@ class QuantizedLinear(nn.Module):
             y = self.packed(x)
             y = y if len(self.packed.sizes) == 1 else y.split(self.packed.sizes, dim=-1)[self.index]
             return y if self.bias is None else y + self.bias
-        return (load_kernel() if x.is_cuda else dequant_matmul_ref)(x, self.weight(), self.bias)
+        return (load_kernel() if x.is_cuda else dequant_matmul)(x, self.weight(), self.bias)
 
     def weight(self) -> QuantizedWeight:
         tensors = {name: getattr(self, name) for name in TENSORS}
@@ -92,6 +101,10 @@ class QuantizedLinear(nn.Module):
             assert self.packed is not None
             tensors["codes"] = self.packed.unpack(self.index)
         return QuantizedWeight(self.format, self.shape, self.group, **tensors, tables=self.tables)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, fp32[N, K]."""
+        return dequantize_ref(self.weight())
 
     def pack(self, packed: PackedWeight, index: int):
         """Multiply with the packed weight from now on, of which this layer's is part `index`."""
@@ -121,12 +134,36 @@ class QuantizedLinear(nn.Module):
 
 
 def load_kernel():
-    """Import the fused product on demand, as a CPU does not need Triton; without Triton return the reference."""
+    """Import the fused product on demand, as a CPU does not need Triton; without Triton return torch's."""
     try:
-        from nanovlm.kernels.dequant_matmul import dequant_matmul
+        from nanovlm.kernels import dequant_matmul as kernel
     except ModuleNotFoundError:
-        return dequant_matmul_ref
-    return dequant_matmul
+        return dequant_matmul
+    return kernel.dequant_matmul
+
+
+def dequant_matmul(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x [..., K] -> [..., N] by torch's own operators."""
+    return DequantMatmul.apply(x, w, bias)  # pyright: ignore[reportReturnType]
+
+
+class DequantMatmul(torch.autograd.Function):
+    """Keeps the codes for the backward pass, which dequantises again, not the weight: equal bits, an eighth of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.w = w
+        return dequant_matmul_ref(x, w, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ dequantize_ref(ctx.w).to(grad.dtype)
+        if ctx.needs_input_grad[2]:
+            db = grad.flatten(0, -2).sum(0)
+        return dx, None, db
 
 
 # The tensors of a quantised layer's state dict that take the place of its weight.

@@ -166,7 +166,7 @@ def test_a_model_through_the_kernels(processor, device, monkeypatch, format):
     model, batch = quantize(random_model().to(device), QuantizationConfig(format)), batch_of(processor).to(device)
     expected = random_model()
     expected.load_state_dict(quantize(expected, QuantizationConfig(format)).state_dict())
-    monkeypatch.setattr(quantized, "dequant_matmul_ref", quantized.load_kernel())
+    monkeypatch.setattr(quantized, "dequant_matmul", quantized.load_kernel())
     logits = model.logits(batch)
     monkeypatch.undo()
     expected = expected.logits(batch_of(processor))
