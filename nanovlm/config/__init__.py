@@ -15,11 +15,12 @@ from nanovlm.config.model import (
     VisionConfig,
     VLMConfig,
 )
-from nanovlm.config.post import DistillConfig, GroupConfig, PreferenceConfig
+from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PreferenceConfig
 from nanovlm.config.run import DataConfig, EvalConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.config.sampling import SamplingConfig
 
 __all__ = [
+    "AdapterConfig",
     "DataConfig",
     "DecoderConfig",
     "DistillConfig",

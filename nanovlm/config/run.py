@@ -6,7 +6,7 @@ from typing import Literal
 
 from nanovlm.config.fields import check, check_finite, integers
 from nanovlm.config.model import VLMConfig
-from nanovlm.config.post import DistillConfig, GroupConfig, PreferenceConfig
+from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PreferenceConfig
 from nanovlm.errors import UserError
 
 
@@ -174,6 +174,8 @@ class TrainConfig:
     model: VLMConfig = field(default_factory=VLMConfig)
     # Which weights the run starts from; random ones by default.
     init: InitConfig = field(default_factory=InitConfig)
+    # Small matrices that learn in place of the model's weights.
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     # The data.
     data: DataConfig = field(default_factory=DataConfig)
     # The optimizer and its schedule.
@@ -209,12 +211,22 @@ class TrainConfig:
 
     def validate(self) -> "TrainConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
-        for part in (self.model, self.preference, self.group, self.distill):
+        for part in (self.model, self.adapter, self.preference, self.group, self.distill):
             part.validate()
         d, o = self.data, self.optim
         check(
-            self.model.quantization is None,
-            f"model.quantization = {self.model.quantization} must be None: a model is quantised once it is trained",
+            self.model.quantization is None or self.adapter.rank,
+            f"model.quantization = {self.model.quantization} must be None, as codes do not learn: give adapter.rank",
+        )
+        check(
+            not self.adapter.rank or self.init.model or self.init.decoder,
+            f"adapter.rank = {self.adapter.rank} adapts a model that has learned: name one by init.model or "
+            "init.decoder, or leave it out to train all weights",
+        )
+        check(
+            not self.adapter.base or self.model.quantization is None,
+            f"adapter.base = {self.adapter.base} rounds a model that is not quantised yet: leave it out to use "
+            f"model.quantization = {self.model.quantization}",
         )
         for name, value, least in (
             *(

@@ -1,7 +1,7 @@
 """A model -> the same model, whose decode steps take less time, on a CPU.
 
 ```
-q, k, v and gate, up     one product each instead of five (joined.py)
+q, k, v and gate, up     one product each instead of five (joined.py), where none has adapters
 quantised weights        products that read the few bits (packed.py) instead of writing the weights out
 head, if quantised       a copy in int8
 fp32 weights             stored transposed, [K, N]: products with one row read them in order
@@ -18,6 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nanovlm.errors import UserError
+from nanovlm.model.adapted import ADAPTED, AdaptedLinear
+from nanovlm.model.adapters import adapted_layers
 from nanovlm.model.compiled import compile_steps
 from nanovlm.model.decoder import Attention, Decoder, RMSNorm
 from nanovlm.model.joined import Joined
@@ -42,6 +45,8 @@ def prepare(model: VLM, int8_head: bool | None = None, compiles: bool = False) -
     """
     if model.decoder.embed_tokens.weight.device.type == "cpu":
         prepare_for_cpu(model, int8_head)
+    if compiles and adapted_layers(model.decoder):
+        raise UserError("a model with adapters, which may change, cannot be compiled: merge it, or leave --compile out")
     model.decoder.compiled = compile_steps(model.decoder) if compiles else None
     return model
 
@@ -76,12 +81,17 @@ def copy_head(decoder: Decoder) -> Joined:
 def join(joined: Joined | None, *layers: nn.Module) -> Joined | None:
     """Return the product for all layers, whose weights it shares, or None where there is none.
 
-    There is none for layers of different kinds, and for other modules than linear layers.
+    There is none for layers of different kinds, for other modules than linear layers, and where a layer has adapters:
+    each is then called for itself, the product of its base made fast where it can be.
     """
     if joined is not None and joined.is_current(layers):
         return joined
+    if len(layers) > 1 and any(type(layer) in ADAPTED.values() for layer in layers):
+        for layer in layers:
+            join(None, layer)
+        return None
     quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-    linear = [layer for layer in layers if type(layer) is nn.Linear]
+    linear = [x for x in layers if isinstance(x, nn.Linear) and type(x) in (nn.Linear, AdaptedLinear)]
     if len(quantized) == len(layers):
         weight, sizes = pack_layers(quantized), [layer.shape[0] for layer in quantized]
     elif len(linear) == len(layers):

@@ -105,10 +105,14 @@ class MoE(nn.Module):
         x_RD = x.flatten(0, 1)
         routing = self.route(x_RD, None if is_token is None else is_token.flatten())
         weights = routing.weights.to(x.dtype)
-        y_RD = self.run_experts(x_RD, routing.choice, weights, self.gate_proj, self.up_proj, self.down_proj)
+        y_RD = self.run(x_RD, routing.choice, weights)
         if self.shared is not None:
             y_RD = y_RD + self.shared(x_RD)
         return y_RD.view_as(x), routing
+
+    def run(self, x: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of what each token's experts compute (see EXPERTS)."""
+        return self.run_experts(x, choice, weights, self.gate_proj, self.up_proj, self.down_proj)
 
     def route(self, x: Tensor, is_token: Tensor | None = None) -> Routing:
         """Choose k experts for each of x [R, D], in fp32; ties go to the expert with the lower index."""

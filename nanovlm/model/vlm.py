@@ -9,6 +9,7 @@ input_ids ----> embed_tokens -----------------+--> decoder --> hidden states -->
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,8 @@ class VLM(nn.Module):
         self.decoder = Decoder(config.decoder)
         # Run the encoder on batches without images too; parallel.py sets this.
         self.always_sees = False
+        # What its adapted layers share, an Adapters of adapters.py, which imports this file.
+        self.adapters: Any = None
         with torch.no_grad():
             for tensor, values in initial_weights(self):
                 tensor.copy_(values)

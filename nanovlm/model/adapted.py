@@ -1,0 +1,205 @@
+"""Layers with adapters: LoRA and DoRA on linear, quantised and expert layers. `adapt` (adapters.py) makes them.
+
+```
+LoRA     y = W x + s B A x                               A [r, in], B [out, r], s = alpha / r      arXiv 2106.09685
+rsLoRA   s = alpha / sqrt(r)                                                                       arXiv 2312.03732
+DoRA     y = m (W + s B A) x / |W + s B A|               m [out]; the norms, of rows, are constants in the backward
+                                                         pass: arXiv 2402.09353, section 4.3
+experts  the same W + s B A for each expert, made anew in each pass
+```
+
+Each is a plain layer with adapters beside: the base's tensors keep their names in a state dict, and those of an adapter
+are LAYER.adapters.NAME.lora_A, .lora_B and .magnitude. The stacked experts of a mixture are parameters of one layer, so
+theirs are mlp.adapters.NAME.gate_proj.lora_A [E, r, in].
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.config import AdapterConfig
+from nanovlm.model.moe import MoE
+from nanovlm.model.quantized import QuantizedLinear
+
+STACKS = ("gate_proj", "up_proj", "down_proj")  # the parameters of a mixture, each a matrix for every expert
+
+
+class Adapters:
+    """The adapters of a model, by name, and which of them are on; one object, which all layers share."""
+
+    def __init__(self):
+        self.configs: dict[str, AdapterConfig] = {}
+        # Those that every token uses.
+        self.active: tuple[str, ...] = ()
+        self.is_enabled = True
+        # int64[B, T], the adapter of each token in the place of `active`, -1 for none.
+        self.index: Tensor | None = None
+        # While merged: the layers that plain ones stand for, by name.
+        self.merged: dict[str, nn.Module] = {}
+
+
+class Adapter(nn.Module):
+    """What one adapter adds to a weight [out, in], or to a stack of experts' [E, out, in]."""
+
+    def __init__(self, shape: Sequence[int], config: AdapterConfig, dtype: torch.dtype, device: torch.device | str):
+        """Make the matrices for a weight of this shape; their contents are uninitialised."""
+        super().__init__()
+        *experts, num_outputs, num_inputs = shape
+        self.scale, self.dropout = config.scale, config.dropout
+
+        def make(*size):
+            return nn.Parameter(torch.empty(*experts, *size, dtype=dtype, device=device))
+
+        self.lora_A, self.lora_B = make(config.rank, num_inputs), make(num_outputs, config.rank)
+        self.magnitude = make(num_outputs) if config.use_dora else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> s B A x [..., out]."""
+        return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """W + s B A."""
+        return weight + self.scale * (self.lora_B @ self.lora_A)
+
+    def norms(self, weight: Tensor) -> Tensor:
+        """Return the norms of the rows of W + s B A, at least fp32, constants in the backward pass."""
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            norms = self.changed(widen(weight)).norm(dim=-1)
+            return norms.clamp(min=torch.finfo(norms.dtype).tiny)  # of a row of zeros
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """DoRA's m / |W + s B A| [..., out], or None."""
+        return None if self.magnitude is None else self.magnitude / self.norms(weight)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """Return the weight that a merged layer has."""
+        gain, changed = self.gain(weight), self.changed(weight)
+        return changed if gain is None else gain[..., None] * changed
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in fp32, or in fp64 if it was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --- layers --------------------------------------------------------------------------------------------------
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with adapters; made by `adapt`."""
+
+    adapters: nn.ModuleDict
+    switch: Adapters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_adapters(self, self.weight, super().forward, x)
+
+
+class AdaptedQuantizedLinear(QuantizedLinear):
+    """A quantised linear layer, which is frozen, with adapters (QLoRA, arXiv 2305.14314); made by `adapt`."""
+
+    adapters: nn.ModuleDict
+    switch: Adapters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_adapters(self, None, super().forward, x)
+
+
+class AdaptedMoE(MoE):
+    """A mixture whose stacked experts have adapters; made by `adapt`. In bf16 the changed weights are rounded to it."""
+
+    adapters: nn.ModuleDict
+    switch: Adapters
+
+    def run(self, x: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
+        switch = self.switch
+        if not switch.is_enabled:
+            return super().run(x, choice, weights)
+        if switch.index is None:
+            return self.run_experts(x, choice, weights, *self.changed_experts(switch.active))
+        # All tokens pass the experts of each adapter, with the weight 0 where they use another.
+        index, names = switch.index.flatten(), list(switch.configs)
+        parts = [
+            self.run_experts(x, choice, weights * (index == i)[:, None], *self.changed_experts(names[i : i + 1]))
+            for i in range(len(names))
+        ]
+        return sum(parts, super().run(x, choice, weights * (index == -1)[:, None]))
+
+    def changed_experts(self, names: Sequence[str]) -> list[Tensor]:
+        """Return the three stacks as they are with these adapters."""
+        return [with_adapters(getattr(self, stack), of_stack(self, stack, names)) for stack in STACKS]
+
+
+def of_stack(layer: AdaptedMoE, stack: str, names: Sequence[str]) -> list[Adapter]:
+    """Return the adapters of these names that one of the stacks of a mixture has."""
+    return [layer.adapters[name][stack] for name in names if name in layer.adapters and stack in layer.adapters[name]]  # pyright: ignore
+
+
+def with_adapters(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """Return a weight as it is with the sum of some adapters."""
+    if len(adapters) == 1:
+        return adapters[0].effective(weight)
+    return sum((adapter.effective(weight) - weight for adapter in adapters), weight)
+
+
+def add_adapters(
+    layer: AdaptedLinear | AdaptedQuantizedLinear, weight: Tensor | None, product: Callable, x: Tensor
+) -> Tensor:
+    """Return the layer's output; `product` is that of the base. A `weight` of None is dequantised where DoRA needs it.
+
+    Dropout is as in PEFT: with DoRA, the change of the base's own output is computed from the inputs that are left too.
+    """
+    switch, y = layer.switch, product(x)
+    if not switch.is_enabled:
+        return y
+    if switch.index is not None:
+        return add_for_tokens(layer, weight, x, y, switch.index)
+    out = y
+    for name in switch.active:
+        if name not in layer.adapters:
+            continue
+        adapter: Adapter = layer.adapters[name]  # pyright: ignore[reportAssignmentType]
+        drops = layer.training and adapter.dropout > 0
+        left = F.dropout(x, adapter.dropout) if drops else x
+        change, gain = adapter(left), find_gain(layer, weight, adapter)
+        if gain is not None:
+            change = turn(layer, product(left) if drops else y, change, gain)
+        out = out + change
+    return out.to(y.dtype)
+
+
+def add_for_tokens(
+    layer: AdaptedLinear | AdaptedQuantizedLinear, weight: Tensor | None, x: Tensor, y: Tensor, index: Tensor
+) -> Tensor:
+    """Add to y the change of each token's own adapter: one product with all A, masked, and one with all B."""
+    index = index.view(x.shape[:-1])  # a mixture's shared expert sees tokens end to end
+    numbers = {number: name for number, name in enumerate(layer.switch.configs) if name in layer.adapters}
+    adapters: list[Adapter] = [layer.adapters[name] for name in numbers.values()]  # pyright: ignore[reportAssignmentType]
+    owners = [number for number, a in zip(numbers, adapters, strict=True) for _ in range(len(a.lora_A))]
+    h = F.linear(x, torch.cat([a.lora_A for a in adapters]))  # [B, T, ranks of all]
+    h = h * (index[..., None] == torch.tensor(owners, device=x.device))
+    change = F.linear(h, torch.cat([a.scale * a.lora_B for a in adapters], dim=1))
+    if all(a.magnitude is None for a in adapters):
+        return y + change
+    found = {number: find_gain(layer, weight, a) for number, a in zip(numbers, adapters, strict=True)}
+    ones = torch.ones(y.shape[-1], device=x.device)
+    gains = [ones if (gain := found.get(number)) is None else gain for number in range(len(layer.switch.configs))]
+    return (y + turn(layer, y, change, torch.stack([*gains, ones])[index])).to(y.dtype)
+
+
+def find_gain(layer: AdaptedLinear | AdaptedQuantizedLinear, weight: Tensor | None, adapter: Adapter) -> Tensor | None:
+    if adapter.magnitude is None:
+        return None
+    return adapter.gain(layer.dequantize() if isinstance(layer, QuantizedLinear) else layer.weight)
+
+
+def turn(layer: AdaptedLinear | AdaptedQuantizedLinear, y: Tensor, change: Tensor, gain: Tensor) -> Tensor:
+    """Return DoRA's change of a base's output y: (gain - 1) W x + gain s B A x."""
+    y = y if layer.bias is None else y - layer.bias
+    return (gain - 1) * y + gain * change
+
+
+# What becomes of a layer that is adapted.
+ADAPTED = {nn.Linear: AdaptedLinear, QuantizedLinear: AdaptedQuantizedLinear, MoE: AdaptedMoE}

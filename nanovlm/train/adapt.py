@@ -1,0 +1,202 @@
+"""TrainConfig -> the model that a run trains, with adapters where the config has them; and what the run leaves behind.
+
+```
+build           on the meta device: model -> quantised (adapter.base) -> adapted; then it is sharded
+base_places     where the base's weights go; those of adapter.base are rounded as they come, one at a time
+draw_adapter    the first values of the adapters, from those of the base
+save, load      run_dir/model, merged; of a quantised base: run_dir/model, the base, and run_dir/adapter
+```
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig
+from nanovlm.data.chat import Processor
+from nanovlm.errors import UserError
+from nanovlm.files import new_folder
+from nanovlm.hub.model_folder import load_folder, save_model
+from nanovlm.model.adapted import AdaptedMoE, Adapter
+from nanovlm.model.adapters import (
+    DEFAULT,
+    adapt,
+    adapted_layers,
+    adapter_tensors,
+    find_adapters,
+    is_adapter,
+    load_adapter,
+    merged_tensors,
+)
+from nanovlm.model.build import meta_model
+from nanovlm.model.quantized import TENSORS, QuantizedLinear, quantize, quantize_weight
+from nanovlm.model.vlm import VLM
+from nanovlm.sharded import Places, places, writable
+from nanovlm.tensor_files import read_tensors
+
+
+def build(config: TrainConfig) -> VLM:
+    """Make the model of a run on the meta device. Raises UserError for an adapter that does not fit it."""
+    model, adapter = meta_model(config.model), config.adapter
+    for pattern in adapter.train:
+        if not any(re.search(pattern, name) for name, _ in model.named_parameters()):
+            raise UserError(f"adapter.train has a pattern {pattern!r} that holds for no parameter")
+    if adapter.base:
+        quantize(model, QuantizationConfig(adapter.base), search=False)
+    if adapter.rank:
+        adapt(model, adapter)
+    if config.parallel.expert_ranks > 1 and any(isinstance(layer, AdaptedMoE) for _, layer in adapted_layers(model)):
+        raise UserError(
+            f"parallel.expert_ranks = {config.parallel.expert_ranks} must be 1 where experts have adapters: "
+            "adapter.target can leave them out"
+        )
+    return model
+
+
+# --- first values ---------------------------------------------------------------------------------------------
+
+
+class Rounded:
+    """A place (sharded.py) for a whole weight matrix, which is quantised as it is copied, to the nearest codes.
+
+    Adapters learn around the rounding; nf4 has the codes of bitsandbytes.
+    """
+
+    def __init__(self, layer: QuantizedLinear):
+        self.layer, self.shape, self.ndim, self.dtype = layer, torch.Size(layer.shape), 2, torch.float32
+        self.is_meta = layer.scales.is_meta
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def copy_(self, whole: Tensor):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # means depend on the threads, and a run on more ranks must have the same codes
+        weight = quantize_weight(whole.to(self.layer.scales.device), self.layer.format, self.layer.group, search=False)
+        torch.set_num_threads(threads)
+        for name in TENSORS:
+            if (tensor := getattr(self.layer, name)) is not None:
+                tensor.copy_(getattr(weight, name))
+
+
+def base_places(model: VLM, config: AdapterConfig) -> Places:
+    """Return where the weights of a model as it is stored go: all its tensors but those of adapters."""
+    found = {name: place for name, place in places(model).items() if not is_adapter(name)}
+    if config.base:
+        for path, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                for name in TENSORS:
+                    found.pop(f"{path}.{name}", None)
+                found[f"{path}.weight"] = Rounded(layer)  # pyright: ignore[reportArgumentType]
+    return found
+
+
+@torch.no_grad()
+def draw_adapter(model: VLM, name: str = DEFAULT):
+    """Fill an adapter with its first values; the base has its own already. pissa takes them out of the base.
+
+    Every rank goes through the same whole tensors and keeps its rows, so the values depend on the seed alone. Without
+    adapters nothing is drawn.
+    """
+    if model.adapters is None:
+        return
+    config = model.adapters.configs[name]
+    for layer, weight_name, adapter in find_adapters(model, name):
+        shape = (*adapter.lora_B.shape[:-1], adapter.lora_A.shape[-1])
+        fresh = Adapter(shape, config, adapter.lora_A.dtype, "cpu")
+        is_needed = config.use_dora or config.init == "pissa"
+        base = whole_base(layer, weight_name).to("cpu") if is_needed else torch.empty(0)
+        rest = INITS[config.init](fresh, base)
+        if rest is not base:
+            writable(getattr(layer, weight_name)).copy_(rest)
+        if fresh.magnitude is not None:
+            fresh.magnitude.copy_(fresh.norms(rest))
+        for place, values in zip(adapter.parameters(), fresh.parameters(), strict=True):
+            writable(place).copy_(values)
+
+
+def whole_base(layer: torch.nn.Module, name: str) -> Tensor:
+    """Return a layer's own weight, dequantised, of all ranks."""
+    weight = layer.dequantize() if isinstance(layer, QuantizedLinear) else getattr(layer, name).detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+# Each fills the A [(E,) r, in] and B [(E,) out, r] of an adapter and returns the base that it then is added to.
+
+
+def draw_kaiming(adapter: Adapter, base: Tensor) -> Tensor:
+    """PEFT's default: A uniform up to 1 / sqrt(in), B zero."""
+    bound = adapter.lora_A.shape[-1] ** -0.5
+    adapter.lora_A.uniform_(-bound, bound)
+    adapter.lora_B.zero_()
+    return base
+
+
+def draw_gaussian(adapter: Adapter, base: Tensor) -> Tensor:
+    """PEFT's gaussian: A normal with standard deviation 1 / r, B zero."""
+    adapter.lora_A.normal_(std=1 / adapter.lora_A.shape[-2])
+    adapter.lora_B.zero_()
+    return base
+
+
+def draw_orthogonal(adapter: Adapter, base: Tensor) -> Tensor:
+    """PEFT's orthogonal: A and B small, not zero, and B A zero on average, as they use other rows of one rotation."""
+    *experts, rank, num_inputs = adapter.lora_A.shape
+    rotation = torch.linalg.qr(torch.randn(*experts, rank, rank)).Q
+    adapter.lora_A.copy_((torch.randn(*experts, num_inputs, rank // 2) @ rotation[..., 0::2, :]).mT / 10)
+    adapter.lora_B.copy_(torch.randn(*experts, rank // 2, adapter.lora_B.shape[-2]).mT @ rotation[..., 1::2, :] / 10)
+    return base
+
+
+def draw_pissa(adapter: Adapter, base: Tensor) -> Tensor:
+    """The r largest singular values, which the base loses (Meng et al. 2024, arXiv 2404.02948)."""
+    rank = adapter.lora_A.shape[-2]
+    u, values, v = torch.linalg.svd(base.float(), full_matrices=False)
+    root = (values[..., :rank] / adapter.scale).sqrt()
+    adapter.lora_A.copy_(root[..., None] * v[..., :rank, :])
+    adapter.lora_B.copy_(u[..., :rank] * root[..., None, :])
+    return base - adapter.scale * (adapter.lora_B @ adapter.lora_A)
+
+
+INITS = {"kaiming": draw_kaiming, "gaussian": draw_gaussian, "orthogonal": draw_orthogonal, "pissa": draw_pissa}
+
+
+# --- what a run leaves behind ----------------------------------------------------------------------------------
+
+
+def save(run_dir: Path, suffix: str, model: VLM, processor: Processor, tensors: dict[str, Tensor]):
+    """Write run_dir/model and run_dir/adapter, both names with a suffix, from the tensors of all ranks.
+
+    The model is merged, or, as a quantised one would be rounded again, the base, which needs its adapter. pissa's
+    adapter does not fit the model that the run started from, and is not written.
+    """
+    if model.adapters is None:
+        return save_model(run_dir / f"model{suffix}", model, processor, tensors)
+    config = model.adapters.configs[DEFAULT]
+    if config.init != "pissa":
+        with new_folder(run_dir / f"adapter{suffix}") as folder:
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            own = adapter_tensors(model, DEFAULT, tensors)
+            save_file({name: x.contiguous() for name, x in own.items()}, folder / "adapter.safetensors")
+    if model.config.quantization is None:
+        tensors = merged_tensors(model, tensors)
+    base = {name: x for name, x in tensors.items() if not is_adapter(name)}
+    save_model(run_dir / f"model{suffix}", model, processor, base)
+
+
+def load(run_dir: Path, config: AdapterConfig, device: torch.device) -> tuple[VLM, Processor]:
+    """Read what `save` wrote, in evaluation mode."""
+    model, processor = load_folder(run_dir / "model", device)
+    if config.rank and model.config.quantization is not None:
+        adapt(model, config)
+        load_adapter(model, read_tensors(run_dir / "adapter" / "adapter.safetensors"))
+    return model.eval(), processor
