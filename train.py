@@ -60,10 +60,9 @@ from nanovlm.eval.run import MAX_NEW_TOKENS, answer, evaluate, format_table
 from nanovlm.eval.sheet import choose, describe, draw_sheet
 from nanovlm.eval.tasks import Question, Records, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
-from nanovlm.hub.model_folder import load_folder, save_model
-from nanovlm.model.build import meta_model
+from nanovlm.model import adapters
 from nanovlm.objectives import OBJECTIVES
-from nanovlm.train import best, checkpoint, init, parallel
+from nanovlm.train import adapt, best, checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
@@ -141,10 +140,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     metric = best.choose_metric(config.eval, loss_names(held_out) + [f"accuracy_{task.name}" for task, _ in asked])
 
     # --- model, optimizers, state ------------------------------------------------------------------------
-    model = meta_model(config.model)  # without memory until it is sharded
+    model = adapt.build(config)  # without memory until it is sharded
     total, active = model.count_parameters()
-    parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    assign_rules(model, config.optim)
+    in_codes = adapters.count(model)[1] - total  # which are no parameters of torch's
+    total, active = total + in_codes, active + in_codes
+    parts = {name: adapters.count(part)[1] / 1e6 for name, part in model.named_children()}
+    assign_rules(model, config.optim, config.adapter)
     threads = config.threads or choose_threads(device)
     precision = choose_precision(device) if config.precision == "auto" else config.precision
     threads, precision = distributed.gather((threads, precision))[0]  # all ranks use those of the first
@@ -152,7 +153,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     objective = pick(OBJECTIVES, config.objective, "objective")(config, processor, device)
-    optimizers = make_optimizers(model, config.optim, precision)
+    optimizers = make_optimizers(model, config.optim, precision, config.adapter)
     state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
@@ -175,6 +176,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         state.save(run_dir, config.keep_checkpoints).finish()
     print(f"{total / 1e6:.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})", end="")
     print(f", {active / 1e6:.2f} M of them active for a token" if active < total else "")
+    if config.adapter.rank:
+        print(
+            "{:,} of {:,} parameters learn ({:.2%})".format(*(counts := adapters.count(model)), counts[0] / counts[1])
+        )
     where = f"{device_name(device)}, {parallel.describe(config.parallel)}"
     print(f"training on {where}, with {state.threads} threads in {state.precision}")
 
@@ -242,8 +247,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     weights = parallel.whole_tensors(model)
     if not is_first:
         return {}
-    save_model(run_dir / "model", model, processor, weights)
-    model, processor = load_folder(run_dir / "model", device)
+    adapt.save(run_dir, "", model, processor, weights)
+    model, processor = adapt.load(run_dir, config.adapter, device)
     if state.step:
         write_file(run_dir / "curves.png", draw_curves(run_dir / "metrics.jsonl"))
     if asked:
@@ -262,7 +267,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             write_file(run_dir / "routing.png", draw_routing(measure_routing(model, processor, questions)))
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     write_file(run_dir / "eval.json", json.dumps(results, indent=2))
-    print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}")
+    print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}", end="")
+    print(f", and needs the adapter in {run_dir / 'adapter'}" if model.adapters else "")
     if "best" in results:
         print(
             "that of step {step}, the best by {metric}, is in {folder}".format(

@@ -11,8 +11,7 @@ from nanovlm.config import EvalConfig
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
 from nanovlm.files import restore
-from nanovlm.hub.model_folder import save_model
-from nanovlm.train import parallel
+from nanovlm.train import adapt, parallel
 from nanovlm.train.state import TrainState
 
 FOLDER = "model-best"
@@ -70,7 +69,7 @@ def keep_best(
         return f"{shown} (the best {metric} was that of step {step})" if step else shown
     weights = parallel.whole_tensors(state.model)
     if distributed.rank() == 0:
-        save_model(run_dir / FOLDER, state.model, processor, weights)
+        adapt.save(run_dir, "-best", state.model, processor, weights)
     return f"{shown} (the best {metric} so far: {run_dir / FOLDER})"
 
 

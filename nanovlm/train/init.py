@@ -17,7 +17,16 @@ import torch
 from tokenizers import Tokenizer
 
 from nanovlm import distributed
-from nanovlm.config import DecoderConfig, MoEConfig, TrainConfig, VisionConfig, VLMConfig, differences, pick
+from nanovlm.config import (
+    AdapterConfig,
+    DecoderConfig,
+    MoEConfig,
+    TrainConfig,
+    VisionConfig,
+    VLMConfig,
+    differences,
+    pick,
+)
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens, plan_tiles
 from nanovlm.data.tokenizer import (
@@ -35,9 +44,11 @@ from nanovlm.hub.families import IDEFICS3_TYPES
 from nanovlm.hub.read import find_model
 from nanovlm.hub.stored import fill_decoder, fill_vision
 from nanovlm.hub.weights import load_vision
-from nanovlm.model.build import empty_model
+from nanovlm.model.adapters import is_adapter
+from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
-from nanovlm.sharded import Places, Rows, local_part, places, writable
+from nanovlm.sharded import Places, Rows, local_part, writable
+from nanovlm.train.adapt import base_places, build, draw_adapter
 
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
@@ -100,7 +111,8 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     def fill(model):
         draw(model)
         for fill_part in fillers:
-            fill_part(places(model))
+            fill_part(base_places(model, config.adapter))
+        draw_adapter(model)
 
     processor = share_processor(make_processor, wanted)
     return processor, fill
@@ -124,7 +136,8 @@ def _prepare_from_model(config):
     init, wanted = config.init, config.model
     stored = find_model(init.model)
     theirs = stored.config
-    _refuse_quantized(init.model, theirs)
+    if not config.adapter.rank:
+        _refuse_quantized(init.model, theirs)
     moe, is_upcycled = wanted.decoder.moe, False
     if moe is not None and theirs.decoder.moe is None:
         is_upcycled = True
@@ -141,9 +154,10 @@ def _prepare_from_model(config):
 
     def fill(model):
         if is_upcycled:
-            upcycle(model, stored.fill, init.upcycle_noise)
+            upcycle(model, stored.fill, init.upcycle_noise, config.adapter)
         else:
-            stored.fill(places(model))
+            stored.fill(base_places(model, config.adapter))
+        draw_adapter(model)
 
     processor = share_processor(make_processor, wanted)
     check_room(processor, config)
@@ -174,7 +188,7 @@ def check_room(processor: Processor, config: TrainConfig):
 def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
     """Return the model that a run starts with, whole and in fp32 on this rank's CPU, and its processor (`prepare`)."""
     processor, fill = prepare(config, texts)
-    model = empty_model(config.model, "cpu", torch.float32)
+    model = build(config).to_empty(device="cpu")
     fill(model)
     return model, processor
 
@@ -195,10 +209,13 @@ def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Process
 def draw(model: VLM):
     """Fill a model with random weights: each tensor is drawn whole, and a rank keeps its rows.
 
+    Adapters and quantised weights are left as they are: these are read, and those drawn once the base is there.
+
     Raises UserError that names tensors left without values.
     """
     skip_constructors(model)
-    left = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    left = {id(tensor): name for name, tensor in tensors if not (is_adapter(name) or is_quantized(name))}
     for tensor, values in initial_weights(model):
         writable(tensor).copy_(values)
         left.pop(id(tensor))
@@ -208,7 +225,7 @@ def draw(model: VLM):
 
 
 @torch.no_grad()
-def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0):
+def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0, adapter: AdapterConfig = AdapterConfig()):
     """Fill a mixture with copies of a dense model's feed-forward layers (arXiv 2212.05055); copy the rest.
 
     `fill` copies the dense model's weights (see stored.py). The router is random and the weights of a token's experts
@@ -217,7 +234,7 @@ def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0):
     the matrix.
     """
     draw(model)
-    mixture = places(model)
+    mixture = base_places(model, adapter)
     stacks = {name: place for name, place in mixture.items() if name.endswith(STACKS)}
     new = tuple(f"mlp.{name}" for name in ("router.weight", "selection_bias"))
     dense = {name: place for name, place in mixture.items() if name not in stacks and not name.endswith(new)}
@@ -276,7 +293,7 @@ def _refuse_quantized(name, config):
     if config.quantization is not None:
         raise UserError(
             f"the run cannot start from {name}, which is quantised, to {config.quantization.format}: "
-            "name the model that it was made from"
+            "name the model that it was made from, or, as init.model, give it adapters (adapter.rank)"
         )
 
 

@@ -9,13 +9,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanovlm.config import OptimConfig, ParamRule
+from nanovlm.config import AdapterConfig, OptimConfig, ParamRule
 from nanovlm.errors import UserError
+from nanovlm.model.adapters import learns
 from nanovlm.train.adamw import AdamW, local_part
 
 
-def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[nn.Parameter]]:
+def assign_rules(
+    model: nn.Module, config: OptimConfig, adapter: AdapterConfig = AdapterConfig()
+) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
+
+    With adapters, all else is frozen but what `adapter.train` names.
 
     `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
     parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
@@ -30,7 +35,7 @@ def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[
         frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]
         scaled = [(pattern, scale) for pattern, scale in config.lr_scales if re.search(pattern, name)][:1]
         used |= {("rules", rule.pattern), *(("freeze", p) for p in frozen), *(("lr_scales", p) for p, _ in scaled)}
-        if frozen:
+        if frozen or not learns(name, adapter):
             rule = dataclasses.replace(rule, lr_scale=None)
         elif scaled and rule.lr_scale is not None:
             rule = dataclasses.replace(rule, lr_scale=rule.lr_scale * scaled[0][1])
@@ -43,14 +48,16 @@ def assign_rules(model: nn.Module, config: OptimConfig) -> dict[ParamRule, list[
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig, precision: str = "bf16") -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, precision: str = "bf16", adapter: AdapterConfig = AdapterConfig()
+) -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers that have parameters, by name. Raises UserError as `assign_rules` does.
 
     `precision` is that of the run. Muon multiplies in bf16, except in an fp32 run on a CPU: without bf16 instructions
     that would take twenty times as long. Setting an optimizer's `found_inf` to a tensor of 1 makes it skip a step
     without waiting for the device.
     """
-    rules = assign_rules(model, config)
+    rules = assign_rules(model, config, adapter)
 
     def of(optimizer):
         groups = []

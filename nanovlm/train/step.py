@@ -5,6 +5,7 @@ import torch
 from nanovlm import distributed
 from nanovlm.config import TrainConfig
 from nanovlm.data.types import IGNORE, Batch
+from nanovlm.model.adapters import is_adapter
 from nanovlm.model.vlm import Extras
 from nanovlm.train import parallel
 from nanovlm.train.counting import RoutingStats, count_flops
@@ -80,7 +81,11 @@ def find_images(batch: Batch, config: TrainConfig) -> torch.Tensor:
 
 def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[str, int]:
     """Count what this rank's batches hold, and what its loader has read since the run began."""
-    trains = {name: any(p.requires_grad for p in part.parameters()) for name, part in state.model.named_children()}
+    # Adapters' few operations are not counted; where they alone learn, no whole matrix needs a gradient.
+    trains = {
+        name: any(p.requires_grad and not is_adapter(key) for key, p in part.named_parameters())
+        for name, part in state.model.named_children()
+    }
     return {
         "batches": len(batches),
         "units": sum(state.objective.count(batch) for batch in batches),
