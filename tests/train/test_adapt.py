@@ -1,0 +1,293 @@
+"""Runs that learn adapters: what they start from, what moves, what they leave behind, and that they survive a kill."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nanovlm
+import train
+from nanovlm.config import (
+    AdapterConfig,
+    InitConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    ParamRule,
+    QuantizationConfig,
+    TrainConfig,
+)
+from nanovlm.errors import UserError
+from nanovlm.hub.model_folder import save_model
+from nanovlm.model.adapters import adapted_layers, adapter_tensors, disabled, is_adapter
+from nanovlm.model.quantized import quantize
+from nanovlm.model.vlm import VLM
+from nanovlm.objectives import NextToken
+from nanovlm.train import adapt, init, parallel
+from nanovlm.train.optim import assign_rules
+from tests.conftest import TINY, make_batch, make_document
+from tests.test_train import SMALL, comparable, metrics
+
+ROOT = Path(__file__).parent.parent.parent
+MOE = MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=16, num_shared_experts=1, experts="loop")
+MIXTURE = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=MOE))
+ADAPTERS = {
+    "LoRA": AdapterConfig(rank=4),
+    "DoRA": AdapterConfig(rank=4, use_dora=True, init="orthogonal", dropout=0.2, train=(r"^projector\.",)),
+    "QLoRA": AdapterConfig(rank=4, use_dora=True, base="nf4", init="gaussian"),
+    "int4": AdapterConfig(rank=4, base="int4"),
+    "int8": AdapterConfig(rank=4, base="int8"),
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, processor):
+    """Models that have learned, plain, a mixture and quantised, and the model that runs of SMALL's size start from."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model = VLM(TINY)
+    save_model(folder / "plain", model, processor)
+    save_model(folder / "mixture", VLM(MIXTURE), processor)
+    save_model(folder / "stored in nf4", quantize(model, QuantizationConfig("nf4")), processor)
+    return folder
+
+
+def begin(folder, adapter, name="plain", **changes):
+    """Return the filled model of a new run."""
+    theirs = nanovlm.load(folder / name)[0].config
+    config = TrainConfig(model=theirs, init=InitConfig(model=str(folder / name)), adapter=adapter, **changes).validate()
+    torch.manual_seed(config.seed)
+    _processor, fill = init.prepare(config, ())
+    model = adapt.build(config)
+    assign_rules(model, config.optim, adapter)
+    parallel.parallelize(model, config.parallel, torch.device("cpu"), "fp32", fill)
+    return model
+
+
+# --- what a run starts from ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "of a mixture", "stored in nf4"])
+def test_a_run_starts_from_the_base_and_computes_what_it_does(folder, processor, name):
+    """To the bit, rounded if it is to be, with nothing left uninitialised; and only adapters learn."""
+    kind = {"of a mixture": "mixture", "stored in nf4": name}.get(name, "plain")
+    adapter = ADAPTERS.get(name, ADAPTERS["LoRA"])
+    model, base = begin(folder, adapter, kind), nanovlm.load(folder / kind)[0]
+    if adapter.base:
+        quantize(base, QuantizationConfig(adapter.base), search=False)
+    state = model.state_dict()
+    assert all(x.isfinite().all() for x in state.values())
+    for key, x in base.state_dict().items():
+        assert torch.equal(state[key], x), key
+    assert {key for key in state if not is_adapter(key)} == base.state_dict().keys()
+    learning = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert (
+        learning == {key for key in state if is_adapter(key) or (adapter.train and key.startswith("projector."))}
+        and len(learning) >= 14
+    )
+    batch = make_batch([make_document(processor, 0, ("what?", "a cat"))])
+    with torch.no_grad():
+        found, expected = model.eval().logits(batch), base.logits(batch)
+    assert (found - expected).norm() <= (0.3 if adapter.init == "orthogonal" else 1e-5) * expected.norm()
+
+
+def test_values_depend_on_the_seed_alone(folder):
+    first, again, other = (adapter_tensors(begin(folder, ADAPTERS["DoRA"], seed=seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(x, again[key]) for key, x in first.items())
+    assert not any(torch.equal(x, other[key]) for key, x in first.items() if key.endswith("lora_A"))
+
+
+def test_pissa_takes_its_values_out_of_the_base(folder, processor):
+    model, base = begin(folder, AdapterConfig(rank=4, init="pissa")), nanovlm.load(folder / "plain")[0]
+    layers = adapted_layers(model)
+    assert len(layers) == 14
+    for path, layer in layers:
+        before = base.get_submodule(path).weight
+        values = torch.linalg.svdvals(before)
+        assert torch.allclose(torch.linalg.svdvals(layer.weight)[: len(values) - 4], values[4:], atol=1e-5), path
+        assert (layer.adapters["default"].effective(layer.weight) - before).norm() <= 1e-5 * before.norm()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(adapter=AdapterConfig(rank=4)), "adapter.rank = 4 adapts a model that has learned: name one by init"),
+        (dict(adapter=AdapterConfig(rank=-1)), "adapter.rank = -1 must be at least 0"),
+        (dict(adapter=AdapterConfig(base="nf4")), "adapter.base = 'nf4' needs adapters: give adapter.rank"),
+        (dict(adapter=AdapterConfig(train=("a",))), r"adapter.train = \('a',\) needs adapters"),
+        (dict(adapter=AdapterConfig(rank=4, dropout=1.0)), "adapter.dropout = 1.0 must be at least 0 and below 1"),
+        (dict(adapter=AdapterConfig(rank=4, alpha=0.0)), "adapter.alpha = 0.0 must be positive"),
+        (dict(adapter=AdapterConfig(rank=3, init="orthogonal")), "needs an even adapter.rank, not 3"),
+        (dict(adapter=AdapterConfig(rank=4, target="(")), r"adapter.target: '\(' is no regular expression"),
+        (
+            dict(model=dataclasses.replace(TINY, quantization=QuantizationConfig())),
+            "must be None, as codes do not learn: give adapter.rank",
+        ),
+    ],
+)
+def test_mistakes_in_a_config_are_named(config, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(SMALL, **config).validate()
+
+
+def test_mistakes_that_the_model_shows_are_named(folder):
+    for adapter, name, changes, message in (
+        (AdapterConfig(rank=4, train=("^projektor",)), "plain", {}, "pattern '.projektor' that holds for no parameter"),
+        (AdapterConfig(rank=4, base="int8"), "stored in nf4", {}, "adapter.base = int8 rounds a model that is not"),
+        (AdapterConfig(), "stored in nf4", {}, "must be None, as codes do not learn"),
+        (ADAPTERS["LoRA"], "mixture", {"parallel": ParallelConfig(expert_ranks=2)}, "must be 1 where experts have"),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin(folder, adapter, name, **changes)
+
+
+# --- a step ------------------------------------------------------------------------------------------------------
+
+
+def gradients(model, batch, precision="fp32"):
+    torch.manual_seed(0)  # of dropout
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = NextToken().loss(model, batch)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("name", ["DoRA", "QLoRA", "of a mixture"])
+def test_what_is_computed_again_is_the_same(folder, processor, name, checkpointing):
+    """Dropout too: gradients are those of a pass that keeps everything, to the bit."""
+    kind, adapter = ("mixture", ADAPTERS["LoRA"]) if name == "of a mixture" else ("plain", ADAPTERS[name])
+    batch = make_batch([make_document(processor, 0, ("what?", "a cat"), ("and?", "no"))])
+    expected = gradients(begin(folder, adapter, kind), batch)
+    found = gradients(begin(folder, adapter, kind, parallel=ParallelConfig(checkpointing=checkpointing)), batch)
+    assert found.keys() == expected.keys() and all(torch.equal(x, found[key]) for key, x in expected.items())
+    assert any(x.any() for x in expected.values()) and all(
+        "lora" in key or "magn" in key or "proj." in key for key in found
+    )
+
+
+@pytest.mark.parametrize("name", ["DoRA", "QLoRA"])
+def test_compiled_blocks_compute_the_same(folder, processor, name):
+    """With and without adapters on, as torch.compile traces the blocks, here without writing C++."""
+    adapter = dataclasses.replace(ADAPTERS[name], dropout=0.0)
+    batch = make_batch([make_document(processor, 0, ("what?", "a cat"), ("and?", "no"))])
+    expected, model = gradients(begin(folder, adapter), batch), begin(folder, adapter)
+    graphs = []
+    for block in model.decoder.layers:
+        block.compile(backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
+    found = gradients(model, batch)
+    assert len(graphs) >= 1
+    for key, x in expected.items():
+        assert (found[key] - x).norm() <= 1e-6 * x.norm(), key
+    with torch.no_grad(), disabled(model):
+        base = model.logits(batch)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), disabled(model):
+        assert (model.logits(batch) - base).norm() <= 1e-6 * base.norm()
+    torch.compiler.reset()
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+RULES = (ParamRule("norm|bias|embed|magnitude"), ParamRule("", weight_decay=0.01))
+OPTIM = OptimConfig(lr=5e-3, steps=8, warmup_steps=2, rules=RULES)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A run's model that others adapt."""
+    folder = tmp_path_factory.mktemp("start")
+    optim = dataclasses.replace(SMALL.optim, steps=2)
+    train.main(
+        dataclasses.replace(SMALL, run_dir=str(folder), optim=optim, eval=dataclasses.replace(SMALL.eval, show=""))
+    )
+    return folder / "model"
+
+
+def run_config(start, run_dir, adapter, **changes):
+    """Adapt the model of `start`; changes are those of TrainConfig."""
+    model = nanovlm.load(start)[0].config
+    options = dict(run_dir=str(run_dir), model=model, init=InitConfig(model=str(start)), adapter=adapter, optim=OPTIM)
+    none = dataclasses.replace(SMALL.eval, show="", show_every=0)
+    return dataclasses.replace(SMALL, precision="fp32", eval=none, **options | changes)
+
+
+@pytest.mark.parametrize("name", ["DoRA", "QLoRA"])
+def test_a_run_learns_and_leaves_a_model(start, tmp_path, capsys, name):
+    """Merged, or the rounded base and its adapter: either computes what the run did at its end."""
+    adapter = ADAPTERS[name]
+    train.main(run_config(start, tmp_path, adapter))
+    out = capsys.readouterr().out
+    assert "parameters learn (" in out
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[-1] < losses[0] - 0.02
+    model, _processor = adapt.load(tmp_path, adapter, torch.device("cpu"))
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    own = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert len(own) == 7 * 3 and own["decoder.layers.0.self_attn.k_proj.lora_B"].any()
+    if name == "DoRA":
+        assert before.keys() == after.keys() and not adapted_layers(model)
+        moved = {key for key, x in before.items() if not torch.equal(x, after[key])}
+        assert moved == {key for key in before if ("decoder.layers" in key and "_proj" in key) or "projector" in key}
+        assert "needs the adapter" not in out
+    else:
+        plain = quantize(nanovlm.load(start)[0], QuantizationConfig("nf4"), search=False).state_dict()
+        assert plain.keys() == after.keys() and all(torch.equal(x, after[key]) for key, x in plain.items())
+        assert "needs the adapter in" in out and len(adapted_layers(model)) == 7
+    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["rank"] == 4
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from pathlib import Path
+from tests.train.test_adapt import ADAPTERS, run_config
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+{hook}
+train.main(run_config(Path({start!r}), {run_dir!r}, ADAPTERS[{name!r}]))
+"""
+IN_STEP = """
+step = train.train_step
+def train_step(state, *args):
+    if state.step == 5: die()
+    return step(state, *args)
+train.train_step = train_step
+"""
+IN_SAVE = """
+from nanovlm.train import checkpoint
+start, calls = checkpoint.dcp.async_save, []
+def async_save(*args, **kwargs):
+    calls.append(start(*args, **kwargs))
+    if len(calls) == 3: die()
+    return calls[-1]
+checkpoint.dcp.async_save = async_save
+"""
+
+
+@pytest.mark.parametrize(("name", "hook"), [("DoRA", IN_STEP), ("QLoRA", IN_SAVE)])
+def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, name, hook):
+    """Dropout, projector and all; the model that it started from may be gone by then."""
+    train.main(run_config(start, tmp_path / "unbroken", ADAPTERS[name]))
+    folder = tmp_path / "start"
+    folder.mkdir()
+    for file in start.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    script = KILL.format(root=str(ROOT), hook=hook, start=str(folder), run_dir=str(tmp_path / "run"), name=name)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    config = run_config(folder, tmp_path / "run", ADAPTERS[name])
+    (folder / "model.safetensors").unlink()
+    train.main(config)
+    assert comparable(metrics(tmp_path / "run")) == comparable(metrics(tmp_path / "unbroken"))
+    for file in ("model/model.safetensors", "adapter/adapter.safetensors"):
+        theirs, ours = load_file(tmp_path / "unbroken" / file), load_file(tmp_path / "run" / file)
+        assert theirs.keys() == ours.keys() and all(torch.equal(x, ours[key]) for key, x in theirs.items())
