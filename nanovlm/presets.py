@@ -3,12 +3,14 @@
 import dataclasses
 
 from nanovlm.config import (
+    AdapterConfig,
     DataConfig,
     DecoderConfig,
     EvalConfig,
     InitConfig,
     MoEConfig,
     OptimConfig,
+    ParallelConfig,
     ParamRule,
     ProjectorConfig,
     TilingConfig,
@@ -186,6 +188,49 @@ def smolvlm_256m_stage3() -> TrainConfig:
     )
 
 
+# Adapters of a published model, whose own config the run takes (train/init.py: take_model).
+
+
+def smolvlm_sft() -> TrainConfig:
+    """Teach SmolVLM questions about scanned pages: DoRA on weights of 4 bits, one pass."""
+    return TrainConfig(
+        run_dir="runs/smolvlm_sft",
+        init=InitConfig(model="HuggingFaceTB/SmolVLM-256M-Instruct"),
+        adapter=AdapterConfig(rank=8, alpha=8.0, dropout=0.1, use_dora=True, init="gaussian", base="nf4"),
+        # A row has one page, of 17 tiles and about 1,130 tokens: as many pages a step as the recipe's 4 x 4 samples.
+        data=DataConfig(
+            sources=("hub:HuggingFaceM4/DocumentVQA",),
+            row_length=1280,
+            too_long="shrink",
+            batch_rows=4,
+            num_epochs=1,
+            val_fraction=0.01,
+        ),
+        optim=OptimConfig(lr=1e-4, steps=2440, warmup_steps=50, micro_batches=4, rules=(REST,)),
+        eval=EvalConfig(limit=100, every=500),
+    )
+
+
+def captions_qlora() -> TrainConfig:
+    """Teach SmolVLM captions of radiographs: LoRA on weights of 4 bits, blocks recomputed."""
+    return TrainConfig(
+        run_dir="runs/captions_qlora",
+        init=InitConfig(model="HuggingFaceTB/SmolVLM-256M-Instruct"),
+        adapter=AdapterConfig(rank=16, alpha=16.0, dropout=0.05, base="nf4"),
+        data=DataConfig(
+            sources=("hub:unsloth/Radiology_mini",),  # 1,978 pictures
+            row_length=1280,
+            too_long="shrink",
+            batch_rows=2,
+            val_fraction=0.05,
+        ),
+        optim=OptimConfig(lr=2e-4, steps=180, warmup_steps=18, max_grad_norm=0.3, micro_batches=16, rules=(REST,)),
+        eval=EvalConfig(limit=100, every=60),
+        parallel=ParallelConfig(checkpointing="full"),
+        precision="bf16",
+    )
+
+
 FROZEN_BACKBONES = ParamRule(r"^(vision|decoder)\.", lr_scale=None)
 FROZEN_ENCODER = ParamRule(r"^vision\.", lr_scale=None)
 PROJECTOR = ParamRule(r"^projector\.")
@@ -194,5 +239,14 @@ REST = ParamRule(r"", weight_decay=0.01)
 
 PRESETS = {
     function.__name__: function
-    for function in (scenes, scenes_moe, small, smolvlm_256m_stage1, smolvlm_256m_stage2, smolvlm_256m_stage3)
+    for function in (
+        scenes,
+        scenes_moe,
+        small,
+        smolvlm_256m_stage1,
+        smolvlm_256m_stage2,
+        smolvlm_256m_stage3,
+        smolvlm_sft,
+        captions_qlora,
+    )
 }
