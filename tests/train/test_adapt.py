@@ -59,15 +59,14 @@ def folder(tmp_path_factory, processor):
 
 
 def begin(folder, adapter, name="plain", **changes):
-    """Return the filled model of a new run."""
+    """Return the filled model of a new run, what training calls of it, and the run's config."""
     theirs = nanovlm.load(folder / name)[0].config
     config = TrainConfig(model=theirs, init=InitConfig(model=str(folder / name)), adapter=adapter, **changes).validate()
     torch.manual_seed(config.seed)
     _processor, fill = init.prepare(config, ())
     model = adapt.build(config)
     assign_rules(model, config.optim, adapter)
-    parallel.parallelize(model, config.parallel, torch.device("cpu"), "fp32", fill)
-    return model
+    return model, parallel.parallelize(model, config.parallel, torch.device("cpu"), "fp32", fill), config
 
 
 # --- what a run starts from ------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_a_run_starts_from_the_base_and_computes_what_it_does(folder, processor,
     """To the bit, rounded if it is to be, with nothing left uninitialised; and only adapters learn."""
     kind = {"of a mixture": "mixture", "stored in nf4": name}.get(name, "plain")
     adapter = ADAPTERS.get(name, ADAPTERS["LoRA"])
-    model, base = begin(folder, adapter, kind), nanovlm.load(folder / kind)[0]
+    model, base = begin(folder, adapter, kind)[0], nanovlm.load(folder / kind)[0]
     if adapter.base:
         quantize(base, QuantizationConfig(adapter.base), search=False)
     state = model.state_dict()
@@ -98,13 +97,13 @@ def test_a_run_starts_from_the_base_and_computes_what_it_does(folder, processor,
 
 
 def test_values_depend_on_the_seed_alone(folder):
-    first, again, other = (adapter_tensors(begin(folder, ADAPTERS["DoRA"], seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (adapter_tensors(begin(folder, ADAPTERS["DoRA"], seed=seed)[0]) for seed in (0, 0, 1))
     assert all(torch.equal(x, again[key]) for key, x in first.items())
     assert not any(torch.equal(x, other[key]) for key, x in first.items() if key.endswith("lora_A"))
 
 
 def test_pissa_takes_its_values_out_of_the_base(folder, processor):
-    model, base = begin(folder, AdapterConfig(rank=4, init="pissa")), nanovlm.load(folder / "plain")[0]
+    model, base = begin(folder, AdapterConfig(rank=4, init="pissa"))[0], nanovlm.load(folder / "plain")[0]
     layers = adapted_layers(model)
     assert len(layers) == 14
     for path, layer in layers:
@@ -167,8 +166,8 @@ def test_what_is_computed_again_is_the_same(folder, processor, name, checkpointi
     """Dropout too: gradients are those of a pass that keeps everything, to the bit."""
     kind, adapter = ("mixture", ADAPTERS["LoRA"]) if name == "of a mixture" else ("plain", ADAPTERS[name])
     batch = make_batch([make_document(processor, 0, ("what?", "a cat"), ("and?", "no"))])
-    expected = gradients(begin(folder, adapter, kind), batch)
-    found = gradients(begin(folder, adapter, kind, parallel=ParallelConfig(checkpointing=checkpointing)), batch)
+    expected = gradients(begin(folder, adapter, kind)[0], batch)
+    found = gradients(begin(folder, adapter, kind, parallel=ParallelConfig(checkpointing=checkpointing))[0], batch)
     assert found.keys() == expected.keys() and all(torch.equal(x, found[key]) for key, x in expected.items())
     assert any(x.any() for x in expected.values()) and all(
         "lora" in key or "magn" in key or "proj." in key for key in found
@@ -180,7 +179,7 @@ def test_compiled_blocks_compute_the_same(folder, processor, name):
     """With and without adapters on, as torch.compile traces the blocks, here without writing C++."""
     adapter = dataclasses.replace(ADAPTERS[name], dropout=0.0)
     batch = make_batch([make_document(processor, 0, ("what?", "a cat"), ("and?", "no"))])
-    expected, model = gradients(begin(folder, adapter), batch), begin(folder, adapter)
+    expected, model = gradients(begin(folder, adapter)[0], batch), begin(folder, adapter)[0]
     graphs = []
     for block in model.decoder.layers:
         block.compile(backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
