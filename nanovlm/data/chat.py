@@ -7,6 +7,7 @@ stands for all those of a tile.
 """
 
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -113,6 +114,41 @@ class Processor:
             ids, labels = ids + branch[prefix:], labels + branch_labels[prefix:]
             branch_ids += [number] * (len(branch) - prefix)
         return self._make_document(ids, labels, branch_ids, sample.images)
+
+    def pair(self, sample: Sample) -> Document:
+        """Turn a sample with a rejected answer into a document with two branches, chosen and rejected.
+
+        The prefix is the prompt. Each branch begins with the last token of the prompt and ends with the end of its
+        answer, and only answers are trained. `values["ref_logprobs"]` has the sum of a branch at its first
+        trained token, NaN where the sample has none.
+        """
+        if sample.rejected is None:
+            raise UserError("the record is no pair, which the objective learns from: it needs chosen and rejected")
+        answers = (sample.messages[-1], sample.rejected)
+        chosen, rejected = (
+            self._trained_tokens([*sample.messages[:-1], answer], sample.images, "answers") for answer in answers
+        )
+        # Where the two part, or that is in the middle of what is trained, where that begins: the answers.
+        start = next((i for i, (a, b) in enumerate(zip(chosen[0], rejected[0], strict=False)) if a != b), None)
+        if start is None:
+            raise UserError("chosen and rejected are the same tokens, so neither is better: leave the record out")
+        while start and chosen[1][start - 1] != IGNORE:
+            start -= 1
+        prefix, ids = start, chosen[0][:start]
+        labels, branch_ids, reference = [IGNORE] * prefix, [0] * prefix, [0.0] * prefix
+        for number, ((tokens, targets), total) in enumerate(
+            zip((chosen, rejected), sample.ref_logprobs or (math.nan, math.nan), strict=True), start=1
+        ):
+            end = len(targets) - next(i for i, target in enumerate(reversed(targets)) if target != IGNORE) + 1
+            branch = slice(prefix, end)
+            if targets[prefix] == IGNORE or prefix >= end:
+                raise UserError("the chat template writes the prompt of the rejected answer in another way")
+            ids, labels = ids + tokens[branch], labels + targets[branch]
+            branch_ids += [number] * (end - prefix)
+            reference += [total] + [0.0] * (end - prefix - 1)
+        document = self._make_document(ids, labels, branch_ids, sample.images)
+        document.values = {"ref_logprobs": torch.tensor(reference)}
+        return document
 
     def text_document(self, parts: list[dict], images: list[Image.Image] | tuple = ()) -> Document:
         """Turn text with images among it into a document that trains all of its text, without a chat template.

@@ -6,6 +6,7 @@ layout is a function and an entry of LAYOUTS.
 """
 
 import ast
+import itertools
 import json
 import re
 import string
@@ -24,6 +25,10 @@ LETTERS = string.ascii_uppercase
 # Names of who speaks, and the role.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
+# Where the prompt of two answers is, and their log-probabilities under a reference as TRL names them.
+PROMPTS = ("prompt", "question", "conversations", "conversation", "messages")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
 # By these some formats say that an answer is not trained.
 UNTRAINED = ("loss", "weight", "train")
 
@@ -37,6 +42,9 @@ class Conversation(NamedTuple):
     references: list[tuple[str, ...]] = []  # noqa: RUF012
     # The options of a multiple choice, in the order of their letters.
     options: tuple[str, ...] = ()
+    # The message that is worse than the last one, in its place, and the log-probabilities of both under a reference.
+    rejected: dict | None = None
+    ref_logprobs: tuple[float, float] | None = None
 
 
 class Layout(NamedTuple):
@@ -107,7 +115,7 @@ def read_choices(raw: dict) -> Conversation:
 def read_completion(raw: dict) -> Conversation:
     """A prompt and its completion, each a text or messages (TRL)."""
     if isinstance(raw.get("label"), bool):
-        return refuse_preference(raw)
+        return refuse_feedback(raw)
     messages = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = raw[key]
@@ -134,11 +142,34 @@ def read_caption(raw: dict) -> Conversation:
     return Conversation(_turns([(CAPTION_QUESTION, captions[0])]), [tuple(captions)])
 
 
-def refuse_preference(_raw: dict) -> Conversation:
-    """Refused, as no objective learns from what is good or bad; the better answers alone can be trained."""
+def read_preference(raw: dict) -> Conversation:
+    """A prompt and two answers, texts or messages (TRL, RLAIF-V): pairs for preferences, else the better is trained."""
+    chosen, rejected = (_answer(raw, key) for key in ("chosen", "rejected"))
+    key = next((key for key in PROMPTS if raw.get(key) is not None), None)
+    if len(chosen) > 1 or len(rejected) > 1:  # whole conversations, whatever is beside them
+        shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+        prompt, chosen, rejected = chosen[: len(shared)], chosen[len(shared) :], rejected[len(shared) :]
+        if not chosen and not rejected:
+            prompt, chosen, rejected = prompt[:-1], prompt[-1:], prompt[-1:]
+    elif key is None:
+        raise UserError("chosen and rejected have no prompt beside them: name its column, as in --data.fields prompt=q")
+    elif isinstance(raw[key], str):
+        prompt = [{"role": "user", "content": raw[key]}]
+    else:
+        prompt = _messages(raw[key], key)
+    roles = [[m["role"] if isinstance(m, dict) else None for m in answer] for answer in (chosen, rejected)]
+    if roles != [["assistant"]] * 2:
+        raise UserError("chosen and rejected must be one answer each to the same prompt, and these differ before that")
+    if chosen == rejected:
+        raise UserError("chosen and rejected are equal, so neither is better: leave the record out")
+    return Conversation([*prompt, *chosen], rejected=rejected[0], ref_logprobs=_ref_logprobs(raw))
+
+
+def refuse_feedback(_raw: dict) -> Conversation:
+    """Refused, as a verdict on an answer is no pair; a better and a worse one can be named chosen and rejected."""
     raise UserError(
-        "the record says which answer is better or worse, and no objective here learns from that; to train the better "
-        "answers alone, name them: --data.fields completion=chosen beside a prompt, or messages=chosen"
+        "the record says that an answer is good or bad, and it is no pair: name the two answers, as in --data.fields "
+        "prompt=query chosen=response rejected=rejected_response, or train the good ones by completion=..."
     )
 
 
@@ -176,6 +207,25 @@ def _messages(value, key: str) -> list:
             message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
         messages.append(message)
     return messages
+
+
+def _answer(raw: dict, key: str) -> list:
+    """Return an answer, a text or message, or a whole conversation that ends with it, as messages."""
+    value = raw[key]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return _messages([value] if isinstance(value, dict) else value, key)
+
+
+def _ref_logprobs(raw: dict) -> tuple[float, float] | None:
+    chosen, rejected = (raw.get(key) for key in REFERENCE)
+    if chosen is None and rejected is None:
+        return None
+    numbers = [float(x) for x in (chosen, rejected) if isinstance(x, int | float) and -1e30 < x <= 0]
+    if len(numbers) < 2:
+        found = f"{str(chosen)[:20]} and {str(rejected)[:20]}"
+        raise UserError(f"{' and '.join(REFERENCE)} must be two log-probabilities, at most 0, not {found}")
+    return numbers[0], numbers[1]
 
 
 def _history(raw: dict) -> list[tuple[str, str]]:
@@ -287,8 +337,8 @@ LAYOUTS = {
     "caption": Layout(read_caption, ("caption|captions",), rank=2),
     "image_text": Layout(read_image_text, ("text", "images|image|file_names|file_name"), rank=2),
     "text": Layout(read_text, ("text",), rank=3),
-    "preference": Layout(refuse_preference, ("chosen", "rejected"), rank=0),
-    "feedback": Layout(refuse_preference, ("rejected_response|kto_tag",), rank=0),
+    "preference": Layout(read_preference, ("chosen", "rejected"), (*PROMPTS, *REFERENCE), rank=0),
+    "feedback": Layout(refuse_feedback, ("rejected_response|kto_tag",), rank=0),
     "label": Layout(refuse_label, ("label", "images|image|file_names|file_name|text"), rank=2),
 }  # fmt: skip
 

@@ -12,21 +12,30 @@ from nanovlm.data.records import options_of, to_sample
 from nanovlm.data.types import Document, Sample, Shrunk
 
 
-def make_process(processor: Processor, config: DataConfig) -> Callable[[dict], Document]:
-    """Return the function that turns raw records into documents; it raises UserError, or Filtered by ratings."""
+def make_process(processor: Processor, config: DataConfig, pairs: bool = False) -> Callable[[dict], Document]:
+    """Return the function that turns raw records into documents; it raises UserError, or Filtered by ratings.
+
+    With `pairs` a document has two branches, a chosen and a rejected answer; else a record of both gives the chosen.
+    """
     options = options_of(config)
 
     def process(raw: dict) -> Document:
         sample = to_sample(raw, **options)
-        document = processor.document(sample, config.train_on)
+
+        def make(processor: Processor) -> Document:
+            return processor.pair(sample) if pairs else processor.document(sample, config.train_on)
+
+        document = make(processor)
         if config.too_long == "shrink" and sample.images and why_too_long(document, config):
-            return shrink(sample, processor, config) or document
+            return shrink(sample, processor, config, make) or document
         return document
 
     return process
 
 
-def shrink(sample: Sample, processor: Processor, config: DataConfig) -> Document | None:
+def shrink(
+    sample: Sample, processor: Processor, config: DataConfig, make: Callable[[Processor], Document]
+) -> Document | None:
     """Return the document with as many tiles as fit, all images of it cut by one smaller tiling; None if none fits."""
     model, before = processor.config, None
     for tiling in smaller(model.tiling, model.tile_size):
@@ -36,7 +45,7 @@ def shrink(sample: Sample, processor: Processor, config: DataConfig) -> Document
         is_hopeless = num_tiles * model.num_image_tokens > config.row_length
         if is_hopeless or num_tiles == before or num_tiles > (config.max_tiles or num_tiles):
             continue
-        before, document = num_tiles, with_fewer.document(sample, config.train_on)
+        before, document = num_tiles, make(with_fewer)
         if not why_too_long(document, config):
             return Shrunk(**vars(document))
     return None

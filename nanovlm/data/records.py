@@ -45,8 +45,11 @@ def to_sample(
     raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
 ) -> Sample:
     """Check a raw record and decode its images. Raises UserError for anything malformed, Filtered as `check` does."""
-    images, messages, independent = check(raw, min_ratings, layout, fields)
-    return Sample([_to_image(image, i) for i, image in enumerate(images)], messages, independent)
+    raw, conversation = _read(raw, min_ratings, layout, fields)
+    images, messages, independent = _check(raw, conversation)
+    rejected = None if conversation.rejected is None else _read_rejected(conversation.rejected)
+    images = [_to_image(image, i) for i, image in enumerate(images)]
+    return Sample(images, messages, independent, rejected, conversation.ref_logprobs)
 
 
 def check(
@@ -58,7 +61,10 @@ def check(
     places stand at the beginning of the first user turn, or of every one with `independent`. Turns of `texts` that are
     rated below `min_ratings` are dropped. Raises UserError for anything malformed, Filtered where no turn is left.
     """
-    raw, conversation = _read(raw, min_ratings, layout, fields)
+    return _check(*_read(raw, min_ratings, layout, fields))
+
+
+def _check(raw: dict, conversation: Conversation) -> tuple[list, list[dict], bool]:
     independent = raw.get("independent")
     if not isinstance(independent, bool | None):
         raise UserError(f"independent must be true or false, not {kind_of(independent)}")
@@ -220,6 +226,13 @@ def _read_message(message, where: str) -> dict:
                 f"each part of {where} must be a text part with a string text or an image part, not {_describe(part)}"
             )
     return {"role": role, "content": parts}
+
+
+def _read_rejected(message: dict) -> dict:
+    message = _read_message(message, "the rejected answer")
+    if _num_images(message):
+        raise UserError("the rejected answer shows a picture or has the marker <image>: move it into the prompt")
+    return message
 
 
 def _describe(part) -> str:

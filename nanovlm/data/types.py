@@ -53,6 +53,9 @@ class Sample:
     images: list[PIL.Image.Image]
     messages: list[dict]
     independent: bool = False
+    # An answer that is worse than the last message, in its place, and the log-probabilities of both under a reference.
+    rejected: dict | None = None
+    ref_logprobs: tuple[float, float] | None = None
 
 
 class Filtered(ValueError):
