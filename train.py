@@ -282,7 +282,7 @@ def make_loader(source: Source, processor: Processor, config: TrainConfig, split
     """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
     return Loader(
         source,
-        make_process(processor, config.data),
+        make_process(processor, config.data, pick(OBJECTIVES, config.objective, "objective").learns_from == "pairs"),
         config.data,
         config.model.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),

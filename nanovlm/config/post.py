@@ -55,14 +55,50 @@ class AdapterConfig:
             check(self.rank or not value, f"adapter.{name} = {value!r} needs adapters: give adapter.rank, such as 8")
         return self
 
+from nanovlm.config.fields import check
+
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    # How much a change of log-probability counts against the reference.
+    # What is learned of a pair, keys of nanovlm.objectives.preference.LOSSES (dpo, ipo, simpo, bco, sft), each with its
+    # weight if that is not 1: dpo=0.8 bco=0.2 sft=1.0. mpo stands for these three.
+    losses: tuple[str, ...] = ("dpo",)
+    # How much a change of log-probability counts. simpo wants about 2, as it counts that of a token.
     beta: float = 0.1
+    # dpo and simpo: share of the pairs of which the worse answer is taken to be the better one.
+    label_smoothing: float = 0.0
+    # simpo: by how much beta times the mean log-probability of the chosen answer should be above that of the other.
+    gamma: float = 0.5
+    # The model whose log-probabilities changes count from: a folder or a repository, or records for what records bring
+    # (python -m nanovlm.objectives.reference writes them). If empty, a frozen copy of init.model.
+    reference: str = ""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss. Raises UserError for what is no name=weight, and a loss that is named twice."""
+        weights = {}
+        for entry in (part for name in self.losses for part in MIXTURES.get(name, (name,))):
+            name, _, weight = entry.partition("=")
+            try:
+                value = float(weight or 1)
+            except ValueError:
+                value = 0.0
+            check(value > 0, f"preference.losses has {entry!r}, which must be name or name=weight, as in dpo=0.8")
+            check(name not in weights, f"preference.losses names {name} twice")
+            weights[name] = value
+        return weights
 
     def validate(self):
-        pass
+        """Raise UserError with the value of the first contradiction."""
+        check(self.weights, "preference.losses is empty: name what is learned, such as dpo")
+        check(self.beta > 0, f"preference.beta = {self.beta} must be positive")
+        smoothing = self.label_smoothing
+        check(0 <= smoothing < 0.5, f"preference.label_smoothing = {smoothing} must be at least 0 and below 0.5")
+        check(self.gamma >= 0, f"preference.gamma = {self.gamma} must be at least 0")
+
+
+# Mixtures of losses by their names: MPO is that of Wang et al. 2024, arXiv 2411.10442.
+MIXTURES = {"mpo": ("dpo=0.8", "bco=0.2", "sft=1.0")}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Extras:
         self.router_loss: Tensor | int = 0
         # Over the step: metrics of the objective, each the sum of something and the number of what it is summed over.
         self.means: dict[str, tuple[Tensor, Tensor | int]] = {}
+        # Over the step: what is added to the objective's state by its end, the sum of all ranks; nothing in a bad step.
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, number: Tensor | int):
         """Add to a metric of the step: the sum of all totals is divided by that of all numbers.

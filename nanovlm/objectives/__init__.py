@@ -11,6 +11,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.next_token import NextToken
+from nanovlm.objectives.preference import Preference
 
 
 class Objective(Protocol):
@@ -25,7 +26,7 @@ class Objective(Protocol):
     @property
     def learns_from(self) -> Literal["answers", "pairs", "own"]: ...
 
-    # Tensors that change during the run, equal on all ranks; checkpoints keep them.
+    # Tensors that change during the run, equal on all ranks; checkpoints keep them. A step adds extras.sums to them.
     state: dict[str, Tensor]
 
     def count(self, batch: Batch) -> int:
@@ -37,4 +38,7 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective]] = {"next_token": NextToken}
+OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective]] = {
+    "next_token": NextToken,
+    "preference": Preference,
+}

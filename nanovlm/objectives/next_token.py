@@ -25,9 +25,14 @@ class NextToken:
         hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
         labels, backend = batch.labels.flatten()[batch.trained], model.config.decoder.cross_entropy
         loss = next_token_loss(hidden, labels, model.decoder.head_weight, backend=backend)
-        moe = model.config.decoder.moe
-        if moe is not None and model.training:
-            balance = len(batch.trained) * router_loss(extras, batch.doc_ids >= 0, moe)
-            extras.router_loss = extras.router_loss + balance.detach()
-            loss = loss + balance
-        return loss
+        return loss + balance(model, batch, extras, len(batch.trained))
+
+
+def balance(model: VLM, batch: Batch, extras: Extras, num_units: int) -> Tensor | int:
+    """Return the losses that keep the load of experts even, for the units of a batch that was just seen in training."""
+    moe = model.config.decoder.moe
+    if moe is None or not model.training:
+        return 0
+    loss = num_units * router_loss(extras, batch.doc_ids >= 0, moe)
+    extras.router_loss = extras.router_loss + loss.detach()
+    return loss
