@@ -87,17 +87,26 @@ def lock(folder: Path):
                 folder.rmdir()
 
 
-def write_file(path: Path, data: str | bytes):
-    """Write a file under a temporary name, flush it, rename it and flush its folder."""
+@contextlib.contextmanager
+def new_file(path: Path):
+    """Yield a temporary binary file to write; flushed and renamed, it becomes `path` on success; else it is removed."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        with open(temporary, "wb") as file:
+            yield file
         flush(temporary)
         temporary.rename(path)
         flush(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: str | bytes):
+    """Write a file under a temporary name, flush it, rename it and flush its folder."""
+    with new_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def read_json(path: Path) -> dict:

@@ -7,6 +7,7 @@ number, `<image 1>`; else before the first question.
 
 import base64
 import binascii
+import io
 import re
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,9 @@ SUFFIX = re.compile(r"\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|ppm|pgm|avif|heic|jp2
 # Keys that name a picture whatever they hold.
 NAMES = re.compile(r"(the_)?(imgs?|images?|pics?|pictures?|photos?)([ _-]?(ids?|paths?|files?|urls?|names?|\d))*")
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how the base64 of PNG, JPEG, GIF and WebP begins
-HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# How files begin, and their kinds.
+KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+KINDS |= {b"II*\0": "tiff", b"MM\0*": "tiff"}
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
@@ -106,7 +109,7 @@ def _is_picture(value) -> bool:
     if isinstance(value, dict):
         return any(_is_picture(inner) for inner in value.values() if not isinstance(inner, dict))
     if isinstance(value, bytes):
-        return value.startswith(HEADS)
+        return value.startswith(tuple(KINDS))
     if not isinstance(value, str):
         return isinstance(value, Image.Image)
     is_name = len(value) < 1000 and "\n" not in value and SUFFIX.search(value) is not None
@@ -139,6 +142,18 @@ def fetch(picture, read: Callable[[str], Any] | None):
         return base64.b64decode("".join(data.split()), validate=True)  # some wrap its lines
     except (binascii.Error, ValueError) as error:
         raise UserError(f"the base64 of a picture that begins with {picture[:40]!r} is damaged: {error}") from error
+
+
+def to_url(picture) -> str:
+    """Return a picture, as `fetch` does, as a data: URL, in which a record of JSON can hold it."""
+    if isinstance(picture, Image.Image):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        picture = file.getvalue()
+    if not isinstance(picture, bytes):
+        raise UserError(f"a picture must be an encoded file (bytes) or a PIL image, not {kind_of(picture)}")
+    kind = next((name for head, name in KINDS.items() if picture.startswith(head)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def fetch_images(record: dict, read: Callable[[str], Any]) -> Record:
