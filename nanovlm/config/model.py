@@ -188,6 +188,8 @@ class VLMConfig:
     tiling: TilingConfig = field(default_factory=TilingConfig)
     # Language model.
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    # A head that scores a whole answer with one number: a reward model, which objective reward trains.
+    has_score_head: bool = False
     # Low-bit linear layers, which nanovlm/model/quantized.py makes from a trained model; null (None) for none.
     quantization: QuantizationConfig | None = None
     # Token id of padding.

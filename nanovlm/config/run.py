@@ -184,7 +184,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference.
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward.
     objective: str = "next_token"
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -267,6 +267,11 @@ class TrainConfig:
         check(
             not (self.eval.patience and self.eval.best == "none"),
             f"eval.patience = {self.eval.patience} needs an eval.best to go by, not none",
+        )
+        check(
+            self.model.has_score_head == (self.objective == "reward"),
+            f"model.has_score_head = {self.model.has_score_head} does not fit objective = {self.objective}: the score "
+            "head is learned by reward, and by it alone",
         )
         check(d.sources, "data.sources is empty: name your records, as in --data.sources mine.jsonl")
         check(

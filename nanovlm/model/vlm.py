@@ -61,6 +61,8 @@ class VLM(nn.Module):
             make_projector = pick(PROJECTORS, config.projector.type, "projector.type")
             self.projector = make_projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
+        if config.has_score_head:
+            self.score = nn.Linear(config.decoder.hidden_size, 1, bias=False)
         # Run the encoder on batches without images too; parallel.py sets this.
         self.always_sees = False
         # What its adapted layers share, an Adapters of adapters.py, which imports this file.
@@ -144,7 +146,7 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     - token embeddings: 1, the scale of the image tokens; 1 / sqrt(hidden size) if they are also the tied head
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
     - vision positions: 0.5, half the scale of the patches
-    Biases are 0, norm weights 1.
+    Biases and the score head are 0, norm weights 1.
     """
 
     def normal(tensor, std):
@@ -157,6 +159,8 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
             std = 1 / math.sqrt(module.in_features)
             if name.endswith("lm_head"):
                 std *= 0.1
+            elif name == "score":
+                std = 0.0
             elif ".layers." in name and name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
                 std /= math.sqrt(2 * depth[name.split(".")[0]])
             yield normal(module.weight, std)

@@ -12,6 +12,7 @@ from nanovlm.data.types import Batch
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.next_token import NextToken
 from nanovlm.objectives.preference import Preference
+from nanovlm.objectives.reward import Reward
 
 
 class Objective(Protocol):
@@ -41,4 +42,5 @@ class Objective(Protocol):
 OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective]] = {
     "next_token": NextToken,
     "preference": Preference,
+    "reward": Reward,
 }

@@ -143,6 +143,8 @@ def _prepare_from_model(config):
         is_upcycled = True
         check_upcycling(theirs.decoder, moe)
         theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=moe))
+    adds_score = wanted.has_score_head and not theirs.has_score_head
+    theirs = dataclasses.replace(theirs, has_score_head=adds_score or theirs.has_score_head)
     decoder, vision = _for_training(theirs.decoder, wanted.decoder), theirs.vision
     if vision is not None and wanted.vision is not None:
         vision = _with(vision, wanted.vision, FREE_OF_VISION)
@@ -152,11 +154,17 @@ def _prepare_from_model(config):
     def make_processor():
         return Processor(stored.processor.tokenizer, _template(config, stored.processor.chat_template), wanted)
 
+    def fill_places(places: Places):
+        if adds_score:
+            local_part(places["score.weight"]).zero_()
+        stored.fill({name: place for name, place in places.items() if name != "score.weight" or not adds_score})
+
+    @torch.no_grad()
     def fill(model):
         if is_upcycled:
-            upcycle(model, stored.fill, init.upcycle_noise, config.adapter)
+            upcycle(model, fill_places, init.upcycle_noise, config.adapter)
         else:
-            stored.fill(base_places(model, config.adapter))
+            fill_places(base_places(model, config.adapter))
         draw_adapter(model)
 
     processor = share_processor(make_processor, wanted)

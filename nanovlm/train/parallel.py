@@ -129,7 +129,8 @@ def order_buckets(replica: Replica):
     tiles = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=device)
     with torch.compiler.set_stance("force_eager"):
         hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, tiles, zeros[0, :0].int()))
-        (hidden.sum() + model.decoder.head_weight.sum()).backward()
+        heads = [model.decoder.head_weight] + ([model.score.weight] if model.config.has_score_head else [])
+        (hidden.sum() + sum(weight.sum() for weight in heads)).backward()
     replica.zero_grad()
 
 
@@ -259,10 +260,13 @@ def finish_gradients(model: VLM):
 
 
 def clear_unused(model: VLM, num_tiles: int):
-    """Clear the gradients of encoder and projector in a step without images; `num_tiles` is this rank's.
+    """Clear the gradients of encoder and projector in a step without images, and of a head that no reward comes from.
 
     Every rank runs them, so they may have zero gradients, with which weight decay and momentum would move them.
+    `num_tiles` is this rank's.
     """
+    if model.config.has_score_head and not model.config.decoder.tie_word_embeddings:
+        model.decoder.lm_head.zero_grad()
     if model.config.vision is not None and not distributed.add_up({"tiles": num_tiles})["tiles"]:
         model.vision.zero_grad()
         model.projector.zero_grad()
