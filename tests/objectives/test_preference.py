@@ -23,6 +23,9 @@ from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
 from nanovlm.objectives.preference import LOSSES, Pairs, Preference
+from nanovlm.train.state import TrainState
+from nanovlm.train.step import train_step
+from nanovlm.train.validate import validate
 from tests.conftest import TINY, make_batch, noise
 from tests.hub.test_export import OWN, TEXT_ONLY, randomize, write_own
 
@@ -224,6 +227,23 @@ def test_rewards_of_all_micro_batches_make_the_next_delta(processor):
         rewards.append(0.5 * (sums.detach() - torch.tensor([-3.0, -9.0] * len(part))))
     total, number = extras.sums["rewards"].tolist()
     assert number == 6 and total == pytest.approx(float(torch.cat(rewards).sum()), rel=1e-5)
+
+
+def test_a_step_adds_its_rewards_unless_it_is_bad(processor):
+    """Once, whatever the micro-batches, and validation adds nothing."""
+    torch.manual_seed(0)
+    model, objective = VLM(TINY), make_bco()
+    records = [raw | {"ref_chosen_logps": -3.0, "ref_rejected_logps": -9.0} for raw in RECORDS]
+    batches = [make_batch([document]) for document in documents_of(processor, records=records)]
+    state = TrainState(model, model, {}, [], threads=1, precision="fp32", objective=objective)
+    metrics = train_step(state, batches, 3, TrainConfig(model=TINY))
+    mean = float(metrics["rewards_chosen"] + metrics["rewards_rejected"]) / 2
+    assert objective.state["rewards"].tolist() == pytest.approx([6 * mean, 6]) and mean < -1
+    validate(state, {"pairs": [batches]})
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(torch.nan)
+    assert train_step(state, batches, 3, TrainConfig(model=TINY))["is_bad"]
+    assert objective.state["rewards"].tolist() == pytest.approx([6 * mean, 6])
 
 
 # --- branches -----------------------------------------------------------------------------------------------------
