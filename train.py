@@ -152,8 +152,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if checkpoints:  # a run keeps its precision, on another processor too
         precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
-    objective = pick(OBJECTIVES, config.objective, "objective")(config, processor, device)
-    optimizers = make_optimizers(model, config.optim, precision, config.adapter)
+    as_run = dataclasses.replace(config, precision=precision)
+    objective = pick(OBJECTIVES, config.objective, "objective")(as_run, processor, device)
+    optimizers = make_optimizers(model, config.optim, precision, config.adapter, objective.state)
     state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:

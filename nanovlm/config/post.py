@@ -55,8 +55,6 @@ class AdapterConfig:
             check(self.rank or not value, f"adapter.{name} = {value!r} needs adapters: give adapter.rank, such as 8")
         return self
 
-from nanovlm.config.fields import check
-
 
 @dataclass(frozen=True)
 class PreferenceConfig:
@@ -112,8 +110,39 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    # The model to learn from: a folder, a repository of the hub, a .gguf file or smollm2.
+    # The model to learn from: a folder, a repository of the hub, a .gguf file or smollm2. Empty where records bring the
+    # likeliest tokens of a teacher (python -m nanovlm.data.build answer --top-k).
     teacher: str = ""
+    # What is learned, each with its weight, as name=weight: forward_kl, reverse_kl, jensen_shannon (of the next token's
+    # distributions), next_token (the labels), features (mean square between the encoders' outputs), projector (between
+    # the image tokens).
+    losses: tuple[str, ...] = ("forward_kl=1",)
+    # Both sides' logits are divided by it, and divergences multiplied by its square.
+    temperature: float = 1.0
+    # jensen_shannon: the teacher's share in the mixture, between 0, which is like forward_kl, and 1, like reverse_kl.
+    beta: float = 0.5
+    # Learn from answers of the student's own to the questions of records (on-policy), in place of the records' answers.
+    on_policy: bool = False
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss. Raises UserError for an entry that is no name=weight, or a name that is twice."""
+        pairs = {}
+        for entry in self.losses:
+            found = re.fullmatch(r"(\w+)=(\d*\.?\d+(?:e-?\d+)?)", entry)
+            if found is None:
+                raise UserError(f"distill.losses has {entry!r}, which is no name=weight, such as forward_kl=1.0")
+            check(found[1] not in pairs, f"distill.losses names {found[1]} twice")
+            pairs[found[1]] = float(found[2])
+        return pairs
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether a teacher is asked what the next token is, which takes its tokenizer."""
+        return bool(self.teacher) and not self.weights.keys() <= {"next_token", "features", "projector"}
 
     def validate(self):
-        pass
+        """Raise UserError with the value of the first contradiction."""
+        check(any(self.weights.values()), f"distill.losses = {self.losses} learn nothing: give one a weight")
+        check(self.temperature > 0, f"distill.temperature = {self.temperature} must be positive")
+        check(0 < self.beta < 1, f"distill.beta = {self.beta} must be between 0 and 1")

@@ -184,7 +184,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward.
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill.
     objective: str = "next_token"
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -293,6 +293,10 @@ class TrainConfig:
         check(
             not self.init.vision or self.model.vision is not None,
             f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
+        )
+        check(
+            self.objective == "distill" or not self.distill.teacher,
+            f"distill.teacher = {self.distill.teacher!r} needs objective = distill, not {self.objective}",
         )
         first, last = self.profile
         check(

@@ -167,7 +167,7 @@ def make_row(documents: list[Document], row_length: int, pad_token_id: int) -> R
     padding = row_length - sum(len(d) for d in documents)
 
     def join(pieces, fill):
-        return torch.cat([*pieces, pieces[0].new_full((padding,), fill)])
+        return torch.cat([*pieces, pieces[0].new_full((padding, *pieces[0].shape[1:]), fill)])
 
     return Row(
         input_ids=join([d.input_ids for d in documents], pad_token_id),

@@ -26,7 +26,7 @@ branch 2    all         .          causal
 
 Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none. What else is
 known about each trained token, such as a weight or the log-probability under a reference, travels beside the labels as
-`values`: by its name a float32 tensor of their shape.
+`values`: by its name a float32 tensor of their shape, or of one dimension more.
 """
 
 import functools
@@ -140,10 +140,10 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def value(self, name: str) -> Tensor:
-        """fp32[N]: `values[name]` at the trained positions; 0 where no document of the batch has any."""
+        """fp32[N, ...]: `values[name]` at the trained positions; fp32[N], 0, where no document of the batch has any."""
         if name not in self.values:
             return torch.zeros(len(self.trained), device=self.trained.device)
-        return self.values[name].flatten()[self.trained]
+        return self.values[name].flatten(0, 1)[self.trained]
 
     def _map(self, function: Callable) -> "Batch":
         """Apply a function to every tensor."""

@@ -10,6 +10,7 @@ from nanovlm.config import TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch
 from nanovlm.model.vlm import VLM, Extras
+from nanovlm.objectives.distill import Distill
 from nanovlm.objectives.next_token import NextToken
 from nanovlm.objectives.preference import Preference
 from nanovlm.objectives.reward import Reward
@@ -27,7 +28,8 @@ class Objective(Protocol):
     @property
     def learns_from(self) -> Literal["answers", "pairs", "own"]: ...
 
-    # Tensors that change during the run, equal on all ranks; checkpoints keep them. A step adds extras.sums to them.
+    # Tensors that change during the run, equal on all ranks; checkpoints keep them. Those that are parameters learn
+    # beside the model, at optim.lr, and are no part of what is saved of it; a step adds extras.sums to the others.
     state: dict[str, Tensor]
 
     def count(self, batch: Batch) -> int:
@@ -43,4 +45,5 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
     "next_token": NextToken,
     "preference": Preference,
     "reward": Reward,
+    "distill": Distill,
 }

@@ -111,9 +111,8 @@ class Divergences(torch.autograd.Function):
         return hidden_grad, weight_grad if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
-# A divergence: (log-probabilities of the student [n, V], those of the teacher [n, V], beta) -> [n], and its gradient for
-# the student's logits [n, V]. As a function of the student's probabilities q it has derivatives g, so that the gradient
-# for logits is q (g - sum of q g).
+# A divergence: (log-probabilities of the student [n, V], those of the teacher [n, V], beta) -> its value [n], and its
+# gradient for the student's logits [n, V], which is q (g - sum of q g) where it has derivatives g for probabilities q.
 
 
 def forward_kl(ours: Tensor, theirs: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -109,10 +109,15 @@ class Saving:
 
 
 def name_tensors(model: VLM, optimizers: dict) -> dict[str, torch.Tensor]:
-    """Return every tensor of a run by name: model.NAME, and KIND.NAME.FIELD for optimizer state."""
+    """Return every tensor of a run by name: model.NAME, and KIND.NAME.FIELD for optimizer state.
+
+    A group of parameters that are none of the model's has their `names`.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for kind, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            names |= zip(group["params"], group.get("names", ()), strict=False)
         for parameter, fields in optimizer.state.items():
             tensors |= {f"{kind}.{names[parameter]}.{field}": tensor for field, tensor in fields.items()}
     return tensors

@@ -1,7 +1,7 @@
 """TrainConfig -> the processor and the initial weights of a new run: from scratch, from parts, or from a whole model.
 
 ```
-nothing            random weights, a tokenizer made from the data
+nothing            random weights, a tokenizer made from the data, or that of a distillation's teacher
 init.vision        the image encoder's weights, a SigLIP's or a whole model's    the projector is always random
 init.decoder       the decoder's weights and tokenizer, both extended by image tokens; a whole model's too
 init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
@@ -102,6 +102,9 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
         fillers.append(lambda places: fill_decoder(places, decoder, processor.token_ids()))
 
     def make_processor():
+        if decoder is None and config.objective == "distill" and config.distill.compares_tokens:
+            theirs = find_model(config.distill.teacher).processor
+            return Processor(theirs.tokenizer, _template(config, theirs.chat_template), wanted)
         if decoder is None:
             tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
             return Processor(tokenizer, _template(config, "roles"), wanted)

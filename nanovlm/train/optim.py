@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanovlm.config import AdapterConfig, OptimConfig, ParamRule
@@ -49,10 +51,15 @@ def assign_rules(
 
 
 def make_optimizers(
-    model: nn.Module, config: OptimConfig, precision: str = "bf16", adapter: AdapterConfig = AdapterConfig()
+    model: nn.Module,
+    config: OptimConfig,
+    precision: str = "bf16",
+    adapter: AdapterConfig = AdapterConfig(),
+    state: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers that have parameters, by name. Raises UserError as `assign_rules` does.
 
+    Parameters in the `state` of an objective learn too, by AdamW at optim.lr, whatever the rules say.
     `precision` is that of the run. Muon multiplies in bf16, except in an fp32 run on a CPU: without bf16 instructions
     that would take twenty times as long. Setting an optimizer's `found_inf` to a tensor of 1 makes it skip a step
     without waiting for the device.
@@ -71,7 +78,11 @@ def make_optimizers(
         return groups
 
     optimizers = {}
-    if adamw := of("adamw"):
+    adamw = of("adamw")
+    if beside := {name: x for name, x in state.items() if isinstance(x, nn.Parameter)}:
+        named = {"params": list(beside.values()), "names": [f"objective.{name}" for name in beside]}
+        adamw.append(named | {"lr_scale": 1.0, "weight_decay": 0.0})
+    if adamw:
         if config.moments == "bf16":
             optimizers["adamw"] = AdamW(adamw, lr=config.lr, betas=config.betas, dtype=torch.bfloat16)
         else:

@@ -248,8 +248,15 @@ def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn
 
 
 @torch.no_grad()
-def finish_gradients(model: VLM):
-    """Average gradients of divided experts over all ranks; each holds the sum over the ranks of its group."""
+def finish_gradients(model: VLM, beside: list[nn.Parameter]):
+    """Average gradients of divided experts over all ranks; each holds the sum over the ranks of its group.
+
+    So are those of parameters `beside` the model, which all ranks have and each has used.
+    """
+    for parameter in beside if num_ranks() > 1 else ():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= num_ranks()
     for module in model.modules():
         if isinstance(module, MoE) and isinstance(module.run_experts, SharedExperts):
             for parameter in (module.gate_proj, module.up_proj, module.down_proj):

@@ -41,7 +41,7 @@ class TrainState:
         numbers["slots"] = {number: state for of_rank in states for number, state in of_rank.items()}
         rng = distributed.gather(checkpoint.rng_state())
         rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
-        rng |= {f"objective.{name}": tensor.cpu() for name, tensor in self.objective.state.items()}
+        rng |= {f"objective.{name}": tensor.detach().cpu() for name, tensor in self.objective.state.items()}
         return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
 
     def load(self, folder: Path):
@@ -52,6 +52,6 @@ class TrainState:
         checkpoint.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
         of_objective = {name: x for name, x in rng.items() if name.startswith("objective.")}
         for name, tensor in self.objective.state.items():
-            tensor.copy_(of_objective[f"objective.{name}"])
+            tensor.detach().copy_(of_objective[f"objective.{name}"])
         for name, value in numbers.items():
             setattr(self, name, value)

@@ -34,10 +34,11 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
             loss += loss_sum.detach()
             if extras.routing:
                 stats.update(extras.routing, batch.doc_ids >= 0, find_images(batch, config))
-    parallel.finish_gradients(state.model)
+    beside = [x for x in state.objective.state.values() if isinstance(x, torch.nn.Parameter)]
+    parallel.finish_gradients(state.model, beside)
     parallel.clear_unused(state.model, sum(len(batch.pixel_values) for batch in batches))
     loss = distributed.add_up_tensor(loss)
-    grad_norm = parallel.clip_gradients(list(state.model.parameters()), config.optim.max_grad_norm)
+    grad_norm = parallel.clip_gradients([*state.model.parameters(), *beside], config.optim.max_grad_norm)
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
     for optimizer in state.optimizers.values():
         optimizer.found_inf = is_bad.float()  # pyright: ignore[reportAttributeAccessIssue]
