@@ -61,7 +61,7 @@ from nanovlm.eval.sheet import choose, describe, draw_sheet
 from nanovlm.eval.tasks import Question, Records, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.model import adapters
-from nanovlm.objectives import OBJECTIVES
+from nanovlm.objectives import OBJECTIVES, Objective
 from nanovlm.train import adapt, best, checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
@@ -109,6 +109,11 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     config = share_micro_batches(config)
     keep_freed_memory()
     torch.manual_seed(config.seed)
+    threads = config.threads or choose_threads(device)
+    precision = choose_precision(device) if config.precision == "auto" else config.precision
+    threads, precision = distributed.gather((threads, precision))[0]  # all ranks use those of the first
+    if checkpoints:  # a run keeps its precision, on another processor too
+        precision = read_json(checkpoints[-1] / "state.json")["precision"]
     wandb = import_wandb() if config.wandb and is_first else None
 
     # --- data --------------------------------------------------------------------------------------------
@@ -121,7 +126,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
     else:
         processor, fill = init.prepare(config, sample_texts(source, 1000, options_of(config.data)))
-    loader = make_loader(source, processor, config)
+    as_run = dataclasses.replace(config, precision=precision)
+    objective = pick(OBJECTIVES, config.objective, "objective")(as_run, processor, device)
+    loader = make_loader(source, processor, config, objective)
     # Read before the first step, so that what cannot be asked is named now.
     how = {"layout": data.layout, "fields": parse_fields(data.fields), "allow_urls": data.allow_urls}
     tasks = [open_task(name, config.eval.limit, **how) for name in config.eval.tasks]
@@ -130,7 +137,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if data.val_fraction:
         if is_first and not checkpoints:
             print("the split: " + "\nthe split: ".join(describe_split(source, data.val_fraction, options_of(data))))
-        loaders = {part.name: make_loader(part, processor, config, "val") for part in parts_of(source)}
+        loaders = {part.name: make_loader(part, processor, config, objective, "val") for part in parts_of(source)}
         held_out = read_held_out(loaders, config)
         asked += ask_held_out(loaders, processor, config) if config.eval.every else []
     shown = asked[0][1] if asked else []
@@ -146,14 +153,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     total, active = total + in_codes, active + in_codes
     parts = {name: adapters.count(part)[1] / 1e6 for name, part in model.named_children()}
     assign_rules(model, config.optim, config.adapter)
-    threads = config.threads or choose_threads(device)
-    precision = choose_precision(device) if config.precision == "auto" else config.precision
-    threads, precision = distributed.gather((threads, precision))[0]  # all ranks use those of the first
-    if checkpoints:  # a run keeps its precision, on another processor too
-        precision = read_json(checkpoints[-1] / "state.json")["precision"]
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
-    as_run = dataclasses.replace(config, precision=precision)
-    objective = pick(OBJECTIVES, config.objective, "objective")(as_run, processor, device)
     optimizers = make_optimizers(model, config.optim, precision, config.adapter, objective.state)
     state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
     distributed.wait()  # until all have seen whether the run is new
@@ -279,11 +279,13 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     return results
 
 
-def make_loader(source: Source, processor: Processor, config: TrainConfig, split: str = "train") -> Loader:
+def make_loader(
+    source: Source, processor: Processor, config: TrainConfig, objective: Objective, split: str = "train"
+) -> Loader:
     """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
     return Loader(
         source,
-        make_process(processor, config.data, pick(OBJECTIVES, config.objective, "objective").learns_from == "pairs"),
+        make_process(processor, config.data, objective.learns_from),
         config.data,
         config.model.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),

@@ -111,7 +111,7 @@ class GroupConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     # The model to learn from: a folder, a repository of the hub, a .gguf file or smollm2. Empty where records bring the
-    # likeliest tokens of a teacher (python -m nanovlm.data.build answer --top-k).
+    # likeliest tokens of a teacher (python -m nanovlm.data.build top-k).
     teacher: str = ""
     # What is learned, each with its weight, as name=weight: forward_kl, reverse_kl, jensen_shannon (of the next token's
     # distributions), next_token (the labels), features (mean square between the encoders' outputs), projector (between

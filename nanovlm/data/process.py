@@ -4,18 +4,22 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import torch
+
 from nanovlm.config import DataConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import plan_tiles
 from nanovlm.data.reader import why_too_long
 from nanovlm.data.records import options_of, to_sample
-from nanovlm.data.types import Document, Sample, Shrunk
+from nanovlm.data.types import IGNORE, Document, Sample, Shrunk
+from nanovlm.errors import UserError
 
 
-def make_process(processor: Processor, config: DataConfig, pairs: bool = False) -> Callable[[dict], Document]:
+def make_process(processor: Processor, config: DataConfig, learns_from: str = "answers") -> Callable[[dict], Document]:
     """Return the function that turns raw records into documents; it raises UserError, or Filtered by ratings.
 
-    With `pairs` a document has two branches, a chosen and a rejected answer; else a record of both gives the chosen.
+    `learns_from` is that of an objective: for pairs a document has two branches, a chosen and a rejected answer (else a
+    record of both gives the chosen); for teacher it has what its record has of one (data/build/top_k.py).
     """
     options = options_of(config)
 
@@ -23,14 +27,44 @@ def make_process(processor: Processor, config: DataConfig, pairs: bool = False) 
         sample = to_sample(raw, **options)
 
         def make(processor: Processor) -> Document:
-            return processor.pair(sample) if pairs else processor.document(sample, config.train_on)
+            return processor.pair(sample) if learns_from == "pairs" else processor.document(sample, config.train_on)
 
         document = make(processor)
+        if learns_from == "teacher":
+            return add_teacher(document, raw.get("teacher"))
         if config.too_long == "shrink" and sample.images and why_too_long(document, config):
             return shrink(sample, processor, config, make) or document
         return document
 
     return process
+
+
+def add_teacher(document: Document, teacher) -> Document:
+    """Put a teacher's likeliest tokens, top_ids and top_logprobs fp32[L, K], beside the labels that they are about."""
+    names = "tokens", "ids", "logprobs"
+    if not isinstance(teacher, dict) or set(names) - teacher.keys():
+        raise UserError("the record has no teacher with tokens, ids and logprobs (python -m nanovlm.data.build top-k)")
+    try:
+        tokens, ids, logprobs = (torch.tensor(teacher[name], dtype=torch.float32) for name in names)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"the teacher of the record has lists of unequal lengths, or no numbers: {error}") from None
+    is_trained = document.labels != IGNORE
+    if not torch.equal(tokens, document.labels[is_trained].float()):
+        raise UserError(
+            f"the teacher of the record is about {tokens.numel()} other tokens than the {int(is_trained.sum())} that "
+            "are trained: it had another tokenizer, chat template or data.train_on"
+        )
+    if (
+        ids.ndim != 2
+        or ids.shape != logprobs.shape
+        or len(ids) != len(tokens)
+        or bool(((ids < 0) | (logprobs > 0)).any())
+    ):
+        raise UserError("the ids and logprobs of the record's teacher must be as many for each token, all likely")
+    for name, values in (("top_ids", ids), ("top_logprobs", logprobs)):
+        document.values[name] = torch.zeros(len(document), ids.shape[1])
+        document.values[name][is_trained] = values
+    return document
 
 
 def shrink(

@@ -23,10 +23,10 @@ class Objective(Protocol):
     not depend on how documents fall into micro-batches.
     """
 
-    # What it learns from: the answers of records; pairs, records of a chosen and a rejected answer; or own, answers
-    # of the model itself to the questions of records, which train/rollouts.py samples.
+    # What it learns from: the answers of records; these and what records bring of a teacher; pairs, records of a chosen
+    # and a rejected answer; or own, answers of the model itself, which train/rollouts.py samples.
     @property
-    def learns_from(self) -> Literal["answers", "pairs", "own"]: ...
+    def learns_from(self) -> Literal["answers", "teacher", "pairs", "own"]: ...
 
     # Tensors that change during the run, equal on all ranks; checkpoints keep them. Those that are parameters learn
     # beside the model, at optim.lr, and are no part of what is saved of it; a step adds extras.sums to the others.

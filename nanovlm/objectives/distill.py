@@ -63,8 +63,10 @@ class Distill:
             raise UserError(f"{what} needs the teacher itself, not what records say of it: name distill.teacher")
 
     @property
-    def learns_from(self) -> Literal["answers", "own"]:
-        return "own" if self.settings.on_policy else "answers"
+    def learns_from(self) -> Literal["answers", "teacher", "own"]:
+        if self.settings.on_policy:
+            return "own"
+        return "answers" if self.settings.teacher else "teacher"
 
     def count(self, batch: Batch) -> int:
         return len(batch.trained)
@@ -104,7 +106,7 @@ class Distill:
             if self.compared and len(batch.trained) and "top_ids" not in batch.values:
                 raise UserError(
                     "the records do not have the likeliest tokens of a teacher: name distill.teacher, or write them "
-                    "with python -m nanovlm.data.build answer --top-k 32"
+                    "with python -m nanovlm.data.build top-k"
                 )
             return teach_by_top_k(batch.value("top_ids").long(), batch.value("top_logprobs")) if self.compared else None
         if self.compared:

@@ -27,7 +27,7 @@ def said(text):
 
 
 def pair_of(processor, raw):
-    return make_process(processor, DataConfig(), pairs=True)(raw)
+    return make_process(processor, DataConfig(), learns_from="pairs")(raw)
 
 
 def parts(document):
@@ -135,7 +135,7 @@ def test_reference_log_probabilities_come_with_records(processor, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in records))
     config = DataConfig(row_length=128, batch_rows=1, shuffle=False)
     loader = Loader(
-        open_source(str(tmp_path / "a.jsonl")), make_process(processor, config, True), config, 0, num_epochs=1
+        open_source(str(tmp_path / "a.jsonl")), make_process(processor, config, "pairs"), config, 0, num_epochs=1
     )
     (batch,) = next(loader)
     values, branches = batch.value("ref_logprobs"), batch.branch_ids.flatten()[batch.trained]
@@ -148,8 +148,8 @@ def test_reference_log_probabilities_come_with_records(processor, tmp_path):
 def test_a_pair_that_is_too_long_gets_fewer_tiles():
     processor = with_tiling(TILINGS["fit"])
     raw = {"image": noise(0, 60).resize((60, 50)), "prompt": "what is it?", "chosen": "red", "rejected": "blue"}
-    whole = make_process(processor, DataConfig(row_length=1000), pairs=True)(raw)
+    whole = make_process(processor, DataConfig(row_length=1000), learns_from="pairs")(raw)
     config = DataConfig(row_length=len(whole) - 1, too_long="shrink")
-    shrunk = make_process(processor, config, pairs=True)(raw)
+    shrunk = make_process(processor, config, learns_from="pairs")(raw)
     assert isinstance(shrunk, Shrunk) and len(shrunk) < len(whole) and len(shrunk.tiles) < len(whole.tiles)
     assert int(shrunk.branch_ids.max()) == 2 and len(shrunk.values["ref_logprobs"]) == len(shrunk)

@@ -39,7 +39,7 @@ RECORDS = [
 
 
 def documents_of(processor, sees=True, records=RECORDS):
-    process = make_process(processor, DataConfig(), pairs=True)
+    process = make_process(processor, DataConfig(), learns_from="pairs")
     return [process(raw | ({"image": noise(i, 40)} if sees else {})) for i, raw in enumerate(records)]
 
 

@@ -44,7 +44,7 @@ def test_pairs_are_written_with_their_log_probabilities(model, tmp_path, process
     config = ReferenceConfig(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"), out, num_rows=2, device="cpu")
     assert write_pairs(config) == (3, 1)
     assert "left out 1 records, such as " in (said := capsys.readouterr().out) and "the record is no pair" in said
-    process = make_process(processor, DataConfig(), pairs=True)
+    process = make_process(processor, DataConfig(), learns_from="pairs")
     before, after = (open_source(str(path)) for path in (tmp_path / "pairs.jsonl", out))
     expected, found = [process(before.read(i)) for i in (0, 2, 3)], [process(after.read(i)) for i in range(3)]
     for one, two in zip(expected, found, strict=True):

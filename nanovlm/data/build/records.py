@@ -1,0 +1,169 @@
+"""Records of a source -> a file of records, so that a kill at any moment loses little.
+
+```
+.OUT.jsonl.part    whole lines, in the order of the source         OUT.jsonl, once all are written
+.OUT.jsonl.json    what the lines were written with
+```
+
+Records are made in chunks of CHUNK that depend on nothing else, so a chunk is the same however often it is begun.
+"""
+
+import base64
+import dataclasses
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sized
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from nanovlm.data.columns import parse_fields
+from nanovlm.data.pictures import BASE64
+from nanovlm.data.reader import RECORD_SECONDS, explain
+from nanovlm.data.records import check, to_sample
+from nanovlm.data.source import Source, first_pass
+from nanovlm.data.types import Filtered, Sample
+from nanovlm.errors import UserError, printable
+from nanovlm.files import flush, lock, read_json, write_file
+from nanovlm.limits import time_limit
+
+CHUNK = 64  # records that are made at a time
+NAMED = 5  # records that were left out to name
+
+
+class Found(NamedTuple):
+    """A record of a source: its number, what it holds, and its pictures as encoded files or PIL images."""
+
+    number: int
+    sample: Sample
+    images: list
+
+
+class Unusable(Exception):
+    """Raised for a record that is left out; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    # A model: a folder, a repository of the hub, a .gguf file or smollm2.
+    model: str
+    # What data.sources of train.py takes: scenes, a file, a folder, hub:owner/name.
+    source: str
+    # The file to write, .jsonl.
+    out: Path
+    # How many records to read, from the first on; 0 for all.
+    num: int = 0
+    # How records are laid out, and the names of their columns, as data.layout and data.fields of train.py.
+    layout: str = ""
+    fields: tuple[str, ...] = ()
+    # Fetch images that records name by an http or https address.
+    allow_urls: bool = False
+    # cpu, cuda, or auto (cuda when there is one).
+    device: str = "auto"
+    # Largest share of the records that may be unusable.
+    max_bad_fraction: float = 0.05
+
+    def validate(self):
+        """Raise UserError with the value of the first contradiction."""
+        if self.out.suffix != ".jsonl":
+            raise UserError(f"{self.out} must end in .jsonl: a line is a record")
+        if self.num < 0:
+            raise UserError(f"--num {self.num} must be at least 0")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"--max-bad-fraction {self.max_bad_fraction} must be between 0 and 1")
+
+
+def write_records(config: BuildConfig, source: Source, make: Callable[[list[Found]], Iterable[dict | Unusable]]):
+    """Write what `make` makes of each record to config.out, with a progress bar.
+
+    Raises UserError if the file is there, was begun with another config, or too many records are unusable.
+    """
+    options = {"layout": config.layout, "fields": parse_fields(config.fields)}
+    config.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with lock(config.out.absolute().parent):
+        if config.out.exists():
+            raise UserError(f"{config.out} is there already: name another file, or remove it")
+        part, about = (config.out.with_name(f".{config.out.name}.{kind}") for kind in ("part", "json"))
+        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        first = take_up(part, about, settings)
+        total = min(len(source), config.num or len(source)) if isinstance(source, Sized) else config.num or None
+        refs = itertools.islice(first_pass(source), first, config.num or None)
+        counts = Counter()
+        with open(part, "a", encoding="utf-8") as lines, tqdm(total=total, initial=first, unit="record") as progress:
+            for chunk in iter(lambda: list(itertools.islice(refs, CHUNK)), []):
+                results = [read(source, ref, options) for ref in chunk]
+                made = iter(make([found for found in results if isinstance(found, Found)]))
+                for ref, found in zip(chunk, results, strict=True):
+                    result = next(made) if isinstance(found, Found) else found
+                    counts["read"] += 1
+                    if isinstance(result, Unusable):
+                        counts["unusable"] += 1
+                        if counts["unusable"] <= NAMED:
+                            tqdm.write(printable(f"left out: {ref.source}, {ref.where}: {result}"))
+                        continue
+                    lines.write(json.dumps({**result, "record": ref.number}) + "\n")
+                lines.flush()
+                progress.update(len(chunk))
+        if counts["unusable"] > config.max_bad_fraction * counts["read"]:
+            raise UserError(
+                f"{counts['unusable']} of {counts['read']} records are unusable, more than --max-bad-fraction "
+                f"{config.max_bad_fraction} allows; what was written is in {part}"
+            )
+        flush(part)
+        part.rename(config.out)
+        flush(config.out.absolute().parent)
+        about.unlink()
+        print(f"wrote {config.out}; {counts['unusable']} of the {counts['read']} records just read were left out")
+
+
+def take_up(part: Path, about: Path, settings: dict) -> int:
+    """Return the first record to make: behind the whole chunks of an earlier attempt, whose last is cut off."""
+    if not about.exists() or not part.exists():
+        part.unlink(missing_ok=True)
+        write_file(about, json.dumps(settings, indent=2))
+        return 0
+    before = read_json(about)
+    if changed := [
+        f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x
+    ]:
+        raise UserError(f"{part} was begun with other settings ({'; '.join(changed)}): remove it, or use the same")
+    first, end = 0, 0
+    with open(part, "rb") as lines:
+        numbers = [(json.loads(line)["record"], len(line)) for line in lines if line.endswith(b"\n")]
+    if numbers:
+        first = numbers[-1][0] // CHUNK * CHUNK
+        end = sum(length for number, length in numbers if number < first)
+    with open(part, "r+b") as lines:
+        lines.truncate(end)
+    return first
+
+
+def read(source: Source, ref, options: dict) -> Found | Unusable:
+    """Read a record."""
+    try:
+        with time_limit(RECORD_SECONDS, "the record"):
+            raw = source.read(ref.key)
+            return Found(ref.number, to_sample(raw, **options), check(raw, **options)[0])
+    except Filtered as error:
+        return Unusable(str(error))
+    except Exception as error:  # whatever a record does, it is counted and named
+        return Unusable(explain(error))
+
+
+def as_record(found: Found, messages: list[dict]) -> dict:
+    """Return a record with the pictures in it, in base64: their files as they are, where JSON records may have them."""
+    record: dict = {"images": [encode(image) for image in found.images], "messages": messages}
+    return record | ({"independent": True} if found.sample.independent else {})
+
+
+def encode(image: bytes | Image.Image) -> str:
+    """Return a picture as base64; what is no PNG, JPEG, GIF or WebP becomes a PNG."""
+    if isinstance(image, bytes) and (text := base64.b64encode(image).decode()).startswith(BASE64):
+        return text
+    file = io.BytesIO()
+    (Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
