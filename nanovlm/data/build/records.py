@@ -1,8 +1,8 @@
 """Records of a source -> a file of records, so that a kill at any moment loses little.
 
 ```
-.OUT.jsonl.part    whole lines, in the order of the source         OUT.jsonl, once all are written
-.OUT.jsonl.json    what the lines were written with
+.OUT.jsonl.part/   records.jsonl, in the order of the source, and settings.json, what they are made with
+OUT.jsonl          once all are written
 ```
 
 Records are made in chunks of CHUNK that depend on nothing else, so a chunk is the same however often it is begun.
@@ -13,6 +13,7 @@ import dataclasses
 import io
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
@@ -31,6 +32,7 @@ from nanovlm.errors import UserError, printable
 from nanovlm.files import flush, lock, read_json, write_file
 from nanovlm.limits import time_limit
 
+NAME = "records.jsonl"
 CHUNK = 64  # records that are made at a time
 NAMED = 5  # records that were left out to name
 
@@ -83,13 +85,10 @@ def write_records(config: BuildConfig, source: Source, make: Callable[[list[Foun
     Raises UserError if the file is there, was begun with another config, or too many records are unusable.
     """
     options = {"layout": config.layout, "fields": parse_fields(config.fields)}
-    config.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with lock(config.out.absolute().parent):
+    with lock(config.out.absolute().with_name(f".{config.out.name}.part")) as folder:
         if config.out.exists():
             raise UserError(f"{config.out} is there already: name another file, or remove it")
-        part, about = (config.out.with_name(f".{config.out.name}.{kind}") for kind in ("part", "json"))
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        first = take_up(part, about, settings)
+        first, part = take_up(folder, json.loads(json.dumps(dataclasses.asdict(config), default=str))), folder / NAME
         total = min(len(source), config.num or len(source)) if isinstance(source, Sized) else config.num or None
         refs = itertools.islice(first_pass(source), first, config.num or None)
         counts = Counter()
@@ -115,22 +114,23 @@ def write_records(config: BuildConfig, source: Source, make: Callable[[list[Foun
             )
         flush(part)
         part.rename(config.out)
-        flush(config.out.absolute().parent)
-        about.unlink()
+        flush(folder.parent)
+        shutil.rmtree(folder)
         print(f"wrote {config.out}; {counts['unusable']} of the {counts['read']} records just read were left out")
 
 
-def take_up(part: Path, about: Path, settings: dict) -> int:
+def take_up(folder: Path, settings: dict) -> int:
     """Return the first record to make: behind the whole chunks of an earlier attempt, whose last is cut off."""
-    if not about.exists() or not part.exists():
-        part.unlink(missing_ok=True)
+    part, about = folder / NAME, folder / "settings.json"
+    if not about.exists():
         write_file(about, json.dumps(settings, indent=2))
+        part.touch()
         return 0
     before = read_json(about)
-    if changed := [
-        f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x
-    ]:
-        raise UserError(f"{part} was begun with other settings ({'; '.join(changed)}): remove it, or use the same")
+    changed = [f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x]
+    if changed:
+        raise UserError(f"{folder} was begun with other settings ({'; '.join(changed)}): use the same, or remove it")
+    part.touch()
     first, end = 0, 0
     with open(part, "rb") as lines:
         numbers = [(json.loads(line)["record"], len(line)) for line in lines if line.endswith(b"\n")]
