@@ -61,7 +61,7 @@ from nanovlm.eval.sheet import choose, describe, draw_sheet
 from nanovlm.eval.tasks import Question, Records, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.model import adapters
-from nanovlm.objectives import OBJECTIVES, Objective
+from nanovlm.objectives import OBJECTIVES
 from nanovlm.train import adapt, best, checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
@@ -128,7 +128,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         processor, fill = init.prepare(config, sample_texts(source, 1000, options_of(config.data)))
     as_run = dataclasses.replace(config, precision=precision)
     objective = pick(OBJECTIVES, config.objective, "objective")(as_run, processor, device)
-    loader = make_loader(source, processor, config, objective)
+    loader = make_loader(source, processor, config, learns_from=objective.learns_from)
     # Read before the first step, so that what cannot be asked is named now.
     how = {"layout": data.layout, "fields": parse_fields(data.fields), "allow_urls": data.allow_urls}
     tasks = [open_task(name, config.eval.limit, **how) for name in config.eval.tasks]
@@ -137,7 +137,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if data.val_fraction:
         if is_first and not checkpoints:
             print("the split: " + "\nthe split: ".join(describe_split(source, data.val_fraction, options_of(data))))
-        loaders = {part.name: make_loader(part, processor, config, objective, "val") for part in parts_of(source)}
+        loaders = {
+            part.name: make_loader(part, processor, config, "val", objective.learns_from) for part in parts_of(source)
+        }
         held_out = read_held_out(loaders, config)
         asked += ask_held_out(loaders, processor, config) if config.eval.every else []
     shown = asked[0][1] if asked else []
@@ -280,12 +282,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
 
 
 def make_loader(
-    source: Source, processor: Processor, config: TrainConfig, objective: Objective, split: str = "train"
+    source: Source, processor: Processor, config: TrainConfig, split: str = "train", learns_from: str = "answers"
 ) -> Loader:
     """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
     return Loader(
         source,
-        make_process(processor, config.data, objective.learns_from),
+        make_process(processor, config.data, learns_from),
         config.data,
         config.model.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),
