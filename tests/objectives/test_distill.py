@@ -21,10 +21,12 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.distill import LOSSES, Distill, feature_loss, tile_shares
+from nanovlm.train import init
 from tests.conftest import TINY, make_batch, make_document
 from tests.test_train import KILL_AT_STEP, KILL_IN_SAVE, SMALL, comparable, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = str(Path(__file__).parent.parent.parent)
 CPU = torch.device("cpu")
 # Half as wide, and one block where its teacher has two.
 STUDENT = dataclasses.replace(
@@ -293,6 +295,23 @@ def distilled(large, **changes):
     )
 
 
+def test_a_new_student_takes_the_tokens_of_its_teacher(tmp_path, large):
+    """Those that its own data would give are others."""
+    config = distilled(large)
+    processor, _fill = init.prepare(config, ["was ist 1? Zahl"] * 9)
+    theirs = nanovlm.load(large)[1]
+    assert processor.tokenizer.to_str() == theirs.tokenizer.to_str()
+    assert processor.chat_template == theirs.chat_template
+    features = dataclasses.replace(config, distill=DistillConfig(str(large), ("features=1",)))
+    processor, _fill = init.prepare(features, ["was ist 1? Zahl"] * 9)
+    assert processor.tokenizer.get_vocab() != theirs.tokenizer.get_vocab()
+
+
+def test_a_teacher_for_another_objective_is_named(large):
+    with pytest.raises(ValueError, match="needs objective = distill, not next_token"):
+        dataclasses.replace(distilled(large), objective="next_token").validate()
+
+
 RUN = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -312,8 +331,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, large):
     assert {"forward_kl", "features", "projector", "next_token", "agreement"} <= seen[0].keys()
     assert seen[-1]["forward_kl"] < seen[0]["forward_kl"]
     for hook in (KILL_AT_STEP.format(4), KILL_IN_SAVE.format(2, 3), KILL_AT_STEP.format(7)):
-        root = str(Path(__file__).parent.parent.parent)
-        script = RUN.format(root=root, hook=hook, large=str(large), run_dir=str(broken))
+        script = RUN.format(root=ROOT, hook=hook, large=str(large), run_dir=str(broken))
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == -9, done.stderr
     train.main(distilled(large, run_dir=str(broken)))
