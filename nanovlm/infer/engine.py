@@ -51,6 +51,7 @@ class Chosen(NamedTuple):
     ids: Tensor  # int64[R]
     logprobs: Tensor | None = None  # fp32[R]
     likeliest: tuple[Tensor, ...] | None = None  # fp32[R, n], int64[R, n]
+    drawn: Tensor | None = None  # fp32[R]
 
 
 class Engine:
@@ -353,7 +354,8 @@ class Engine:
                 row.seen.index_fill_(0, ids[i : i + 1], True)
         if logprobs is not None:
             logprobs = logprobs.gather(-1, ids[:, None])[:, 0]
-        return Chosen(rows, ids, logprobs, likeliest and tuple(likeliest))
+        drawn = drawn_logprobs(rows, logits, ids) if any(row.request.tells_draws for row in rows) else None
+        return Chosen(rows, ids, logprobs, likeliest and tuple(likeliest), drawn)
 
     def _seen(self, row: Row) -> Tensor:
         if row.seen is None:
@@ -377,7 +379,7 @@ class Engine:
     def _take(self, chosen: Chosen) -> list[Event]:
         """Read the chosen tokens; return them as events, with the ends of those rows that have ended."""
         events, ids = [], chosen.ids.tolist()
-        logprobs = chosen.logprobs.tolist() if chosen.logprobs is not None else [None] * len(ids)
+        logprobs, drawn = (x.tolist() if x is not None else [None] * len(ids) for x in (chosen.logprobs, chosen.drawn))
         values, others = (
             (x.tolist() for x in chosen.likeliest) if chosen.likeliest else ([()] * len(ids), [()] * len(ids))
         )
@@ -393,13 +395,18 @@ class Engine:
             row.tokens += new
             if row.guess.tokens:
                 self._settle(row, tokens)
-            for i, token in zip(own, new, strict=False):
+            told = []
+            for i, token in zip(own, tokens, strict=False):
                 num, logprob, likeliest = row.request.num_logprobs, None, ()
                 if num is not None:
                     logprob, likeliest = logprobs[i], tuple(zip(others[i], values[i], strict=True))[:num]
-                events.append(Token(row.number, row.answer, token, logprob, likeliest))
-            if has_ended or len(row.tokens) == row.most_tokens:
-                events.append(self._finish(row, "stop" if has_ended else "length"))
+                draw = drawn[i] if row.request.tells_draws else None
+                told.append(Token(row.number, row.answer, token, logprob, likeliest, draw))
+            events += told[: len(new)]
+            if has_ended:
+                events.append(self._finish(row, "stop", last=told[-1] if row.request.tells_draws else None))
+            elif len(row.tokens) == row.most_tokens:
+                events.append(self._finish(row, "length"))
         return events
 
     def _settle(self, row: Row, tokens: list[int]):
@@ -425,7 +432,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _finish(self, row: Row, reason: str, message: str = "") -> End:
+    def _finish(self, row: Row, reason: str, message: str = "", last: Token | None = None) -> End:
         if row.blocks:
             self.blocks.release(row.blocks, row)
             self.rows.remove(row)
@@ -436,7 +443,7 @@ class Engine:
             self.draft.forget(row)
         total_s, guessed = time.monotonic() - row.submitted, (row.num_drafted, row.num_accepted)
         usage = Usage(row.num_prompt, row.num_cached, row.num_new, row.first_token_s, total_s, *guessed)
-        return End(row.number, row.answer, reason, message, usage)
+        return End(row.number, row.answer, reason, message, usage, last)
 
 
 def suitable_cache(config: DecoderConfig, num_rows: int) -> int:
@@ -456,6 +463,13 @@ def make_cache(config: DecoderConfig, num_blocks: int, device: torch.device, dty
         raise UserError(
             f"a cache of {num} tokens takes {num * size / 1e9:.3g} GB, more than there is: lower cache_tokens"
         ) from error
+
+
+def drawn_logprobs(rows: list[Row], logits: Tensor, ids: Tensor) -> Tensor:
+    """Return log softmax(logits / temperature)[id] of each row, fp32[R]; -inf in logits leaves a token out."""
+    temperatures = torch.tensor([row.request.sampling.temperature or 1.0 for row in rows])
+    logits = logits / temperatures.clamp(min=1e-20).to(logits.device, non_blocking=True)[:, None]
+    return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def group_by_sampling(rows: list[Row]) -> list[list[int]]:

@@ -19,6 +19,8 @@ class Request:
     num_answers: int = 1
     # How many of the likeliest tokens to tell with each token; None tells no log-probabilities.
     num_logprobs: int | None = None
+    # Whether to tell with which probability each token was drawn, and the token that ends an answer.
+    tells_draws: bool = False
     # Seconds from submission after which it ends; None for no limit.
     timeout: float | None = None
 
@@ -35,6 +37,9 @@ class Token:
     logprob: float | None = None
     # (id, log-probability) of the likeliest tokens, likeliest first.
     likeliest: tuple[tuple[int, float], ...] = ()
+    # Natural log-probability with which it was drawn: at the temperature (greedy: at 1), among the tokens that an
+    # answer may contain, before other filters and the repetition penalty; None unless asked for.
+    drawn: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class End:
     reason: str
     message: str = ""
     usage: Usage = field(default_factory=lambda: Usage())
+    # The token that ended the answer, where the request asks for draws and the reason is stop.
+    last: Token | None = None
 
 
 @dataclass(frozen=True)
