@@ -7,10 +7,6 @@ is right without asking, so `judged` says how much of a score is the judge's opi
 
 import hashlib
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,14 +20,12 @@ from nanovlm.errors import UserError
 from nanovlm.eval.metrics import exact_match, find_yes_no
 from nanovlm.eval.questions import Question
 from nanovlm.infer.asking import answer_all
+from nanovlm.infer.chat_client import MAX_NEW_TOKENS, SEED, ask_server
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
 from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM
 
-SEED, MAX_NEW_TOKENS = 0, 16
-TIMEOUT, TRIES, WAIT = 120, 4, 2.0  # seconds for a reply, attempts, seconds before the second, doubled each time
-LARGEST_REPLY = 2**20  # bytes
 PROMPT = """A student answered a question about a picture. Decide whether the answer means the same as a correct answer.
 Ignore wording, case and punctuation; do not ignore other numbers, names, colors or a different meaning.
 
@@ -130,39 +124,3 @@ def ask_model(model: VLM, processor: Processor, prompts: Sequence[str]) -> Itera
         if done.end.reason == "error":
             raise UserError(f"the judge gives no verdict: {done.end.message}")
         yield done.request, processor.decode(done.ids)
-
-
-def ask_server(address: str, model: str, prompt: str) -> str:
-    """Ask a server for a greedy, seeded reply; OPENAI_API_KEY, where set, goes with it.
-
-    What a busy server refuses is asked again, up to four times. Raises UserError that has the server's own words.
-    """
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "seed": SEED,
-        "max_tokens": MAX_NEW_TOKENS,
-    }
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    url = f"{address.rstrip('/')}/chat/completions"
-    for attempt in range(TRIES):
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                content = json.loads(response.read(LARGEST_REPLY))["choices"][0]["message"]["content"]
-                return content if isinstance(content, str) else ""
-        except urllib.error.HTTPError as error:
-            refusal = f"{error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
-            if error.code not in (408, 409, 429) and error.code < 500:
-                break
-        except (urllib.error.URLError, OSError) as error:
-            refusal = str(error)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            refusal = f"its reply is not that of chat completions ({type(error).__name__}: {error})"
-            break
-        if attempt + 1 < TRIES:
-            time.sleep(WAIT * 2**attempt)
-    raise UserError(f"the judge at {url} gives no verdict: {refusal}")

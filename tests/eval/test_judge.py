@@ -40,7 +40,7 @@ def server(monkeypatch):
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(module, "WAIT", 0.01)
+    monkeypatch.setattr("nanovlm.infer.chat_client.WAIT", 0.01)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}/v1", seen, replies
