@@ -73,6 +73,7 @@ from nanovlm.train.resume import (
     share_micro_batches,
     write_config,
 )
+from nanovlm.train.rollouts import Rollouts
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import count, fill_up, train_step
 from nanovlm.train.validate import HeldOut, evaluating, loss_names, read_held_out, validate
@@ -158,6 +159,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     optimizers = make_optimizers(model, config.optim, precision, config.adapter, objective.state)
     state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
+    feed = Rollouts(state, processor, config) if objective.learns_from == "own" else loader
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:
         state.load(checkpoints[-1])
@@ -192,8 +194,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     with cli.watch_signals() as signals, profile(config, run_dir, state.step) as profile_step:
         while state.step < most_steps and not best.has_stalled(state, metric, config.eval):
             start = time.perf_counter()
-            batches = next(loader, [])
-            data_wait_s = time.perf_counter() - start
+            batches = next(feed, [])
+            data_wait_s = time.perf_counter() - start - state.rollout_s
             totals = distributed.add_up(count(batches, state, config) | {"signals": len(signals)})
             if not totals["batches"]:
                 read = f"{totals['samples read']} reads in {data.num_epochs} passes over the data"

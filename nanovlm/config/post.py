@@ -102,10 +102,55 @@ MIXTURES = {"mpo": ("dpo=0.8", "bco=0.2", "sft=1.0")}
 @dataclass(frozen=True)
 class GroupConfig:
     # Answers to each question.
-    num_answers: int = 8
+    num_generations: int = 8
+    # At most this many questions of each micro-batch are asked, chosen at random; 0 for all of them.
+    num_questions: int = 0
+    # Largest number of tokens of an answer.
+    max_completion_length: int = 64
+    # Temperature of the sampling; the log-probabilities that are trained are those at this temperature.
+    temperature: float = 1.0
+    # At most this many answers are made at a time.
+    num_rows: int = 64
+    # Optimizer steps on one set of answers.
+    num_iterations: int = 1
+    # Reward functions with their weights, as name=weight: exact_match=1.0 length=0.1; the names are those of
+    # nanovlm.objectives.rewards.REWARDS, and format and judge, which have fields of their own.
+    rewards: tuple[str, ...] = ("exact_match=1.0",)
+    # Reward format: the regular expression that all of an answer must match.
+    format: str = ""
+    # Reward judge: the address of a server of the OpenAI API, http://host:port/v1, and the name of its model.
+    judge: str = ""
+    judge_model: str = ""
+    # What an answer's reward is compared with, a key of nanovlm.objectives.group.ADVANTAGES: group (the group's mean,
+    # divided by its standard deviation), batch (divided by that of all answers of the step), mean (not divided), or
+    # leave_one_out (the mean of the others).
+    advantages: str = "group"
+    # How the losses of tokens are averaged, a key of nanovlm.objectives.group.LOSS_TYPES: dapo (over all tokens of the
+    # step), grpo (over the tokens of each answer, then over answers) or dr_grpo (their sum over max_completion_length).
+    loss_type: str = "dapo"
+    # Whose probabilities are compared with those of the sampling, a key of nanovlm.objectives.group.LEVELS: token,
+    # sequence (GSPO: the geometric mean of an answer's tokens) or product (that of the whole answer).
+    importance_sampling_level: str = "token"
+    # The ratio of these probabilities counts from 1 - epsilon up to 1 + epsilon_high (clip-higher where it is larger).
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    # Weight of the divergence from the reference model; 0 for no reference.
+    beta: float = 0.0
+    # Leave out answers that max_completion_length cut short.
+    mask_truncated_completions: bool = False
 
     def validate(self):
-        pass
+        for name, least in (
+            *(("num_generations", 2), ("num_questions", 0), ("max_completion_length", 1)),
+            *(("num_rows", 1), ("num_iterations", 1), ("epsilon", 0), ("epsilon_high", 0), ("beta", 0)),
+        ):
+            value = getattr(self, name)
+            check(value >= least, f"group.{name} = {value} must be at least {least}")
+        check(
+            self.temperature > 0,
+            f"group.temperature = {self.temperature} must be positive: equal answers teach nothing",
+        )
+        check(self.epsilon < 1, f"group.epsilon = {self.epsilon} must be below 1")
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill.
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill, group.
     objective: str = "next_token"
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)

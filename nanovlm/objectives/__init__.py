@@ -6,12 +6,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from nanovlm.config import TrainConfig
+from nanovlm.config import SamplingConfig, TrainConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.types import Batch
+from nanovlm.data.types import Batch, Document
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.distill import Distill
+from nanovlm.objectives.group import Group
 from nanovlm.objectives.next_token import NextToken
+from nanovlm.objectives.own import OwnAnswer, Question
 from nanovlm.objectives.preference import Preference
 from nanovlm.objectives.reward import Reward
 
@@ -24,7 +26,8 @@ class Objective(Protocol):
     """
 
     # What it learns from: the answers of records; these and what records bring of a teacher; pairs, records of a chosen
-    # and a rejected answer; or own, answers of the model itself, which train/rollouts.py samples.
+    # and a rejected answer; or own, answers of the model itself, which train/rollouts.py samples: then it is a
+    # LearnsFromOwn.
     @property
     def learns_from(self) -> Literal["answers", "teacher", "pairs", "own"]: ...
 
@@ -41,9 +44,26 @@ class Objective(Protocol):
         ...
 
 
+class LearnsFromOwn(Objective, Protocol):
+    """An objective that says how answers are sampled, and what is learned from them."""
+
+    sampling: SamplingConfig
+    # Answers to each question, and optimizer steps on one set of them.
+    num_answers: int
+    num_updates: int
+
+    def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
+        """Return what is learned from the answers to each question, or None; `extras` receives metrics.
+
+        All ranks call this at the same time, with or without questions.
+        """
+        ...
+
+
 OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective]] = {
     "next_token": NextToken,
     "preference": Preference,
     "reward": Reward,
     "distill": Distill,
+    "group": Group,
 }

@@ -49,6 +49,8 @@ class Log:
         """Take what `train_step` and `count` returned for a step; on a GPU, write the step before."""
         self.settle()
         self.state.tokens += totals["tokens"]
+        if self.state.rollout_s:
+            metrics["rollout_s"] = self.state.rollout_s
         self.pending = metrics, totals, data_wait_s, list(self.state.loader.batch_names)
         if self.device.type == "cpu":
             self.settle()  # on the CPU the step is done, so its time ends now
@@ -90,6 +92,10 @@ class Log:
         }
         shown = f"loss {numbers['loss']:.3f}, {numbers['tokens_per_second']:.0f} tokens/s"
         shown += f", data {data_wait_s / seconds:.0%}"  # the share of the step that waited for its batch
+        if "reward" in numbers:
+            shown += f", rollouts {numbers['rollout_s'] / seconds:.0%}, reward {numbers['reward']:.3f}"
+        if "sampler_kl" in numbers:
+            shown += f", sampler KL {numbers['sampler_kl']:.1e}"
         if self.device.type == "cuda":
             numbers["mfu"] = totals["flops"] / seconds / self.peak_flops
             numbers["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9

@@ -1,14 +1,15 @@
 """Everything that a run needs to resume; every rank saves and restores its own part."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from nanovlm import distributed
 from nanovlm.data.loader import Loader
+from nanovlm.data.types import Batch
 from nanovlm.files import flush
-from nanovlm.model.vlm import VLM
+from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken, Objective
 from nanovlm.train import checkpoint
 
@@ -30,6 +31,11 @@ class TrainState:
     elapsed_s: float = 0.0
     # The best evaluation so far, as best.py keeps it.
     best: dict = field(default_factory=dict)
+    # Of an objective that learns from the model's own answers (rollouts.py): this rank's batches that more steps learn
+    # from; and of the last step the metrics of its answers, and how many seconds they took.
+    pending: list[Batch] = field(default_factory=list)
+    sampled: Extras = field(default_factory=Extras)
+    rollout_s: float = 0.0
 
     def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
         """Start writing a checkpoint; once it is finished, only the newest `keep` stay."""
@@ -42,6 +48,8 @@ class TrainState:
         rng = distributed.gather(checkpoint.rng_state())
         rng = {f"{rank}.{kind}": value for rank, state in enumerate(rng) for kind, value in state.items()}
         rng |= {f"objective.{name}": tensor.detach().cpu() for name, tensor in self.objective.state.items()}
+        for of_rank in distributed.gather(name_batches(self.pending)):
+            rng |= of_rank
         return checkpoint.Saving(run_dir, self.model, self.optimizers, numbers, rng, keep)
 
     def load(self, folder: Path):
@@ -53,5 +61,30 @@ class TrainState:
         of_objective = {name: x for name, x in rng.items() if name.startswith("objective.")}
         for name, tensor in self.objective.state.items():
             tensor.detach().copy_(of_objective[f"objective.{name}"])
+        self.pending = find_batches(rng)
         for name, value in numbers.items():
             setattr(self, name, value)
+
+
+def name_batches(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """Return the tensors of this rank's batches, named pending.MICRO_BATCH.FIELD, or .values.NAME at the end."""
+    tensors = {}
+    for place, batch in enumerate(batches):
+        prefix = f"pending.{distributed.rank() + place * distributed.num_ranks()}."
+        named = {name: x for name, x in vars(batch).items() if name != "values"}
+        named |= {f"values.{name}": x for name, x in batch.values.items()}
+        tensors |= {prefix + name: x.contiguous().clone() for name, x in named.items()}
+    return tensors
+
+
+def find_batches(tensors: dict[str, torch.Tensor]) -> list[Batch]:
+    """Return those of the batches that `name_batches` named on all ranks which are this rank's."""
+    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("pending.")})
+    batches = []
+    for number in numbers[distributed.rank() :: distributed.num_ranks()]:
+        prefix = f"pending.{number}."
+        own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        named = {f.name: own[f.name] for f in fields(Batch) if f.name in own}
+        values = {name.removeprefix("values."): x for name, x in own.items() if name.startswith("values.")}
+        batches.append(Batch(**named, values=values))
+    return batches

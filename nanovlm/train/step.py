@@ -51,7 +51,7 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
         metrics["routing"] = stats
     if isinstance(extras.router_loss, torch.Tensor):
         metrics["router_loss"] = distributed.add_up_tensor(extras.router_loss) / max(1, num_units)
-    metrics |= average(extras.means, device)
+    metrics |= average(state.sampled.means | extras.means, device)
     for name, total in extras.sums.items():
         state.objective.state[name] += distributed.add_up_tensor(total).where(~is_bad, 0)
     state.step += 1

@@ -1,0 +1,136 @@
+"""Question, answer -> reward. To add one, write a function and an entry of REWARDS."""
+
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanovlm.config import GroupConfig, pick
+from nanovlm.errors import UserError
+from nanovlm.infer.chat_client import ask_server
+from nanovlm.model.vlm import Extras
+from nanovlm.objectives.own import OwnAnswer, Question
+
+Reward = Callable[[Question, str], float]
+NUMBER = r"[-+]?\d*\.?\d+"
+PROMPT = """A student answered a question about a picture. How good is the answer, compared with the correct answer?
+
+Question: {question}
+Correct: {reference}
+Answer: {answer}
+
+Reply with one number from 0 (wrong) to 10 (as good as the correct answer)."""
+
+
+def exact_match(question: Question, answer: str) -> float:
+    """1 where the answer is the record's; only white space around it is ignored."""
+    return float(answer.strip() == question.reference.strip())
+
+
+def contains(question: Question, answer: str) -> float:
+    """1 where the record's answer is somewhere in the answer, in any case."""
+    return float(question.reference.strip().lower() in answer.lower())
+
+
+def length(question: Question, answer: str) -> float:
+    """Characters of the shorter one of the answer and the record's over those of the longer one: 1 if equally long."""
+    shorter, longer = sorted((len(answer.strip()), len(question.reference.strip())))
+    return shorter / longer if longer else 1.0
+
+
+def number(question: Question, answer: str) -> float:
+    """1 where the last number of the answer equals the last one of the record's answer."""
+    said, true = (re.findall(NUMBER, text.replace(",", "")) for text in (answer, question.reference))
+    return float(bool(said and true) and float(said[-1]) == float(true[-1]))
+
+
+def iou(question: Question, answer: str) -> float:
+    """Intersection over union of two boxes x1 y1 x2 y2, the first four numbers of the answer and of the record's."""
+    boxes = [[float(x) for x in re.findall(NUMBER, text)[:4]] for text in (answer, question.reference)]
+    if any(len(box) < 4 for box in boxes):
+        return 0.0
+    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = boxes
+    width = min(a_right, b_right) - max(a_left, b_left)
+    height = min(a_bottom, b_bottom) - max(a_top, b_top)
+    areas = [max(0.0, right - left) * max(0.0, bottom - top) for left, top, right, bottom in boxes]
+    common = max(0.0, width) * max(0.0, height)
+    return common / (sum(areas) - common) if common else 0.0
+
+
+def match_format(pattern: re.Pattern, question: Question, answer: str) -> float:
+    """1 where all of the answer matches; a dot is any character, the end of a line too."""
+    return float(pattern.fullmatch(answer.strip()) is not None)
+
+
+def ask_judge(address: str, model: str, question: Question, answer: str) -> float:
+    """A tenth of the first number in the judge's reply, at most 1; 0 where there is none."""
+    prompt = PROMPT.format(question=question.text, reference=question.reference, answer=answer)
+    found = re.search(r"\d*\.?\d+", ask_server(address, model, prompt))
+    return min(1.0, float(found[0]) / 10) if found else 0.0
+
+
+REWARDS: dict[str, Reward] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "length": length,
+    "number": number,
+    "iou": iou,
+}
+
+
+def open_rewards(config: GroupConfig) -> list[tuple[str, float, Reward]]:
+    """Return the name, the weight and the function of each reward. Raises UserError for what the config cannot mean."""
+    rewards = []
+    for entry in config.rewards:
+        name, _, weight = entry.partition("=")
+        try:
+            factor = float(weight or 1)
+        except ValueError:
+            raise UserError(f"group.rewards: {entry!r} must be name=weight, as exact_match=1.0") from None
+        rewards.append((name, factor, pick(REWARDS | open_own_fields(config), name, "group.rewards")))
+    if not rewards:
+        raise UserError("group.rewards is empty: name at least one, as exact_match=1.0")
+    named = [name for name, _weight, _function in rewards]
+    for name in ("format", "judge"):
+        if (name in named) != bool(getattr(config, name)):
+            raise UserError(f"group.{name} = {getattr(config, name)!r} and {name} of group.rewards need each other")
+    return rewards
+
+
+def open_own_fields(config: GroupConfig) -> dict[str, Reward]:
+    """Return the rewards that have fields of their own."""
+    try:
+        pattern = re.compile(config.format, re.DOTALL)
+    except re.error as error:
+        raise UserError(f"group.format = {config.format!r} is no regular expression: {error}") from error
+    if config.judge and not config.judge_model:
+        raise UserError("group.judge needs group.judge_model, the name by which the server calls the model")
+    return {"format": partial(match_format, pattern), "judge": partial(ask_judge, config.judge, config.judge_model)}
+
+
+def reward_all(
+    rewards: Sequence[tuple[str, float, Reward]], groups: Sequence[tuple[Question, list[OwnAnswer]]], extras: Extras
+) -> Tensor:
+    """Return the weighted sum of the rewards of G answers to Q questions, fp32[Q, G].
+
+    `extras` receives the mean of each reward and of their sum, its standard deviation within groups, and the share of
+    groups in which all are equal, which teach nothing.
+    """
+    pairs = [(question, answer.text) for question, answers in groups for answer in answers]
+    questions, texts = [question for question, _ in pairs], [text for _, text in pairs]
+    total, num = torch.zeros(len(pairs)), len(pairs)
+    with ThreadPoolExecutor(16) as threads:  # a judge is asked many things at once
+        for name, weight, function in rewards:
+            values = torch.tensor(list(threads.map(function, questions, texts)), dtype=torch.float32)
+            if not values.isfinite().all():
+                raise UserError(f"the reward {name} of an answer is not a finite number")
+            extras.add(f"reward_{name}", values.sum(), num)
+            total += weight * values
+    total = total.view(len(groups), -1) if groups else total.view(0, 1)
+    extras.add("reward", total.sum(), num)
+    extras.add("reward_std", total.std(dim=1).sum(), len(groups))
+    extras.add("equal_groups", (total == total[:, :1]).all(dim=1).sum(), len(groups))
+    return total
