@@ -32,7 +32,7 @@ from nanovlm.objectives.logprobs import Branches, find_branches, token_logprobs
 from nanovlm.objectives.losses import router_loss
 from nanovlm.objectives.next_token import NextToken
 from nanovlm.objectives.own import OwnAnswer, Question, make_document
-from nanovlm.objectives.rewards import open_rewards, reward_all
+from nanovlm.objectives.rewards import deviations, open_rewards, reward_all
 
 
 class Group:
@@ -120,7 +120,7 @@ def group_losses(
 
 
 def compare_in_group(rewards: Tensor) -> Tensor:
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    return compare_with_mean(rewards) / (deviations(rewards)[:, None] + 1e-4)
 
 
 def compare_in_batch(rewards: Tensor) -> Tensor:

@@ -129,8 +129,13 @@ def reward_all(
                 raise UserError(f"the reward {name} of an answer is not a finite number")
             extras.add(f"reward_{name}", values.sum(), num)
             total += weight * values
-    total = total.view(len(groups), -1) if groups else total.view(0, 1)
+    total = total.view(len(groups), -1) if groups else torch.zeros(0, 2)
     extras.add("reward", total.sum(), num)
-    extras.add("reward_std", total.std(dim=1).sum(), len(groups))
+    extras.add("reward_std", deviations(total).sum(), len(groups))
     extras.add("equal_groups", (total == total[:, :1]).all(dim=1).sum(), len(groups))
     return total
+
+
+def deviations(rewards: Tensor) -> Tensor:
+    """Return the standard deviation of each group, [Q, G] -> [Q]; torch warns where there is no group."""
+    return rewards.std(1) if len(rewards) else rewards.sum(1)
