@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-import random
 import types
 
 import pytest
 import torch
 
-from nanovlm.config import EvalConfig, GroupConfig, OptimConfig, ParallelConfig, TrainConfig
+from nanovlm.config import GroupConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.infer.sampling import find_never
 from nanovlm.model.vlm import VLM, Extras
@@ -17,17 +16,9 @@ from nanovlm.objectives.logprobs import batch_logprobs, find_branches
 from nanovlm.train.rollouts import Rollouts
 from nanovlm.train.state import TrainState, find_batches, name_batches
 from tests.conftest import TINY, make_batch, make_document
-from tests.test_distributed import finish, start
-from tests.test_train import KILL_IN_SAVE, SMALL, comparable, metrics, run, run_and_kill
+from tests.test_train import SMALL
 
 QUESTIONS = [("what is it?", "red"), ("and where?", "at the top left"), ("how many?", "two")]
-# Answers that seldom end by themselves, and two steps on each set of them.
-GROUP = GroupConfig(
-    num_generations=3, max_completion_length=5, num_questions=4, num_iterations=2, rewards=("length=1", "contains=1")
-)
-CHANGES = dict(
-    objective="group", group=GROUP, eval=EvalConfig(), optim=dataclasses.replace(SMALL.optim, steps=6, micro_batches=2)
-)
 
 
 def make_batches(processor):
@@ -127,6 +118,11 @@ def test_answers_follow_from_seed_step_and_place(processor):
     later = answers_of(next(make_rollouts(processor, step=1)))
     assert first == again and len(set(map(str, first))) == len(first)
     assert not {str(answer) for answer in first} & {str(answer) for answer in later}
+    # The same question in another micro-batch.
+    twice = make_rollouts(processor)
+    twice.state.loader = iter([make_batches(processor)[:1] * 2])
+    one, other = (answers_of([batch]) for batch in next(twice))
+    assert one == first[:3] and other != one
     # Beside others, one at a time, and where the loader has but the first micro-batch.
     for settings in ({"num_rows": 1}, {"micro_batches": 1}):
         alone = answers_of(next(make_rollouts(processor, **settings)))
@@ -210,80 +206,3 @@ def test_what_cannot_be_sampled_is_named(processor, monkeypatch, changes, messag
     monkeypatch.setattr("nanovlm.distributed.num_ranks", lambda: 2)
     with pytest.raises(ValueError, match=message):
         Rollouts(TrainState(VLM(TINY), None, {}, None, 1, "fp32"), processor, config)
-
-
-# --- whole runs ----------------------------------------------------------------------------------------------------
-
-AS_GROUP = """
-from tests.train.test_rollouts import CHANGES
-run_one = run
-def run(d): run_one(d, **CHANGES)
-"""
-KILL_IN_ROLLOUT = """
-from nanovlm.train import rollouts
-from nanovlm.infer.engine import Engine
-step, calls = Engine.step, []
-def step_or_die(self):
-    calls.append(self)
-    if len(set(map(id, calls))) == {rollout} and len(calls) > {late}: die()
-    return step(self)
-Engine.step = step_or_die
-"""
-KILL_AT_STEP = """
-step = train.train_step
-def train_step(state, *args):
-    numbers = step(state, *args)
-    if state.step == {}: die()  # before it is told or saved
-    return numbers
-train.train_step = train_step
-"""
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    run(folder, **CHANGES)
-    return metrics(folder)
-
-
-def test_a_run_tells_of_its_answers(unbroken):
-    """Every other step samples, and then nothing is clipped and both sides agree."""
-    assert [line["step"] for line in unbroken if "reward" in line] == [1, 3, 5]
-    told = unbroken[0]
-    assert told["reward"] == pytest.approx(told["reward_length"] + told["reward_contains"])
-    assert all(line["clip_fraction"] == 0 and line["sampler_kl"] < 1e-3 for line in unbroken[::2])
-    assert any(line["sampler_gap"] > 10 * unbroken[0]["sampler_gap"] for line in unbroken[1::2])
-
-
-# Checkpoints are of steps 0, 3 and 6: that of 3 is between two steps on the same answers.
-@pytest.mark.parametrize(
-    "hook",
-    [
-        pytest.param(KILL_IN_ROLLOUT.format(rollout=3, late=2), id="in a rollout"),
-        pytest.param(KILL_AT_STEP.format(4), id="in a step on answers that were saved"),
-        pytest.param(KILL_IN_SAVE.format(2, random.uniform(0, 10)), id="in the middle of a save"),
-    ],
-)
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
-    print(hook)
-    run_and_kill(tmp_path, hook + AS_GROUP)
-    run(tmp_path, **CHANGES)
-    assert comparable(metrics(tmp_path)) == comparable(unbroken)
-
-
-RANKS = """__import__("tests.train.test_rollouts").train.test_rollouts.CHANGES | {"parallel": ParallelConfig()}"""
-
-
-def test_two_ranks_sample_their_own_questions_and_survive_a_kill(tmp_path):
-    finish(start(tmp_path, tmp_path / "unbroken", changes=RANKS))
-    hook = "if first_start and rank == 1 and state.step == 5: os.kill(os.getpid(), signal.SIGKILL)"
-    finish(start(tmp_path, tmp_path / "killed", hook, RANKS, restarts=1))
-    unbroken = metrics(tmp_path / "unbroken")
-    assert comparable(metrics(tmp_path / "killed")) == comparable(unbroken)
-    assert [line["step"] for line in unbroken] == list(range(1, 7))
-    # The first step is that of one rank with both micro-batches: the same questions, seeds and answers.
-    optim = dataclasses.replace(CHANGES["optim"], steps=1)
-    run(tmp_path / "one", **CHANGES | {"optim": optim, "precision": "fp32"})
-    [one] = metrics(tmp_path / "one")
-    for name in ("reward", "answer_length", "trained_tokens", "entropy", "loss", "grad_norm"):
-        assert unbroken[0][name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
