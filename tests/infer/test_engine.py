@@ -94,6 +94,39 @@ def test_equals_passes_without_a_cache(model, processor, prompts):
             assert [value for _, value in token.likeliest] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(max_new_tokens=NUM, temperature=0.7, top_k=30)])
+def test_draws_are_told_with_the_token_that_ends_an_answer(processor, prompts, sampling):
+    """At the temperature, among what may be sampled, before the filters; to those alone who ask for it."""
+    torch.manual_seed(0)
+    model, ended, told = VLM(TINY).eval(), [], {}
+    *_, last = nanovlm.generate(model, processor.batch(prompts[:1]), sampling, max_new_tokens=4)[0]
+    model.config = dataclasses.replace(TINY, stop_token_ids=(last,))  # the first answer ends with its fourth token
+    engine = Engine(model)
+    for prompt in prompts:
+        engine.submit(Request(prompt, sampling, tells_draws=True))
+        engine.submit(Request(prompt, sampling))
+    while not engine.is_idle:
+        for event in engine.step():
+            token = event if isinstance(event, Token) else event.last
+            told.setdefault(event.request, []).extend([token] if token is not None else [])
+            if isinstance(event, End) and event.last is not None:
+                assert event.reason == "stop" and event.last.id in find_stops(model.config)
+                ended.append(event.request)
+    assert 0 in ended and all(number % 2 == 0 for number in ended)
+    for i, prompt in enumerate(prompts):
+        tokens, others = told[2 * i], told[2 * i + 1]
+        assert [token.id for token in tokens][: len(others)] == [token.id for token in others]
+        assert len(tokens) == len(others) + (2 * i in ended) and all(token.drawn is None for token in others)
+        ids = torch.cat([prompt.input_ids, torch.tensor([token.id for token in tokens[:-1]], dtype=torch.int64)])
+        grown = dataclasses.replace(prompt, input_ids=ids, labels=ids, branch_ids=torch.zeros_like(ids).int())
+        with torch.no_grad():
+            logits = model.logits(processor.batch([grown]))[0, len(prompt) - 1 :]
+        logits[:, find_never(TINY)] = -torch.inf
+        expected = (logits / (sampling.temperature or 1)).log_softmax(-1)
+        for token, row in zip(tokens, expected, strict=True):
+            assert token.drawn == pytest.approx(row[token.id].item(), abs=1e-4)
+
+
 def test_a_batch_equals_its_rows(model, processor, prompts):
     together = nanovlm.generate(model, processor.batch(prompts), GREEDY)
     assert together == [nanovlm.generate(model, processor.batch([prompt]), GREEDY)[0] for prompt in prompts]
