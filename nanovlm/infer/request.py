@@ -19,10 +19,10 @@ class Request:
     num_answers: int = 1
     # How many of the likeliest tokens to tell with each token; None tells no log-probabilities.
     num_logprobs: int | None = None
-    # Whether to tell with which probability each token was drawn, and the token that ends an answer.
-    tells_draws: bool = False
     # Seconds from submission after which it ends; None for no limit.
     timeout: float | None = None
+    # Whether to tell with which probability each token was drawn, and the token that ends an answer.
+    tells_draws: bool = False
 
 
 @dataclass(frozen=True)
