@@ -22,7 +22,7 @@ def assign_rules(
 ) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    With adapters, all else is frozen but what `adapter.train` names.
+    With adapters, all else is frozen but what `adapter.train` names; their magnitudes are always AdamW's.
 
     `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
     parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
@@ -32,6 +32,8 @@ def assign_rules(
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), None)
         if rule is None:
             raise UserError(f"no rule of optim.rules matches the parameter {name}")
+        if name.endswith(".magnitude"):  # of an adapter; for muon it is no matrix, even where experts' are stacked
+            rule = dataclasses.replace(rule, optimizer="adamw")
         if rule.optimizer == "muon" and parameter.ndim < 2:
             raise UserError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
         frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]

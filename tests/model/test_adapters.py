@@ -28,6 +28,7 @@ from nanovlm.model.adapters import (
     unmerge,
 )
 from nanovlm.model.build import meta_model
+from nanovlm.model.compiled import CompiledSteps
 from nanovlm.model.inference import prepare
 from nanovlm.model.moe import EXPERTS
 from nanovlm.model.quantized import QuantizedLinear, quantize
@@ -394,7 +395,10 @@ def test_prepared_for_inference_no_adapter_is_skipped(batch, name):
     prepare(model, int8_head=False)
     assert model.decoder.layers[0].self_attn.joined is None and model.decoder.layers[1].self_attn.joined is not None
     assert_near(logits(model, batch), expected, limit)
+    steps = CompiledSteps(model.decoder)
+    assert steps.is_current()
     learned(model, KINDS["LoRA"], "second")
+    assert not steps.is_current()
     exact = make(name)
     learned(exact, KINDS["LoRA"], "second")
     assert_near(logits(model, batch), logits(exact, batch), limit)

@@ -29,7 +29,7 @@ from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
 from nanovlm.train import adapt, init, parallel
-from nanovlm.train.optim import assign_rules
+from nanovlm.train.optim import assign_rules, make_optimizers
 from tests.conftest import TINY, make_batch, make_document
 from tests.test_train import SMALL, comparable, metrics
 
@@ -100,6 +100,22 @@ def test_values_depend_on_the_seed_alone(folder):
     first, again, other = (adapter_tensors(begin(folder, ADAPTERS["DoRA"], seed=seed)[0]) for seed in (0, 0, 1))
     assert all(torch.equal(x, again[key]) for key, x in first.items())
     assert not any(torch.equal(x, other[key]) for key, x in first.items() if key.endswith("lora_A"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixture"])
+def test_the_optimizers_have_what_learns_and_nothing_else(folder, kind):
+    """Rules choose among the optimizers, but muon has no magnitudes."""
+    adapter = AdapterConfig(rank=4, use_dora=True, train=("^projector",))
+    optim = OptimConfig(rules=(ParamRule("norm|embed|bias"), ParamRule("", optimizer="muon")))
+    model, _replica, config = begin(folder, adapter, kind, optim=optim)
+    optimizers = make_optimizers(model, config.optim, "fp32", adapter)
+    of = {
+        p: kind for kind, optimizer in optimizers.items() for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, p in model.named_parameters():
+        expected = "adamw" if name.endswith("magnitude") else "muon"
+        assert of.get(p) == (expected if is_adapter(name) or name.startswith("projector.") else None), name
+        assert p.requires_grad == (p in of)
 
 
 def test_pissa_takes_its_values_out_of_the_base(folder, processor):
