@@ -25,13 +25,14 @@ from nanovlm.config import (
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.adapters import adapted_layers, adapter_tensors, disabled, is_adapter
-from nanovlm.model.quantized import quantize
+from nanovlm.model.quantized import is_quantized, quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
 from nanovlm.train import adapt, init, parallel
 from nanovlm.train.optim import assign_rules, make_optimizers
 from tests.conftest import TINY, make_batch, make_document
 from tests.test_train import SMALL, comparable, metrics
+from tests.train.test_init import make_hub, stage
 
 ROOT = Path(__file__).parent.parent.parent
 MOE = MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=16, num_shared_experts=1, experts="loop")
@@ -94,6 +95,21 @@ def test_a_run_starts_from_the_base_and_computes_what_it_does(folder, processor,
     with torch.no_grad():
         found, expected = model.eval().logits(batch), base.logits(batch)
     assert (found - expected).norm() <= (0.3 if adapter.init == "orthogonal" else 1e-5) * expected.norm()
+
+
+def test_a_run_of_parts_has_a_random_projector_beside_a_rounded_decoder(tmp_path):
+    """From an encoder and a language model of the hub, whose vocabulary grows; nothing is left uninitialised."""
+    hub = make_hub(tmp_path)
+    config = stage(1, hub, tmp_path, adapter=ADAPTERS["QLoRA"], optim=OptimConfig())
+    _processor, fill = init.prepare(config, ())
+    model = adapt.build(config)
+    parallel.parallelize(model, config.parallel, torch.device("cpu"), "fp32", fill)
+    state, theirs = model.state_dict(), nanovlm.load(hub / "lm")[0]
+    assert all(x.isfinite().all() for x in state.values()) and state["projector.proj.weight"].std() > 0.01
+    codes = quantize(theirs, QuantizationConfig("nf4"), search=False).state_dict()
+    rounded = [name for name in codes if is_quantized(name)]
+    assert len(rounded) == 2 * 7 * 4 and all(torch.equal(state[name], codes[name]) for name in rounded)
+    assert init.start(config, ())[0].state_dict().keys() == state.keys()
 
 
 def test_values_depend_on_the_seed_alone(folder):
