@@ -94,7 +94,7 @@ class AdaptedLinear(nn.Linear):
     switch: Adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_adapters(self, self.weight, super().forward, x)
+        return add_adapters(self, super().forward, x)
 
 
 class AdaptedQuantizedLinear(QuantizedLinear):
@@ -104,7 +104,7 @@ class AdaptedQuantizedLinear(QuantizedLinear):
     switch: Adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_adapters(self, None, super().forward, x)
+        return add_adapters(self, super().forward, x)
 
 
 class AdaptedMoE(MoE):
@@ -144,10 +144,8 @@ def with_adapters(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     return sum((adapter.effective(weight) - weight for adapter in adapters), weight)
 
 
-def add_adapters(
-    layer: AdaptedLinear | AdaptedQuantizedLinear, weight: Tensor | None, product: Callable, x: Tensor
-) -> Tensor:
-    """Return the layer's output; `product` is that of the base. A `weight` of None is dequantised where DoRA needs it.
+def add_adapters(layer: AdaptedLinear | AdaptedQuantizedLinear, product: Callable, x: Tensor) -> Tensor:
+    """Return the layer's output; `product` is that of the base.
 
     Dropout is as in PEFT: with DoRA, the change of the base's own output is computed from the inputs that are left too.
     """
@@ -155,7 +153,7 @@ def add_adapters(
     if not switch.is_enabled:
         return y
     if switch.index is not None:
-        return add_for_tokens(layer, weight, x, y, switch.index)
+        return add_for_tokens(layer, x, y, switch.index)
     out = y
     for name in switch.active:
         if name not in layer.adapters:
@@ -163,18 +161,16 @@ def add_adapters(
         adapter: Adapter = layer.adapters[name]  # pyright: ignore[reportAssignmentType]
         drops = layer.training and adapter.dropout > 0
         left = F.dropout(x, adapter.dropout) if drops else x
-        change, gain = adapter(left), find_gain(layer, weight, adapter)
+        change, gain = adapter(left), find_gain(layer, adapter)
         if gain is not None:
             change = turn(layer, product(left) if drops else y, change, gain)
         out = out + change
     return out.to(y.dtype)
 
 
-def add_for_tokens(
-    layer: AdaptedLinear | AdaptedQuantizedLinear, weight: Tensor | None, x: Tensor, y: Tensor, index: Tensor
-) -> Tensor:
+def add_for_tokens(layer: AdaptedLinear | AdaptedQuantizedLinear, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     """Add to y the change of each token's own adapter: one product with all A, masked, and one with all B."""
-    index = index.view(x.shape[:-1])  # a mixture's shared expert sees tokens end to end
+    index = index.reshape(x.shape[:-1])  # a mixture's shared expert sees tokens end to end
     numbers = {number: name for number, name in enumerate(layer.switch.configs) if name in layer.adapters}
     adapters: list[Adapter] = [layer.adapters[name] for name in numbers.values()]  # pyright: ignore[reportAssignmentType]
     owners = [number for number, a in zip(numbers, adapters, strict=True) for _ in range(len(a.lora_A))]
@@ -183,13 +179,14 @@ def add_for_tokens(
     change = F.linear(h, torch.cat([a.scale * a.lora_B for a in adapters], dim=1))
     if all(a.magnitude is None for a in adapters):
         return y + change
-    found = {number: find_gain(layer, weight, a) for number, a in zip(numbers, adapters, strict=True)}
+    found = {number: find_gain(layer, a) for number, a in zip(numbers, adapters, strict=True)}
     ones = torch.ones(y.shape[-1], device=x.device)
     gains = [ones if (gain := found.get(number)) is None else gain for number in range(len(layer.switch.configs))]
     return (y + turn(layer, y, change, torch.stack([*gains, ones])[index])).to(y.dtype)
 
 
-def find_gain(layer: AdaptedLinear | AdaptedQuantizedLinear, weight: Tensor | None, adapter: Adapter) -> Tensor | None:
+def find_gain(layer: AdaptedLinear | AdaptedQuantizedLinear, adapter: Adapter) -> Tensor | None:
+    """Return the adapter's gain, for which a quantised weight is written out; None without DoRA."""
     if adapter.magnitude is None:
         return None
     return adapter.gain(layer.dequantize() if isinstance(layer, QuantizedLinear) else layer.weight)

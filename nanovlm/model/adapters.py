@@ -48,12 +48,13 @@ def adapt(model: VLM, config: AdapterConfig, name: str = DEFAULT) -> VLM:
     """
     if not re.fullmatch(r"\w[\w-]*", name):
         raise UserError(f"an adapter cannot be called {name!r}: use letters, digits, _ and -")
-    shared = model.adapters = model.adapters or Adapters()
+    shared = model.adapters or Adapters()
     if name in shared.configs or shared.merged:
         state = "merged: unmerge it first" if shared.merged else f"adapted already, by one called {name}"
         raise UserError(f"the model is {state}")
-    find_targets(model, config)  # before anything is changed
-    for path, stack in find_targets(model, config):
+    targets = find_targets(model, config)
+    model.adapters = shared
+    for path, stack in targets:
         layer = model.get_submodule(path)
         if type(layer) in ADAPTED:
             layer = as_class(layer, ADAPTED[type(layer)])
@@ -198,6 +199,8 @@ def merge(model: VLM) -> VLM:
     The adapted layers are kept, with the base's weights, for `unmerge`. Raises UserError for a quantised base.
     """
     shared, layers = model.adapters, adapted_layers(model)
+    if not layers:  # merged already, or never adapted
+        return model
     tensors = merged_tensors(model)
     for path, layer in layers:
         cls = nn.Linear if isinstance(layer, AdaptedLinear) else MoE
