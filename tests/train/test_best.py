@@ -244,7 +244,7 @@ def test_patience_ends_a_run_and_the_best_is_kept(tmp_path, file, monkeypatch, c
 def test_a_run_that_patience_ended_is_over_when_it_is_killed_before_its_end(tmp_path, file, monkeypatch, capsys):
     looks = scripted(monkeypatch, WORSE, BETTER)
     with monkeypatch.context() as patch:
-        patch.setattr(train.adapt, "save", lambda *args: 1 / 0)
+        patch.setattr(train.adapt, "load", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, **changes(file, patience=2), checkpoint_every=3)
     run(tmp_path, **changes(file, patience=2), checkpoint_every=3)
@@ -256,7 +256,7 @@ def test_a_run_that_patience_ended_is_over_when_it_is_killed_before_its_end(tmp_
 def test_another_measure_or_a_lost_best_begins_anew(tmp_path, file, monkeypatch, capsys, is_lost):
     scripted(monkeypatch, [3.0, 0.1, 2.5, 2.4, 2.3, 2.2], BETTER)
     with monkeypatch.context() as patch:
-        patch.setattr(train.adapt, "save", lambda *args: 1 / 0)
+        patch.setattr(train.adapt, "load", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, **changes(file, patience=2), checkpoint_every=3)
     assert len(metrics(tmp_path)) == 8
