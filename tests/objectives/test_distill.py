@@ -191,6 +191,10 @@ def test_equal_widths_need_no_map(teacher, processor):
     model, _processor = nanovlm.load(teacher)
     batch = make_batch([make_document(processor, 3, ("what?", "that"))])
     assert float(objective.loss(model.train(), batch, Extras())) == 0
+    model.requires_grad_(True).decoder.requires_grad_(False)
+    model.always_sees = True  # as parallelize sets it where the decoder is frozen
+    text = make_batch([make_document(processor, 3, ("what?", "that"), images=0)])
+    assert objective.loss(model, text, Extras()).requires_grad
 
 
 def test_a_table_that_is_filled_up_is_no_other_vocabulary(teacher, processor, documents):

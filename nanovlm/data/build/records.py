@@ -13,8 +13,8 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from nanovlm.limits import time_limit
 
 NAME = "records.jsonl"
 CHUNK = 64  # records that are made at a time
+JUDGED_AFTER = 100  # records to read before the share of unusable ones is checked
 NAMED = 5  # records that were left out to name
 
 
@@ -88,58 +89,65 @@ def write_records(config: BuildConfig, source: Source, make: Callable[[list[Foun
     with lock(config.out.absolute().with_name(f".{config.out.name}.part")) as folder:
         if config.out.exists():
             raise UserError(f"{config.out} is there already: name another file, or remove it")
-        first, part = take_up(folder, json.loads(json.dumps(dataclasses.asdict(config), default=str))), folder / NAME
+        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        part, (num_read, num_kept), named = folder / NAME, take_up(folder, settings), 0
         total = min(len(source), config.num or len(source)) if isinstance(source, Sized) else config.num or None
-        refs = itertools.islice(first_pass(source), first, config.num or None)
-        counts = Counter()
-        with open(part, "a", encoding="utf-8") as lines, tqdm(total=total, initial=first, unit="record") as progress:
+        refs = itertools.islice(first_pass(source), num_read, config.num or None)
+
+        def judge():
+            num_lost = num_read - num_kept
+            if num_lost > config.max_bad_fraction * num_read:
+                raise UserError(
+                    f"{num_lost} of {num_read} records are unusable, more than --max-bad-fraction "
+                    f"{config.max_bad_fraction} allows; the others are in {part}"
+                )
+
+        with open(part, "a", encoding="utf-8") as lines, tqdm(total=total, initial=num_read, unit="record") as progress:
             for chunk in iter(lambda: list(itertools.islice(refs, CHUNK)), []):
                 results = [read(source, ref, options) for ref in chunk]
                 made = iter(make([found for found in results if isinstance(found, Found)]))
                 for ref, found in zip(chunk, results, strict=True):
                     result = next(made) if isinstance(found, Found) else found
-                    counts["read"] += 1
                     if isinstance(result, Unusable):
-                        counts["unusable"] += 1
-                        if counts["unusable"] <= NAMED:
+                        if (named := named + 1) <= NAMED:
                             tqdm.write(printable(f"left out: {ref.source}, {ref.where}: {result}"))
-                        continue
-                    lines.write(json.dumps({**result, "record": ref.number}) + "\n")
+                    else:
+                        lines.write(json.dumps({**result, "record": ref.number}) + "\n")
+                        num_kept += 1
                 lines.flush()
+                num_read += len(chunk)
                 progress.update(len(chunk))
-        if counts["unusable"] > config.max_bad_fraction * counts["read"]:
-            raise UserError(
-                f"{counts['unusable']} of {counts['read']} records are unusable, more than --max-bad-fraction "
-                f"{config.max_bad_fraction} allows; what was written is in {part}"
-            )
+                if num_read >= JUDGED_AFTER:
+                    judge()
+        judge()
         flush(part)
         part.rename(config.out)
         flush(folder.parent)
         shutil.rmtree(folder)
-        print(f"wrote {config.out}; {counts['unusable']} of the {counts['read']} records just read were left out")
+        print(f"wrote {config.out}: {num_kept} of {num_read} records")
 
 
-def take_up(folder: Path, settings: dict) -> int:
-    """Return the first record to make: behind the whole chunks of an earlier attempt, whose last is cut off."""
+def take_up(folder: Path, settings: dict) -> tuple[int, int]:
+    """Return how many records an earlier attempt read, and how many of them it wrote.
+
+    Its last chunk, which may not be whole, is cut off.
+    """
     part, about = folder / NAME, folder / "settings.json"
     if not about.exists():
         write_file(about, json.dumps(settings, indent=2))
         part.touch()
-        return 0
+        return 0, 0
     before = read_json(about)
     changed = [f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x]
     if changed:
         raise UserError(f"{folder} was begun with other settings ({'; '.join(changed)}): use the same, or remove it")
     part.touch()
-    first, end = 0, 0
     with open(part, "rb") as lines:
-        numbers = [(json.loads(line)["record"], len(line)) for line in lines if line.endswith(b"\n")]
-    if numbers:
-        first = numbers[-1][0] // CHUNK * CHUNK
-        end = sum(length for number, length in numbers if number < first)
-    with open(part, "r+b") as lines:
-        lines.truncate(end)
-    return first
+        written = [(json.loads(line)["record"], len(line)) for line in lines if line.endswith(b"\n")]
+    num_read = written[-1][0] // CHUNK * CHUNK if written else 0
+    kept = [length for number, length in written if number < num_read]
+    os.truncate(part, sum(kept))
+    return num_read, len(kept)
 
 
 def read(source: Source, ref, options: dict) -> Found | Unusable:

@@ -141,18 +141,23 @@ def test_a_killed_command_goes_on_and_changes_no_byte(tmp_path, teacher, source,
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_what_is_cut_off_or_cannot_be_asked_is_left_out_and_counted(tmp_path, teacher, source, capsys):
+def test_what_is_cut_off_or_cannot_be_asked_is_left_out_and_counted(tmp_path, teacher, source, capsys, monkeypatch):
     with open(source, "a") as lines:
         lines.write(
             json.dumps({"text": "no question"}) + "\n" + json.dumps({"image": "none.png", "caption": "x"}) + "\n"
         )
     ask(teacher, source, tmp_path / "out.jsonl", max_bad_fraction=0.2)
     shown = capsys.readouterr().out
-    assert "2 of the 12 records just read were left out" in shown and "it asks no question" in shown
+    assert "out.jsonl: 10 of 12 records" in shown and "it asks no question" in shown
     assert "none.png" in shown and len(answers(tmp_path / "out.jsonl")[1]) == 10
-    with pytest.raises(ValueError, match="12 of 12 records are unusable, more than --max-bad-fraction"):
-        short = SamplingConfig(max_new_tokens=1)
-        ask(teacher, source, tmp_path / "short.jsonl", sampling=short, max_bad_fraction=0.2)
+    monkeypatch.setattr(build, "CHUNK", 5)
+    source.write_text((json.dumps({"text": "no question"}) + "\n") * 10 + source.read_text())
+    for _ in range(2):  # and what is begun again is no more lenient
+        with pytest.raises(ValueError, match=r"12 of 22 records are unusable, more than --max-bad-fraction"):
+            ask(teacher, source, tmp_path / "half.jsonl", max_bad_fraction=0.5)
+    monkeypatch.setattr(build, "JUDGED_AFTER", 5)
+    with pytest.raises(ValueError, match=r"5 of 5 records are unusable, more than --max-bad-fraction"):
+        ask(teacher, source, tmp_path / "none.jsonl", sampling=SamplingConfig(max_new_tokens=1))
 
 
 # --- the likeliest tokens ------------------------------------------------------------------------------------
