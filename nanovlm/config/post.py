@@ -160,7 +160,8 @@ class DistillConfig:
     teacher: str = ""
     # What is learned, each with its weight, as name=weight: forward_kl, reverse_kl, jensen_shannon (of the next token's
     # distributions), next_token (the labels), features (mean square between the encoders' outputs), projector (between
-    # the image tokens).
+    # the image tokens). In stages, a run with --distill.losses features=1 projector=1 --optim.freeze ^decoder comes
+    # before one that starts from its model and learns all.
     losses: tuple[str, ...] = ("forward_kl=1",)
     # Both sides' logits are divided by it, and divergences multiplied by its square.
     temperature: float = 1.0
