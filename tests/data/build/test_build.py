@@ -167,7 +167,7 @@ def test_the_likeliest_tokens_of_every_trained_place(tmp_path, teacher, source, 
     out = tmp_path / "top.jsonl"
     write_top_k(TopKConfig(str(teacher), str(source), out, k=TINY.decoder.vocab_size, device="cpu"))
     records = open_source(str(out))
-    process = make_process(processor, DataConfig(), has_teacher=True)
+    process = make_process(processor, DataConfig(), learns_from="teacher")
     documents = [process(records.read(i)) for i in range(len(records))]
     batch = make_batch(documents, rows=2)
     model, student = make(teacher, processor, "forward_kl=1").teacher, VLM(TINY)
@@ -207,7 +207,7 @@ def test_a_teacher_that_does_not_fit_is_one_sentence(tmp_path, teacher, source, 
     out = tmp_path / "top.jsonl"
     write_top_k(TopKConfig(str(teacher), str(source), out, k=4, num=1, device="cpu"))
     raw = json.loads(out.read_text())
-    process = make_process(processor, DataConfig(), has_teacher=True)
+    process = make_process(processor, DataConfig(), learns_from="teacher")
     assert process(raw).values["top_ids"].shape[1] == 4
     raw["teacher"] = change(raw["teacher"])
     with pytest.raises(ValueError, match=message):
