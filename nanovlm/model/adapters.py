@@ -172,8 +172,9 @@ def find_adapters(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str,
 
 
 def learns(name: str, config: AdapterConfig) -> bool:
-    """Return whether a parameter learns in a run: all do without adapters, else these and those of `train`."""
-    return not config.rank or is_adapter(name) or any(re.search(pattern, name) for pattern in config.train)
+    """Return whether a parameter learns in a run: all do without adapters, else these, those of `train`, and scores."""
+    is_score = name == "score.weight"  # which starts at 0
+    return not config.rank or is_adapter(name) or is_score or any(re.search(pattern, name) for pattern in config.train)
 
 
 def is_adapter(name: str) -> bool:

@@ -29,6 +29,7 @@ from nanovlm.environment import find_device
 from nanovlm.errors import UserError, printable
 from nanovlm.files import new_file
 from nanovlm.hub.read import load
+from nanovlm.model.adapters import disabled
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
 
@@ -38,9 +39,17 @@ def make_reference(
 ) -> Callable[[VLM, Batch], Tensor]:
     """Return what gives the reference's log-probability of each trained token, fp32[N], of the run's model and a batch.
 
-    `name` is a model, or empty for what the run starts from: a frozen copy of it, in fp32 as the run's own weights, on
-    every rank. It is no part of checkpoints, and read again when a run goes on. `never` is as in `token_logprobs`.
+    `name` is a model, or empty for what the run starts from: the model itself without its adapters, where these are all
+    that learns and the base is as it was read (pissa changes it); else a frozen copy, in fp32 as the run's own weights,
+    on every rank. It is no part of checkpoints, and read again when a run goes on. `never` is as in `token_logprobs`.
     """
+    if not name and config.adapter.rank and not config.adapter.train and config.adapter.init != "pissa":
+
+        def compute_base(model: VLM, batch: Batch) -> Tensor:
+            with evaluating(model), disabled(model):
+                return batch_logprobs(model, batch, never=never)
+
+        return compute_base
     if not (name := name or config.init.model):
         raise UserError(
             f"objective = {config.objective} compares the model with a reference, and there is none: start from "

@@ -10,6 +10,7 @@ import pytest
 import nanovlm
 import train
 from nanovlm.config import (
+    AdapterConfig,
     DataConfig,
     EvalConfig,
     InitConfig,
@@ -148,6 +149,13 @@ def test_two_ranks_learn_what_one_does(folder, unbroken, strategy):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
     if strategy == "ddp":
         assert comparable(run_ranks(folder, strategy, is_killed=True)) == comparable(lines)
+
+
+def test_adapters_learn_pairs_without_a_second_model(folder, monkeypatch):
+    monkeypatch.setattr("nanovlm.objectives.reference.load", lambda *args: pytest.fail("reads a frozen copy"))
+    _results, lines = run_whole(folder, "adapters", adapter=AdapterConfig(rank=4))
+    assert lines[0]["kl"] == 0 and lines[0]["margin"] == 0 and lines[0]["loss_dpo"] == pytest.approx(0.693147)
+    assert lines[-1]["kl"] > 0 and lines[-1]["loss_dpo"] < 0.69
 
 
 def test_records_that_are_no_pairs_are_told(folder, tmp_path):

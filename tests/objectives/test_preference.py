@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import types
 
@@ -13,16 +14,18 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 import nanovlm
-from nanovlm.config import DataConfig, InitConfig, MoEConfig, PreferenceConfig, TrainConfig
+from nanovlm.config import AdapterConfig, DataConfig, InitConfig, MoEConfig, PreferenceConfig, TrainConfig
 from nanovlm.data.process import make_process
 from nanovlm.data.types import Document
 from nanovlm.errors import UserError
 from nanovlm.hub import export
 from nanovlm.hub.model_folder import save_model
+from nanovlm.model.adapters import adapt
 from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
 from nanovlm.objectives.preference import LOSSES, Pairs, Preference
+from nanovlm.objectives.reference import make_reference
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import train_step
 from nanovlm.train.validate import validate
@@ -300,6 +303,30 @@ def test_a_model_equals_its_own_reference_at_first(processor, tmp_path):
     assert not any(
         p.grad is not None or p.requires_grad for p in objective.reference.__closure__[0].cell_contents.parameters()
     )
+
+
+def test_a_model_without_its_adapters_is_its_reference(processor, tmp_path, monkeypatch):
+    """With dropout in training too; not where the base changes, by pissa or as other parts learn."""
+    torch.manual_seed(0)
+    start = VLM(TINY)
+    save_model(tmp_path / "start", start, processor)
+    config, batch = make_config(tmp_path / "start"), make_batch(documents_of(processor))
+    expected = batch_logprobs(start, batch)
+    options = AdapterConfig(rank=2, dropout=0.5)
+    model = adapt(start, options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.train()
+    make = functools.partial(make_reference, name="", processor=processor, device=torch.device("cpu"))
+    found = make(dataclasses.replace(config, adapter=options))(model, batch)
+    assert torch.equal(found, expected) and not found.requires_grad and model.training
+    assert not torch.allclose(batch_logprobs(model, batch), expected)
+    read = []
+    monkeypatch.setattr("nanovlm.objectives.reference.load", lambda *args: read.append(args) or (start, processor))
+    for changes in ({"init": "pissa"}, {"train": ("^projector",)}):
+        make(dataclasses.replace(config, adapter=dataclasses.replace(options, **changes)))
+    assert len(read) == 2
 
 
 def test_log_probabilities_of_records_equal_those_of_the_model(processor, tmp_path):

@@ -11,7 +11,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 import nanovlm
 import train
-from nanovlm.config import InitConfig, MoEConfig, OptimConfig, TrainConfig
+from nanovlm.config import AdapterConfig, InitConfig, MoEConfig, OptimConfig, TrainConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.errors import UserError
 from nanovlm.hub import export
@@ -148,3 +148,15 @@ def test_a_reward_model_learns_and_its_other_head_stays(folder, processor):  # n
     for name in ("one", "two"):
         after, _ = nanovlm.load(folder / name / "run" / "model")
         assert after.score.weight.any() and torch.equal(after.decoder.lm_head.weight, before.decoder.lm_head.weight)
+
+
+def test_a_score_head_learns_beside_adapters(folder, processor):  # noqa: F811
+    save_model(folder / "start_of_adapters", before := VLM(TINY), processor)
+    config = make_config(folder / "adapted", model=SCORING, objective="reward", adapter=AdapterConfig(rank=4))
+    config = dataclasses.replace(config, init=InitConfig(model=str(folder / "start_of_adapters")))
+    train.main(dataclasses.replace(config, optim=OptimConfig(lr=1e-2, steps=12, warmup_steps=1, micro_batches=2)))
+    lines = metrics(folder / "adapted" / "run")
+    assert lines[0]["loss"] == pytest.approx(0.693147) and lines[-1]["loss"] < 0.6
+    after, _ = nanovlm.load(folder / "adapted" / "run" / "model")
+    assert after.score.weight.any()
+    assert torch.equal(after.decoder.embed_tokens.weight, before.decoder.embed_tokens.weight)
