@@ -68,7 +68,7 @@ class PreferenceConfig:
     # simpo: by how much beta times the mean log-probability of the chosen answer should be above that of the other.
     gamma: float = 0.5
     # The model whose log-probabilities changes count from: a folder or a repository, or records for what records bring
-    # (python -m nanovlm.objectives.reference writes them). If empty, the model without its
+    # (python -m nanovlm.objectives.precompute writes them). If empty, the model without its
     # adapters, where these are all that learns, or else a frozen copy of init.model.
     reference: str = ""
 

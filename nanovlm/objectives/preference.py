@@ -67,7 +67,7 @@ class Preference:
         if self.reads_reference and batch.value("ref_logprobs").isnan().any():
             raise UserError(
                 "preference.reference = records, but a record brings no ref_chosen_logps and ref_rejected_logps: "
-                "python -m nanovlm.objectives.reference writes them"
+                "python -m nanovlm.objectives.precompute writes them"
             )
         return len(find_branches(batch).lengths) // 2
 

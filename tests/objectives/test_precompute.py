@@ -14,7 +14,7 @@ from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
-from nanovlm.objectives.reference import ReferenceConfig, write_pairs
+from nanovlm.objectives.precompute import PrecomputeConfig, write_pairs
 from tests.conftest import TINY, make_batch, noise
 from tests.test_distributed import ROOT
 
@@ -41,7 +41,7 @@ def test_pairs_are_written_with_their_log_probabilities(model, tmp_path, process
     """With their pictures, so that they read from another folder as before."""
     out = tmp_path / "elsewhere" / "out.jsonl"
     out.parent.mkdir()
-    config = ReferenceConfig(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"), out, num_rows=2, device="cpu")
+    config = PrecomputeConfig(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"), out, num_rows=2, device="cpu")
     assert write_pairs(config) == (3, 1)
     assert "left out 1 records, such as " in (said := capsys.readouterr().out) and "the record is no pair" in said
     process = make_process(processor, DataConfig(), learns_from="pairs")
@@ -59,14 +59,14 @@ def test_a_killed_command_leaves_no_file_that_looks_whole(model, tmp_path):
     script = f"""
 import os, signal
 from pathlib import Path
-from nanovlm.objectives import reference
-write = reference.rewrite
+from nanovlm.objectives import precompute
+write = precompute.rewrite
 def rewrite(raw, options):
     if raw.get("images"): os.kill(os.getpid(), signal.SIGKILL)
     return write(raw, options)
-reference.rewrite = rewrite
+precompute.rewrite = rewrite
 names = [{str(tmp_path)!r} + "/" + name for name in ("model", "pairs.jsonl", "out.jsonl")]
-reference.write_pairs(reference.ReferenceConfig(*names[:2], Path(names[2]), num_rows=1))
+precompute.write_pairs(precompute.PrecomputeConfig(*names[:2], Path(names[2]), num_rows=1))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -9, done.stderr
@@ -84,5 +84,5 @@ reference.write_pairs(reference.ReferenceConfig(*names[:2], Path(names[2]), num_
 def test_what_cannot_be_written_is_told(model, tmp_path, source, out, sentence):
     (tmp_path / "none.jsonl").write_text('{"question": "what?", "answer": "red"}\n')
     with pytest.raises(UserError, match=sentence):
-        write_pairs(ReferenceConfig(str(tmp_path / "model"), str(tmp_path / source), tmp_path / out, device="cpu"))
+        write_pairs(PrecomputeConfig(str(tmp_path / "model"), str(tmp_path / source), tmp_path / out, device="cpu"))
     assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob(".*.tmp"))
