@@ -87,7 +87,7 @@ def test_the_reward_is_read_at_the_end_token(scorer, processor):
     assert torch.allclose(before, hidden[ends] @ scorer.score.weight[0], atol=1e-6)
     document.labels[ends[0] - 1] = IGNORE  # the first answer is trained up to its last word alone
     document.labels[ends[1]] = 7  # the second beyond its end
-    batch = make_batch([document], row_length=len(document))
+    batch = make_batch([document], row_length=len(document) + 3)
     found = score_branches(scorer, batch)
     assert torch.allclose(found, hidden[ends - torch.tensor([1, 0])] @ scorer.score.weight[0], atol=1e-6)
 
