@@ -184,11 +184,12 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill, group.
+    # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill, group,
+    # online_preference.
     objective: str = "next_token"
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    # Objective group: the model's own answers and their rewards.
+    # Objectives group and online_preference: the model's own answers and their rewards.
     group: GroupConfig = field(default_factory=GroupConfig)
     # Objective distill: the teacher and what of it is learned.
     distill: DistillConfig = field(default_factory=DistillConfig)

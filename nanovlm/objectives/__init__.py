@@ -13,6 +13,7 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.distill import Distill
 from nanovlm.objectives.group import Group
 from nanovlm.objectives.next_token import NextToken
+from nanovlm.objectives.online import OnlinePreference
 from nanovlm.objectives.own import OwnAnswer, Question
 from nanovlm.objectives.preference import Preference
 from nanovlm.objectives.reward import Reward
@@ -66,4 +67,5 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
     "reward": Reward,
     "distill": Distill,
     "group": Group,
+    "online_preference": OnlinePreference,
 }
