@@ -115,13 +115,15 @@ class GroupConfig:
     # Optimizer steps on one set of answers.
     num_iterations: int = 1
     # Reward functions with their weights, as name=weight: exact_match=1.0 length=0.1; the names are those of
-    # nanovlm.objectives.rewards.REWARDS, and format and judge, which have fields of their own.
+    # nanovlm.objectives.rewards.REWARDS, and format, judge and reward_model, which have fields of their own.
     rewards: tuple[str, ...] = ("exact_match=1.0",)
     # Reward format: the regular expression that all of an answer must match.
     format: str = ""
     # Reward judge: the address of a server of the OpenAI API, http://host:port/v1, and the name of its model.
     judge: str = ""
     judge_model: str = ""
+    # Reward reward_model: a model with a score head, as objective reward trains it: a folder or a repository.
+    reward_model: str = ""
     # What an answer's reward is compared with, a key of nanovlm.objectives.group.ADVANTAGES: group (the group's mean,
     # divided by its standard deviation), batch (divided by that of all answers of the step), mean (not divided), or
     # leave_one_out (the mean of the others).
@@ -137,6 +139,9 @@ class GroupConfig:
     epsilon_high: float = 0.2
     # Weight of the divergence from the reference model; 0 for no reference.
     beta: float = 0.0
+    # The reference: a folder or a repository. If empty, the model without its adapters, where these are all that
+    # learns, or else a frozen copy of init.model.
+    reference: str = ""
     # Leave out answers that max_completion_length cut short.
     mask_truncated_completions: bool = False
 
@@ -150,6 +155,11 @@ class GroupConfig:
         check(
             self.temperature > 0,
             f"group.temperature = {self.temperature} must be positive: equal answers teach nothing",
+        )
+        check(
+            not self.beta or self.temperature == 1,
+            f"group.beta = {self.beta} compares with a reference at temperature 1: group.temperature = "
+            f"{self.temperature} must be 1",
         )
         check(self.epsilon < 1, f"group.epsilon = {self.epsilon} must be below 1")
 

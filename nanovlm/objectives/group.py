@@ -25,13 +25,12 @@ from nanovlm import distributed
 from nanovlm.config import GroupConfig, SamplingConfig, TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch, Document
-from nanovlm.errors import UserError
 from nanovlm.infer.sampling import find_never
 from nanovlm.model.vlm import VLM, Extras
-from nanovlm.objectives.logprobs import Branches, find_branches, token_logprobs
-from nanovlm.objectives.losses import router_loss
-from nanovlm.objectives.next_token import NextToken
+from nanovlm.objectives.logprobs import Branches, batch_logprobs, find_branches
+from nanovlm.objectives.next_token import NextToken, balance
 from nanovlm.objectives.own import OwnAnswer, Question, make_document
+from nanovlm.objectives.reference import make_reference
 from nanovlm.objectives.rewards import deviations, open_rewards, reward_all
 
 
@@ -47,13 +46,14 @@ class Group:
         self.config, self.state = config.group, {}
         self.sampling = SamplingConfig(self.config.max_completion_length, self.config.temperature)
         self.num_answers, self.num_updates = self.config.num_generations, self.config.num_iterations
-        self.rewards = open_rewards(self.config)
+        self.rewards = open_rewards(self.config, processor, device)
         self.advantages = pick(ADVANTAGES, self.config.advantages, "group.advantages")
         self.loss_type = pick(LOSS_TYPES, self.config.loss_type, "group.loss_type")
         pick(LEVELS, self.config.importance_sampling_level, "group.importance_sampling_level")
         self.never = tuple(find_never(config.model))
+        self.reference = None
         if self.config.beta:
-            raise UserError(f"group.beta = {self.config.beta} must be 0: there is no reference model")
+            self.reference = make_reference(config, self.config.reference, processor, device, self.never)
 
     def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
         weights = self.advantages(reward_all(self.rewards, groups, extras))
@@ -69,28 +69,25 @@ class Group:
         return documents
 
     def count(self, batch: Batch) -> int:
-        return self.loss_type.count(batch) if "weights" in batch.values else len(batch.trained)
+        return self.loss_type.count(batch) if "old_logprobs" in batch.values else len(batch.trained)
 
     def loss(self, model: VLM, batch: Batch, extras: Extras) -> Tensor:
         if not model.training:
             return NextToken().loss(model, batch, extras)
-        hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained] / self.config.temperature
-        labels = batch.labels.flatten()[batch.trained]
-        logprobs = token_logprobs(hidden, labels, model.decoder.head_weight, self.never)
+        reference = None if self.reference is None else self.reference(model, batch)
+        logprobs = batch_logprobs(model, batch, extras, self.never, self.config.temperature)
         old, branches = batch.value("old_logprobs"), find_branches(batch)
-        losses, clipped = group_losses(logprobs, old, batch.value("weights"), branches, self.config)
+        losses, clipped = group_losses(logprobs, old, batch.value("weights"), branches, self.config, reference)
         num, change = len(old), logprobs.detach() - old
         extras.add("clip_fraction", clipped.sum(), num)
         extras.add("entropy", -old.sum(), num)  # estimated from the sampled tokens
         # Of the sampling and this pass: the estimate k3 of the divergence, and the mean difference.
         extras.add("sampler_kl", (change.exp() - 1 - change).sum(), num)
         extras.add("sampler_gap", change.abs().sum(), num)
-        loss, moe = self.loss_type.sum(branches, losses, self.config), model.config.decoder.moe
-        if moe is not None:
-            balance = self.count(batch) * router_loss(extras, batch.doc_ids >= 0, moe)
-            extras.router_loss = extras.router_loss + balance.detach()
-            loss = loss + balance
-        return loss
+        if reference is not None:
+            gap = reference - logprobs.detach()
+            extras.add("kl", (gap.exp() - 1 - gap).sum(), num)
+        return self.loss_type.sum(branches, losses, self.config) + balance(model, batch, extras, self.count(batch))
 
 
 def group_losses(
@@ -110,7 +107,7 @@ def group_losses(
     bounded = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
     losses = -torch.minimum(ratio * weights, bounded * weights)
     clipped = ((ratio < bounded) & (weights < 0)) | ((ratio > bounded) & (weights > 0))
-    if reference is not None and config.beta:
+    if reference is not None:
         gap = reference - logprobs
         losses = losses + config.beta * (gap.exp() - gap - 1)
     return losses, clipped

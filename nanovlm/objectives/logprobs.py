@@ -16,9 +16,14 @@ from nanovlm.model.vlm import VLM, Extras
 MOST_LOGITS = 2**25  # fp32 logits at once: 128 MiB
 
 
-def batch_logprobs(model: VLM, batch: Batch, extras: Extras | None = None, never: tuple[int, ...] = ()) -> Tensor:
-    """Return the natural log-probability of every trained token of a batch, fp32[N]; `never` as in `token_logprobs`."""
-    hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
+def batch_logprobs(
+    model: VLM, batch: Batch, extras: Extras | None = None, never: tuple[int, ...] = (), temperature: float = 1.0
+) -> Tensor:
+    """Return the natural log-probability of every trained token of a batch, fp32[N]; `never` as in `token_logprobs`.
+
+    It is that of sampling at a temperature, by which the logits are divided.
+    """
+    hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained] / temperature
     return token_logprobs(hidden, batch.labels.flatten()[batch.trained], model.decoder.head_weight, never)
 
 

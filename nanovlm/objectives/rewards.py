@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from nanovlm.config import GroupConfig, pick
+from nanovlm.data.chat import Processor
+from nanovlm.data.loader import collate
+from nanovlm.data.packing import make_row
+from nanovlm.data.types import IGNORE
 from nanovlm.errors import UserError
+from nanovlm.hub.read import load
 from nanovlm.infer.chat_client import ask_server
-from nanovlm.model.vlm import Extras
-from nanovlm.objectives.own import OwnAnswer, Question
+from nanovlm.model.vlm import VLM, Extras
+from nanovlm.objectives.own import OwnAnswer, Question, make_document
+from nanovlm.objectives.reference import check_fits
+from nanovlm.objectives.reward import score_branches
 
 Reward = Callable[[Question, str], float]
+Groups = Sequence[tuple[Question, list[OwnAnswer]]]
+ScoreGroups = Callable[[Groups], list[float]]
 NUMBER = r"[-+]?\d*\.?\d+"
 PROMPT = """A student answered a question about a picture. How good is the answer, compared with the correct answer?
 
@@ -81,23 +90,26 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def open_rewards(config: GroupConfig) -> list[tuple[str, float, Reward]]:
+def open_rewards(
+    config: GroupConfig, processor: Processor, device: torch.device
+) -> list[tuple[str, float, ScoreGroups]]:
     """Return the name, the weight and the function of each reward. Raises UserError for what the config cannot mean."""
-    rewards = []
+    weights = {}
     for entry in config.rewards:
         name, _, weight = entry.partition("=")
         try:
-            factor = float(weight or 1)
+            weights[name] = float(weight or 1)
         except ValueError:
             raise UserError(f"group.rewards: {entry!r} must be name=weight, as exact_match=1.0") from None
-        rewards.append((name, factor, pick(REWARDS | open_own_fields(config), name, "group.rewards")))
-    if not rewards:
+    if not weights:
         raise UserError("group.rewards is empty: name at least one, as exact_match=1.0")
-    named = [name for name, _weight, _function in rewards]
-    for name in ("format", "judge"):
-        if (name in named) != bool(getattr(config, name)):
+    for name in ("format", "judge", "reward_model"):
+        if (name in weights) != bool(getattr(config, name)):
             raise UserError(f"group.{name} = {getattr(config, name)!r} and {name} of group.rewards need each other")
-    return rewards
+    table = {name: partial(score_each, function) for name, function in (REWARDS | open_own_fields(config)).items()}
+    if config.reward_model:
+        table["reward_model"] = partial(score_with, open_scorer(config.reward_model, processor, device))
+    return [(name, weight, pick(table, name, "group.rewards")) for name, weight in weights.items()]
 
 
 def open_own_fields(config: GroupConfig) -> dict[str, Reward]:
@@ -111,24 +123,49 @@ def open_own_fields(config: GroupConfig) -> dict[str, Reward]:
     return {"format": partial(match_format, pattern), "judge": partial(ask_judge, config.judge, config.judge_model)}
 
 
-def reward_all(
-    rewards: Sequence[tuple[str, float, Reward]], groups: Sequence[tuple[Question, list[OwnAnswer]]], extras: Extras
-) -> Tensor:
+def open_scorer(name: str, processor: Processor, device: torch.device) -> VLM:
+    """Read a reward model. Raises UserError if it has no score head, or reads other tokens or tiles."""
+    model, theirs = load(name, device)
+    check_fits(name, theirs, processor)
+    if not model.config.has_score_head:
+        raise UserError(f"group.reward_model = {name!r} has no score head: objective = reward trains one")
+    return model.requires_grad_(False)
+
+
+def score_each(function: Reward, groups: Groups) -> list[float]:
+    """Return the reward of every answer by a plain function."""
+    questions = [question for question, answers in groups for _ in answers]
+    texts = [answer.text for _, answers in groups for answer in answers]
+    with ThreadPoolExecutor(16) as threads:  # a judge is asked many things at once
+        return list(threads.map(function, questions, texts))
+
+
+def score_with(scorer: VLM, groups: Groups) -> list[float]:
+    """Return the reward of every answer by a reward model, a group of answers at a time, as they share their prompt."""
+    scores, device = [], scorer.decoder.embed_tokens.weight.device
+    for question, answers in groups:
+        # It reads the last token of an answer too, and scores what it makes of it: one more token, with no label.
+        document = make_document(question, [OwnAnswer([*x.ids, 0], [0.0] * (len(x.ids) + 1)) for x in answers])
+        document.labels[document.branch_ids.diff(append=document.branch_ids[-1:] + 1) > 0] = IGNORE
+        batch = collate([make_row([document], len(document), scorer.config.pad_token_id)])
+        scores += score_branches(scorer, batch.to(device)).tolist()
+    return scores
+
+
+def reward_all(rewards: Sequence[tuple[str, float, ScoreGroups]], groups: Groups, extras: Extras) -> Tensor:
     """Return the weighted sum of the rewards of G answers to Q questions, fp32[Q, G].
 
     `extras` receives the mean of each reward and of their sum, its standard deviation within groups, and the share of
     groups in which all are equal, which teach nothing.
     """
-    pairs = [(question, answer.text) for question, answers in groups for answer in answers]
-    questions, texts = [question for question, _ in pairs], [text for _, text in pairs]
-    total, num = torch.zeros(len(pairs)), len(pairs)
-    with ThreadPoolExecutor(16) as threads:  # a judge is asked many things at once
-        for name, weight, function in rewards:
-            values = torch.tensor(list(threads.map(function, questions, texts)), dtype=torch.float32)
-            if not values.isfinite().all():
-                raise UserError(f"the reward {name} of an answer is not a finite number")
-            extras.add(f"reward_{name}", values.sum(), num)
-            total += weight * values
+    num = sum(len(answers) for _, answers in groups)
+    total = torch.zeros(num)
+    for name, weight, score in rewards:
+        values = torch.tensor(score(groups), dtype=torch.float32)
+        if not values.isfinite().all():
+            raise UserError(f"the reward {name} of an answer is not a finite number")
+        extras.add(f"reward_{name}", values.sum(), num)
+        total += weight * values
     total = total.view(len(groups), -1) if groups else torch.zeros(0, 2)
     extras.add("reward", total.sum(), num)
     extras.add("reward_std", deviations(total).sum(), len(groups))

@@ -9,6 +9,7 @@ import torch
 
 from nanovlm.config import GroupConfig, TrainConfig
 from nanovlm.data.types import IGNORE
+from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.group import ADVANTAGES, LEVELS, LOSS_TYPES, Group, group_losses
 from nanovlm.objectives.logprobs import Branches, batch_logprobs, find_branches
@@ -278,6 +279,24 @@ def test_answers_cut_short_can_be_left_out(processor):
     assert torch.equal(kept[0].values["weights"][is_trained], expected)
 
 
+def test_the_reference_is_a_frozen_model(processor, tmp_path):
+    """Its log-probabilities, without what is never sampled, are those of the loss; the divergence is told."""
+    torch.manual_seed(0)
+    reference, model = VLM(TINY).eval(), VLM(TINY).train()
+    save_model(tmp_path / "model", reference, processor)
+    group = GroupConfig(beta=0.5, reference=str(tmp_path / "model"))
+    objective = Group(TrainConfig(model=TINY, objective="group", group=group), processor, torch.device("cpu"))
+    batch = make_batch([make_document(make_questions(processor)[0], make_answers(), weights=[1.0, -1.0, 1.0, -1.0])])
+    extras, branches = Extras(), find_branches(batch)
+    found = objective.loss(model, batch, extras)
+    new, theirs = (batch_logprobs(m, batch, never=objective.never).detach() for m in (model, reference))
+    without, _ = group_losses(new, batch.value("old_logprobs"), batch.value("weights"), branches, group)
+    divergence = ((theirs - new).exp() - (theirs - new) - 1).sum()
+    torch.testing.assert_close(found.detach(), without.sum() + 0.5 * divergence, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(extras.means["kl"][0], divergence, rtol=1e-5, atol=1e-5)
+    assert divergence > 1 and model.training
+
+
 def test_the_held_out_loss_is_that_of_the_records_answers(processor):
     objective, model = make_objective(loss_type="grpo"), VLM(TINY).eval()
     batch = make_batch([make_sample(processor, 0, ("what?", "red"))])
@@ -293,6 +312,7 @@ def test_the_held_out_loss_is_that_of_the_records_answers(processor):
         ({"importance_sampling_level": "word"}, "group.importance_sampling_level = 'word' is unknown"),
         ({"num_generations": 1}, "group.num_generations = 1 must be at least 2"),
         ({"temperature": 0.0}, "group.temperature = 0.0 must be positive"),
+        ({"beta": 0.1, "temperature": 0.5}, "group.beta = 0.1 compares with a reference at temperature 1"),
         ({"epsilon": 1.5}, "group.epsilon = 1.5 must be below 1"),
     ],
 )

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nanovlm.config import EvalConfig, GroupConfig
+from nanovlm.config import EvalConfig, GroupConfig, PreferenceConfig
 from nanovlm.objectives.rewards import REWARDS
 from tests.test_distributed import finish, start
 from tests.test_train import KILL_IN_SAVE, SMALL, comparable, metrics, run, run_and_kill
@@ -107,3 +107,13 @@ def test_rewards_go_up(tmp_path, monkeypatch, seed):
     run(tmp_path, **CHANGES | changes)
     rewards = [line["reward"] for line in metrics(tmp_path)]
     assert sum(rewards[-8:]) > 1.6 * sum(rewards[:8]), rewards
+
+
+def test_own_answers_become_pairs(tmp_path):
+    """Online preferences: a judge, which is how long an answer is, and a loss without a reference."""
+    preference = PreferenceConfig(losses=("simpo",), beta=2.0)
+    run(tmp_path, **CHANGES | {"objective": "online_preference", "preference": preference})
+    lines = metrics(tmp_path)
+    assert len(lines) == 6 and all(0 < line["loss"] < 5 and "margin" in line for line in lines)
+    assert lines[1]["margin"] > lines[0]["margin"]  # the second step on the same pairs
+    assert "reward" in lines[0] and "reward" not in lines[1]

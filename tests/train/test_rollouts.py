@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 
-from nanovlm.config import GroupConfig, OptimConfig, ParallelConfig, TrainConfig
+from nanovlm.config import AdapterConfig, GroupConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.infer.sampling import find_never
+from nanovlm.model.adapters import adapt
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.group import Group
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
@@ -81,6 +82,20 @@ def test_the_trainer_has_the_log_probabilities_of_the_sampler(processor, tempera
     assert 0 < sum(ended) < len(ended) and means["cut_short"] == pytest.approx(1 - sum(ended) / len(ended))
     assert means["answer_length"] == pytest.approx(sum(map(len, answers)) / len(answers))
     assert all(len(answer) == 12 or end for answer, end in zip(answers, ended, strict=True))
+
+
+def test_adapters_answer_and_learn(processor):
+    """With dropout the trainer leaves out what the sampler does not, so they agree without it alone."""
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = adapt(VLM(TINY), AdapterConfig(rank=2, dropout=dropout)).train()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        rollouts, extras = make_rollouts(processor, model=model), Extras()
+        rollouts.objective.loss(model, next(rollouts)[1], extras)
+        gap, num = extras.means["sampler_gap"]
+        assert (float(gap) / num < 2e-6) == (dropout == 0)
 
 
 def test_tokens_that_are_never_sampled_are_left_out_on_both_sides(processor):
