@@ -12,7 +12,6 @@ from nanovlm.config import GroupConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
-from nanovlm.data.types import IGNORE
 from nanovlm.errors import UserError
 from nanovlm.hub.read import load
 from nanovlm.infer.chat_client import ask_server
@@ -144,9 +143,8 @@ def score_with(scorer: VLM, groups: Groups) -> list[float]:
     """Return the reward of every answer by a reward model, a group of answers at a time, as they share their prompt."""
     scores, device = [], scorer.decoder.embed_tokens.weight.device
     for question, answers in groups:
-        # It reads the last token of an answer too, and scores what it makes of it: one more token, with no label.
+        # The last token of an answer is read too, as the score is what is made of it: so there is one more to predict.
         document = make_document(question, [OwnAnswer([*x.ids, 0], [0.0] * (len(x.ids) + 1)) for x in answers])
-        document.labels[document.branch_ids.diff(append=document.branch_ids[-1:] + 1) > 0] = IGNORE
         batch = collate([make_row([document], len(document), scorer.config.pad_token_id)])
         scores += score_branches(scorer, batch.to(device)).tolist()
     return scores
