@@ -84,7 +84,7 @@ RESTART = 75  # exit status of a run that a signal ended: it is saved and can be
 
 def main(config: TrainConfig) -> dict:
     """Train, resume or report a finished run; return the contents of its eval.json, an empty dict on other ranks."""
-    config.validate()
+    config = adapt.take_adapter(config.validate()).validate()
     with distributed.ranks(find_device(config.device)) as device:
         if distributed.rank():
             with contextlib.redirect_stdout(None):

@@ -33,12 +33,18 @@ def file_dtype(files: list[Path], is_ignored=lambda name: False) -> torch.dtype:
 
 
 @torch.no_grad()
-def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list[Path], is_ignored=lambda name: False):
+def copy_tensors(
+    destinations: dict[str, list[torch.Tensor | Rows]],
+    files: list[Path],
+    is_ignored=lambda name: False,
+    wanted: str = "the config",
+):
     """Copy safetensors files, tensor by tensor, into memory that is already allocated.
 
     `destinations` lists, for each name in the files, the tensors that its rows fill, in order. Names for which
-    `is_ignored` returns True are skipped. Before anything is copied, raises UserError that lists missing and unknown
-    names and wrong shapes and dtypes; for destinations on the meta device that is all.
+    `is_ignored` returns True are skipped; `wanted` is what says which there should be. Before anything is copied,
+    raises UserError that lists missing and unknown names and wrong shapes and dtypes; for destinations on the meta
+    device that is all.
     """
     where = {}
     problems = []
@@ -51,7 +57,7 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
                     parts = destinations[name]
                     shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]] if parts[0].ndim else []
                     if tensor.get_shape() != shape:
-                        problems.append(f"{name} has shape {tensor.get_shape()}, the config says {shape}")
+                        problems.append(f"{name} has shape {tensor.get_shape()}, {wanted} says {shape}")
                     dtypes = DTYPES if parts[0].is_floating_point() else [INTEGERS[parts[0].dtype]]
                     if tensor.get_dtype() not in dtypes:
                         problems.append(f"{name} has dtype {tensor.get_dtype()}; only {', '.join(dtypes)} are read")
@@ -59,7 +65,7 @@ def copy_tensors(destinations: dict[str, list[torch.Tensor | Rows]], files: list
     problems += [f"{name} is unknown" for name in merge_numbers(where.keys() - destinations.keys())]
     if problems:
         file = files[0] if len(files) == 1 else files[0].parent
-        raise UserError(f"{file} does not fit the config: {'; '.join(sorted(problems))}")
+        raise UserError(f"{file} does not fit {wanted}: {'; '.join(sorted(problems))}")
     if all(part.is_meta for parts in destinations.values() for part in parts):
         return
     for name, parts in destinations.items():

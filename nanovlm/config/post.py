@@ -51,8 +51,6 @@ class AdapterConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise UserError(f"adapter.{name}: {pattern!r} is no regular expression: {error}") from error
-        for name, value in (("base", self.base), ("train", self.train)):
-            check(self.rank or not value, f"adapter.{name} = {value!r} needs adapters: give adapter.rank, such as 8")
         return self
 
 

@@ -22,6 +22,9 @@ class InitConfig:
     # A language model, or a whole model whose decoder is taken: a folder, a repository, a .gguf file or smollm2. Its
     # tokenizer is used too, with image tokens added.
     decoder: str = ""
+    # An adapter of init.model in PEFT's layout, such as the adapter/ of an earlier run, from which those of this run go
+    # on: a folder or a repository. Its files say rank, alpha, kind and layers.
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,19 @@ class TrainConfig:
         for part in (self.model, self.adapter, self.preference, self.group, self.distill):
             part.validate()
         d, o = self.data, self.optim
+        has_adapters = self.adapter.rank or self.init.adapter
+        for name, value in (("base", self.adapter.base), ("train", self.adapter.train)):
+            check(has_adapters or not value, f"adapter.{name} = {value!r} needs adapters: give adapter.rank, such as 8")
         check(
-            self.model.quantization is None or self.adapter.rank,
+            not self.init.adapter or self.init.model,
+            f"init.adapter = {self.init.adapter} belongs to a model: name it by init.model",
+        )
+        check(
+            not self.init.adapter or self.adapter.init != "pissa",
+            f"adapter.init = pissa changes the model that init.adapter = {self.init.adapter} belongs to: leave one out",
+        )
+        check(
+            self.model.quantization is None or has_adapters,
             f"model.quantization = {self.model.quantization} must be None, as codes do not learn: give adapter.rank",
         )
         check(

@@ -19,7 +19,8 @@ FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*.safetensors",
-    "adapter_config.json",  # to say that a repository is an adapter and no model
+    "adapter_config.json",  # of a repository that is an adapter
+    "adapter_model.safetensors",
 )
 TOKENIZER_FILES = tuple(name for name in FILES if "safetensors" not in name)
 # Short names of repositories; a folder of the same name goes before them.
@@ -73,17 +74,20 @@ def find(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
         ) from error
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter in PEFT's layout and no model."""
+    return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
+
+
 def refuse_adapter(folder: Path):
-    """Raise UserError for a folder that PEFT wrote, which holds an adapter and no model."""
-    path = folder / "adapter_config.json"
-    if path.is_file() and not any(folder.glob("model*.safetensors")):
-        adapter = read_json(path)
+    """Raise UserError for a folder with an adapter and no model."""
+    if holds_adapter(folder):
+        adapter = read_json(folder / "adapter_config.json")
         base = adapter.get("base_model_name_or_path")
         raise UserError(
-            f"{folder} is no model but an adapter ({adapter.get('peft_type')}) that PEFT wrote"
+            f"{folder} is no model but an adapter ({adapter.get('peft_type')})"
             + (f" for {base}" if base else "")
-            + ": merge it into its model with merge_and_unload() of peft, save that with save_pretrained, and name the "
-            "folder with the result"
+            + f": name its model and beside it the adapter, or merge it: python -m nanovlm.hub.merge MODEL {folder} OUT"
         )
 
 

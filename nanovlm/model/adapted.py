@@ -34,6 +34,8 @@ class Adapters:
         # Those that every token uses.
         self.active: tuple[str, ...] = ()
         self.is_enabled = True
+        # The name of the model that they were made for, if it is known.
+        self.base = ""
         # int64[B, T], the adapter of each token in the place of `active`, -1 for none.
         self.index: Tensor | None = None
         # While merged: the layers that plain ones stand for, by name.

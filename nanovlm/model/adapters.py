@@ -76,6 +76,21 @@ def adapt(model: VLM, config: AdapterConfig, name: str = DEFAULT) -> VLM:
     return model
 
 
+def remove(model: VLM, name: str):
+    """Take an adapter away; a layer that had no other is a plain one again."""
+    shared = model.adapters
+    assert not shared.merged, "a merged model must be unmerged first"
+    for path, layer in adapted_layers(model):
+        if name in layer.adapters:  # pyright: ignore
+            del layer.adapters[name]  # pyright: ignore
+        if not layer.adapters:
+            plain = as_class(layer, next(cls for cls, adapted in ADAPTED.items() if type(layer) is adapted))
+            del plain.adapters, plain.switch
+            replace(model, path, plain)
+    del shared.configs[name]
+    shared.active = tuple(other for other in shared.active if other != name)
+
+
 def find_targets(model: VLM, config: AdapterConfig) -> list[tuple[str, str]]:
     """Return the layers that the config names, and for a mixture the stack, else ""."""
     pattern, found, unfit = re.compile(config.target), [], []

@@ -1,44 +1,61 @@
 """TrainConfig -> the model that a run trains, with adapters where the config has them; and what the run leaves behind.
 
 ```
+take_adapter    the config's adapter is that of init.adapter, if it names one
 build           on the meta device: model -> quantised (adapter.base) -> adapted; then it is sharded
 base_places     where the base's weights go; those of adapter.base are rounded as they come, one at a time
 draw_adapter    the first values of the adapters, from those of the base
-save, load      run_dir/model, merged; of a quantised base: run_dir/model, the base, and run_dir/adapter
+save, load      run_dir/adapter in PEFT's layout; run_dir/model, merged, or a quantised base, which needs its adapter
 ```
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig
+from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig, differences
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
-from nanovlm.files import new_folder
+from nanovlm.hub.adapters import StoredAdapter, attach, open_adapter, save_adapter
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.adapted import AdaptedMoE, Adapter
 from nanovlm.model.adapters import (
     DEFAULT,
     adapt,
     adapted_layers,
-    adapter_tensors,
     find_adapters,
     is_adapter,
-    load_adapter,
     merged_tensors,
 )
 from nanovlm.model.build import meta_model
 from nanovlm.model.quantized import TENSORS, QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, places, writable
-from nanovlm.tensor_files import read_tensors
+
+# What the files of an adapter say about it, and a run that goes on from it cannot change.
+FIXED = ("rank", "alpha", "use_rslora", "use_dora", "target")
+
+
+def take_adapter(config: TrainConfig) -> TrainConfig:
+    """Return the config with what the files of its init.adapter say in its adapter, unless it says so already."""
+    if not config.init.adapter or config.adapter.rank:
+        return config
+    theirs = open_adapter(config.init.adapter, meta_model(config.model)).config
+    adapter = dataclasses.replace(config.adapter, **{field: getattr(theirs, field) for field in FIXED})
+    return dataclasses.replace(config, adapter=adapter)
+
+
+def open_first(config: TrainConfig) -> StoredAdapter:
+    """Open the adapter of init.adapter. Raises UserError with the fields in which the config differs from it."""
+    stored = open_adapter(config.init.adapter, meta_model(config.model))
+    theirs = dataclasses.replace(config.adapter, **{field: getattr(stored.config, field) for field in FIXED})
+    if changed := differences(theirs, config.adapter, "adapter."):
+        raise UserError(f"the run cannot go on from {config.init.adapter}: {'; '.join(changed)}")
+    return stored
 
 
 def build(config: TrainConfig) -> VLM:
@@ -50,7 +67,7 @@ def build(config: TrainConfig) -> VLM:
     if adapter.base:
         quantize(model, QuantizationConfig(adapter.base), search=False)
     if adapter.rank:
-        adapt(model, adapter)
+        adapt(model, adapter).adapters.base = config.init.model
     if config.parallel.expert_ranks > 1 and any(isinstance(layer, AdaptedMoE) for _, layer in adapted_layers(model)):
         raise UserError(
             f"parallel.expert_ranks = {config.parallel.expert_ranks} must be 1 where experts have adapters: "
@@ -183,10 +200,7 @@ def save(run_dir: Path, suffix: str, model: VLM, processor: Processor, tensors: 
         return save_model(run_dir / f"model{suffix}", model, processor, tensors)
     config = model.adapters.configs[DEFAULT]
     if config.init != "pissa":
-        with new_folder(run_dir / f"adapter{suffix}") as folder:
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-            own = adapter_tensors(model, DEFAULT, tensors)
-            save_file({name: x.contiguous() for name, x in own.items()}, folder / "adapter.safetensors")
+        save_adapter(run_dir / f"adapter{suffix}", model, DEFAULT, tensors)
     if model.config.quantization is None:
         tensors = merged_tensors(model, tensors)
     base = {name: x for name, x in tensors.items() if not is_adapter(name)}
@@ -197,6 +211,5 @@ def load(run_dir: Path, config: AdapterConfig, device: torch.device) -> tuple[VL
     """Read what `save` wrote, in evaluation mode."""
     model, processor = load_folder(run_dir / "model", device)
     if config.rank and model.config.quantization is not None:
-        adapt(model, config)
-        load_adapter(model, read_tensors(run_dir / "adapter" / "adapter.safetensors"))
+        attach(model, run_dir / "adapter")
     return model.eval(), processor

@@ -6,6 +6,7 @@ init.vision        the image encoder's weights, a SigLIP's or a whole model's   
 init.decoder       the decoder's weights and tokenizer, both extended by image tokens; a whole model's too
 init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
                    mixture of experts where the config has one
+init.adapter       adapters of init.model go on from those of another run
 ```
 """
 
@@ -47,8 +48,8 @@ from nanovlm.hub.weights import load_vision
 from nanovlm.model.adapters import is_adapter
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
-from nanovlm.sharded import Places, Rows, local_part, writable
-from nanovlm.train.adapt import base_places, build, draw_adapter
+from nanovlm.sharded import Places, Rows, local_part, places, writable
+from nanovlm.train.adapt import base_places, build, draw_adapter, open_first
 
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
@@ -153,6 +154,7 @@ def _prepare_from_model(config):
         vision = _with(vision, wanted.vision, FREE_OF_VISION)
     tiling = _with(theirs.tiling, wanted.tiling, FREE_OF_TILING)
     _check_same(init.model, dataclasses.replace(theirs, vision=vision, tiling=tiling, decoder=decoder), wanted)
+    first = open_first(config) if init.adapter else None
 
     def make_processor():
         return Processor(stored.processor.tokenizer, _template(config, stored.processor.chat_template), wanted)
@@ -169,6 +171,8 @@ def _prepare_from_model(config):
         else:
             fill_places(base_places(model, config.adapter))
         draw_adapter(model)
+        if first is not None:
+            first.fill(places(model))
 
     processor = share_processor(make_processor, wanted)
     check_room(processor, config)

@@ -268,8 +268,13 @@ def test_a_run_learns_and_leaves_a_model(start, tmp_path, capsys, name):
     assert losses[-1] < losses[0] - 0.02
     model, _processor = adapt.load(tmp_path, adapter, torch.device("cpu"))
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
-    own = load_file(tmp_path / "adapter" / "adapter.safetensors")
-    assert len(own) == 7 * 3 and own["decoder.layers.0.self_attn.k_proj.lora_B"].any()
+    own = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.model.model"
+    assert (f"{prefix}.connector.modality_projection.proj.weight" in own) == (name == "DoRA")
+    assert (
+        len(own) == 7 * 3 + (name == "DoRA")
+        and own[f"{prefix}.text_model.layers.0.self_attn.k_proj.lora_B.weight"].any()
+    )
     if name == "DoRA":
         assert before.keys() == after.keys() and not adapted_layers(model)
         moved = {key for key, x in before.items() if not torch.equal(x, after[key])}
@@ -279,7 +284,7 @@ def test_a_run_learns_and_leaves_a_model(start, tmp_path, capsys, name):
         plain = quantize(nanovlm.load(start)[0], QuantizationConfig("nf4"), search=False).state_dict()
         assert plain.keys() == after.keys() and all(torch.equal(x, after[key]) for key, x in plain.items())
         assert "needs the adapter in" in out and len(adapted_layers(model)) == 7
-    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["rank"] == 4
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
 KILL = """
@@ -325,6 +330,6 @@ def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, name, hook):
     (folder / "model.safetensors").unlink()
     train.main(config)
     assert comparable(metrics(tmp_path / "run")) == comparable(metrics(tmp_path / "unbroken"))
-    for file in ("model/model.safetensors", "adapter/adapter.safetensors"):
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         theirs, ours = load_file(tmp_path / "unbroken" / file), load_file(tmp_path / "run" / file)
         assert theirs.keys() == ours.keys() and all(torch.equal(x, ours[key]) for key, x in theirs.items())
