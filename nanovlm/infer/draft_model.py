@@ -276,7 +276,7 @@ class DraftModel:
         before, row.num_computed = row.num_computed, row.num_computed + num
         for index in range(before // BLOCK, row.num_computed // BLOCK):
             if index == len(row.keys):
-                row.keys.append(row.prompt.key(row.keys[-1] if index else b"", row.tokens, index * BLOCK))
+                row.keys.append(row.prompt.key(row.keys[-1] if index else row.prompt.root, row.tokens, index * BLOCK))
             self.blocks.name(row.blocks[index], row.keys[index])
             row.blocks[index].is_filled = True
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nanovlm.config import DecoderConfig
 from nanovlm.errors import UserError
+from nanovlm.infer.adapters import check_adapter, choosing
 from nanovlm.infer.blocks import Blocks
 from nanovlm.infer.features import ImageFeatures
 from nanovlm.infer.request import End, Event, Request, Token, Usage
@@ -99,6 +100,8 @@ class Engine:
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
         self.num_submitted = 0
+        if model.adapters is not None:
+            model.adapters.is_stacked = False  # they may have learned since
         self.draft = draft
         if draft is not None:
             draft.prepare(model, num_rows, num_blocks)
@@ -124,6 +127,7 @@ class Engine:
     def check(self, request: Request):
         """Raise UserError if a request can never be answered."""
         request.sampling.validate()
+        check_adapter(self.model, request.adapter)
         prompt, num, most = request.prompt, len(request.prompt), request.sampling.max_new_tokens
         positions, vocab_size = self.config.decoder.max_position_embeddings, self.config.decoder.vocab_size
         if request.num_answers < 1:
@@ -314,7 +318,10 @@ class Engine:
             index = torch.tensor(places).to(self.device, non_blocking=True)
             x_BTD[0].index_copy_(0, index, torch.cat(features).to(x_BTD.dtype))
         rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
-        hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope)
+        with choosing(
+            self.model, [work[i][0].request.adapter for i in now.order], [spans[i].num_new for i in now.order]
+        ):
+            hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope)
         if not rows:
             return Chosen([], ids[:0])
         last = hidden[0] if len(lasts) == end else hidden[0, torch.tensor(lasts).to(self.device, non_blocking=True)]
@@ -368,7 +375,7 @@ class Engine:
         before, row.num_computed = row.num_computed, row.num_computed + num
         for index in range(before // BLOCK, row.num_computed // BLOCK):
             if index == len(row.keys):
-                row.keys.append(row.prompt.key(row.keys[-1] if index else b"", row.tokens, index * BLOCK))
+                row.keys.append(row.prompt.key(row.keys[-1] if index else row.prompt.root, row.tokens, index * BLOCK))
             block = row.blocks[index]
             self.blocks.name(block, row.keys[index])
             block.is_filled, block.writer = True, None

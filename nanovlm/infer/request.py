@@ -23,6 +23,8 @@ class Request:
     timeout: float | None = None
     # Whether to tell with which probability each token was drawn, and the token that ends an answer.
     tells_draws: bool = False
+    # The name of one of the model's adapters; None takes those that are active.
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanovlm.infer.adapters import key_of
 from nanovlm.infer.blocks import Block, block_key, digest_tile
 from nanovlm.infer.request import Request
 from nanovlm.infer.speculate import Guess
@@ -19,7 +20,10 @@ class Prompt:
     def __init__(self, request: Request, model: VLM):
         document, config = request.prompt, model.config
         self.ids, self.tiles = document.input_ids.tolist(), document.tiles
-        self.digests = [digest_tile(tile) for tile in document.tiles]
+        # What keys begin with, and what stands before the digests of tiles: those of the adapters that it uses.
+        self.root = key_of(model, request.adapter)
+        sees = key_of(model, request.adapter, ("vision.", "projector."))
+        self.digests = [sees + digest_tile(tile) for tile in document.tiles]
         self.per_tile = config.num_image_tokens if config.vision is not None else 1
         self.image_positions: list[int] = []
         if config.image_token_id is not None:
@@ -27,7 +31,7 @@ class Prompt:
         # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
         self.keys: list[bytes] = []
         for start in range(0, len(self.ids) - BLOCK, BLOCK):
-            self.keys.append(self.key(self.keys[-1] if start else b"", self.ids, start))
+            self.keys.append(self.key(self.keys[-1] if start else self.root, self.ids, start))
 
     def key(self, before: bytes, tokens: Sequence[int], start: int) -> bytes:
         """Return the key of the block of these tokens that begins at `start`."""

@@ -14,6 +14,7 @@ theirs are mlp.adapters.NAME.gate_proj.lora_A [E, r, in].
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ class Adapters:
 
     def __init__(self):
         self.configs: dict[str, AdapterConfig] = {}
+        # A number of its own for each, which none has had before.
+        self.numbers: dict[str, int] = {}
+        self.num_made = 0
         # Those that every token uses.
         self.active: tuple[str, ...] = ()
         self.is_enabled = True
@@ -38,6 +42,8 @@ class Adapters:
         self.base = ""
         # int64[B, T], the adapter of each token in the place of `active`, -1 for none.
         self.index: Tensor | None = None
+        # Whether each layer has a Stacked of all of them as they are now.
+        self.is_stacked = False
         # While merged: the layers that plain ones stand for, by name.
         self.merged: dict[str, nn.Module] = {}
 
@@ -86,6 +92,15 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Stacked(NamedTuple):
+    """All adapters of a linear layer in one: what the tokens of a pass need, each of which uses its own."""
+
+    lora_A: Tensor  # [R, in], the rows of all
+    lora_B: Tensor  # [out, R], times their scales
+    owners: Tensor  # int64[R], whose a row is: the index among the model's adapters
+    gains: Tensor | None  # DoRA's [adapters + 1, out]; 1 where there is none, and in the last row, of no adapter
+
+
 # --- layers --------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +109,7 @@ class AdaptedLinear(nn.Linear):
 
     adapters: nn.ModuleDict
     switch: Adapters
+    stacked: Stacked  # made by `stack_adapters`, for inference
 
     def forward(self, x: Tensor) -> Tensor:
         return add_adapters(self, super().forward, x)
@@ -104,6 +120,7 @@ class AdaptedQuantizedLinear(QuantizedLinear):
 
     adapters: nn.ModuleDict
     switch: Adapters
+    stacked: Stacked
 
     def forward(self, x: Tensor) -> Tensor:
         return add_adapters(self, super().forward, x)
@@ -173,18 +190,29 @@ def add_adapters(layer: AdaptedLinear | AdaptedQuantizedLinear, product: Callabl
 def add_for_tokens(layer: AdaptedLinear | AdaptedQuantizedLinear, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     """Add to y the change of each token's own adapter: one product with all A, masked, and one with all B."""
     index = index.reshape(x.shape[:-1])  # a mixture's shared expert sees tokens end to end
+    is_made = layer.switch.is_stacked and not torch.is_grad_enabled()
+    found = layer.stacked if is_made else stack_layer(layer)
+    h = F.linear(x, found.lora_A) * (index[..., None] == found.owners)  # [B, T, R]
+    change = F.linear(h, found.lora_B)
+    if found.gains is None:
+        return y + change
+    return (y + turn(layer, y, change, found.gains[index])).to(y.dtype)
+
+
+def stack_layer(layer: AdaptedLinear | AdaptedQuantizedLinear) -> Stacked:
+    """Put the adapters of a layer together."""
     numbers = {number: name for number, name in enumerate(layer.switch.configs) if name in layer.adapters}
     adapters: list[Adapter] = [layer.adapters[name] for name in numbers.values()]  # pyright: ignore[reportAssignmentType]
     owners = [number for number, a in zip(numbers, adapters, strict=True) for _ in range(len(a.lora_A))]
-    h = F.linear(x, torch.cat([a.lora_A for a in adapters]))  # [B, T, ranks of all]
-    h = h * (index[..., None] == torch.tensor(owners, device=x.device))
-    change = F.linear(h, torch.cat([a.scale * a.lora_B for a in adapters], dim=1))
-    if all(a.magnitude is None for a in adapters):
-        return y + change
-    found = {number: find_gain(layer, a) for number, a in zip(numbers, adapters, strict=True)}
-    ones = torch.ones(y.shape[-1], device=x.device)
-    gains = [ones if (gain := found.get(number)) is None else gain for number in range(len(layer.switch.configs))]
-    return (y + turn(layer, y, change, torch.stack([*gains, ones])[index])).to(y.dtype)
+    device, gains = adapters[0].lora_A.device, None
+    if any(a.magnitude is not None for a in adapters):
+        found = {number: find_gain(layer, a) for number, a in zip(numbers, adapters, strict=True)}
+        ones = torch.ones(len(adapters[0].lora_B), device=device)
+        kept = [ones if (gain := found.get(number)) is None else gain for number in range(len(layer.switch.configs))]
+        gains = torch.stack([*kept, ones])
+    lora_A = torch.cat([a.lora_A for a in adapters])
+    lora_B = torch.cat([a.scale * a.lora_B for a in adapters], dim=1)
+    return Stacked(lora_A, lora_B, torch.tensor(owners, device=device), gains)
 
 
 def find_gain(layer: AdaptedLinear | AdaptedQuantizedLinear, adapter: Adapter) -> Tensor | None:

@@ -31,6 +31,7 @@ from nanovlm.model.adapted import (
     AdaptedQuantizedLinear,
     Adapter,
     Adapters,
+    stack_layer,
     widen,
     with_adapters,
 )
@@ -73,6 +74,8 @@ def adapt(model: VLM, config: AdapterConfig, name: str = DEFAULT) -> VLM:
             layer.adapters[name] = make(weight_shape(layer))  # pyright: ignore
     shared.configs[name] = config
     shared.active = (name,)
+    shared.num_made += 1
+    shared.numbers[name], shared.is_stacked = shared.num_made, False
     return model
 
 
@@ -86,8 +89,10 @@ def remove(model: VLM, name: str):
         if not layer.adapters:
             plain = as_class(layer, next(cls for cls, adapted in ADAPTED.items() if type(layer) is adapted))
             del plain.adapters, plain.switch
+            vars(plain).pop("stacked", None)
             replace(model, path, plain)
-    del shared.configs[name]
+    del shared.configs[name], shared.numbers[name]
+    shared.is_stacked = False
     shared.active = tuple(other for other in shared.active if other != name)
 
 
@@ -171,6 +176,15 @@ def for_tokens(model: VLM, index: Tensor) -> Iterator[None]:
         yield
     finally:
         shared.index = before
+
+
+@torch.no_grad()
+def stack_adapters(model: VLM):
+    """Compute once what `for_tokens` needs of the adapters alone, for inference: they must not learn meanwhile."""
+    for _, layer in adapted_layers(model):
+        if not isinstance(layer, AdaptedMoE):
+            layer.stacked = stack_layer(layer)  # pyright: ignore
+    model.adapters.is_stacked = True
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -271,7 +285,7 @@ def adapter_tensors(model: VLM, name: str = DEFAULT, tensors: dict[str, Tensor] 
 
 def load_adapter(model: VLM, tensors: dict[str, Tensor], name: str = DEFAULT):
     """Copy what `adapter_tensors` returned into a model's adapter. Raises UserError that names what does not fit."""
-    own = adapter_tensors(model, name)
+    model.adapters.is_stacked, own = False, adapter_tensors(model, name)
     if wrong := own.keys() ^ tensors.keys():
         raise UserError(f"adapter {name}: {min(wrong)} is {'missing' if min(wrong) in own else 'unknown'}")
     for key, x in own.items():

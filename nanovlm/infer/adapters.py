@@ -1,0 +1,67 @@
+"""Requests that name adapters -> which of them each token of a pass uses (model/adapters.py)."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from nanovlm.errors import UserError
+from nanovlm.model.adapters import adapted_layers, stack_adapters
+from nanovlm.model.vlm import VLM
+
+
+def check_adapter(model: VLM, name: str | None):
+    """Raise UserError unless a request may name this adapter; None takes the model as it is."""
+    if name is None:
+        return
+    shared = model.adapters
+    if shared is None or name not in shared.configs:
+        there = f"there are {', '.join(shared.configs)}" if shared and shared.configs else "the model has none"
+        raise UserError(f"there is no adapter {name}: {there}")
+    for path, _ in adapted_layers(model):
+        if not path.startswith("decoder."):
+            raise UserError(f"an adapter changes {path}, which sees no tokens, so no request can choose one: merge it")
+    if len(shared.active) > 1:
+        raise UserError(
+            f"a request cannot choose adapter {name} while {' and '.join(shared.active)} are active together"
+        )
+
+
+def names_used(model: VLM, name: str | None) -> tuple[str, ...]:
+    """Return the adapters that a request uses: the one that it names, or those that are active."""
+    shared = model.adapters
+    if shared is None or not shared.is_enabled or shared.merged:
+        return ()
+    return shared.active if name is None else (name,)
+
+
+def key_of(model: VLM, name: str | None, parts: tuple[str, ...] = ("",)) -> bytes:
+    """Return what must stand in a key of what these parts of the model compute for a request; b"" for the base.
+
+    An adapter that is removed and read again has another key.
+    """
+    used = names_used(model, name)
+    layers = [layer for path, layer in adapted_layers(model) if path.startswith(parts)] if used else []
+    numbers = [model.adapters.numbers[own] for own in used if any(own in layer.adapters for layer in layers)]  # pyright: ignore
+    return hashlib.sha256(str(numbers).encode()).digest() if numbers else b""
+
+
+@contextlib.contextmanager
+def choosing(model: VLM, names: Sequence[str | None], counts: Sequence[int]) -> Iterator[None]:
+    """Let the tokens of one row of a batch use these adapters: the first counts[0] tokens names[0], and so on."""
+    if not any(names):
+        yield
+        return
+    shared = model.adapters
+    order = {name: number for number, name in enumerate(shared.configs)}
+    used = [names_used(model, name) for name in names]
+    numbers = torch.tensor([order[own[0]] if own else -1 for own in used])
+    index = numbers.repeat_interleave(torch.tensor(counts))[None]
+    if not shared.is_stacked:
+        stack_adapters(model)
+    shared.index = index.to(model.decoder.embed_tokens.weight.device, non_blocking=True)
+    try:
+        yield
+    finally:
+        shared.index = None
