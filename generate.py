@@ -8,6 +8,7 @@
     python generate.py --model smollm2 --prompt "What is the capital of France?"               text alone, no hub
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --quantize int4  docs/quantization.md
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --show-attention where.png
+    python generate.py --model smolvlm-256m --adapter runs/mine/adapter --image a.png --prompt "..."   docs/hub.md
     python generate.py --model owner/large --image a.png --prompt "..." --draft owner/small     the same answer, sooner
 
 An image belongs to every prompt, and is encoded once. With `--json` one JSON object is printed for each answer.
@@ -46,7 +47,9 @@ from nanovlm.data.types import IGNORE, Document
 from nanovlm.environment import find_device, keep_freed_memory
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
+from nanovlm.hub.adapters import attach
 from nanovlm.hub.draft import open_draft
+from nanovlm.infer.adapters import settle
 from nanovlm.infer.asking import ask
 from nanovlm.infer.engine import Engine, suitable_cache
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
@@ -68,6 +71,9 @@ def main(config: GenerateConfig):
     model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
+    if config.adapter:
+        attach(model, config.adapter)
+    adapter = settle(model)
     prepare(model, compiles=config.compile)
     if config.show_routing and model.config.decoder.moe is None:
         raise UserError(f"--show-routing needs a mixture of experts, but {config.model} has none")
@@ -76,13 +82,13 @@ def main(config: GenerateConfig):
     if images and model.config.vision is None:
         raise UserError(f"{config.model} is a language model, which sees no pictures: leave --image out")
     if not config.prompt:
-        return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling)
+        return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling, adapter)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
     num_answers = len(prompts) * config.num_answers
     longest = max(map(len, prompts)) + config.sampling.max_new_tokens
     engine = open_engine(config, model, processor, min(config.num_rows, num_answers), longest)
     echo = num_answers == 1 and not config.json
-    requests = [Request(prompt, config.sampling, config.num_answers) for prompt in prompts]
+    requests = [Request(prompt, config.sampling, config.num_answers, adapter=adapter) for prompt in prompts]
     check_requests(engine, requests, config.prompt)
     start = time.perf_counter()
     said = answer(engine, processor, requests, echo)
@@ -256,7 +262,13 @@ def draw_attention(
     return draw_look(images, places, weights[0, 0], split_text(shown, processor), titles)
 
 
-def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, config: SamplingConfig):
+def chat(
+    make_engine: Callable[[], Engine],
+    processor: Processor,
+    images: list,
+    config: SamplingConfig,
+    adapter: str | None = None,
+):
     """Talk until the input ends; the conversation so far is part of every prompt. Ctrl-C stops an answer alone.
 
     One engine lasts for the whole conversation, so that a turn computes what is new in it: the cache has the rest.
@@ -294,7 +306,9 @@ def chat(make_engine: Callable[[], Engine], processor: Processor, images: list, 
             asked = [*messages, {"role": "user", "content": content}]
             prompt = processor.prompt(asked, shown + pending)
             with cli.watch_signals(signal.SIGINT) as seen:
-                said = answer(engine, processor, [Request(prompt, config)], echo=True, stop=lambda: bool(seen))
+                said = answer(
+                    engine, processor, [Request(prompt, config, adapter=adapter)], echo=True, stop=lambda: bool(seen)
+                )
         except ValueError as error:
             print(error)
             continue

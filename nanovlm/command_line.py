@@ -55,6 +55,8 @@ class GenerateConfig:
     # A model folder, as train.py writes it or in a layout of the hub; a repository of the hub, owner/name[@revision];
     # a .gguf file; or smollm2, a language model from a package.
     model: str
+    # An adapter of the model, in PEFT's layout: a folder, such as the adapter/ of a run, or a repository of the hub.
+    adapter: str = ""
     # Image files, in the order in which the model sees them.
     image: tuple[Path, ...] = ()
     # Questions about the images; several are answered at a time. Without any: a chat.

@@ -2,6 +2,7 @@
 
     python -m nanovlm.serve runs/demo/model
     python -m nanovlm.serve owner/name --port 8080 --quantize int4 --token-file token.txt --host 0.0.0.0
+    python -m nanovlm.serve smolvlm-256m --adapter german=runs/german/adapter receipts=owner/name
     python -m nanovlm.serve runs/demo/model --allow-urls upload.wikimedia.org
 
 Any client of that API can ask it: docs/serving.md has examples, limits and what it counts.
@@ -32,6 +33,8 @@ class ServeConfig:
     model: str
     # The name by which clients call it; the model as given above if empty.
     name: str = ""
+    # Adapters of the model in PEFT's layout, each as name=FOLDER: clients call the model with an adapter by this name.
+    adapter: tuple[str, ...] = ()
     # The address to listen on. Any but this machine's own lets others in: set a token.
     host: str = "127.0.0.1"
     # 0 takes a free one.
@@ -92,7 +95,9 @@ def main(config: ServeConfig):
     import nanovlm
     from nanovlm.config import QuantizationConfig
     from nanovlm.environment import choose_threads, find_device, keep_freed_memory
+    from nanovlm.hub.adapters import attach_all
     from nanovlm.hub.draft import open_draft
+    from nanovlm.infer.adapters import settle
     from nanovlm.infer.engine import Engine
     from nanovlm.infer.service import Service
     from nanovlm.infer.worker import Worker
@@ -106,6 +111,11 @@ def main(config: ServeConfig):
     model, processor = nanovlm.load(config.model, device, dtype)
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
+    settle(model)
+    attach_all(model, config.adapter)
+    names = [one.partition("=")[0] for one in config.adapter]
+    if (config.name or config.model) in names:
+        raise UserError(f"the model and an adapter are both called {config.name or config.model}: give --name")
     prepare(model, compiles=config.compile)
     draft = open_draft(config.draft, config.draft_tokens, model, processor)
     engine = Engine(model, num_rows=config.num_rows, cache_tokens=config.cache_tokens, draft=draft)
@@ -117,6 +127,7 @@ def main(config: ServeConfig):
         limits,
         num_rows=config.num_rows,
         longest=engine.longest,
+        adapters=names,
     )
     run(service, listening, config.host, config.grace)
 

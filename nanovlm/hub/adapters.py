@@ -14,7 +14,7 @@ Which layers have adapters is read from the names of the tensors, not from targe
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from nanovlm.hub.download import find
 from nanovlm.hub.families import HEAD, find_family, find_names
 from nanovlm.hub.weights import check_tied_head, destinations, tensor_names, unknown_tensors
 from nanovlm.model.adapted import STACKS
-from nanovlm.model.adapters import DEFAULT, adapt, adapter_tensors, is_adapter, learns, remove
+from nanovlm.model.adapters import DEFAULT, activate, adapt, adapter_tensors, is_adapter, learns, remove
 from nanovlm.model.moe import MoE
 from nanovlm.model.quantized import QuantizedLinear
 from nanovlm.model.vlm import VLM
@@ -171,6 +171,21 @@ def attach(model: VLM, folder: str | Path, name: str = DEFAULT) -> VLM:
         remove(model, name)
         raise
     return model
+
+
+def attach_all(model: VLM, named: Sequence[str]):
+    """Read adapters, each as name=FOLDER, for requests to choose from: none is active.
+
+    Raises UserError for one that brings weights of the model's own, as there is one of these for all.
+    """
+    for one in named:
+        name, _, folder = one.partition("=")
+        if not name or not folder:
+            raise UserError(f"an adapter is given as name=FOLDER, not {one!r}")
+        if beside := open_adapter(folder, model).beside:
+            raise UserError(f"{folder} brings a {beside[0]} of its own, so no request can choose it: merge it")
+        attach(model, folder, name)
+        activate(model)
 
 
 def find_adapter(name: str | Path) -> Path:

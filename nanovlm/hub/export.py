@@ -31,6 +31,7 @@ from nanovlm.hub.check import check
 from nanovlm.hub.families import IDEFICS3_TOKENS, IMAGE, find_family
 from nanovlm.hub.read import load
 from nanovlm.infer.sampling import find_stops
+from nanovlm.model.adapters import merge
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import merge_numbers
 
@@ -75,6 +76,8 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
         raise UserError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
     model, processor = load(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    if model.adapters is not None:
+        merge(model)
     check_exportable(processor)
     if unknown := weights.unknown_tensors(model, find_layout(model)):
         raise UserError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nanovlm.errors import UserError
-from nanovlm.model.adapters import adapted_layers, stack_adapters
+from nanovlm.model.adapters import activate, adapted_layers, merge, stack_adapters
 from nanovlm.model.vlm import VLM
 
 
@@ -28,6 +28,20 @@ def check_adapter(model: VLM, name: str | None):
         )
 
 
+def settle(model: VLM) -> str | None:
+    """Make the adapter of a model that `load` or `attach` returned fast: merge it where the base is not quantised.
+
+    Else return its name, for requests to name it.
+    """
+    if model.adapters is None:
+        return None
+    if model.config.quantization is None:
+        merge(model).adapters = None  # nor is the base kept
+        return None
+    (name,) = model.adapters.active
+    return name if all(path.startswith("decoder.") for path, _ in adapted_layers(model)) else None
+
+
 def names_used(model: VLM, name: str | None) -> tuple[str, ...]:
     """Return the adapters that a request uses: the one that it names, or those that are active."""
     shared = model.adapters
@@ -45,6 +59,19 @@ def key_of(model: VLM, name: str | None, parts: tuple[str, ...] = ("",)) -> byte
     layers = [layer for path, layer in adapted_layers(model) if path.startswith(parts)] if used else []
     numbers = [model.adapters.numbers[own] for own in used if any(own in layer.adapters for layer in layers)]  # pyright: ignore
     return hashlib.sha256(str(numbers).encode()).digest() if numbers else b""
+
+
+@contextlib.contextmanager
+def alone(model: VLM, name: str | None) -> Iterator[None]:
+    """Let all passes within use one adapter; None leaves those that are active."""
+    before = names_used(model, None)
+    if name is not None:
+        activate(model, name)
+    try:
+        yield
+    finally:
+        if name is not None:
+            activate(model, *before)
 
 
 @contextlib.contextmanager

@@ -157,7 +157,7 @@ class Completions:
         async with while_connected(receive), service.time_limit(left + SENDING_SECONDS, is_reply=True):
             async with service.open_reply(ask, request) as reply:
                 request = None
-                form = ReplyJson(reply, service.model, service.token_bytes)
+                form = ReplyJson(reply, reply.ask.model, service.token_bytes)
                 await (self._stream if ask.is_streamed else self._whole)(form, scope, receive, send)
 
     async def _whole(self, form: ReplyJson, scope: Scope, receive: Receive, send: Send):
@@ -265,15 +265,17 @@ class Endpoints:
         self.service = service
 
     async def models(self, _request: HttpRequest) -> Response:
-        return json_response({"object": "list", "data": [self._model()]})
+        return json_response({"object": "list", "data": [self._model(name) for name in self.service.models]})
 
     async def model(self, request: HttpRequest) -> Response:
-        self.service.check_model(request.path_params["name"])
-        return json_response(self._model())
+        name = request.path_params["name"]
+        self.service.check_model(name)
+        return json_response(self._model(name))
 
-    def _model(self) -> dict:
+    def _model(self, name: str) -> dict:
         service = self.service
-        return {"id": service.model, "object": "model", "created": service.created, "owned_by": "nanovlm"}
+        model = {"id": name, "object": "model", "created": service.created, "owned_by": "nanovlm"}
+        return model if name == service.model else {**model, "parent": service.model}  # as vLLM has it
 
     async def health(self, _request: HttpRequest) -> Response:
         is_well = not self.service.is_closing and self.service.worker.failure is None

@@ -22,6 +22,7 @@ from nanovlm.data.pictures import fetch
 from nanovlm.data.source_address import download
 from nanovlm.data.types import Document
 from nanovlm.errors import UserError, printable
+from nanovlm.infer.adapters import alone
 from nanovlm.infer.api import ApiError, Ask, Limits
 from nanovlm.infer.looking import look_response
 from nanovlm.infer.metrics import SECONDS, TOKEN_SECONDS, Count, Gauge, Histogram, resident_bytes
@@ -75,9 +76,20 @@ class Budget:
 class Service:
     """What all requests share: the model's processor, the engine's worker, limits and counts."""
 
-    def __init__(self, processor: Processor, worker: Worker, model: str, limits: Limits, num_rows: int, longest: int):
-        """`model` is the name that clients use; `longest` is how many tokens a prompt and its answer may have."""
+    def __init__(
+        self,
+        processor: Processor,
+        worker: Worker,
+        model: str,
+        limits: Limits,
+        num_rows: int,
+        longest: int,
+        adapters: Sequence[str] = (),
+    ):
+        """`longest` is how many tokens a prompt and its answer may have. Clients ask for `model`, or for one of the
+        `adapters` of it, which are models to them."""
         self.processor, self.worker, self.model, self.limits = processor, worker, model, limits
+        self.models = (model, *adapters)
         self.num_rows, self.longest, self.created = num_rows, longest, int(time.time())
         self.token_bytes = TokenBytes(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))  # in characters
@@ -199,10 +211,10 @@ class Service:
         return ApiError(413, f"the body has more than {self.limits.max_body} bytes")
 
     def check_model(self, name: str):
-        """Raise ApiError unless a name is that of the model."""
-        if name != self.model:
+        """Raise ApiError unless a name is that of the model or of an adapter."""
+        if name not in self.models:
             shown = printable(name, most=100)
-            message = f"there is no model {shown!r}; this server has {self.model!r}"
+            message = f"there is no model {shown!r}; this server has {', '.join(map(repr, self.models))}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_size(self, ask: Ask):
@@ -282,9 +294,14 @@ class Service:
     async def look(self, ask: Ask, prompt: Document, sizes: list[tuple[int, int]]) -> dict:
         """Return what led to an answer, which the engine's thread computes between two steps. Raises ApiError."""
         self.check_room(ask, prompt)
-        args = self.worker.engine.model, self.processor, prompt, sizes, list(ask.answer_ids)
+        model = self.worker.engine.model
+
+        def look():
+            with alone(model, self.adapter_of(ask)):
+                return look_response(model, self.processor, prompt, sizes, list(ask.answer_ids))
+
         try:
-            return await self.worker.call(look_response, *args)
+            return await self.worker.call(look)
         except UserError as error:
             raise ApiError(400, str(error), "answer_ids") from error
 
@@ -311,7 +328,10 @@ class Service:
             )
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
         sampling = replace(ask.sampling, max_new_tokens=max_tokens)
-        return Request(prompt, sampling, ask.num_answers, ask.num_logprobs, timeout)
+        return Request(prompt, sampling, ask.num_answers, ask.num_logprobs, timeout, adapter=self.adapter_of(ask))
+
+    def adapter_of(self, ask: Ask) -> str | None:
+        return None if ask.model == self.model else ask.model
 
     # --- from the engine to the client ------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
     """
     if done := next((module for module in model.modules() if isinstance(module, QuantizedLinear)), None):
         raise UserError(f"the model is quantised already, to {done.format}")
+    if model.adapters is not None and not model.adapters.merged:
+        raise UserError("the model has adapters, which are for its weights as they are: merge them, or quantise before")
     try:
         pattern = re.compile(config.layers)
     except re.error as error:

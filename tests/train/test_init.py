@@ -361,7 +361,7 @@ def test_mistakes_are_named(hub, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for part in (InitConfig(vision=str(tmp_path / "lora")), InitConfig(decoder=str(tmp_path / "lora"))):
-        with pytest.raises(ValueError, match=r"lora is no model but an adapter \(LORA\) that PEFT wrote: merge it"):
+        with pytest.raises(ValueError, match=r"lora is no model but an adapter \(LORA\): name its model and beside it"):
             init.start(dataclasses.replace(config, init=part), ())
     small = dataclasses.replace(config.model.decoder, vocab_size=399)
     small = dataclasses.replace(config.model, decoder=small, image_token_id=9)
