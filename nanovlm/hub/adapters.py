@@ -124,6 +124,8 @@ def open_adapter(name: str | Path, model: VLM) -> StoredAdapter:
         raise UserError(f"{file} has an adapter of {unknown[0]}, which is no linear layer of the model")
     if not layers:
         raise UserError(f"{file} has no tensors of an adapter")
+    chosen = {theirs_to_ours[path] for path in layers}
+    usual = {path for path in theirs_to_ours.values() if re.search(AdapterConfig.target, path)}
     tensors = {key: x for key, x in model.state_dict().items() if not is_adapter(key)}
     ours = {PREFIX + theirs: key for key, x in tensors.items() for theirs in destinations({key: x}, table)}
     is_tied = model.config.decoder.tie_word_embeddings
@@ -137,7 +139,7 @@ def open_adapter(name: str | Path, model: VLM) -> StoredAdapter:
         "dropout": data.get("lora_dropout", 0.0),
         "use_rslora": data.get("use_rslora", False),
         "use_dora": data.get("use_dora", False),
-        "target": find_pattern({theirs_to_ours[path] for path in layers}, theirs_to_ours.values()),
+        "target": AdapterConfig.target if chosen == usual else find_pattern(chosen, theirs_to_ours.values()),
         "train": [f"^{re.escape(key)}$" for key in beside],
     }
     try:

@@ -29,6 +29,7 @@ from nanovlm.model.adapters import (
     adapted_layers,
     find_adapters,
     is_adapter,
+    learns,
     merged_tensors,
 )
 from nanovlm.model.build import meta_model
@@ -41,11 +42,15 @@ FIXED = ("rank", "alpha", "use_rslora", "use_dora", "target")
 
 
 def take_adapter(config: TrainConfig) -> TrainConfig:
-    """Return the config with what the files of its init.adapter say in its adapter, unless it says so already."""
+    """Return the config with what the files of its init.adapter say in its adapter, unless it says so already.
+
+    What learned beside that adapter is part of it, and learns on.
+    """
     if not config.init.adapter or config.adapter.rank:
         return config
     theirs = open_adapter(config.init.adapter, meta_model(config.model)).config
     adapter = dataclasses.replace(config.adapter, **{field: getattr(theirs, field) for field in FIXED})
+    adapter = dataclasses.replace(adapter, train=adapter.train + theirs.train)
     return dataclasses.replace(config, adapter=adapter)
 
 
@@ -55,6 +60,8 @@ def open_first(config: TrainConfig) -> StoredAdapter:
     theirs = dataclasses.replace(config.adapter, **{field: getattr(stored.config, field) for field in FIXED})
     if changed := differences(theirs, config.adapter, "adapter."):
         raise UserError(f"the run cannot go on from {config.init.adapter}: {'; '.join(changed)}")
+    if left := [name for name in stored.beside if not learns(name, config.adapter)]:
+        raise UserError(f"{config.init.adapter} has a {left[0]} of its own, so adapter.train must name it")
     return stored
 
 

@@ -6,8 +6,11 @@ import dataclasses
 import pytest
 import torch
 
+from nanovlm import serve
 from nanovlm.config import AdapterConfig, MoEConfig, QuantizationConfig, SamplingConfig
 from nanovlm.errors import UserError
+from nanovlm.hub.adapters import save_adapter
+from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.draft_model import DraftModel
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
@@ -18,6 +21,7 @@ from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.train.adapt import draw_adapter
 from tests.conftest import TINY
+from tests.infer.serving import started
 from tests.infer.test_engine import ask, finish, written_out
 
 GREEDY = SamplingConfig(max_new_tokens=8)
@@ -172,3 +176,51 @@ def test_what_cannot_be_asked_is_named(processor, prompts):
         Engine(model).submit(Request(prompts[0], GREEDY, adapter="other"))
     with pytest.raises(UserError, match="cannot be compiled: merge it"):
         prepare(model, compiles=True)
+
+
+def test_a_server_has_them_as_models(processor, tmp_path, prompts):
+    """Each by its name, in whole answers, in streams, in what led to an answer, and in the list of models."""
+    model = make_model()
+    base = VLM(TINY)
+    base.load_state_dict({key: x for key, x in model.state_dict().items() if ".adapters." not in key})
+    save_model(tmp_path / "model", base, processor)
+    for name in ("lora", "dora"):
+        save_adapter(tmp_path / name, model, name)
+    given = [f"{name}={tmp_path / name}" for name in ("lora", "dora")]
+    expected = answer(Engine(prepare(model)), [ask(processor, "why?")], [None, "lora", "dora"])
+    with started(tmp_path / "model", "--name", "base", "--adapter", *given) as server:
+        listed = server.get("/v1/models").json()["data"]
+        assert [(one["id"], one.get("parent")) for one in listed] == [
+            ("base", None),
+            ("lora", "base"),
+            ("dora", "base"),
+        ]
+        assert server.get("/v1/models/dora").json() == listed[2]
+        for name in (None, "lora", "dora", "lora"):
+            body = {"model": name or "base", "messages": [{"role": "user", "content": "why?"}], "temperature": 0}
+            body |= {"max_tokens": 8, "return_token_ids": True, "logprobs": True}
+            told = server.post(body=body).json()
+            assert told["model"] == (name or "base") and told["choices"][0]["token_ids"] == expected[name][0]
+            assert f'"model":"{name or "base"}"' in server.post(body=body | {"stream": True}).text
+            asked = {key: body[key] for key in ("model", "messages")} | {"answer_ids": expected[name][0]}
+            look = server.post("/v1/look", asked).json()
+            logprobs = [one["logprob"] for one in told["choices"][0]["logprobs"]["content"]]
+            assert [one["logprob"] for one in look["tokens"]] == pytest.approx(logprobs, abs=1e-3)
+        reply = server.post(body=body | {"model": "few"})
+        assert reply.status_code == 404 and "this server has 'base', 'lora', 'dora'" in reply.text
+
+
+def test_a_server_names_what_it_cannot_serve(processor, tmp_path):
+    model = make_model()
+    save_model(tmp_path / "model", VLM(TINY), processor)
+    save_adapter(tmp_path / "lora", model, "lora")
+    one = f"lora={tmp_path / 'lora'}"
+    config = serve.ServeConfig(str(tmp_path / "model"), port=0, adapter=(one,))
+    for changes, match in (
+        (dict(name="lora"), "the model and an adapter are both called lora: give --name"),
+        (dict(compile=True), "cannot be compiled: merge it, or leave --compile out"),
+        (dict(adapter=(one, one)), "adapted already, by one called lora"),
+        (dict(adapter=(f"x={tmp_path / 'model'}",)), "holds no adapter"),
+    ):
+        with pytest.raises(UserError, match=match):
+            serve.main(dataclasses.replace(config, **changes))

@@ -26,7 +26,7 @@ from nanovlm.config import (
 )
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
-from nanovlm.model.adapters import adapted_layers, adapter_tensors, disabled, is_adapter
+from nanovlm.model.adapters import adapted_layers, adapter_tensors, disabled, is_adapter, merged_tensors
 from nanovlm.model.quantized import is_quantized, quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
@@ -333,3 +333,40 @@ def test_a_killed_run_goes_on_bit_for_bit(start, tmp_path, name, hook):
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         theirs, ours = load_file(tmp_path / "unbroken" / file), load_file(tmp_path / "run" / file)
         assert theirs.keys() == ours.keys() and all(torch.equal(x, ours[key]) for key, x in theirs.items())
+
+
+def test_a_run_goes_on_from_an_adapter(start, tmp_path):
+    """Of an earlier run: rank, kind and layers are those of its files, and it begins where that one ended."""
+    first = ADAPTERS["DoRA"]
+    train.main(run_config(start, tmp_path / "first", first))
+    goes_on = InitConfig(model=str(start), adapter=str(tmp_path / "first" / "adapter"))
+    config = run_config(start, tmp_path / "second", AdapterConfig(dropout=0.1), init=goes_on)
+    taken = adapt.take_adapter(config)
+    named = {"rank": 4, "alpha": 16.0, "use_rslora": False, "use_dora": True, "dropout": 0.1}
+    assert {field: getattr(taken.adapter, field) for field in named} == named
+    assert adapt.build(taken).state_dict().keys() == adapt.build(run_config(start, tmp_path, first)).state_dict().keys()
+    assert taken.adapter.train == (r"^projector\.proj\.weight$",)
+    model, _ = init.start(taken, ())
+    expected = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    merged = merged_tensors(model)
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(x, expected[key], rtol=0, atol=1e-6) for key, x in merged.items())
+    train.main(config)
+    again = load_file(tmp_path / "second" / "adapter" / "adapter_model.safetensors")
+    assert again.keys() == load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors").keys()
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("first", "second")]
+    assert sum(losses[1]) < sum(losses[0])
+    saved = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert saved["adapter"]["rank"] == 4 and saved["init"]["adapter"] == goes_on.adapter
+    for changes, match in (
+        (dict(adapter=AdapterConfig(rank=8)), r"cannot go on from .*adapter: adapter.rank: 4 against 8; .*use_dora"),
+        (
+            dict(adapter=dataclasses.replace(first, train=())),
+            r"has a projector\.proj\.weight of its own, so adapter.train",
+        ),
+        (dict(init=InitConfig(adapter=goes_on.adapter)), "belongs to a model: name it by init.model"),
+        (dict(adapter=AdapterConfig(init="pissa")), "adapter.init = pissa changes the model"),
+        (dict(init=InitConfig(model=str(start), adapter=str(start))), "holds no adapter"),
+    ):
+        with pytest.raises(UserError, match=match):
+            train.main(dataclasses.replace(config, run_dir=str(tmp_path / "third"), **changes))
