@@ -176,7 +176,8 @@ class DistillConfig:
     temperature: float = 1.0
     # jensen_shannon: the teacher's share in the mixture, between 0, which is like forward_kl, and 1, like reverse_kl.
     beta: float = 0.5
-    # Learn from answers of the student's own to the questions of records (on-policy), in place of the records' answers.
+    # Learn from answers of the student's own to the questions of records (on-policy), in place of the records' answers;
+    # group.max_completion_length, group.temperature and group.num_questions say how they are sampled.
     on_policy: bool = False
 
     @property

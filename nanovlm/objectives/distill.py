@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm import distributed
-from nanovlm.config import TrainConfig, VLMConfig, pick
+from nanovlm.config import SamplingConfig, TrainConfig, VLMConfig, pick
 from nanovlm.data.chat import Processor
-from nanovlm.data.types import Batch
+from nanovlm.data.types import Batch, Document
 from nanovlm.errors import UserError
 from nanovlm.hub.read import load
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.divergences import DIVERGENCES, Teach, divergences, teach_by_model, teach_by_top_k
 from nanovlm.objectives.losses import next_token_loss
 from nanovlm.objectives.next_token import balance
+from nanovlm.objectives.own import OwnAnswer, Question, make_document
 
 # Losses that compare what parts of the models return.
 PARTS = {"features": "vision", "projector": "projector"}
@@ -58,9 +59,21 @@ class Distill:
             self.check_teacher(config, processor, theirs)
             self.num_tokens = min(self.num_tokens, self.teacher.config.decoder.vocab_size)
             self.state = make_maps(self.parts, model, self.teacher.config, config.seed, device)
+        elif settings.on_policy:
+            raise UserError("distill.on_policy needs a teacher of the student's own answers: name distill.teacher")
         elif self.parts or settings.temperature != 1:
             what = ", ".join(self.parts) or f"distill.temperature = {settings.temperature}"
             raise UserError(f"{what} needs the teacher itself, not what records say of it: name distill.teacher")
+
+        if settings.on_policy and "next_token" in self.weights:
+            raise UserError("distill.on_policy: next_token would teach the student its own answers, so leave it out")
+        # How train/rollouts.py samples the answers of the student itself.
+        self.num_updates, self.num_answers = 1, 1
+        self.sampling = SamplingConfig(config.group.max_completion_length, config.group.temperature)
+
+    def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
+        """Return the answers of the student to each question, all of whose tokens the teacher judges."""
+        return [make_document(question, answers) for question, answers in groups]
 
     @property
     def learns_from(self) -> Literal["answers", "teacher", "own"]:

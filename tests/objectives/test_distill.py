@@ -13,7 +13,7 @@ from torch import nn
 
 import nanovlm
 import train
-from nanovlm.config import DistillConfig, EvalConfig, MoEConfig, TrainConfig
+from nanovlm.config import DistillConfig, EvalConfig, GroupConfig, MoEConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
@@ -314,6 +314,20 @@ def test_a_new_student_takes_the_tokens_of_its_teacher(tmp_path, large):
 def test_a_teacher_for_another_objective_is_named(large):
     with pytest.raises(ValueError, match="needs objective = distill, not next_token"):
         dataclasses.replace(distilled(large), objective="next_token").validate()
+
+
+def test_a_student_learns_from_its_own_answers(tmp_path, large):
+    config = distilled(large, run_dir=str(tmp_path), group=GroupConfig(max_completion_length=6, num_questions=4))
+    distill = DistillConfig(str(large), ("reverse_kl=1",), on_policy=True)
+    train.main(dataclasses.replace(config, distill=distill, optim=dataclasses.replace(config.optim, steps=4)))
+    seen = metrics(tmp_path)
+    assert seen[-1]["reverse_kl"] < seen[0]["reverse_kl"] and all(line["trained_tokens"] <= 24 for line in seen)
+    for losses, teacher, message in (
+        (("next_token=1", "forward_kl=1"), large, "next_token would teach the student its own answers"),
+        (("forward_kl=1",), "", "on_policy needs a teacher of the student's own answers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(teacher, nanovlm.load(large)[1], *losses, model=config.model, on_policy=True)
 
 
 RUN = """
