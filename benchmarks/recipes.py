@@ -1,0 +1,447 @@
+"""Recipes of post-training on drawn scenes and on SmolLM2: what each gains on held-out data, and what it costs.
+
+    python benchmarks/recipes.py style            another style, palette and language: LoRA, DoRA, QLoRA, full tuning
+    python benchmarks/recipes.py group            GRPO from an under-trained model, against supervised tuning as long
+    python benchmarks/recipes.py hallucinations   DPO and MPO against objects that captions name and are not there
+    python benchmarks/recipes.py student          a quarter of the parameters, with and without a teacher
+    python benchmarks/recipes.py smollm2          SmolLM2-135M learns the style of our docs: QLoRA against full tuning
+    python benchmarks/recipes.py tables           the tables of docs/post_training.md, from the lines of all recipes
+
+Every run is trained by train.py in a process of its own, from a TrainConfig that a function below writes in full. A
+line of each goes to benchmarks/results/recipes.jsonl; a run that has its line is not made again while its config stays.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from benchmarks.recipe_data import find_objects, write
+from nanovlm import cli
+from nanovlm.config import (
+    AdapterConfig,
+    DistillConfig,
+    EvalConfig,
+    GroupConfig,
+    InitConfig,
+    OptimConfig,
+    ParamRule,
+    PreferenceConfig,
+    TrainConfig,
+    from_dict,
+)
+from nanovlm.data.chat import Processor
+from nanovlm.data.scenes import draw
+from nanovlm.environment import describe_environment, git_commit
+from nanovlm.errors import UserError
+from nanovlm.eval.questions import Question
+from nanovlm.eval.run import answer, evaluate
+from nanovlm.eval.tasks import open_task, read_questions
+from nanovlm.files import write_file
+from nanovlm.hub.read import find_model
+from nanovlm.model.vlm import VLM
+from nanovlm.presets import scenes
+from nanovlm.train import adapt
+
+RESULTS = cli.PROJECT / "benchmarks" / "results" / "recipes.jsonl"
+DOCS = cli.PROJECT / "docs" / "post_training.md"
+# Linear layers of encoder, projector and decoder: pictures in another style need all of them.
+EVERYWHERE = r"_proj$|\.fc[12]$|^projector\."
+PLAIN = (ParamRule(r"norm|bias|embed|position"), ParamRule(r"", weight_decay=0.01))
+
+
+@dataclass(frozen=True)
+class RecipesConfig:
+    # Which recipe, or the tables of all.
+    recipe: Annotated[Literal["style", "group", "hallucinations", "student", "smollm2", "tables"], tyro.conf.Positional]
+    # Folder that runs and data go to.
+    folder: Path = Path("runs/recipes")
+    # Each way is run with these seeds.
+    seeds: tuple[int, ...] = (0, 1, 2)
+    # CPU threads.
+    threads: int = 2
+    # Only these ways of the recipe; empty for all.
+    ways: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe's runs and data are, and what a run of it has in common."""
+
+    folder: Path
+    seed: int
+    threads: int
+
+    def model(self, name: str) -> str:
+        return str(self.folder / f"{name}_{self.seed}" / "model")
+
+    def records(self, kind: str, split: str, num: int) -> str:
+        """Return the file of records of a kind, which is written where it is not there."""
+        folder = self.folder / f"{kind}_{split}_{num}"
+        if not (folder / "records.jsonl").exists():
+            write(folder, kind, split, num)
+        return str(folder / "records.jsonl")
+
+    def config(self, name: str, **changes) -> TrainConfig:
+        """Return the preset scenes with changes, as a run of this name."""
+        base = scenes()
+        common = {"run_dir": str(self.folder / f"{name}_{self.seed}"), "seed": self.seed, "threads": self.threads}
+        quiet = EvalConfig(show_every=0)
+        return replace(base, **({"eval": quiet} | common | changes))
+
+
+# --- the runs that others start from ------------------------------------------------------------------------------
+
+
+def make_base(place: Place) -> TrainConfig:
+    return place.config("base")
+
+
+def make_short(place: Place) -> TrainConfig:
+    """Return a run of half of the preset's steps, which has all its lessons behind it and still answers wrongly."""
+    base = scenes()
+    return place.config("short", optim=replace(base.optim, steps=500))
+
+
+BASES = {"base": make_base, "short": make_short}
+
+# --- style: another style, palette and language -------------------------------------------------------------------
+
+
+def make_style(place: Place, way: str) -> TrainConfig:
+    base = scenes()
+    adapter = {
+        "full": AdapterConfig(),
+        "lora": AdapterConfig(rank=8, alpha=16, target=EVERYWHERE),
+        "dora": AdapterConfig(rank=8, alpha=16, target=EVERYWHERE, use_dora=True),
+        "qlora": AdapterConfig(rank=8, alpha=16, target=EVERYWHERE, base="nf4"),
+    }[way]
+    german = place.records("german", "train", 2000)
+    return place.config(
+        f"style_{way}",
+        init=InitConfig(model=place.model("base")),
+        adapter=adapter,
+        data=replace(base.data, sources=(german,), lessons=(), row_length=288, batch_rows=8),
+        optim=OptimConfig(lr=1e-3 if way == "full" else 4e-3, steps=300, rules=PLAIN),
+    )
+
+
+# --- group: GRPO against supervised tuning ------------------------------------------------------------------------
+
+
+def make_group(place: Place, way: str) -> TrainConfig:
+    base = scenes()
+    common = {
+        "init": InitConfig(model=place.model("short")),
+        "data": replace(base.data, sources=("scenes",), lessons=()),
+    }
+    if way == "grpo":
+        return place.config(
+            "group_grpo",
+            **common,
+            objective="group",
+            group=GroupConfig(num_generations=8, num_questions=32, max_completion_length=8, num_rows=256),
+            optim=OptimConfig(lr=3e-4, steps=150, rules=PLAIN),
+        )
+    # As many steps as take as long: set by the seconds of the other way.
+    return place.config("group_sft", **common, optim=OptimConfig(lr=3e-4, steps=150, rules=PLAIN))
+
+
+# --- hallucinations: DPO and MPO on pairs of captions -------------------------------------------------------------
+
+
+def make_hallucinations(place: Place, way: str) -> TrainConfig:
+    base = scenes()
+    return place.config(
+        f"hallucinations_{way}",
+        init=InitConfig(model=place.model("short")),
+        objective="next_token" if way == "sft" else "preference",
+        preference=PreferenceConfig(losses=("dpo" if way == "sft" else way,)),
+        data=replace(
+            base.data, sources=(place.records("pairs", "train", 2000),), lessons=(), row_length=192, batch_rows=12
+        ),
+        optim=OptimConfig(lr=2e-4, steps=200, rules=PLAIN),
+    )
+
+
+# --- student: with and without a teacher --------------------------------------------------------------------------
+
+
+def make_student(place: Place, way: str) -> TrainConfig:
+    base = scenes()
+    model = base.model
+    assert model.vision is not None
+    small = replace(
+        model,
+        vision=replace(model.vision, hidden_size=96, intermediate_size=384),
+        decoder=replace(model.decoder, hidden_size=48, intermediate_size=128, head_dim=16),
+    )
+    losses = {"alone": ("next_token=1",), "taught": ("forward_kl=1", "next_token=1")}[way]
+    return place.config(
+        f"student_{way}",
+        model=small,
+        objective="next_token" if way == "alone" else "distill",
+        distill=DistillConfig(teacher="" if way == "alone" else place.model("base"), losses=losses),
+    )
+
+
+# --- smollm2: a style of text -------------------------------------------------------------------------------------
+
+
+def make_smollm2(place: Place, way: str) -> TrainConfig:
+    texts = place.folder / "docs.jsonl"
+    if not texts.exists():
+        place.folder.mkdir(parents=True, exist_ok=True)
+        write_file(texts, "".join(json.dumps({"text": text}) + "\n" for text in read_docs()))
+    return TrainConfig(
+        run_dir=str(place.folder / f"smollm2_{way}_{place.seed}"),
+        model=find_model("smollm2").config,
+        init=InitConfig(model="smollm2"),
+        adapter=AdapterConfig(rank=16, alpha=32, base="nf4") if way == "qlora" else AdapterConfig(),
+        data=replace(scenes().data, sources=(str(texts),), lessons=(), row_length=512, batch_rows=1, val_fraction=0.15),
+        optim=OptimConfig(lr=2e-4 if way == "qlora" else 2e-5, steps=40, warmup_steps=4, rules=PLAIN),
+        eval=EvalConfig(every=40, best="none", show_every=0),
+        precision="fp32",
+        seed=place.seed,
+        threads=place.threads,
+    )
+
+
+def read_docs() -> list[str]:
+    """Return the paragraphs of docs/*.md, without tables, code and pictures."""
+    found = []
+    for path in sorted((cli.PROJECT / "docs").glob("*.md")):
+        text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+        found += [" ".join(part.split()) for part in text.split("\n\n") if len(part) > 200 and part[0] not in "|!<#"]
+    return found
+
+
+# --- what is measured of a model ----------------------------------------------------------------------------------
+
+Measure = Callable[[VLM, Processor, Place], dict[str, float]]
+
+
+def accuracy(model: VLM, processor: Processor, name: str, limit: int = 300) -> float:
+    """Return the percentage of exact answers of a task, the mean of its kinds but captions."""
+    task = open_task(name, limit)
+    return round(100 * evaluate(model, processor, task, read_questions(task))["mean"], 1)
+
+
+def measure_style(model: VLM, processor: Processor, place: Place) -> dict[str, float]:
+    return {
+        "new": accuracy(model, processor, place.records("german", "test", 300)),
+        "old": accuracy(model, processor, "scenes"),
+    }
+
+
+def measure_scenes(model: VLM, processor: Processor, place: Place) -> dict[str, float]:
+    return {"test": accuracy(model, processor, "scenes", 512)}
+
+
+def measure_captions(model: VLM, processor: Processor, place: Place, num: int = 400) -> dict[str, float]:
+    """Return percentages of captions of test scenes: those that name an absent object, and those that are exact.
+
+    An object that is named more often than it is there is absent, too.
+    """
+    truths, questions = [], []
+    for index in range(num):
+        scene = draw("test", index, ("caption",))
+        truths.append(scene["texts"][0]["assistant"])
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe the image."}]}]
+        questions.append(Question(index, "caption", scene["images"], messages, (truths[-1],), max_new_tokens=64))
+    said = answer(model, processor, questions)
+    named = [Counter(find_objects(text)) for text in said]
+    there = [Counter(find_objects(text)) for text in truths]
+    return {
+        "hallucinated": round(100 * sum(bool(a - b) for a, b in zip(named, there, strict=True)) / num, 1),
+        "objects": round(sum(sum(a.values()) for a in named) / num, 2),
+        "exact": round(100 * sum(a.strip() == b for a, b in zip(said, truths, strict=True)) / num, 1),
+        "test": accuracy(model, processor, "scenes"),
+    }
+
+
+def measure_nothing(model: VLM, processor: Processor, place: Place) -> dict[str, float]:
+    """Of SmolLM2 the loss on held-out text is measured by the run itself."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    make: Callable[[Place, str], TrainConfig]
+    ways: tuple[str, ...]
+    measure: Measure
+    # The run that the ways start from, which is measured too; empty for none.
+    base: str = ""
+
+
+RECIPES = {
+    "style": Recipe(make_style, ("lora", "dora", "qlora", "full"), measure_style, "base"),
+    "group": Recipe(make_group, ("grpo", "sft"), measure_scenes, "short"),
+    "hallucinations": Recipe(make_hallucinations, ("dpo", "mpo", "sft"), measure_captions, "short"),
+    "student": Recipe(make_student, ("alone", "taught"), measure_scenes, "base"),
+    "smollm2": Recipe(make_smollm2, ("qlora", "full"), measure_nothing),
+}
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def main(config: RecipesConfig):
+    if config.recipe == "tables":
+        write_tables()
+        return
+    recipe, commit = RECIPES[config.recipe], git_commit()
+    ways = [way for way in recipe.ways if way in (config.ways or recipe.ways)]
+    with tqdm(total=len(config.seeds) * (len(ways) + bool(recipe.base)), unit="run") as progress:
+        for seed in config.seeds:
+            place = Place(config.folder, seed, config.threads)
+            if recipe.base:
+                base = BASES[recipe.base](place)
+                if not Path(base.run_dir, "eval.json").exists():
+                    train_apart(base)
+                record(config.recipe, "before", base, lambda: {}, place, commit, progress)
+                progress.update()
+            for way in ways:
+                made = recipe.make(place, way)
+                record(config.recipe, way, made, lambda made=made: train_apart(made), place, commit, progress)
+                progress.update()
+
+
+def record(name: str, way: str, config: TrainConfig, run: Callable[[], dict], place: Place, commit: str, progress):
+    """Make a run and measure its model, unless that has been done; append its line."""
+    about = {"recipe": name, "way": way, "seed": place.seed, "config": digest(config)}
+    if any(about.items() <= line.items() for line in read_lines()):
+        return
+    measured = run()
+    model, processor = adapt.load(Path(config.run_dir), config.adapter, torch.device("cpu"))
+    torch.set_num_threads(place.threads)
+    measured |= RECIPES[name].measure(model, processor, place)
+    environment = describe_environment(torch.device("cpu"), place.threads, measured.pop("precision", "fp32"))
+    line = about | measured | environment | {"commit": commit}
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    progress.write(json.dumps(line))
+
+
+def digest(config: TrainConfig) -> str:
+    """Name a config by a hash of all that changes what is learned: not by where it is."""
+    plain = replace(config, run_dir="", init=replace(config.init, model=Path(config.init.model).parent.name))
+    plain = replace(
+        plain, data=replace(plain.data, sources=tuple(Path(name).parent.name for name in plain.data.sources))
+    )
+    plain = replace(plain, distill=replace(plain.distill, teacher=Path(plain.distill.teacher).parent.name))
+    return hashlib.sha256(json.dumps(dataclasses.asdict(plain)).encode()).hexdigest()[:12]
+
+
+def train_apart(config: TrainConfig) -> dict:
+    """Train in a process of its own; return its seconds, peak memory, and last validation loss if there is one."""
+    command = [sys.executable, __file__, "--worker", json.dumps(dataclasses.asdict(config))]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise UserError(f"{config.run_dir} failed: {ended.stdout[-1000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def work(text: str):
+    """Train, and print a line of JSON at the end."""
+    config = from_dict(TrainConfig, json.loads(text))
+    results = train.main(config)
+    metrics = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    said = {
+        "steps": len(metrics),
+        "seconds": results["train_seconds"],
+        "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
+        "precision": results["environment"]["precision"],
+    }
+    if "val_loss" in metrics[-1]:
+        said["val_loss"] = round(metrics[-1]["val_loss"], 4)
+    if "reward" in metrics[-1]:
+        said["rewards"] = [round(line["reward"], 4) for line in metrics]
+    print(json.dumps(said))
+
+
+def read_lines() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+# For each recipe the figures of its columns.
+COLUMNS = {
+    "style": ("new", "old", "seconds", "memory_gb"),
+    "group": ("test", "seconds"),
+    "hallucinations": ("hallucinated", "exact", "test", "seconds"),
+    "student": ("test", "seconds"),
+    "smollm2": ("val_loss", "seconds", "memory_gb"),
+}
+NAMES = {
+    "new": "new style, German",
+    "old": "old style, English",
+    "seconds": "seconds",
+    "memory_gb": "peak memory, GB",
+    "test": "test scenes",
+    "hallucinated": "captions with an absent object",
+    "exact": "exact captions",
+    "val_loss": "held-out loss, nats a token",
+}
+
+
+def write_tables():
+    """Put the table of every recipe between its marks in docs/post_training.md."""
+    text = DOCS.read_text("utf-8")
+    for name in RECIPES:
+        first, last = f"<!-- {name}: written by benchmarks/recipes.py -->", f"<!-- {name} end -->"
+        if first not in text or last not in text:
+            raise UserError(f"{DOCS} has no {first} with {last} after it")
+        before, rest = text.split(first)
+        text = f"{before}{first}\n{format_table(name)}\n{last}{rest.split(last)[1]}"
+    write_file(DOCS, text)
+
+
+def format_table(name: str) -> str:
+    """Lay out mean, deviation and worst of the seeds of each way; of lines of one config the last counts."""
+    lines = [line for line in read_lines() if line["recipe"] == name]
+    lines = list({(line["way"], line["seed"]): line for line in lines}.values())
+    columns = COLUMNS[name]
+    text = [
+        f"| {name} | seeds | {' | '.join(NAMES[column] for column in columns)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for way in ("before", *RECIPES[name].ways):
+        of_way = [line for line in lines if line["way"] == way]
+        if of_way:
+            cells = [summarise([line[c] for line in of_way if c in line]) for c in columns]
+            text.append(f"| {way} | {len(of_way)} | {' | '.join(cells)} |")
+    if lines:
+        line = lines[-1]
+        where = f"{line['device']}, {line['threads']} threads, {line['precision']}"
+        text += ["", f"({where}; commit {line['commit'][:7]}, {line['date']})"]
+    return "\n".join(text) if lines else "not measured yet"
+
+
+def summarise(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2g} ({min(values):g} to {max(values):g})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+    else:
+        cli.run(lambda: main(tyro.cli(RecipesConfig, description=__doc__)))
