@@ -136,7 +136,7 @@ def make_style(place: Place, way: str) -> TrainConfig:
         f"style_{way}",
         init=InitConfig(model=place.model("base")),
         adapter=adapter,
-        data=replace(base.data, sources=(german,), lessons=(), row_length=288, batch_rows=8),
+        data=replace(base.data, sources=(german,), lessons=(), row_length=512, batch_rows=5),
         optim=OptimConfig(lr=1e-3 if way == "full" else 4e-3, steps=300, rules=PLAIN),
     )
 
