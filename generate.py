@@ -72,7 +72,7 @@ def main(config: GenerateConfig):
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
     if config.adapter:
-        attach(model, config.adapter)
+        attach(model, config.adapter, base=config.model)
     adapter = settle(model)
     prepare(model, compiles=config.compile)
     if config.show_routing and model.config.decoder.moe is None:

@@ -112,7 +112,7 @@ def main(config: ServeConfig):
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
     settle(model)
-    attach_all(model, config.adapter)
+    attach_all(model, config.adapter, config.model)
     names = [one.partition("=")[0] for one in config.adapter]
     if (config.name or config.model) in names:
         raise UserError(f"the model and an adapter are both called {config.name or config.model}: give --name")

@@ -14,6 +14,7 @@ Which layers have adapters is read from the names of the tensors, not from targe
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor, cat, nn
 from nanovlm.config import AdapterConfig, from_dict
 from nanovlm.errors import UserError
 from nanovlm.files import new_folder, read_json
-from nanovlm.hub.download import find
+from nanovlm.hub.download import SHORT_NAMES, find
 from nanovlm.hub.families import HEAD, find_family, find_names
 from nanovlm.hub.weights import check_tied_head, destinations, tensor_names, unknown_tensors
 from nanovlm.model.adapted import STACKS
@@ -76,7 +77,7 @@ def save_adapter(folder: Path, model: VLM, name: str = DEFAULT, tensors: dict[st
     data = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if model.config.vision is None else None,
-        "base_model_name_or_path": model.adapters.base or None,
+        **name_base(model.adapters.base),
         "r": config.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": config.dropout,
@@ -162,10 +163,15 @@ def open_adapter(name: str | Path, model: VLM) -> StoredAdapter:
     return StoredAdapter(config, data.get("base_model_name_or_path") or "", beside, fill)
 
 
-def attach(model: VLM, folder: str | Path, name: str = DEFAULT) -> VLM:
-    """Read an adapter from a folder or the hub into a model, in place, active from now on. The model stays as it was
-    where UserError is raised for what does not fit it."""
+def attach(model: VLM, folder: str | Path, name: str = DEFAULT, base: str = "") -> VLM:
+    """Read an adapter from a folder or the hub into a model, in place, active from now on.
+
+    If the adapter says that it was made for another model than `base`, the name of this one, that is printed. Raises
+    UserError for what does not fit the model, which then is as it was.
+    """
     stored = open_adapter(folder, model)
+    if base and stored.base and stored.base not in (base, name_base(base)["base_model_name_or_path"]):
+        print(f"note: {folder} was made for {stored.base}, and is used with {base}", file=sys.stderr)
     adapt(model, stored.config, name)
     try:
         stored.fill(places(model), name)
@@ -175,7 +181,7 @@ def attach(model: VLM, folder: str | Path, name: str = DEFAULT) -> VLM:
     return model
 
 
-def attach_all(model: VLM, named: Sequence[str]):
+def attach_all(model: VLM, named: Sequence[str], base: str = ""):
     """Read adapters, each as name=FOLDER, for requests to choose from: none is active.
 
     Raises UserError for one that brings weights of the model's own, as there is one of these for all.
@@ -186,7 +192,7 @@ def attach_all(model: VLM, named: Sequence[str]):
             raise UserError(f"an adapter is given as name=FOLDER, not {one!r}")
         if beside := open_adapter(folder, model).beside:
             raise UserError(f"{folder} brings a {beside[0]} of its own, so no request can choose it: merge it")
-        attach(model, folder, name)
+        attach(model, folder, name, base)
         activate(model)
 
 
@@ -216,6 +222,14 @@ def check_settings(data: dict, path: Path):
     for field, value in data.items():
         if field not in (*READ, *IGNORED) and value not in (None, False, {}, [], "", "none"):
             raise UserError(f"{path}: {field} = {value!r} is not supported; it must be empty")
+
+
+def name_base(name: str) -> dict:
+    """Return what adapter_config.json says about the base, which PEFT looks for without our short names."""
+    if name and Path(name).is_dir():
+        return {"base_model_name_or_path": name, "revision": None}
+    repository, _, revision = name.partition("@")
+    return {"base_model_name_or_path": SHORT_NAMES.get(repository, repository) or None, "revision": revision or None}
 
 
 # --- names ----------------------------------------------------------------------------------------------------

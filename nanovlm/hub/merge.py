@@ -40,7 +40,7 @@ def main():
         raise UserError(f"{config.out} exists and is not an empty folder: name a new one")
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = load(config.model, dtype=dtype)
-    merge(attach(model, config.adapter))
+    merge(attach(model, config.adapter, base=config.model))
     save_model(config.out.resolve(), model, processor)
     print(f"wrote {config.out}: {config.model} with {config.adapter} in its weights")
 

@@ -14,7 +14,7 @@ import nanovlm
 from nanovlm.config import AdapterConfig, MoEConfig, QuantizationConfig
 from nanovlm.errors import UserError
 from nanovlm.hub import export
-from nanovlm.hub.adapters import attach, open_adapter, save_adapter
+from nanovlm.hub.adapters import attach, name_base, open_adapter, save_adapter
 from nanovlm.model.adapters import adapt, adapted_layers, adapter_tensors, is_adapter, learns, remove
 from nanovlm.model.build import meta_model
 from nanovlm.model.quantized import quantize
@@ -131,9 +131,22 @@ def test_peft_reads_ours(hub, tmp_path, case):
     layers = [path for path, _ in adapted_layers(model)]
     assert len(names) == len(layers) + sum(path.endswith(".mlp") for path in layers)  # of a mixture two; and no others
     assert_near(logits_of(model, processor, theirs.merge_and_unload()), expected)
+    data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert data["ensure_weight_tying"] is (case == "tied embeddings")  # so that they stay one where it learns on
     again = attach(nanovlm.load(hub(base))[0], tmp_path / "adapter")
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+
+
+def test_the_base_has_its_name_on_the_hub(tmp_path):
+    (tmp_path / "a@b").mkdir()
+    for name, base, revision in (
+        ("smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", None),
+        ("owner/name@main", "owner/name", "main"),
+        (str(tmp_path / "a@b"), str(tmp_path / "a@b"), None),
+        ("", None, None),
+    ):
+        assert name_base(name) == {"base_model_name_or_path": base, "revision": revision}
 
 
 def test_what_the_files_say(hub, tmp_path):

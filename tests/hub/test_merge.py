@@ -67,6 +67,13 @@ def test_merged_beside_and_alone(folder, tmp_path, monkeypatch, capsys, name):
         run(monkeypatch, merge, folder / "model", folder / name, tmp_path / "merged")
 
 
+def test_another_base_is_noted(folder, capsys):
+    attach(nanovlm.load(folder / "model")[0], folder / "adapter", base=str(folder / "model"))
+    assert capsys.readouterr().err == ""
+    attach(nanovlm.load(folder / "model")[0], folder / "adapter", base="smolvlm-256m")
+    assert f"was made for {folder / 'model'}, and is used with smolvlm-256m" in capsys.readouterr().err
+
+
 def said(capsys, folder, **options):
     generate.main(GenerateConfig(image=(folder / "a.png",), prompt=("what?",), json=True, sampling=DRAWN, **options))
     return json.loads(capsys.readouterr().out)["text"]

@@ -121,7 +121,12 @@ def test_an_adapter_of_the_same_name_is_another(processor, prompts):
     add(model, "lora", CONFIGS["lora"], seed=7)
     activate(model)
     after = answer(engine, prompts, ["lora", "few"])
-    assert after == answer(Engine(model), prompts, ["lora", "few"]) and after["lora"] != before
+    assert after == {name: answer(Engine(model), prompts, [name])[name] for name in ("lora", "few")}
+    assert after["lora"] != before
+    add(model, "new", CONFIGS["dora"], seed=9)
+    activate(model)
+    assert answer(engine, prompts, ["new"]) == answer(Engine(model), prompts, ["new"]) != {"new": after["lora"]}
+    remove(model, "new")
     for name in CONFIGS:
         remove(model, name)
     assert answer(engine, prompts, [None]) == answer(Engine(model), prompts, [None])
