@@ -55,8 +55,6 @@ class GenerateConfig:
     # A model folder, as train.py writes it or in a layout of the hub; a repository of the hub, owner/name[@revision];
     # a .gguf file; or smollm2, a language model from a package.
     model: str
-    # An adapter of the model, in PEFT's layout: a folder, such as the adapter/ of a run, or a repository of the hub.
-    adapter: str = ""
     # Image files, in the order in which the model sees them.
     image: tuple[Path, ...] = ()
     # Questions about the images; several are answered at a time. Without any: a chat.
@@ -83,6 +81,8 @@ class GenerateConfig:
     # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
     # folder.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # An adapter of the model, in PEFT's layout: a folder, such as the adapter/ of a run, or a repository of the hub.
+    adapter: str = ""
     # Compile the steps that make a token of each answer, which takes a minute: worth it for many tokens.
     compile: bool = False
     # At most this many answers are made at a time.

@@ -33,8 +33,6 @@ class ServeConfig:
     model: str
     # The name by which clients call it; the model as given above if empty.
     name: str = ""
-    # Adapters of the model in PEFT's layout, each as name=FOLDER: clients call the model with an adapter by this name.
-    adapter: tuple[str, ...] = ()
     # The address to listen on. Any but this machine's own lets others in: set a token.
     host: str = "127.0.0.1"
     # 0 takes a free one.
@@ -54,6 +52,8 @@ class ServeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Quantise the decoder's linear layers to this format.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    # Adapters of the model in PEFT's layout, each as name=FOLDER: clients call the model with an adapter by this name.
+    adapter: tuple[str, ...] = ()
     # Compile the steps that make a token of each answer, before the first request; this takes a minute.
     compile: bool = False
     # What guesses the next tokens, which then are checked together: lookup (what followed the same words before) or a

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, cat, nn
 
-from nanovlm.config import AdapterConfig, from_dict
+from nanovlm.config import AdapterConfig, VLMConfig, from_dict
 from nanovlm.errors import UserError
 from nanovlm.files import new_folder, read_json
 from nanovlm.hub.download import SHORT_NAMES, find
@@ -41,7 +41,7 @@ PREFIX = "base_model.model."
 FIELDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 Names = dict[str, str | tuple[str, ...]]
 # Of a base that has no hub layout.
-OWN: Names = {f"{part}.": f"{part}." for part in ("vision", "projector", "decoder")}
+OWN: Names = {f"{part}.": f"{part}." for part in ("vision", "projector", "decoder", "score")}
 EMBEDDING = "decoder.embed_tokens.weight"
 # PEFT's names of first weights that leave the base as it is, by ours.
 INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
@@ -76,7 +76,7 @@ def save_adapter(folder: Path, model: VLM, name: str = DEFAULT, tensors: dict[st
     alpha = config.alpha if uses_rslora else config.scale * config.rank
     data = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if model.config.vision is None else None,
+        "task_type": find_task(model.config),
         **name_base(model.adapters.base),
         "r": config.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -118,7 +118,8 @@ def open_adapter(name: str | Path, model: VLM) -> StoredAdapter:
     file, data = folder / WEIGHTS, read_json(folder / CONFIG)
     check_settings(data, folder / CONFIG)
     names = tensor_names(file)
-    table = OWN if any(key.startswith(tuple(PREFIX + part for part in OWN)) for key in names) else find_table(model)
+    ours = tuple(PREFIX + part for part in OWN if part != "score.")  # as which a reward model has it in transformers
+    table = OWN if any(key.startswith(ours) for key in names) else find_table(model)
     theirs_to_ours = name_layers(model, table)
     layers = {key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in names if ".lora_" in key}
     if unknown := sorted(layers - theirs_to_ours.keys()):
@@ -224,6 +225,13 @@ def check_settings(data: dict, path: Path):
             raise UserError(f"{path}: {field} = {value!r} is not supported; it must be empty")
 
 
+def find_task(config: VLMConfig) -> str | None:
+    """Return PEFT's name of what a model does; it has none for one that sees."""
+    if config.vision is not None:
+        return None
+    return "SEQ_CLS" if config.has_score_head else "CAUSAL_LM"
+
+
 def name_base(name: str) -> dict:
     """Return what adapter_config.json says about the base, which PEFT looks for without our short names."""
     if name and Path(name).is_dir():
@@ -238,7 +246,7 @@ def name_base(name: str) -> dict:
 def find_table(model: VLM) -> Names:
     """Return the name table of the hub layout that a model is exported to, or OWN where none has all that it has."""
     try:
-        table = find_names(find_family(model.config.decoder), model.config.vision is not None)
+        table = find_names(find_family(model.config.decoder), model.config.vision is not None) | {"score.": "score."}
     except UserError:
         return OWN
     return OWN if unknown_tensors(model, table) else table

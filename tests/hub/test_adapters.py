@@ -138,6 +138,27 @@ def test_peft_reads_ours(hub, tmp_path, case):
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
 
 
+def test_peft_reads_a_reward_model(hub, tmp_path):
+    base, processor = nanovlm.load(hub("text"))
+    model = VLM(dataclasses.replace(base.config, has_score_head=True)).eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    learned(model, LORA)
+    save_adapter(tmp_path / "adapter", model)
+    theirs = transformers.LlamaForSequenceClassification.from_pretrained(hub("text"), num_labels=1, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    batch = processor([{"role": "user", "content": "what color is the circle?"}])
+    with torch.no_grad():
+        expected, score = model.score(model(batch))[:, -1], theirs(input_ids=batch.input_ids).logits
+    assert_near(score, expected)
+    assert expected.abs().min() > 1e-3
+    again = VLM(model.config).eval()
+    again.load_state_dict(base.state_dict(), strict=False)
+    attach(again, tmp_path / "adapter")
+    assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+    with pytest.raises(UserError, match=r"score\.weight is unknown"):
+        attach(base, tmp_path / "adapter")
+
+
 def test_the_base_has_its_name_on_the_hub(tmp_path):
     (tmp_path / "a@b").mkdir()
     for name, base, revision in (
