@@ -27,14 +27,15 @@ from nanovlm.errors import UserError
 from nanovlm.files import new_folder, read_json
 from nanovlm.hub.download import SHORT_NAMES, find
 from nanovlm.hub.families import HEAD, find_family, find_names
-from nanovlm.hub.weights import check_tied_head, destinations, tensor_names, unknown_tensors
+from nanovlm.hub.weights import destinations, tensor_names, unknown_tensors
 from nanovlm.model.adapted import STACKS
-from nanovlm.model.adapters import DEFAULT, activate, adapt, adapter_tensors, is_adapter, learns, remove
+from nanovlm.model.adapters import DEFAULT, activate, adapt, adapter_tensors, is_adapter, learns
+from nanovlm.model.build import meta_model
 from nanovlm.model.moe import MoE
 from nanovlm.model.quantized import QuantizedLinear
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import places
-from nanovlm.tensor_files import copy_tensors
+from nanovlm.tensor_files import copy_tensors, open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -130,11 +131,10 @@ def open_adapter(name: str | Path, model: VLM) -> StoredAdapter:
     usual = {path for path in theirs_to_ours.values() if re.search(AdapterConfig.target, path)}
     tensors = {key: x for key, x in model.state_dict().items() if not is_adapter(key)}
     ours = {PREFIX + theirs: key for key, x in tensors.items() for theirs in destinations({key: x}, table)}
-    is_tied = model.config.decoder.tie_word_embeddings
-    head = PREFIX + HEAD if is_tied else ""
+    head = PREFIX + HEAD if model.config.decoder.tie_word_embeddings else ""
     beside = sorted({ours[key] for key in names if key in ours})
-    if is_tied and EMBEDDING in beside and head not in names and not data.get("ensure_weight_tying"):
-        raise UserError(f"{file} has embeddings without the head, and the model has one tensor for both")
+    if head:
+        check_tied(file, [key for key in names if ours.get(key) == EMBEDDING], head, data)
     fields = {
         "rank": data.get("r"),
         "alpha": data.get("lora_alpha"),
@@ -158,8 +158,6 @@ def open_adapter(name: str | Path, model: VLM) -> StoredAdapter:
             wanted[PREFIX + key] = parts
         wanted.pop(head, None)
         copy_tensors(wanted, [file], head.__eq__, f"the model with r = {config.rank}")
-        if head in names and not places[EMBEDDING].is_meta:
-            check_tied_head(places[EMBEDDING], [file], head)
 
     return StoredAdapter(config, data.get("base_model_name_or_path") or "", beside, fill)
 
@@ -173,12 +171,11 @@ def attach(model: VLM, folder: str | Path, name: str = DEFAULT, base: str = "") 
     stored = open_adapter(folder, model)
     if base and stored.base and stored.base not in (base, name_base(base)["base_model_name_or_path"]):
         print(f"note: {folder} was made for {stored.base}, and is used with {base}", file=sys.stderr)
+    stored.fill(
+        adapt(meta_model(model.config), stored.config).state_dict()
+    )  # before memory is taken for what it claims
     adapt(model, stored.config, name)
-    try:
-        stored.fill(places(model), name)
-    except UserError:
-        remove(model, name)
-        raise
+    stored.fill(places(model), name)
     return model
 
 
@@ -209,6 +206,15 @@ def find_adapter(name: str | Path) -> Path:
             f"{folder} has an adapter_model.bin, which could run any code when read: have PEFT save {WEIGHTS}"
         )
     return folder
+
+
+def check_tied(file: Path, embedding: list[str], head: str, data: dict):
+    """Raise UserError if a file has only one of embeddings and head, or two that differ, for a model that ties them."""
+    with open_tensors(file) as opened:
+        found = [opened.get_tensor(key) for key in (*embedding, head) if key in opened.keys()]
+    is_one = len(found) == 2 and found[0].equal(found[1])
+    if found and not is_one and not (len(found) == 1 and embedding and data.get("ensure_weight_tying")):
+        raise UserError(f"{file} has embeddings or a head without the other, and the model has one tensor for both")
 
 
 def check_settings(data: dict, path: Path):

@@ -258,7 +258,12 @@ def test_a_file_of_another_base_is_not_ours(hub, tmp_path):
         lambda _, x: x.update({f"{embedding}.lora_embedding_A": torch.zeros(2)}), "embed_tokens, which is no linear"
     )
     whole = {f"{embedding}.weight": torch.zeros(512, 32)}
-    refused(lambda _, x: x.update(whole), "embeddings without the head, and the model has one tensor for both")
+    refused(
+        lambda _, x: x.update(whole), "embeddings or a head without the other, and the model has one tensor for bot"
+    )
+    whole |= {"base_model.model.lm_head.weight": torch.ones(512, 32)}
+    refused(lambda _, x: x.update(whole), "embeddings or a head without the other")
+    refused(lambda data, _: data.update(r=10**12), r"q_proj.lora_A.weight has shape \[4, 32\], the model with r = 1000")
     refused(lambda _, x: x.clear(), "has no tensors of an adapter")
     vlm = nanovlm.load(hub("vlm"))[0]
     refused(lambda *_: None, "which is no linear layer of the model", base=vlm)
