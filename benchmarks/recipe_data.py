@@ -40,11 +40,10 @@ ENDINGS = {"der": "er", "das": "es"}  # of an adjective behind an indefinite art
 
 
 def restyle(image: Image.Image) -> Image.Image:
-    """Draw a scene as on dark paper with outlines: hue turned by a third, inverted brightness, edges in white."""
+    """Draw a scene in another palette, darker and paler, with white outlines."""
     hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point(lambda h: (h + 85) % 256)
     saturation = saturation.point(lambda s: s * 3 // 4)
-    value = value.point(lambda v: 255 - v * 2 // 3)
+    value = value.point(lambda v: v * 2 // 3)
     painted = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     edges = np.asarray(image.convert("L").filter(ImageFilter.FIND_EDGES), dtype=np.float32)[..., None] / 255
     pixels = np.asarray(painted, dtype=np.float32)
