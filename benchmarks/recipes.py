@@ -52,7 +52,7 @@ from nanovlm.errors import UserError
 from nanovlm.eval.questions import Question
 from nanovlm.eval.run import answer, evaluate
 from nanovlm.eval.tasks import open_task, read_questions
-from nanovlm.files import write_file
+from nanovlm.files import read_json, write_file
 from nanovlm.hub.read import find_model
 from nanovlm.model.vlm import VLM
 from nanovlm.presets import scenes
@@ -156,10 +156,12 @@ def make_group(place: Place, way: str) -> TrainConfig:
             **common,
             objective="group",
             group=GroupConfig(num_generations=8, num_questions=32, max_completion_length=8, num_rows=256),
-            optim=OptimConfig(lr=3e-4, steps=150, rules=PLAIN),
+            optim=OptimConfig(lr=3e-4, steps=300, rules=PLAIN),
         )
-    # As many steps as take as long: set by the seconds of the other way.
-    return place.config("group_sft", **common, optim=OptimConfig(lr=3e-4, steps=150, rules=PLAIN))
+    # As many steps as took as long, by the seconds of a step of the run that both start from.
+    short, grpo = (read_json(Path(place.model(name)).parent / "eval.json") for name in ("short", "group_grpo"))
+    steps = round(grpo["train_seconds"] / (short["train_seconds"] / make_short(place).optim.steps))
+    return place.config("group_sft", **common, optim=OptimConfig(lr=3e-4, steps=steps, rules=PLAIN))
 
 
 # --- hallucinations: DPO and MPO on pairs of captions -------------------------------------------------------------
