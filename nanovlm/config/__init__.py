@@ -15,7 +15,7 @@ from nanovlm.config.model import (
     VisionConfig,
     VLMConfig,
 )
-from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PreferenceConfig
+from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PPOConfig, PreferenceConfig
 from nanovlm.config.run import DataConfig, EvalConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
 from nanovlm.config.sampling import SamplingConfig
 
@@ -29,6 +29,7 @@ __all__ = [
     "InitConfig",
     "MoEConfig",
     "OptimConfig",
+    "PPOConfig",
     "ParallelConfig",
     "ParamRule",
     "PreferenceConfig",

@@ -100,7 +100,7 @@ MIXTURES = {"mpo": ("dpo=0.8", "bco=0.2", "sft=1.0")}
 
 @dataclass(frozen=True)
 class GroupConfig:
-    # Answers to each question.
+    # Answers to each question; objective ppo can do with one.
     num_generations: int = 8
     # At most this many questions of each micro-batch are asked, chosen at random; 0 for all of them.
     num_questions: int = 0
@@ -135,7 +135,8 @@ class GroupConfig:
     # The ratio of these probabilities counts from 1 - epsilon up to 1 + epsilon_high (clip-higher where it is larger).
     epsilon: float = 0.2
     epsilon_high: float = 0.2
-    # Weight of the divergence from the reference model; 0 for no reference.
+    # Weight of the divergence from the reference model, in the loss, or for objective ppo in the rewards; 0 for no
+    # reference.
     beta: float = 0.0
     # The reference: a folder or a repository. If empty, the model without its adapters, where these are all that
     # learns, or else a frozen copy of init.model.
@@ -145,7 +146,7 @@ class GroupConfig:
 
     def validate(self):
         for name, least in (
-            *(("num_generations", 2), ("num_questions", 0), ("max_completion_length", 1)),
+            *(("num_generations", 1), ("num_questions", 0), ("max_completion_length", 1)),
             *(("num_rows", 1), ("num_iterations", 1), ("epsilon", 0), ("epsilon_high", 0), ("beta", 0)),
         ):
             value = getattr(self, name)
@@ -160,6 +161,25 @@ class GroupConfig:
             f"{self.temperature} must be 1",
         )
         check(self.epsilon < 1, f"group.epsilon = {self.epsilon} must be below 1")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    # Factor of a reward for each token that it comes later.
+    gamma: float = 1.0
+    # How far advantages look ahead (GAE): 0 trusts the values of the next token, 1 the rewards of the whole answer.
+    lam: float = 0.95
+    # Weight of the loss of the values, beside that of the policy.
+    vf_coef: float = 0.1
+    # The loss of a value does not lead it further than this from that when the answers were sampled.
+    cliprange_value: float = 0.2
+
+    def validate(self):
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"ppo.{name} = {value} must be between 0 and 1")
+        check(self.vf_coef >= 0, f"ppo.vf_coef = {self.vf_coef} must be at least 0")
+        check(self.cliprange_value > 0, f"ppo.cliprange_value = {self.cliprange_value} must be positive")
 
 
 @dataclass(frozen=True)

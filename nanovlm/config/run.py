@@ -6,7 +6,7 @@ from typing import Literal
 
 from nanovlm.config.fields import check, check_finite, integers
 from nanovlm.config.model import VLMConfig
-from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PreferenceConfig
+from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PPOConfig, PreferenceConfig
 from nanovlm.errors import UserError
 
 
@@ -188,12 +188,14 @@ class TrainConfig:
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill, group,
-    # online_preference.
+    # ppo, online_preference.
     objective: str = "next_token"
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    # Objectives group and online_preference: the model's own answers and their rewards.
+    # Objectives group, ppo and online_preference: the model's own answers and their rewards.
     group: GroupConfig = field(default_factory=GroupConfig)
+    # Objective ppo: the values that answers are compared with, in place of group.advantages.
+    ppo: PPOConfig = field(default_factory=PPOConfig)
     # Objective distill: the teacher and what of it is learned.
     distill: DistillConfig = field(default_factory=DistillConfig)
     # Seed of the weights and of the order of the data.
@@ -215,7 +217,7 @@ class TrainConfig:
 
     def validate(self) -> "TrainConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
-        for part in (self.model, self.adapter, self.preference, self.group, self.distill):
+        for part in (self.model, self.adapter, self.preference, self.group, self.ppo, self.distill):
             part.validate()
         d, o = self.data, self.optim
         has_adapters = self.adapter.rank or self.init.adapter
@@ -312,6 +314,11 @@ class TrainConfig:
         check(
             self.objective == "distill" or not self.distill.teacher,
             f"distill.teacher = {self.distill.teacher!r} needs objective = distill, not {self.objective}",
+        )
+        check(
+            self.group.num_generations > 1 or self.objective not in ("group", "online_preference"),
+            f"group.num_generations = {self.group.num_generations} must be at least 2: objective = {self.objective} "
+            "compares the answers to a question with each other",
         )
         first, last = self.profile
         check(

@@ -15,6 +15,7 @@ from nanovlm.objectives.group import Group
 from nanovlm.objectives.next_token import NextToken
 from nanovlm.objectives.online import OnlinePreference
 from nanovlm.objectives.own import OwnAnswer, Question
+from nanovlm.objectives.ppo import PPO
 from nanovlm.objectives.preference import Preference
 from nanovlm.objectives.reward import Reward
 
@@ -60,6 +61,13 @@ class LearnsFromOwn(Objective, Protocol):
         """
         ...
 
+    def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
+        """Add what the model itself must say to this rank's batches of these documents, before a step on them.
+
+        All ranks call this at the same time, with or without batches, without gradients or noise.
+        """
+        ...
+
 
 OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective]] = {
     "next_token": NextToken,
@@ -67,5 +75,6 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
     "reward": Reward,
     "distill": Distill,
     "group": Group,
+    "ppo": PPO,
     "online_preference": OnlinePreference,
 }

@@ -56,17 +56,10 @@ class Group:
             self.reference = make_reference(config, self.config.reference, processor, device, self.never)
 
     def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
-        weights = self.advantages(reward_all(self.rewards, groups, extras))
-        documents = []
-        for (question, answers), of_group in zip(groups, weights.tolist(), strict=True):
-            kept = [
-                (answer, weight)
-                for answer, weight in zip(answers, of_group, strict=True)
-                if answer.has_ended or not self.config.mask_truncated_completions
-            ]
-            own, weight = [answer for answer, _ in kept], [weight for _, weight in kept]
-            documents.append(make_document(question, own, weights=weight) if kept else None)
-        return documents
+        return make_documents(groups, self.advantages(reward_all(self.rewards, groups, extras)), self.config)
+
+    def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
+        """Ask the model nothing."""
 
     def count(self, batch: Batch) -> int:
         return self.loss_type.count(batch) if "old_logprobs" in batch.values else len(batch.trained)
@@ -78,16 +71,44 @@ class Group:
         logprobs = batch_logprobs(model, batch, extras, self.never, self.config.temperature)
         old, branches = batch.value("old_logprobs"), find_branches(batch)
         losses, clipped = group_losses(logprobs, old, batch.value("weights"), branches, self.config, reference)
-        num, change = len(old), logprobs.detach() - old
-        extras.add("clip_fraction", clipped.sum(), num)
-        extras.add("entropy", -old.sum(), num)  # estimated from the sampled tokens
-        # Of the sampling and this pass: the estimate k3 of the divergence, and the mean difference.
-        extras.add("sampler_kl", (change.exp() - 1 - change).sum(), num)
-        extras.add("sampler_gap", change.abs().sum(), num)
+        tell_ratios(extras, logprobs, old, clipped)
         if reference is not None:
-            gap = reference - logprobs.detach()
-            extras.add("kl", (gap.exp() - 1 - gap).sum(), num)
+            extras.add("kl", estimate_kl(reference - logprobs.detach()).sum(), len(old))
         return self.loss_type.sum(branches, losses, self.config) + balance(model, batch, extras, self.count(batch))
+
+
+def make_documents(
+    groups: list[tuple[Question, list[OwnAnswer]]], weights: Tensor, config: GroupConfig
+) -> list[Document | None]:
+    """Return a document of the answers to each question, whose `weights` [Q, G] go to all their tokens.
+
+    None where the config leaves out all the answers to a question.
+    """
+    documents = []
+    for (question, answers), of_group in zip(groups, weights.tolist(), strict=True):
+        kept = [
+            (answer, weight)
+            for answer, weight in zip(answers, of_group, strict=True)
+            if answer.has_ended or not config.mask_truncated_completions
+        ]
+        own, weight = [answer for answer, _ in kept], [weight for _, weight in kept]
+        documents.append(make_document(question, own, weights=weight) if kept else None)
+    return documents
+
+
+def tell_ratios(extras: Extras, logprobs: Tensor, old: Tensor, clipped: Tensor):
+    """Add how a policy and that of the sampling differ, and whose ratios were clipped; all are [N]."""
+    num, change = len(old), logprobs.detach() - old
+    extras.add("clip_fraction", clipped.sum(), num)
+    extras.add("entropy", -old.sum(), num)  # estimated from the sampled tokens
+    # Of the sampling and this pass: the divergence, and the mean difference.
+    extras.add("sampler_kl", estimate_kl(change).sum(), num)
+    extras.add("sampler_gap", change.abs().sum(), num)
+
+
+def estimate_kl(change: Tensor) -> Tensor:
+    """Return the estimate k3 of the divergence, of each token, from log-probabilities less those of the sampling."""
+    return change.exp() - 1 - change
 
 
 def group_losses(
@@ -108,8 +129,7 @@ def group_losses(
     losses = -torch.minimum(ratio * weights, bounded * weights)
     clipped = ((ratio < bounded) & (weights < 0)) | ((ratio > bounded) & (weights > 0))
     if reference is not None:
-        gap = reference - logprobs
-        losses = losses + config.beta * (gap.exp() - gap - 1)
+        losses = losses + config.beta * estimate_kl(reference - logprobs)
     return losses, clipped
 
 

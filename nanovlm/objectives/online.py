@@ -42,6 +42,9 @@ class OnlinePreference:
             documents.append(make_document(question, pair) if of_group.max() > of_group.min() else None)
         return documents
 
+    def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
+        """Ask the model nothing."""
+
     def count(self, batch: Batch) -> int:
         return self.preference.count(batch) if "old_logprobs" in batch.values else len(batch.trained)
 

@@ -172,5 +172,5 @@ def reward_all(rewards: Sequence[tuple[str, float, ScoreGroups]], groups: Groups
 
 
 def deviations(rewards: Tensor) -> Tensor:
-    """Return the standard deviation of each group, [Q, G] -> [Q]; torch warns where there is no group."""
-    return rewards.std(1) if len(rewards) else rewards.sum(1)
+    """Return the standard deviation of each group, [Q, G] -> [Q]; 0 where a group is one answer."""
+    return rewards.std(1) if len(rewards) and rewards.shape[1] > 1 else torch.zeros(len(rewards))

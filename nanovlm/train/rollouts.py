@@ -3,6 +3,7 @@
 ```
 loader --> batch of records --> questions --> Engine: G answers each --> objective.documents --> rows --> batch
            (one micro-batch)                  seeds by step and place    rewards, advantages     one micro-batch
+                                                                                                 objective.prepare
 ```
 
 What is sampled follows from the weights, the records and the seed alone, so a run that was killed samples it again.
@@ -76,7 +77,9 @@ class Rollouts:
         extras.add("answer_length", torch.tensor(float(sum(len(answer.ids) for answer in answers))), num)
         extras.add("cut_short", torch.tensor(float(sum(not answer.has_ended for answer in answers))), num)
         documents = iter(self.objective.documents(groups, extras))
-        return [self._pack([next(documents) for _ in of_batch]) for of_batch in asked]
+        made = [self._pack([next(documents) for _ in of_batch]) for of_batch in asked]
+        self.objective.prepare(self.state.model, made, extras)
+        return made
 
     def _choose(self, batch: Batch, place: int) -> list[Question]:
         """Return the questions of a batch that leave room for an answer, at most as many as the config says."""

@@ -310,7 +310,7 @@ def test_the_held_out_loss_is_that_of_the_records_answers(processor):
         ({"loss_type": "ppo"}, "group.loss_type = 'ppo' is unknown; there are dapo, grpo, dr_grpo"),
         ({"advantages": "best"}, "group.advantages = 'best' is unknown"),
         ({"importance_sampling_level": "word"}, "group.importance_sampling_level = 'word' is unknown"),
-        ({"num_generations": 1}, "group.num_generations = 1 must be at least 2"),
+        ({"num_generations": 0}, "group.num_generations = 0 must be at least 1"),
         ({"temperature": 0.0}, "group.temperature = 0.0 must be positive"),
         ({"beta": 0.1, "temperature": 0.5}, "group.beta = 0.1 compares with a reference at temperature 1"),
         ({"epsilon": 1.5}, "group.epsilon = 1.5 must be below 1"),
