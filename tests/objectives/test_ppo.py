@@ -126,25 +126,31 @@ def appraise(objective, model, batches):
     return extras
 
 
-def test_a_step_is_that_of_the_formulas(processor, tmp_path):
-    """From logits of answers written out: rewards beside a reference, advantages, returns, losses and metrics."""
+@pytest.mark.parametrize(("beta", "temperature"), [(0.3, 1.0), (0.0, 0.7)])
+def test_a_step_is_that_of_the_formulas(processor, tmp_path, beta, temperature):
+    """From logits of answers written out: rewards beside a reference, advantages, returns, losses and metrics.
+
+    The step has two micro-batches, one for each question.
+    """
     torch.manual_seed(5)
     reference = VLM(TINY)
     save_model(tmp_path / "model", reference, processor)
-    settings = dict(beta=0.3, reference=str(tmp_path / "model"), epsilon=0.3, epsilon_high=0.3)
-    objective = make_objective(processor, {"gamma": 0.9, "lam": 0.8, "vf_coef": 0.5}, **settings)
-    batch, old_model, model = make_batch(make_documents(processor), rows=2), make_model(), make_model()
+    settings = dict(reference=str(tmp_path / "model"), epsilon=0.3, epsilon_high=0.3)
+    settings |= {"beta": beta, "temperature": temperature}
+    objective = make_objective(
+        processor, {"gamma": 0.9, "lam": 0.8, "vf_coef": 0.5, "cliprange_value": 0.05}, **settings
+    )
+    batches, old_model, model = [make_batch([d]) for d in make_documents(processor)], make_model(), make_model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * parameter.std().nan_to_num() * torch.randn_like(parameter)
-    extras = appraise(objective, old_model, [batch])
-    steps = Extras()
-    loss = objective.loss(model, batch, steps)
+    extras, steps = appraise(objective, old_model, batches), Extras()
+    loss = sum(objective.loss(model, batch, steps) for batch in batches)
 
     def read(model, document):
         alone = make_batch([document])
         model.eval()
-        logits = model.logits(alone)[0].double()
+        logits = model.logits(alone)[0].double() / temperature
         logits[:, list(objective.group.never)] = -torch.inf
         logprobs = logits.log_softmax(-1)[alone.trained, alone.labels[0, alone.trained]]
         values = model(alone)[0, alone.trained].double() @ objective.value_head.double()
@@ -156,7 +162,7 @@ def test_a_step_is_that_of_the_formulas(processor, tmp_path):
         new, values = read(model, document)
         _, old_values = read(old_model, document)
         gap = read(reference, document)[0] - old
-        rewards = 0.3 * gap
+        rewards = beta * gap
         rewards[-1] += reward
         advantages = their_advantages(rewards[None], old_values[None], 0.9, 0.8)[0]
         rows.append((new, old, advantages, values, old_values, advantages + old_values))
@@ -164,16 +170,16 @@ def test_a_step_is_that_of_the_formulas(processor, tmp_path):
     new, old, advantages, values, old_values, returns = map(np.concatenate, zip(*rows, strict=True))
     variance = 1 - (returns - old_values).var() / returns.var()
     advantages = (advantages - advantages.mean()) / np.sqrt(advantages.var(ddof=1) + 1e-8)
-    policy, errors = their_losses(new, old, advantages, values, old_values, returns, 0.3, 0.2)
-    # In the batch the answers to the first question are one row, those to the second another: the same order.
-    np.testing.assert_allclose(batch.value("returns").numpy(), returns, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(batch.value("weights").numpy(), advantages, rtol=1e-4, atol=1e-5)
+    policy, errors = their_losses(new, old, advantages, values, old_values, returns, 0.3, 0.05)
+    for name, expected in (("returns", returns), ("weights", advantages)):
+        found = torch.cat([batch.value(name) for batch in batches]).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert loss.item() == pytest.approx((policy + 0.5 * errors).sum(), rel=1e-4)
     gaps = np.concatenate(gaps)
     ratio = np.exp(new - old)
-    bounded = np.clip(values, old_values - 0.2, old_values + 0.2)
+    bounded = np.clip(values, old_values - 0.05, old_values + 0.05)
     told = {name: float(total / number) for name, (total, number) in (extras.means | steps.means).items()}
-    assert told["kl"] == pytest.approx((np.exp(gaps) - 1 - gaps).mean(), rel=1e-4)
+    assert told.get("kl", 0.0) == pytest.approx((np.exp(gaps) - 1 - gaps).mean() if beta else 0.0, rel=1e-4)
     assert told["explained_variance"] == pytest.approx(variance, abs=1e-4)
     assert told["value_loss"] == pytest.approx(errors.mean(), rel=1e-4)
     assert told["clip_fraction"] == pytest.approx(
@@ -277,6 +283,16 @@ def test_the_value_head_learns_what_to_expect(processor):
     assert lost[-1] < 0.5 * lost[0]
     change = find_branches(batch).mean(batch_logprobs(model, batch, never=objective.group.never).detach() - old)
     assert change[0] > change[1]  # of the rewards 1 and 0
+
+
+def test_values_shape_hidden_states_too(processor):
+    """Policy and values share the model: where no advantage is left, what is expected still changes it."""
+    objective, model = make_objective(), make_model()
+    batch = make_batch(make_documents(processor))
+    appraise(objective, model, [batch])
+    batch.values["weights"].zero_()
+    objective.loss(model, batch, Extras()).backward()
+    assert model.vision.patch_embedding.weight.grad.any() and objective.value_head.grad.any()
 
 
 def test_the_held_out_loss_is_that_of_the_records_answers(processor):
