@@ -132,7 +132,7 @@ class Batch:
             batch = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         now = torch.cuda.current_stream(device)
         now.wait_stream(copy_stream(device))
-        batch._map(lambda tensor: tensor.record_stream(now))
+        batch._map(lambda tensor: tensor.record_stream(now) or tensor)
         return batch
 
     def pin_memory(self) -> "Batch":

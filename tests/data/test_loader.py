@@ -1,6 +1,7 @@
 """The loader trains every sample once an epoch, loses none in silence, and goes on exactly where it was."""
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nanovlm.config import DataConfig
-from nanovlm.data import reader
+from nanovlm.data import reader, types
 from nanovlm.data.loader import Loader, collate
 from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.packing import make_row
@@ -617,6 +618,23 @@ def test_with_a_gpu_batches_are_page_locked(monkeypatch):
     [batch] = next(make_loader())
     assert len(pinned) == len(vars(batch)) - 1 == 8
     assert all(a is b for a, b in zip(pinned, vars(batch).values(), strict=False))
+
+
+def test_a_batch_goes_to_a_gpu_on_a_stream_of_its_own(monkeypatch):
+    """With a stand-in for the GPU: every tensor is copied and then belongs to the stream that computes, too."""
+    [batch] = next(make_loader())
+    batch.values = {"weights": torch.rand(batch.labels.shape)}
+    copied, recorded, to = [], [], torch.Tensor.to
+    stream = contextlib.nullcontext()
+    stream.wait_stream = lambda other: None
+    monkeypatch.setattr(types, "copy_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: copied.append(x) or to(x, "cpu", copy=True))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorded.append(x))
+    moved = batch.to("cuda")
+    assert are_same(moved, batch) and len(copied) == len(recorded) == 9
+    assert all(any(x is y for y in recorded) for x in (moved.trained, moved.pixel_values, moved.values["weights"]))
 
 
 def test_documents_are_numbered_through():
