@@ -148,13 +148,23 @@ def find_objects(caption: str) -> list[str]:
 
 
 def make_pair(split: str, index: int) -> dict:
-    """Return a scene, its true caption, and one that names an absent object in the place of one that is there."""
+    """Return a scene, its true caption, and one that names an object that is not there.
+
+    It stands in the place of another one, or is one more: an absent one, or one that is there named twice.
+    """
     scene, rng = draw(split, index, ("caption",)), random.Random(f"pair {split} {index}")
     question, chosen = scene["texts"][0]["user"], scene["texts"][0]["assistant"]
     there = find_objects(chosen)
     absent = rng.choice([pair for pair in SEEN if pair not in there])
     article = "an" if absent[0] == "orange" else "a"
-    rejected = re.sub(rf"an? {' '.join(rng.choice(there))}", f"{article} {' '.join(absent)}", chosen, count=1)
+    if rng.random() < 0.5:
+        rejected = re.sub(rf"an? {' '.join(rng.choice(there))}", f"{article} {' '.join(absent)}", chosen, count=1)
+    else:
+        parts = chosen.removesuffix(f" and{chosen.rpartition(' and')[2]}").split(", ")
+        more = f"{article} {' '.join(absent)} at the {rng.choice(CELLS)}"
+        place = rng.randrange(len(parts))
+        parts.insert(place + 1, rng.choice((more, parts[place])))
+        rejected = f"{', '.join(parts)} and{chosen.rpartition(' and')[2]}"
     return {"image": scene["images"][0], "prompt": question, "chosen": chosen, "rejected": rejected}
 
 

@@ -171,13 +171,13 @@ def make_hallucinations(place: Place, way: str) -> TrainConfig:
     base = scenes()
     return place.config(
         f"hallucinations_{way}",
-        init=InitConfig(model=place.model("short")),
+        init=InitConfig(model=place.model("base")),
         objective="next_token" if way == "sft" else "preference",
         preference=PreferenceConfig(losses=("dpo" if way == "sft" else way,)),
         data=replace(
             base.data, sources=(place.records("pairs", "train", 2000),), lessons=(), row_length=192, batch_rows=12
         ),
-        optim=OptimConfig(lr=2e-4, steps=200, rules=PLAIN),
+        optim=OptimConfig(lr=1e-4, steps=150, rules=PLAIN),
     )
 
 
@@ -294,7 +294,7 @@ class Recipe:
 RECIPES = {
     "style": Recipe(make_style, ("lora", "dora", "qlora", "full"), measure_style, "base"),
     "group": Recipe(make_group, ("grpo", "sft"), measure_scenes, "short"),
-    "hallucinations": Recipe(make_hallucinations, ("dpo", "mpo", "sft"), measure_captions, "short"),
+    "hallucinations": Recipe(make_hallucinations, ("dpo", "mpo", "sft"), measure_captions, "base"),
     "student": Recipe(make_student, ("alone", "taught"), measure_scenes, "base"),
     "smollm2": Recipe(make_smollm2, ("qlora", "full"), measure_nothing),
 }

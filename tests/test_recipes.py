@@ -1,5 +1,7 @@
 """The data of the recipes of post-training, and that the recipes themselves run."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -29,16 +31,19 @@ def test_the_other_style_is_another_picture_of_the_same_things():
     before, after = (
         np.asarray(x, dtype=float) for x in (draw("train", 0)["images"][0], make_german("train", 0)["image"])
     )
-    assert before.shape == after.shape and abs(before - after).mean() > 30
+    assert before.shape == after.shape and abs(before - after).mean() > 20
 
 
-def test_a_rejected_caption_names_one_absent_object():
+def test_a_rejected_caption_names_one_object_that_is_not_there():
+    added, replaced = 0, 0
     for index in range(200):
         pair = make_pair("train", index)
-        true, false = (find_objects(pair[name]) for name in ("chosen", "rejected"))
-        changed = [(a, b) for a, b in zip(true, false, strict=True) if a != b]
-        assert len(changed) == 1 and changed[0][1] not in true, pair
-        assert len(pair["chosen"].split()) == len(pair["rejected"].split())
+        true, false = (Counter(find_objects(pair[name])) for name in ("chosen", "rejected"))
+        assert (false - true).total() == 1 and (true - false).total() <= 1, pair
+        added, replaced = added + (true <= false), replaced + (not true <= false)
+        ends = [pair[name].rpartition(" and the digit ")[1:] for name in ("chosen", "rejected")]
+        assert ends[0] == ends[1] and pair["rejected"].count(" and ") == 1
+    assert min(added, replaced) > 60
 
 
 def test_what_is_written_reads_as_a_source(tmp_path):

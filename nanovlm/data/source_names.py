@@ -69,7 +69,7 @@ def read_named(name: str, base: Path, folder: Path, where: str, allow_urls: bool
     shown = printable(name, most=100)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
         if not allow_urls:
-            raise UserError(f"{where} names the address {shown}: set --data.allow-urls True to fetch images from there")
+            raise UserError(f"{where} names the address {shown}: add --data.allow-urls to fetch images from there")
         return name_image(download(name, where), f"{shown}, {where}")
     return name_image(read_file(base / name, folder, where), f"{shown}, {where}")
 

@@ -8,13 +8,14 @@ from pathlib import Path
 # title of a panel -> which numbers it shows
 CURVES: dict[str, Callable[[str], bool]] = {
     "loss": lambda name: name == "loss" or name.startswith("val_loss"),
+    "reward": lambda name: name == "reward" or name.startswith("rewards_"),
     "accuracy": lambda name: name.startswith("accuracy_"),
     "learning rate": lambda name: name == "lr",
 }
 
 
 def draw_curves(metrics: Path) -> bytes:
-    """Draw loss, validation loss, accuracy and learning rate over the steps; return a PNG file."""
+    """Draw loss, validation loss, rewards, accuracy and learning rate over the steps; return a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,8 +30,8 @@ def draw_curves(metrics: Path) -> bytes:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             marker = "" if len(points) == len(lines) else "o"
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker, markersize=3)
-        if title == "loss":
-            axis.set_yscale("log")
+        if title == "loss" and all(line["loss"] > 0 for line in lines if line.get("loss") is not None):
+            axis.set_yscale("log")  # that of a policy is often negative
         axis.set_ylabel(title)
         if len(chosen) > 1:
             axis.legend(fontsize=8)

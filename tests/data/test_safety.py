@@ -333,7 +333,7 @@ def server(monkeypatch):
 
 
 def test_addresses_are_fetched_where_the_user_allows_them(folder, server):
-    with pytest.raises(UserError, match=r"line 1 of .*a.jsonl names the address http://.*: set --data.allow-urls True"):
+    with pytest.raises(UserError, match=r"line 1 of .*a.jsonl names the address http://.*: add --data.allow-urls"):
         read_image(folder, f"{server}/a.png")
     assert not Server.asked
     for path in ("a.png", "a b.png?x=é", "to/a.png", f"to/{server}/a.png", "again/4"):

@@ -998,7 +998,7 @@ def test_hub_reads_the_files_of_the_dataset_and_addresses_if_they_are_allowed(tm
         if allow_urls:
             assert to_sample(hub.read(keys[2])).images[0].tobytes() == noise(1).tobytes()
             continue
-        with pytest.raises(ValueError, match=r"names the address https://a.org/a.png: set --data.allow-urls True"):
+        with pytest.raises(ValueError, match=r"names the address https://a.org/a.png: add --data.allow-urls"):
             hub.read(keys[2])
 
 
