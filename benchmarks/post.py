@@ -4,6 +4,7 @@
     python benchmarks/post.py group         GRPO: 8 answers to such a prompt, against eight documents
     python benchmarks/post.py adapters      LoRA and QLoRA on the 222M shapes, against full tuning
     python benchmarks/post.py engine        four adapters in one batch, against one
+    python benchmarks/post.py table         the table of docs/post_training.md, of the newest lines
 
 Each side is a process of its own; they take steps by turns, so that a machine that others slow down does it to both.
 Before anything is timed, losses and gradients of both sides are compared where they must be equal. Appends lines to
@@ -18,8 +19,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import arguments
@@ -42,6 +45,7 @@ from nanovlm.data.packing import make_row
 from nanovlm.data.types import IGNORE, Batch, Document
 from nanovlm.environment import choose_precision, describe_environment
 from nanovlm.errors import UserError
+from nanovlm.files import write_file
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import End, Request
 from nanovlm.model.adapters import adapt
@@ -59,8 +63,8 @@ SMALL = small().model
 
 @dataclass(frozen=True)
 class PostConfig:
-    # preference, group, adapters or engine.
-    subject: str = ""
+    # What to measure, or the table of what was measured.
+    subject: Annotated[Literal["preference", "group", "adapters", "engine", "table"], tyro.conf.Positional]
     # CPU threads.
     threads: int = 2
     # Turns that count, after two that do not.
@@ -70,8 +74,9 @@ class PostConfig:
 
 
 def main(config: PostConfig):
-    if config.subject not in SUBJECTS:
-        raise UserError(f"subject = {config.subject!r} is unknown; there are {', '.join(SUBJECTS)}")
+    if config.subject == "table":
+        write_table()
+        return
     torch.set_num_threads(config.threads)
     sides, measure = SUBJECTS[config.subject]
     if config.side:
@@ -294,6 +299,38 @@ SUBJECTS = {
     "adapters": (("lora", "qlora", "full"), measure_adapters),
     "engine": (("four", "one"), measure_engine),
 }
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+DOCS = cli.PROJECT / "docs" / "post_training.md"
+MARKS = "<!-- post: written by benchmarks/post.py -->", "<!-- post end -->"
+# A side's bars: the most of the other side's seconds and memory, where there is one.
+BARS = {
+    "preference, shared": ("a pair on a shared prompt / two documents", 0.65, None),
+    "group, shared": ("8 answers on a shared prompt / 8 documents", 0.35, 0.5),
+    "adapters, lora": ("LoRA, rank 16, on 222M / full tuning", 0.75, 0.45),
+    "adapters, qlora": ("QLoRA in nf4, rank 16, on 222M / full tuning", None, 0.30),
+    "engine, four": ("four adapters in a batch / one", round(1 / 0.7, 2), None),
+}
+
+
+def write_table():
+    """Put the newest line of each side between its marks in docs/post_training.md."""
+    lines = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
+    newest = {f"{line['subject']}, {line['side']}": line for line in lines}
+    text = ["| | time | bar | memory | bar |", "|---|---|---|---|---|"]
+    for name, (what, *bars) in BARS.items():
+        cells = []
+        for figure, bar in zip(("seconds_ratio", "memory_gb_ratio"), bars, strict=True):
+            ratio = newest[name][figure] if name in newest else None
+            cells += ["{} ({} to {})".format(*ratio) if ratio else "not measured yet", f"{bar}" if bar else ""]
+        text.append(f"| {what} | {' | '.join(cells)} |")
+    for line in {(line["device"], line["threads"], line["commit"][:7], line["date"]): line for line in lines}.values():
+        text += ["", f"({line['device']}, {line['threads']} threads, commit {line['commit'][:7]}, {line['date']})"]
+    page = DOCS.read_text("utf-8")
+    before, rest = page.split(MARKS[0])
+    write_file(DOCS, f"{before}{MARKS[0]}\n" + "\n".join(text) + f"\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
 
 if __name__ == "__main__":
     cli.run(lambda: main(arguments.read(PostConfig, __doc__)))
