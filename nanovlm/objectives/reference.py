@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from nanovlm.config import TrainConfig
+from nanovlm.config import QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch
 from nanovlm.errors import UserError
+from nanovlm.hub.adapters import attach
 from nanovlm.hub.read import load
 from nanovlm.model.adapters import disabled
+from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives.logprobs import batch_logprobs
 
@@ -22,23 +24,34 @@ def make_reference(
     """Return what gives the reference's log-probability of each trained token, fp32[N], of the run's model and a batch.
 
     `name` is a model, or empty for what the run starts from: the model itself without its adapters, where these are all
-    that learns and the base is as it was read (pissa changes it); else a frozen copy, in fp32 as the run's own weights,
-    on every rank. It is no part of checkpoints, and read again when a run goes on. `never` is as in `token_logprobs`.
+    that learns and begin with no change; else a frozen copy, rounded and adapted as the run begins, in fp32 on every
+    rank. It is no part of checkpoints, and read again when a run goes on. `never` is as in `token_logprobs`.
     """
-    if not name and config.adapter.rank and not config.adapter.train and config.adapter.init != "pissa":
+    adapter, init = config.adapter, config.init
+    begins_as_base = adapter.init in ("kaiming", "gaussian") and not init.adapter
+    if not name and adapter.rank and not adapter.train and begins_as_base:
 
         def compute_base(model: VLM, batch: Batch) -> Tensor:
             with evaluating(model), disabled(model):
                 return batch_logprobs(model, batch, never=never)
 
         return compute_base
-    if not (name := name or config.init.model):
+    if not (name or init.model):
         raise UserError(
             f"objective = {config.objective} compares the model with a reference, and there is none: start from "
             "init.model, name another in preference.reference, or records for log-probabilities that records bring"
         )
-    frozen, theirs = load(name, device, torch.float32)
-    check_fits(name, theirs, processor)
+    if not name and adapter.rank and adapter.init == "orthogonal" and not init.adapter:
+        raise UserError(
+            f"objective = {config.objective} compares the model with what it starts from, which adapter.init = "
+            "orthogonal draws at random: choose kaiming or gaussian, or name a reference"
+        )
+    frozen, theirs = load(name or init.model, device, torch.float32)
+    check_fits(name or init.model, theirs, processor)
+    if not name and adapter.base:
+        quantize(frozen, QuantizationConfig(adapter.base), search=False)
+    if not name and init.adapter:
+        attach(frozen, init.adapter)
     frozen.requires_grad_(False)
 
     def compute(_model: VLM, batch: Batch) -> Tensor:

@@ -19,6 +19,7 @@ from nanovlm.data.process import make_process
 from nanovlm.data.types import Document
 from nanovlm.errors import UserError
 from nanovlm.hub import export
+from nanovlm.hub.adapters import save_adapter
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.adapters import adapt
 from nanovlm.model.vision import normalize
@@ -26,6 +27,8 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
 from nanovlm.objectives.preference import LOSSES, Pairs, Preference
 from nanovlm.objectives.reference import make_reference
+from nanovlm.train.adapt import take_adapter
+from nanovlm.train.init import start
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import train_step
 from nanovlm.train.validate import validate
@@ -305,8 +308,8 @@ def test_a_model_equals_its_own_reference_at_first(processor, tmp_path):
     )
 
 
-def test_a_model_without_its_adapters_is_its_reference(processor, tmp_path, monkeypatch):
-    """With dropout in training too; not where the base changes, by pissa or as other parts learn."""
+def test_a_model_without_its_adapters_is_its_reference(processor, tmp_path):
+    """With dropout in training too."""
     torch.manual_seed(0)
     start = VLM(TINY)
     save_model(tmp_path / "start", start, processor)
@@ -322,11 +325,45 @@ def test_a_model_without_its_adapters_is_its_reference(processor, tmp_path, monk
     found = make(dataclasses.replace(config, adapter=options))(model, batch)
     assert torch.equal(found, expected) and not found.requires_grad and model.training
     assert not torch.allclose(batch_logprobs(model, batch), expected)
-    read = []
-    monkeypatch.setattr("nanovlm.objectives.reference.load", lambda *args: read.append(args) or (start, processor))
-    for changes in ({"init": "pissa"}, {"train": ("^projector",)}):
-        make(dataclasses.replace(config, adapter=dataclasses.replace(options, **changes)))
-    assert len(read) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "own", "limit"),
+    [
+        ({}, {"init": "pissa"}, 1e-5),
+        ({}, {"train": ("^projector",)}, 0),
+        ({}, {"train": ("^projector",), "base": "int4"}, 0),
+        ({"init": "orthogonal"}, {}, 0),
+        ({"use_dora": True, "train": ("^projector",)}, {"base": "nf4"}, 0),
+    ],
+)
+def test_a_run_is_compared_with_what_it_starts_from(processor, tmp_path, first, own, limit):
+    """Where adapters begin as those of another run, or the base is rounded or changed, too."""
+    torch.manual_seed(0)
+    model = VLM(TINY)
+    save_model(tmp_path / "start", model, processor)
+    init = InitConfig(model=str(tmp_path / "start"))
+    if first:
+        adapt(model, AdapterConfig(rank=2, **first)).adapters.base = init.model
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name or name.startswith("projector"):
+                torch.nn.init.normal_(parameter)
+        save_adapter(tmp_path / "first", model)
+        init = dataclasses.replace(init, adapter=str(tmp_path / "first"))
+    adapter = AdapterConfig(rank=0 if first else 2, **own)
+    config = dataclasses.replace(make_config(tmp_path / "start"), model=TINY, init=init, adapter=adapter)
+    config = take_adapter(config.validate()).validate()
+    begun, _ = start(config, ())
+    batch = make_batch(documents_of(processor))
+    found = make_reference(config, "", processor, torch.device("cpu"))(begun, batch)
+    with torch.no_grad():
+        assert (found - batch_logprobs(begun.eval(), batch)).abs().max() <= limit
+
+
+def test_first_values_that_are_drawn_and_change_something_are_no_reference(processor, tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), adapter=AdapterConfig(rank=2, init="orthogonal"))
+    with pytest.raises(UserError, match="orthogonal draws at random: choose kaiming or gaussian, or name a reference"):
+        make_reference(config, "", processor, torch.device("cpu"))
 
 
 def test_log_probabilities_of_records_equal_those_of_the_model(processor, tmp_path):
