@@ -180,10 +180,11 @@ def attach(model: VLM, folder: str | Path, name: str = DEFAULT, base: str = "") 
 
 
 def attach_all(model: VLM, named: Sequence[str], base: str = ""):
-    """Read adapters, each as name=FOLDER, for requests to choose from: none is active.
+    """Read adapters, each as name=FOLDER, for requests to choose from; what is active stays so.
 
     Raises UserError for one that brings weights of the model's own, as there is one of these for all.
     """
+    active = model.adapters.active if model.adapters else ()
     for one in named:
         name, _, folder = one.partition("=")
         if not name or not folder:
@@ -191,7 +192,7 @@ def attach_all(model: VLM, named: Sequence[str], base: str = ""):
         if beside := open_adapter(folder, model).beside:
             raise UserError(f"{folder} brings a {beside[0]} of its own, so no request can choose it: merge it")
         attach(model, folder, name, base)
-        activate(model)
+        activate(model, *active)
 
 
 def find_adapter(name: str | Path) -> Path:

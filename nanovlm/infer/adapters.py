@@ -19,6 +19,8 @@ def check_adapter(model: VLM, name: str | None):
     if shared is None or name not in shared.configs:
         there = f"there are {', '.join(shared.configs)}" if shared and shared.configs else "the model has none"
         raise UserError(f"there is no adapter {name}: {there}")
+    if shared.merged:
+        raise UserError(f"the model is merged, so a request cannot choose adapter {name}: unmerge it")
     for path, _ in adapted_layers(model):
         if not path.startswith("decoder."):
             raise UserError(f"an adapter changes {path}, which sees no tokens, so no request can choose one: merge it")

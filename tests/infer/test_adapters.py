@@ -9,8 +9,9 @@ import torch
 from nanovlm import serve
 from nanovlm.config import AdapterConfig, MoEConfig, QuantizationConfig, SamplingConfig
 from nanovlm.errors import UserError
-from nanovlm.hub.adapters import save_adapter
+from nanovlm.hub.adapters import attach_all, save_adapter
 from nanovlm.hub.model_folder import save_model
+from nanovlm.infer.adapters import settle
 from nanovlm.infer.draft_model import DraftModel
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
@@ -181,6 +182,9 @@ def test_what_cannot_be_asked_is_named(processor, prompts):
         Engine(model).submit(Request(prompts[0], GREEDY, adapter="other"))
     with pytest.raises(UserError, match="cannot be compiled: merge it"):
         prepare(model, compiles=True)
+    activate(model, "lora")
+    with pytest.raises(UserError, match="the model is merged, so a request cannot choose adapter dora: unmerge it"):
+        Engine(merge(model)).submit(Request(prompts[0], GREEDY, adapter="dora"))
 
 
 def test_a_server_has_them_as_models(processor, tmp_path, prompts):
@@ -213,6 +217,19 @@ def test_a_server_has_them_as_models(processor, tmp_path, prompts):
             assert [one["logprob"] for one in look["tokens"]] == pytest.approx(logprobs, abs=1e-3)
         reply = server.post(body=body | {"model": "few"})
         assert reply.status_code == 404 and "this server has 'base', 'lora', 'dora'" in reply.text
+
+
+def test_a_model_keeps_its_own_adapter_beside_those_that_requests_choose(processor, tmp_path, prompts):
+    """As a run leaves it on a quantised base, which cannot be merged."""
+    model = make_model("nf4")
+    for name in ("lora", "dora"):
+        save_adapter(tmp_path / name, model, name)
+    activate(model, "lora")
+    expected = answer(Engine(model), prompts, [None, "dora"])
+    remove(model, "dora"), remove(model, "few")
+    settle(model)
+    attach_all(model, [f"dora={tmp_path / 'dora'}"])
+    assert answer(Engine(model), prompts, [None, "dora"]) == expected and expected[None] != expected["dora"]
 
 
 def test_a_server_names_what_it_cannot_serve(processor, tmp_path):
