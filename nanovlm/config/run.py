@@ -221,8 +221,11 @@ class TrainConfig:
             part.validate()
         d, o = self.data, self.optim
         has_adapters = self.adapter.rank or self.init.adapter
-        for name, value in (("base", self.adapter.base), ("train", self.adapter.train)):
-            check(has_adapters or not value, f"adapter.{name} = {value!r} needs adapters: give adapter.rank, such as 8")
+        for name, value in vars(self.adapter).items():
+            check(
+                has_adapters or value == getattr(AdapterConfig, name),
+                f"adapter.{name} = {value!r} needs adapters: give adapter.rank, such as 8",
+            )
         check(
             not self.init.adapter or self.init.model,
             f"init.adapter = {self.init.adapter} belongs to a model: name it by init.model",

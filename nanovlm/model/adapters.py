@@ -49,6 +49,8 @@ def adapt(model: VLM, config: AdapterConfig, name: str = DEFAULT) -> VLM:
     """
     if not re.fullmatch(r"\w[\w-]*", name):
         raise UserError(f"an adapter cannot be called {name!r}: use letters, digits, _ and -")
+    if name in dir(nn.ModuleDict()):
+        raise UserError(f"an adapter cannot be called {name}, a word of torch's own: choose another name")
     shared = model.adapters or Adapters()
     if name in shared.configs or shared.merged:
         state = "merged: unmerge it first" if shared.merged else f"adapted already, by one called {name}"
@@ -104,7 +106,8 @@ def find_targets(model: VLM, config: AdapterConfig) -> list[tuple[str, str]]:
         if isinstance(module, MoE):
             found += [(path, stack) for stack in STACKS if pattern.search(f"{path}.{stack}")]
         elif own in ("lm_head", "router") or isinstance(module, nn.Embedding | nn.Conv2d):
-            unfit += [path] if pattern.search(own) else []  # named on purpose, not just among all of the decoder
+            others = f"{path.removesuffix(own)}other"  # named on purpose, not just among all of the decoder
+            unfit += [path] if pattern.search(path) and not pattern.search(others) else []
         elif isinstance(module, nn.Linear | QuantizedLinear) and pattern.search(path):
             found.append((path, ""))
     what = f"adapter.target = {config.target!r}"
@@ -123,6 +126,14 @@ def find_targets(model: VLM, config: AdapterConfig) -> list[tuple[str, str]]:
     quantized = next((path for path, _ in found if isinstance(model.get_submodule(path), QuantizedLinear)), None)
     if config.init == "pissa" and quantized:
         raise UserError(f"adapter.init = pissa changes the base, but {quantized} is quantised: choose another init")
+    for path, stack in found if config.init == "pissa" else ():
+        layer = model.get_submodule(path)
+        smaller = min((getattr(layer, stack) if stack else layer.weight).shape[-2:])  # pyright: ignore
+        if config.rank > smaller:
+            raise UserError(
+                f"adapter.init = pissa takes adapter.rank = {config.rank} singular values, and {path} has {smaller}: "
+                "lower the rank or choose another init"
+            )
     return found
 
 
@@ -236,6 +247,7 @@ def merge(model: VLM) -> VLM:
         cls = nn.Linear if isinstance(layer, AdaptedLinear) else MoE
         plain = as_class(layer, cls)
         del plain.adapters, plain.switch
+        vars(plain).pop("stacked", None)
         for name in ("weight",) if cls is nn.Linear else STACKS:
             weight = nn.Parameter(tensors[f"{path}.{name}"], requires_grad=getattr(layer, name).requires_grad)
             setattr(plain, name, weight)

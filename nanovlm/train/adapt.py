@@ -49,6 +49,12 @@ def take_adapter(config: TrainConfig) -> TrainConfig:
     if not config.init.adapter or config.adapter.rank:
         return config
     theirs = open_adapter(config.init.adapter, meta_model(config.model)).config
+    for field in FIXED:
+        ours, own = getattr(config.adapter, field), getattr(theirs, field)
+        if ours not in (getattr(AdapterConfig, field), own):
+            raise UserError(
+                f"adapter.{field} = {ours!r} cannot change the {own!r} of {config.init.adapter}: leave it out"
+            )
     adapter = dataclasses.replace(config.adapter, **{field: getattr(theirs, field) for field in FIXED})
     adapter = dataclasses.replace(adapter, train=adapter.train + theirs.train)
     return dataclasses.replace(config, adapter=adapter)
@@ -68,19 +74,37 @@ def open_first(config: TrainConfig) -> StoredAdapter:
 def build(config: TrainConfig) -> VLM:
     """Make the model of a run on the meta device. Raises UserError for an adapter that does not fit it."""
     model, adapter = meta_model(config.model), config.adapter
-    for pattern in adapter.train:
-        if not any(re.search(pattern, name) for name, _ in model.named_parameters()):
-            raise UserError(f"adapter.train has a pattern {pattern!r} that holds for no parameter")
     if adapter.base:
         quantize(model, QuantizationConfig(adapter.base), search=False)
     if adapter.rank:
         adapt(model, adapter).adapters.base = config.init.model
+        check_learning(model, config)
     if config.parallel.expert_ranks > 1 and any(isinstance(layer, AdaptedMoE) for _, layer in adapted_layers(model)):
         raise UserError(
             f"parallel.expert_ranks = {config.parallel.expert_ranks} must be 1 where experts have adapters: "
             "adapter.target can leave them out"
         )
     return model
+
+
+def check_learning(model: VLM, config: TrainConfig):
+    """Raise UserError where `train` names what cannot learn, or leaves out what begins with random values."""
+    patterns, names = config.adapter.train, [name for name, _ in model.named_parameters()]
+    quantized = [f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    targets = {id(getattr(layer, key, None)) for layer, key, _ in find_adapters(model, DEFAULT)}
+    adapted = [name for name, parameter in model.named_parameters() if id(parameter) in targets]
+    for pattern in patterns:
+        for what, found in (("codes, which do not learn", quantized), ("an adapter", adapted)):
+            if name := next((name for name in found if re.search(pattern, name)), None):
+                raise UserError(f"adapter.train has a pattern {pattern!r} that names {name}, which has {what}")
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"adapter.train has a pattern {pattern!r} that holds for no parameter")
+    init = config.init
+    drawn = () if init.model else ("projector.",) if init.vision else ("projector.", "vision.")
+    if name := next((name for name in names if name.startswith(drawn) and not learns(name, config.adapter)), None):
+        raise UserError(
+            f"{name} begins with random values and would keep them: add ^{name.split('.')[0]} to adapter.train"
+        )
 
 
 # --- first values ---------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def assign_rules(
 ) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    With adapters, all else is frozen but what `adapter.train` names; their magnitudes are always AdamW's.
+    With adapters, all else is frozen but what `adapter.train` names; their magnitudes are always AdamW's,
+    and do not decay.
 
     `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
     parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
@@ -33,7 +34,7 @@ def assign_rules(
         if rule is None:
             raise UserError(f"no rule of optim.rules matches the parameter {name}")
         if name.endswith(".magnitude"):  # of an adapter; for muon it is no matrix, even where experts' are stacked
-            rule = dataclasses.replace(rule, optimizer="adamw")
+            rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
         if rule.optimizer == "muon" and parameter.ndim < 2:
             raise UserError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
         frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]

@@ -444,6 +444,17 @@ def test_in_bf16_and_moved(batch):
     ("config", "name", "message"),
     [
         (AdapterConfig(rank=2, target="(q_proj|lm_head)"), "plain", "names decoder.lm_head, which cannot"),
+        (
+            AdapterConfig(rank=2, target=r"^decoder\..*(q_proj|lm_head)$"),
+            "plain",
+            "names decoder.lm_head, which cannot",
+        ),
+        (AdapterConfig(rank=128, init="pissa"), "plain", "rank = 128 singular values, and decoder.*q_proj has 32: low"),
+        (
+            AdapterConfig(rank=17, init="pissa", target="up_proj"),
+            "mixture",
+            "= 17 singular values, and decoder.* has 16: low",
+        ),
         (AdapterConfig(rank=2, target="embed_tokens"), "plain", "names decoder.embed_tokens, which cannot"),
         (AdapterConfig(rank=2, target="router"), "mixture", r"names decoder.layers.0.mlp.router, which cannot"),
         (AdapterConfig(rank=2, target="w1"), "plain", "'w1' is found in the name of no linear layer"),
@@ -471,6 +482,10 @@ def test_other_mistakes_are_named(batch):
     for run, message in (
         (lambda: adapt(model, KINDS["LoRA"]), "adapted already, by one called default"),
         (lambda: adapt(model, KINDS["LoRA"], "a.b"), "cannot be called 'a.b'"),
+        *(
+            (lambda word=word: adapt(model, KINDS["LoRA"], word), f"cannot be called {word}, a word of torch's own")
+            for word in ("type", "train", "keys", "training")
+        ),
         (lambda: activate(model, "german"), "there is no adapter german; there are default"),
         (lambda: load_adapter(model, {}), "is missing"),
         (lambda: load_adapter(model, adapter_tensors(model) | {"x": torch.zeros(1)}), "x is unknown"),
@@ -478,6 +493,7 @@ def test_other_mistakes_are_named(batch):
     ):
         with pytest.raises(UserError, match=message):
             run()
+    assert list(model.adapters.configs) == ["default"] and len(adapted_layers(model)) == 14
     wrong = {name: x[..., :1] for name, x in adapter_tensors(model).items()}
     with pytest.raises(UserError, match=r"has shape \[\d+, 1\], not"):
         load_adapter(model, wrong)

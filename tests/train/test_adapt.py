@@ -103,6 +103,10 @@ def test_a_run_of_parts_has_a_random_projector_beside_a_rounded_decoder(tmp_path
     """From an encoder and a language model of the hub, whose vocabulary grows; nothing is left uninitialised."""
     hub = make_hub(tmp_path)
     config = stage(1, hub, tmp_path, adapter=ADAPTERS["QLoRA"], optim=OptimConfig())
+    with pytest.raises(UserError, match=r"projector.proj.weight begins with random values .*: add \^projector to adap"):
+        adapt.build(config)
+    adapter = dataclasses.replace(config.adapter, train=("^projector",))
+    config = dataclasses.replace(config, adapter=adapter)
     _processor, fill = init.prepare(config, ())
     model = adapt.build(config)
     parallel.parallelize(model, config.parallel, torch.device("cpu"), "fp32", fill)
@@ -124,7 +128,7 @@ def test_values_depend_on_the_seed_alone(folder):
 def test_the_optimizers_have_what_learns_and_nothing_else(folder, kind):
     """Rules choose among the optimizers, but muon has no magnitudes."""
     adapter = AdapterConfig(rank=4, use_dora=True, train=("^projector",))
-    optim = OptimConfig(rules=(ParamRule("norm|embed|bias"), ParamRule("", optimizer="muon")))
+    optim = OptimConfig(rules=(ParamRule("norm|embed|bias"), ParamRule("", optimizer="muon", weight_decay=0.1)))
     model, _replica, config = begin(folder, adapter, kind, optim=optim)
     optimizers = make_optimizers(model, config.optim, "fp32", adapter)
     of = {
@@ -132,6 +136,10 @@ def test_the_optimizers_have_what_learns_and_nothing_else(folder, kind):
     }
     for name, p in model.named_parameters():
         expected = "adamw" if name.endswith("magnitude") else "muon"
+        decay = [
+            g["weight_decay"] for o in optimizers.values() for g in o.param_groups if any(p is x for x in g["params"])
+        ]
+        assert decay == ([0.0 if name.endswith("magnitude") else 0.1] if p in of else [])
         assert of.get(p) == (expected if is_adapter(name) or name.startswith("projector.") else None), name
         assert p.requires_grad == (p in of)
 
@@ -154,6 +162,8 @@ def test_pissa_takes_its_values_out_of_the_base(folder, processor):
         (dict(adapter=AdapterConfig(rank=-1)), "adapter.rank = -1 must be at least 0"),
         (dict(adapter=AdapterConfig(base="nf4")), "adapter.base = 'nf4' needs adapters: give adapter.rank"),
         (dict(adapter=AdapterConfig(train=("a",))), r"adapter.train = \('a',\) needs adapters"),
+        (dict(adapter=AdapterConfig(use_dora=True)), "adapter.use_dora = True needs adapters: give adapter.rank"),
+        (dict(adapter=AdapterConfig(target="q_proj")), "adapter.target = 'q_proj' needs adapters"),
         (dict(adapter=AdapterConfig(rank=4, dropout=1.0)), "adapter.dropout = 1.0 must be at least 0 and below 1"),
         (dict(adapter=AdapterConfig(rank=4, alpha=0.0)), "adapter.alpha = 0.0 must be positive"),
         (dict(adapter=AdapterConfig(rank=3, init="orthogonal")), "needs an even adapter.rank, not 3"),
@@ -172,6 +182,24 @@ def test_mistakes_in_a_config_are_named(config, message):
 def test_mistakes_that_the_model_shows_are_named(folder):
     for adapter, name, changes, message in (
         (AdapterConfig(rank=4, train=("^projektor",)), "plain", {}, "pattern '.projektor' that holds for no parameter"),
+        (
+            AdapterConfig(rank=4, base="nf4", train=(r"layers\.1\.mlp\.up",)),
+            "plain",
+            {},
+            "names decoder.layers.1.mlp.up_proj.weight, which has codes, which do not learn",
+        ),
+        (
+            AdapterConfig(rank=4, train=("up_proj",)),
+            "plain",
+            {},
+            "decoder.layers.0.mlp.up_proj.weight, which has an ad",
+        ),
+        (
+            AdapterConfig(rank=4, train=("up_proj",)),
+            "mixture",
+            {},
+            "up_proj' that names decoder.*, which has an adapter",
+        ),
         (AdapterConfig(rank=4, base="int8"), "stored in nf4", {}, "adapter.base = int8 rounds a model that is not"),
         (AdapterConfig(), "stored in nf4", {}, "must be None, as codes do not learn"),
         (ADAPTERS["LoRA"], "mixture", {"parallel": ParallelConfig(expert_ranks=2)}, "must be 1 where experts have"),
@@ -366,6 +394,10 @@ def test_a_run_goes_on_from_an_adapter(start, tmp_path):
         ),
         (dict(init=InitConfig(adapter=goes_on.adapter)), "belongs to a model: name it by init.model"),
         (dict(adapter=AdapterConfig(init="pissa")), "adapter.init = pissa changes the model"),
+        (
+            dict(adapter=AdapterConfig(alpha=64.0)),
+            r"adapter.alpha = 64.0 cannot change the 16.0 of .*adapter: leave it",
+        ),
         (dict(init=InitConfig(model=str(start), adapter=str(start))), "holds no adapter"),
     ):
         with pytest.raises(UserError, match=match):
