@@ -78,7 +78,13 @@ def alone(model: VLM, name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def choosing(model: VLM, names: Sequence[str | None], counts: Sequence[int]) -> Iterator[None]:
-    """Let the tokens of one row of a batch use these adapters: the first counts[0] tokens names[0], and so on."""
+    """Let the tokens of one row of a batch use these adapters: the first counts[0] tokens names[0], and so on.
+
+    The one that is active for all is used so too, where it can: DoRA's norms are then computed once.
+    """
+    active = names_used(model, None)
+    if len(active) == 1 and model.adapters.is_by_token:
+        names = [name or active[0] for name in names]
     if not any(names):
         yield
         return

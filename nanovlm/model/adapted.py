@@ -9,8 +9,8 @@ experts  the same W + s B A for each expert, made anew in each pass
 ```
 
 Each is a plain layer with adapters beside: the base's tensors keep their names in a state dict, and those of an adapter
-are LAYER.adapters.NAME.lora_A, .lora_B and .magnitude. The stacked experts of a mixture are parameters of one layer, so
-theirs are mlp.adapters.NAME.gate_proj.lora_A [E, r, in].
+are LAYER.adapters.NAME.lora_A, .lora_B and .magnitude, in fp32 also where the base is in bf16. The stacked experts of a
+mixture are parameters of one layer, so theirs are mlp.adapters.NAME.gate_proj.lora_A [E, r, in].
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +38,8 @@ class Adapters:
         # Those that every token uses.
         self.active: tuple[str, ...] = ()
         self.is_enabled = True
+        # Whether `index` is a fast way to use one: all are of linear layers that see tokens, and whole on this rank.
+        self.is_by_token = False
         # The name of the model that they were made for, if it is known.
         self.base = ""
         # int64[B, T], the adapter of each token in the place of `active`, -1 for none.
@@ -65,17 +67,24 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> s B A x [..., out]."""
-        return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        h = self.scale * F.linear(x, as_used(self.lora_A, x))
+        return F.linear(h, as_used(self.lora_B, h))
 
     def changed(self, weight: Tensor) -> Tensor:
         """W + s B A."""
         return weight + self.scale * (self.lora_B @ self.lora_A)
 
     def norms(self, weight: Tensor) -> Tensor:
-        """Return the norms of the rows of W + s B A, at least fp32, constants in the backward pass."""
+        """Return the norms of the rows of W + s B A, at least fp32, constants in the backward pass.
+
+        |W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, row by row, without a matrix as large as W.
+        """
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            norms = self.changed(widen(weight)).norm(dim=-1)
-            return norms.clamp(min=torch.finfo(norms.dtype).tiny)  # of a row of zeros
+            w, lora_A, lora_B = map(widen, (weight, self.lora_A, self.lora_B))
+            crossed = ((w @ lora_A.mT) * lora_B).sum(-1)
+            added = ((lora_B @ (lora_A @ lora_A.mT)) * lora_B).sum(-1)
+            squares = torch.linalg.vector_norm(w, dim=-1).square() + self.scale * (2 * crossed + self.scale * added)
+            return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()  # of a row of zeros
 
     def gain(self, weight: Tensor) -> Tensor | None:
         """DoRA's m / |W + s B A| [..., out], or None."""
@@ -90,6 +99,11 @@ class Adapter(nn.Module):
 def widen(x: Tensor) -> Tensor:
     """Return x in fp32, or in fp64 if it was."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_used(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a matrix of an adapter in the dtype of x; autocast, which keeps what it casts for the step, does that."""
+    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
 
 
 class Stacked(NamedTuple):
@@ -159,8 +173,8 @@ def of_stack(layer: AdaptedMoE, stack: str, names: Sequence[str]) -> list[Adapte
 def with_adapters(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """Return a weight as it is with the sum of some adapters."""
     if len(adapters) == 1:
-        return adapters[0].effective(weight)
-    return sum((adapter.effective(weight) - weight for adapter in adapters), weight)
+        return adapters[0].effective(weight).to(weight.dtype)
+    return sum((adapter.effective(weight) - weight for adapter in adapters), weight).to(weight.dtype)
 
 
 def add_adapters(layer: AdaptedLinear | AdaptedQuantizedLinear, product: Callable, x: Tensor) -> Tensor:
@@ -191,7 +205,7 @@ def add_for_tokens(layer: AdaptedLinear | AdaptedQuantizedLinear, x: Tensor, y: 
     """Add to y the change of each token's own adapter: one product with all A, masked, and one with all B."""
     index = index.reshape(x.shape[:-1])  # a mixture's shared expert sees tokens end to end
     is_made = layer.switch.is_stacked and not torch.is_grad_enabled()
-    found = layer.stacked if is_made else stack_layer(layer)
+    found = layer.stacked if is_made else stack_layer(layer, x.dtype)
     h = F.linear(x, found.lora_A) * (index[..., None] == found.owners)  # [B, T, R]
     change = F.linear(h, found.lora_B)
     if found.gains is None:
@@ -199,8 +213,8 @@ def add_for_tokens(layer: AdaptedLinear | AdaptedQuantizedLinear, x: Tensor, y: 
     return (y + turn(layer, y, change, found.gains[index])).to(y.dtype)
 
 
-def stack_layer(layer: AdaptedLinear | AdaptedQuantizedLinear) -> Stacked:
-    """Put the adapters of a layer together."""
+def stack_layer(layer: AdaptedLinear | AdaptedQuantizedLinear, dtype: torch.dtype) -> Stacked:
+    """Put the adapters of a layer together, the matrices in a dtype."""
     numbers = {number: name for number, name in enumerate(layer.switch.configs) if name in layer.adapters}
     adapters: list[Adapter] = [layer.adapters[name] for name in numbers.values()]  # pyright: ignore[reportAssignmentType]
     owners = [number for number, a in zip(numbers, adapters, strict=True) for _ in range(len(a.lora_A))]
@@ -212,7 +226,7 @@ def stack_layer(layer: AdaptedLinear | AdaptedQuantizedLinear) -> Stacked:
         gains = torch.stack([*kept, ones])
     lora_A = torch.cat([a.lora_A for a in adapters])
     lora_B = torch.cat([a.scale * a.lora_B for a in adapters], dim=1)
-    return Stacked(lora_A, lora_B, torch.tensor(owners, device=device), gains)
+    return Stacked(lora_A.to(dtype), lora_B.to(dtype), torch.tensor(owners, device=device), gains)
 
 
 def find_gain(layer: AdaptedLinear | AdaptedQuantizedLinear, adapter: Adapter) -> Tensor | None:
@@ -223,9 +237,9 @@ def find_gain(layer: AdaptedLinear | AdaptedQuantizedLinear, adapter: Adapter) -
 
 
 def turn(layer: AdaptedLinear | AdaptedQuantizedLinear, y: Tensor, change: Tensor, gain: Tensor) -> Tensor:
-    """Return DoRA's change of a base's output y: (gain - 1) W x + gain s B A x."""
+    """Return DoRA's change of a base's output y: gain (W x + s B A x) - W x, for which one tensor is kept."""
     y = y if layer.bias is None else y - layer.bias
-    return (gain - 1) * y + gain * change
+    return gain * (y + change) - y
 
 
 # What becomes of a layer that is adapted.

@@ -66,7 +66,9 @@ def adapt(model: VLM, config: AdapterConfig, name: str = DEFAULT) -> VLM:
         device = next(layer.buffers() if isinstance(layer, QuantizedLinear) else layer.parameters()).device
 
         def make(shape, device=device):
-            return Adapter(shape, config, model.decoder.embed_tokens.weight.dtype, device)
+            return Adapter(
+                shape, config, torch.promote_types(model.decoder.embed_tokens.weight.dtype, torch.float32), device
+            )
 
         if isinstance(layer, AdaptedMoE):
             if name not in layer.adapters:
@@ -78,6 +80,7 @@ def adapt(model: VLM, config: AdapterConfig, name: str = DEFAULT) -> VLM:
     shared.active = (name,)
     shared.num_made += 1
     shared.numbers[name], shared.is_stacked = shared.num_made, False
+    shared.is_by_token = is_by_token(model)
     return model
 
 
@@ -94,8 +97,14 @@ def remove(model: VLM, name: str):
             vars(plain).pop("stacked", None)
             replace(model, path, plain)
     del shared.configs[name], shared.numbers[name]
-    shared.is_stacked = False
+    shared.is_stacked, shared.is_by_token = False, is_by_token(model)
     shared.active = tuple(other for other in shared.active if other != name)
+
+
+def is_by_token(model: VLM) -> bool:
+    """Return whether tokens can use adapters of their own at no more than the price of one for all."""
+    layers = adapted_layers(model)
+    return all(path.startswith("decoder.") and not isinstance(layer, AdaptedMoE) for path, layer in layers)
 
 
 def find_targets(model: VLM, config: AdapterConfig) -> list[tuple[str, str]]:
@@ -194,7 +203,7 @@ def stack_adapters(model: VLM):
     """Compute once what `for_tokens` needs of the adapters alone, for inference: they must not learn meanwhile."""
     for _, layer in adapted_layers(model):
         if not isinstance(layer, AdaptedMoE):
-            layer.stacked = stack_layer(layer)  # pyright: ignore
+            layer.stacked = stack_layer(layer, model.decoder.embed_tokens.weight.dtype)  # pyright: ignore
     model.adapters.is_stacked = True
 
 

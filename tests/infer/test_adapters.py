@@ -16,6 +16,7 @@ from nanovlm.infer.draft_model import DraftModel
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
 from nanovlm.infer.speculate import PromptLookup
+from nanovlm.model.adapted import Adapter
 from nanovlm.model.adapters import activate, adapt, adapter_tensors, merge, remove
 from nanovlm.model.inference import prepare
 from nanovlm.model.quantized import quantize
@@ -145,6 +146,20 @@ def test_what_is_active_answers_where_no_name_is_given(processor, prompts):
     assert both == [written_out(model, processor, prompt, 8)[0] for prompt in prompts] != expected["lora"]
     with pytest.raises(UserError, match="cannot choose adapter dora while lora and few are active together"):
         engine.submit(Request(prompts[0], GREEDY, adapter="dora"))
+
+
+def test_the_norms_of_what_is_active_are_computed_once(processor, prompts, monkeypatch):
+    """By an engine, not for every token, and anew by the next engine, as adapters may have learned."""
+    model, norms, computed = make_model(), Adapter.norms, []
+    activate(model, "dora")
+    monkeypatch.setattr(Adapter, "norms", lambda *args: computed.append(args[0]) or norms(*args))
+    first = answer(Engine(model), prompts, [None])
+    assert len(computed) == len(set(computed)) == 14
+    with torch.no_grad():
+        for x in adapter_tensors(model, "dora").values():
+            x.copy_(x.flip(0))
+    second = answer(Engine(model), prompts, [None])[None]
+    assert second == [written_out(model, processor, prompt, 8)[0] for prompt in prompts] != first[None]
 
 
 def test_pictures_of_an_adapted_encoder_are_its_own(processor, prompts):

@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanovlm
 from nanovlm.config import AdapterConfig, DecoderConfig, MoEConfig, QuantizationConfig, VLMConfig
 from nanovlm.data.types import Batch
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
-from nanovlm.model.adapted import ADAPTED, Adapter
+from nanovlm.kernels.quantized_weight import dequantize_ref
+from nanovlm.model.adapted import ADAPTED, AdaptedLinear, Adapter, Adapters
 from nanovlm.model.adapters import (
     activate,
     adapt,
@@ -25,6 +28,7 @@ from nanovlm.model.adapters import (
     load_adapter,
     merge,
     merged_tensors,
+    stack_adapters,
     unmerge,
 )
 from nanovlm.model.build import meta_model
@@ -234,16 +238,24 @@ def test_gradients_are_those_of_finite_differences(kind):
 
 @pytest.mark.parametrize("format", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_quantised_product_keeps_no_weight(format, autocast):
+def test_a_quantised_product_keeps_no_weight(monkeypatch, format, autocast):
     """Of the weight of 96 x 64 nothing that is as large is kept for the backward pass; its gradients are exact."""
     layer = QuantizedLinear(nn.Linear(64, 96), QuantizationConfig(format))
     plain = nn.Linear(64, 96)
     plain.load_state_dict({"weight": layer.dequantize(), "bias": layer.bias.detach()})
     x = torch.randn(2, 5, 64, requires_grad=True)
-    kept = []
+    kept, written = [], []
+
+    def write(w):
+        dense = dequantize_ref(w)
+        written.append(weakref.ref(dense))
+        return dense
+
+    monkeypatch.setattr("nanovlm.kernels.quantized_weight.dequantize_ref", write)  # in the forward pass
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = layer(x)
+    assert len(written) == 1 and written[0]() is None
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = plain(z := x.detach().clone().requires_grad_())
     assert torch.equal(y, expected) and max(kept, default=0) < 64 * 96
@@ -251,6 +263,47 @@ def test_a_quantised_product_keeps_no_weight(format, autocast):
         out.float().square().sum().backward()
     assert torch.equal(x.grad, z.grad) and x.grad.dtype == torch.float32
     assert_near(layer.bias.grad, plain.bias.grad, 1e-2 if autocast else 1e-6)
+
+
+class Outputs(TorchDispatchMode):
+    """Notes how large results are, and where they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.sizes |= {(out.numel(), out.data_ptr())} if isinstance(out, torch.Tensor) else set()
+        return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_keeps_one_result_and_makes_no_other_weight(bias):
+    """One tensor as large as the output is kept for the backward pass, and none as large as the weight is made."""
+    layer = AdaptedLinear(64, 96, bias=bias).requires_grad_(False)
+    layer.switch, layer.adapters = Adapters(), nn.ModuleDict()
+    layer.switch.active = ("own",)
+    layer.adapters["own"] = adapter = Adapter((96, 64), KINDS["DoRA"], torch.float32, "cpu")
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Outputs() as made:
+        layer(torch.randn(2, 5, 64, requires_grad=True))
+    assert len({x.data_ptr() for x in kept if x.numel() == 2 * 5 * 96}) == 1
+    assert {where for size, where in made.sizes if size == 64 * 96} == {layer.weight.data_ptr()}
+
+
+def test_adapters_of_a_model_in_bf16_are_not_rounded(batch):
+    """Merged, they are rounded once, as weights."""
+    model = learned(random_model().to(torch.bfloat16), KINDS["DoRA"])
+    wide = learned(random_model(), KINDS["DoRA"])
+    wide.load_state_dict({key: x.float() for key, x in model.state_dict().items()})
+    assert {x.dtype for x in adapter_tensors(model).values()} == {torch.float32}
+    assert_near(logits(model, batch).float(), logits(wide, batch), 0.05)
+    expected = merged_tensors(wide)
+    for key, x in merge(model).state_dict().items():
+        assert torch.equal(x, expected[key].bfloat16()), key
 
 
 # --- on, off, merged, for each token -----------------------------------------------------------------------------
@@ -294,8 +347,10 @@ def test_merged_it_is_plain_and_computes_the_same_and_comes_back_to_the_bit(batc
     base = copy.deepcopy(model.state_dict())
     found, state = logits(learned(model, KINDS[kind]), batch), copy.deepcopy(model.state_dict())
     assert state.keys() > base.keys() and all(torch.equal(x, state[key]) for key, x in base.items())
+    stack_adapters(model)
     merge(merge(model))
     assert_near(logits(model, batch), found)
+    assert not any("stacked" in vars(module) for module in model.modules())
     assert model.state_dict().keys() == base.keys() and not adapted_layers(model)
     assert not any(type(module) in ADAPTED.values() for module in model.modules())
     prepare(model)
