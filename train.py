@@ -158,6 +158,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     assign_rules(model, config.optim, config.adapter)
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     optimizers = make_optimizers(model, config.optim, precision, config.adapter, objective.state)
+    adapt.part_ranks(config)
     state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
     feed = Rollouts(state, processor, config) if objective.learns_from == "own" else loader
     distributed.wait()  # until all have seen whether the run is new
@@ -273,7 +274,11 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}", end="")
-    print(f", and needs the adapter in {run_dir / 'adapter'}" if model.adapters else "")
+    if model.adapters:
+        print(f", and needs the adapter in {run_dir / 'adapter'}: name that, and the model is read too", end="")
+    elif config.adapter.init == "pissa":
+        print(", merged: adapters of pissa fit no other model, so none is written", end="")
+    print()
     if "best" in results:
         print(
             "that of step {step}, the best by {metric}, is in {folder}".format(

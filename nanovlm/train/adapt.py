@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nanovlm import distributed
 from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig, differences
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
 from nanovlm.hub.adapters import StoredAdapter, attach, open_adapter, save_adapter
 from nanovlm.hub.model_folder import load_folder, save_model
-from nanovlm.model.adapted import AdaptedMoE, Adapter
+from nanovlm.model.adapted import AdaptedMoE, Adapter, widen
 from nanovlm.model.adapters import (
     DEFAULT,
     adapt,
@@ -36,6 +37,7 @@ from nanovlm.model.build import meta_model
 from nanovlm.model.quantized import TENSORS, QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, places, writable
+from nanovlm.train.resume import read_config, steps_taken
 
 # What the files of an adapter say about it, and a run that goes on from it cannot change.
 FIXED = ("rank", "alpha", "use_rslora", "use_dora", "target")
@@ -44,11 +46,17 @@ FIXED = ("rank", "alpha", "use_rslora", "use_dora", "target")
 def take_adapter(config: TrainConfig) -> TrainConfig:
     """Return the config with what the files of its init.adapter say in its adapter, unless it says so already.
 
-    What learned beside that adapter is part of it, and learns on.
+    What learned beside that adapter is part of it, and learns on. A run that took steps is asked instead of the files,
+    which may be gone by now.
     """
     if not config.init.adapter or config.adapter.rank:
         return config
-    theirs = open_adapter(config.init.adapter, meta_model(config.model)).config
+    run_dir = Path(config.run_dir)
+    saved = read_config(run_dir) if (run_dir / "config.json").is_file() and steps_taken(run_dir) else None
+    if saved and saved.init.adapter == config.init.adapter:
+        theirs = dataclasses.replace(saved.adapter, train=saved.adapter.train[len(config.adapter.train) :])
+    else:
+        theirs = open_adapter(config.init.adapter, meta_model(config.model)).config
     for field in FIXED:
         ours, own = getattr(config.adapter, field), getattr(theirs, field)
         if ours not in (getattr(AdapterConfig, field), own):
@@ -163,13 +171,19 @@ def draw_adapter(model: VLM, name: str = DEFAULT):
         fresh = Adapter(shape, config, adapter.lora_A.dtype, "cpu")
         is_needed = config.use_dora or config.init == "pissa"
         base = whole_base(layer, weight_name).to("cpu") if is_needed else torch.empty(0)
-        rest = INITS[config.init](fresh, base)
+        rest = INITS[config.init](fresh, base).to(base.dtype)
         if rest is not base:
             writable(getattr(layer, weight_name)).copy_(rest)
         if fresh.magnitude is not None:
             fresh.magnitude.copy_(fresh.norms(rest))
         for place, values in zip(adapter.parameters(), fresh.parameters(), strict=True):
             writable(place).copy_(values)
+
+
+def part_ranks(config: TrainConfig):
+    """Let dropout have other masks on each rank from now on; without it nothing changes."""
+    if config.adapter.dropout and distributed.rank():
+        torch.manual_seed((config.seed + 0x9E3779B1 * distributed.rank()) % 2**63)  # a CPU's generator reads 32 bits
 
 
 def whole_base(layer: torch.nn.Module, name: str) -> Tensor:
@@ -230,6 +244,9 @@ def save(run_dir: Path, suffix: str, model: VLM, processor: Processor, tensors: 
     if model.adapters is None:
         return save_model(run_dir / f"model{suffix}", model, processor, tensors)
     config = model.adapters.configs[DEFAULT]
+    tensors = {name: widen(x) if x.dtype == torch.bfloat16 else x for name, x in tensors.items()}  # as all runs do
+    if config.base:  # not the model that the run rounded
+        model.adapters.base = str((run_dir / f"model{suffix}").resolve())
     if config.init != "pissa":
         save_adapter(run_dir / f"adapter{suffix}", model, DEFAULT, tensors)
     if model.config.quantization is None:

@@ -61,6 +61,8 @@ def parallelize(
     # Ranks that exchange gradients must use the same parameters, and with a frozen decoder a batch without images would
     # have nothing to differentiate.
     model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
+    if precision == "bf16" and model.adapters is not None:
+        narrow(model)
     is_sharded = num_ranks() > 1 and config.strategy == "fsdp"
     if is_sharded:
         shard(model, blocks, experts, shard_ranks, config.reshard_after_forward, device, precision)
@@ -73,10 +75,22 @@ def parallelize(
     names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     replica = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    order_buckets(replica)
+    order_buckets(replica, precision)
     # The DDP optimizer splits compiled graphs at bucket ends; torch 2.11 cannot split graphs with checkpointing.
     torch._dynamo.config.optimize_ddp = False
     return replica  # pyright: ignore[reportReturnType]
+
+
+def narrow(model: VLM):
+    """Hold frozen matrices in bf16, as a bf16 run multiplies them: autocast keeps only casts of what learns.
+
+    Embeddings, with which the residual stream begins, vectors, and what is computed in fp32 stay as they are.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | MoE) and not path.endswith(("router", "score")):
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1 and not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
 
 
 def shard(
@@ -88,7 +102,12 @@ def shard(
     device: torch.device,
     precision: str,
 ):
-    """Shard every weight except `experts` over the ranks; a block is gathered when it is needed."""
+    """Shard every weight except `experts` over the ranks; a block is gathered when it is needed.
+
+    DoRA's magnitudes, which a gathered copy in bf16 would round, stay whole on every rank (`finish_gradients`).
+    """
+    if model.adapters is not None:
+        model.adapters.is_by_token = False
     shape, names = (num_ranks() // shard_ranks, shard_ranks), ("replicas", "shards")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if precision == "bf16" else None
@@ -98,7 +117,7 @@ def shard(
         reshard_after_forward=reshard_after_forward,
         # Autocast casts inputs as needed; FSDP would also round the cosines and sines of RoPE.
         mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        ignored_params=experts,
+        ignored_params=experts | set(find_magnitudes(model)),
     )
     for block in blocks:
         part(block)
@@ -118,7 +137,7 @@ class Replica(DistributedDataParallel):
             return getattr(self.module, name)
 
 
-def order_buckets(replica: Replica):
+def order_buckets(replica: Replica, precision: str):
     """Run the model once, after which DDP puts its buckets into their final order.
 
     Sums over more than two ranks depend on that order, and a resumed run must sum as an uninterrupted one does.
@@ -127,7 +146,8 @@ def order_buckets(replica: Replica):
     zeros = torch.zeros(1, 2, dtype=torch.int64, device=device)
     size = model.config.tile_size
     tiles = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=device)
-    with torch.compiler.set_stance("force_eager"):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.compiler.set_stance("force_eager"), autocast:
         hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, tiles, zeros[0, :0].int()))
         heads = [model.decoder.head_weight] + ([model.score.weight] if model.config.has_score_head else [])
         (hidden.sum() + sum(weight.sum() for weight in heads)).backward()
@@ -244,6 +264,11 @@ def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn
     return experts
 
 
+def find_magnitudes(model: nn.Module) -> list[nn.Parameter]:
+    """Return DoRA's magnitudes."""
+    return [parameter for name, parameter in model.named_parameters() if name.endswith(".magnitude")]
+
+
 # --- gradients -----------------------------------------------------------------------------------------------
 
 
@@ -253,10 +278,15 @@ def finish_gradients(model: VLM, beside: list[nn.Parameter]):
 
     So are those of parameters `beside` the model, which all ranks have and each has used.
     """
-    for parameter in beside if num_ranks() > 1 else ():
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= num_ranks()
+    if isinstance(model, FSDPModule):
+        beside = beside + [magnitude for magnitude in find_magnitudes(model) if magnitude.requires_grad]
+    grads = [parameter.grad for parameter in beside if parameter.grad is not None]
+    assert len(grads) == len(beside)
+    if grads and num_ranks() > 1:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / num_ranks()).split([len(grad.flatten()) for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
     for module in model.modules():
         if isinstance(module, MoE) and isinstance(module.run_experts, SharedExperts):
             for parameter in (module.gate_proj, module.up_proj, module.down_proj):

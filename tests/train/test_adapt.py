@@ -11,6 +11,7 @@ import torch
 from functorch.compile import make_boxed_func
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanovlm
 import train
@@ -49,6 +50,23 @@ ADAPTERS = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+PROJECTIONS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+class Casts(TorchDispatchMode):
+    """Notes the shapes of matrices that are cast to bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            if isinstance(args[0], torch.nn.Parameter):
+                self.shapes.add(args[0].shape)
+        return func(*args, **kwargs or {})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, processor):
     """Models that have learned, plain, a mixture and quantised, and the model that runs of SMALL's size start from."""
@@ -61,7 +79,7 @@ def folder(tmp_path_factory, processor):
     return folder
 
 
-def begin(folder, adapter, name="plain", **changes):
+def begin(folder, adapter, name="plain", precision="fp32", **changes):
     """Return the filled model of a new run, what training calls of it, and the run's config."""
     theirs = nanovlm.load(folder / name)[0].config
     config = TrainConfig(model=theirs, init=InitConfig(model=str(folder / name)), adapter=adapter, **changes).validate()
@@ -69,7 +87,7 @@ def begin(folder, adapter, name="plain", **changes):
     _processor, fill = init.prepare(config, ())
     model = adapt.build(config)
     assign_rules(model, config.optim, adapter)
-    return model, parallel.parallelize(model, config.parallel, torch.device("cpu"), "fp32", fill), config
+    return model, parallel.parallelize(model, config.parallel, torch.device("cpu"), precision, fill), config
 
 
 # --- what a run starts from ------------------------------------------------------------------------------------
@@ -208,6 +226,46 @@ def test_mistakes_that_the_model_shows_are_named(folder):
             begin(folder, adapter, name, **changes)
 
 
+def test_a_run_in_bf16_holds_frozen_matrices_in_it(folder, processor):
+    """As it multiplies them, so gradients are the same to the bit; and nothing but adapters is cast in a step."""
+    adapter, batch = (
+        AdapterConfig(rank=4, train=("^projector",)),
+        make_batch([make_document(processor, 0, ("what?", "a"))]),
+    )
+    wide, narrow = (begin(folder, adapter, precision=precision)[0] for precision in ("fp32", "bf16"))
+    names = {name for name, p in narrow.named_parameters() if p.dtype == torch.bfloat16}
+    frozen = {f"decoder.layers.{i}.{name}.weight" for i in range(2) for name in PROJECTIONS}
+    assert frozen < names and not any("norm" in n or "embed" in n or "bias" in n or is_adapter(n) for n in names)
+    expected = gradients(wide, batch, "bf16")
+    with Casts() as casts:
+        found = gradients(narrow, batch, "bf16")
+    assert found.keys() == expected.keys() and all(torch.equal(x, found[key]) for key, x in expected.items())
+    assert not casts.shapes & {p.shape for name, p in narrow.named_parameters() if name in frozen}
+
+
+def test_what_a_run_in_bf16_leaves_is_in_fp32(folder, processor, tmp_path):
+    model = begin(folder, AdapterConfig(rank=4, init="orthogonal"), precision="bf16")[0]
+    adapt.save(tmp_path, "", model, processor, model.state_dict())
+    saved = nanovlm.load(tmp_path / "model")[0].state_dict()
+    key = "decoder.layers.0.mlp.up_proj"
+    own = model.get_submodule(key)
+    changed = own.adapters["default"].effective(own.weight.float())
+    assert torch.allclose(saved[f"{key}.weight"], changed, rtol=0, atol=1e-6)
+    assert {x.dtype for x in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_ranks_drop_other_inputs(monkeypatch, dropout):
+    config, drawn = dataclasses.replace(SMALL, adapter=AdapterConfig(rank=2, dropout=dropout)), []
+    for rank in (0, 1, 2):
+        torch.manual_seed(config.seed)
+        monkeypatch.setattr("nanovlm.distributed.rank", lambda rank=rank: rank)
+        adapt.part_ranks(config)
+        drawn.append(float(torch.rand(())))
+    torch.manual_seed(config.seed)
+    assert drawn[0] == float(torch.rand(())) and len(set(drawn)) == (3 if dropout else 1)
+
+
 # --- a step ------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +370,9 @@ def test_a_run_learns_and_leaves_a_model(start, tmp_path, capsys, name):
         plain = quantize(nanovlm.load(start)[0], QuantizationConfig("nf4"), search=False).state_dict()
         assert plain.keys() == after.keys() and all(torch.equal(x, after[key]) for key, x in plain.items())
         assert "needs the adapter in" in out and len(adapted_layers(model)) == 7
+        named = nanovlm.load(tmp_path / "adapter")[0].state_dict()  # with the model that the run rounded
+        assert named.keys() == model.state_dict().keys()
+        assert all(torch.equal(x, named[key]) for key, x in model.state_dict().items())
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
@@ -386,6 +447,11 @@ def test_a_run_goes_on_from_an_adapter(start, tmp_path):
     assert sum(losses[1]) < sum(losses[0])
     saved = json.loads((tmp_path / "second" / "config.json").read_text())
     assert saved["adapter"]["rank"] == 4 and saved["init"]["adapter"] == goes_on.adapter
+    gone = tmp_path / "first" / "adapter"
+    (tmp_path / "second" / "eval.json").unlink()
+    gone.rename(tmp_path / "elsewhere")
+    train.main(config)  # goes on after its last step
+    (tmp_path / "elsewhere").rename(gone)
     for changes, match in (
         (dict(adapter=AdapterConfig(rank=8)), r"cannot go on from .*adapter: adapter.rank: 4 against 8; .*use_dora"),
         (
