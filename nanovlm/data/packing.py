@@ -169,6 +169,10 @@ def make_row(documents: list[Document], row_length: int, pad_token_id: int) -> R
     def join(pieces, fill):
         return torch.cat([*pieces, pieces[0].new_full((padding, *pieces[0].shape[1:]), fill)])
 
+    for name in documents[0].values:
+        if len(widths := {d.values[name].shape[1:].numel() for d in documents}) > 1:  # read by different workers
+            found = " and ".join(map(str, sorted(widths)))
+            raise UserError(f"records bring {name} of {found} numbers a token: all records of a run need equally many")
     return Row(
         input_ids=join([d.input_ids for d in documents], pad_token_id),
         labels=join([d.labels for d in documents], IGNORE),

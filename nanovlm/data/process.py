@@ -19,19 +19,32 @@ def make_process(processor: Processor, config: DataConfig, learns_from: str = "a
     """Return the function that turns raw records into documents; it raises UserError, or Filtered by ratings.
 
     `learns_from` is that of an objective: for pairs a document has two branches, a chosen and a rejected answer (else a
-    record of both gives the chosen); for teacher it has what its record has of one (data/build/top_k.py).
+    record of both gives the chosen); for teacher it has what its record has of one (data/build/top_k.py); for own each
+    has a question.
     """
     options = options_of(config)
+    if learns_from == "pairs" and config.train_on == "all":
+        raise UserError("data.train_on = all must be answers: the objective compares answers, not their prompts")
+    if learns_from == "teacher" and config.too_long == "shrink":
+        raise UserError("data.too_long = shrink must be skip: the records' teacher saw all tiles of the images")
+    known_k: list[int] = []  # of the first record, as tokens of a row need equally many
 
     def process(raw: dict) -> Document:
         sample = to_sample(raw, **options)
+        if learns_from == "own" and sample.messages[0]["role"] == "text":
+            raise UserError("the record is text, which asks no question that the model could answer")
 
         def make(processor: Processor) -> Document:
             return processor.pair(sample) if learns_from == "pairs" else processor.document(sample, config.train_on)
 
         document = make(processor)
         if learns_from == "teacher":
-            return add_teacher(document, raw.get("teacher"))
+            document = add_teacher(document, raw.get("teacher"), processor.config.decoder.vocab_size)
+            k = document.values["top_ids"].shape[1]
+            known_k[:] = known_k or [k]
+            if k != known_k[0]:
+                raise UserError(f"the teacher of the record gives {k} tokens a place, and that of others {known_k[0]}")
+            return document
         if config.too_long == "shrink" and sample.images and why_too_long(document, config):
             return shrink(sample, processor, config, make) or document
         return document
@@ -39,7 +52,7 @@ def make_process(processor: Processor, config: DataConfig, learns_from: str = "a
     return process
 
 
-def add_teacher(document: Document, teacher) -> Document:
+def add_teacher(document: Document, teacher, vocab_size: int) -> Document:
     """Put a teacher's likeliest tokens, top_ids and top_logprobs fp32[L, K], beside the labels that they are about."""
     names = "tokens", "ids", "logprobs"
     if not isinstance(teacher, dict) or set(names) - teacher.keys():
@@ -54,13 +67,16 @@ def add_teacher(document: Document, teacher) -> Document:
             f"the teacher of the record is about {tokens.numel()} other tokens than the {int(is_trained.sum())} that "
             "are trained: it had another tokenizer, chat template or data.train_on"
         )
-    if (
-        ids.ndim != 2
-        or ids.shape != logprobs.shape
-        or len(ids) != len(tokens)
-        or bool(((ids < 0) | (logprobs > 0)).any())
-    ):
-        raise UserError("the ids and logprobs of the record's teacher must be as many for each token, all likely")
+    if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != len(tokens) or not ids.shape[1]:
+        raise UserError("the ids and logprobs of the record's teacher must be as many for each token, and at least one")
+    if not ((ids >= 0) & (ids < vocab_size) & (ids == ids.floor())).all():
+        raise UserError(f"an id of the record's teacher is no token of the model, which has {vocab_size}")
+    if (ids.sort(dim=1).values.diff(dim=1) == 0).any():
+        raise UserError("the record's teacher gives a token twice in one place")
+    if not (logprobs.isfinite() & (logprobs <= 0)).all() or (logprobs.exp().sum(1) > 1 + 1e-3).any():
+        raise UserError(
+            "the logprobs of the record's teacher are not those of a distribution: their exp must sum to <= 1"
+        )
     for name, values in (("top_ids", ids), ("top_logprobs", logprobs)):
         document.values[name] = torch.zeros(len(document), ids.shape[1])
         document.values[name][is_trained] = values

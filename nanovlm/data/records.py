@@ -97,6 +97,11 @@ def choices(
     return _read(raw, min_ratings, layout, fields)[1].options
 
 
+def is_pair(raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None) -> bool:
+    """Tell whether a record has an answer that is worse than its last message."""
+    return _read(raw, min_ratings, layout, fields)[1].rejected is not None
+
+
 def turns_of_texts(
     raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
 ) -> list[dict]:

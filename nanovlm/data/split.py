@@ -3,7 +3,8 @@
 A picture is held out, by its bytes alone (one that comes decoded: by its pixels), with probability `data.val_fraction`,
 and a record is held out if one of its pictures is. So no training record shows a held-out picture, whatever is asked
 about it and in whatever place. A held-out record has at least one such picture; where it has several, others of them
-may be trained on elsewhere, and n of them hold it out with probability 1 - (1 - val_fraction) ** n.
+may be trained on elsewhere, and n of them hold it out with probability 1 - (1 - val_fraction) ** n. Where a pair of
+answers has no pictures, its prompt alone decides, as there may be several pairs of one prompt.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import json
 from collections.abc import Sized
 
 from nanovlm.data.mixture import parts_of
-from nanovlm.data.records import check, content_parts
+from nanovlm.data.records import check, content_parts, is_pair
 from nanovlm.data.source import Source
 from nanovlm.data.sources import sample_records
 
@@ -33,6 +34,7 @@ def digests(raw: dict, options: dict | None = None) -> tuple[list[bytes], list[b
     all_turns = {name: value for name, value in (options or {}).items() if name != "min_ratings"}
     try:
         images, messages, _independent = check(raw, **all_turns)
+        messages = messages[:-1] if is_pair(raw, **all_turns) else messages
         said = [(m["role"], "".join(part.get("text", "") for part in content_parts(m["content"]))) for m in messages]
         pictures = [_hash(image if isinstance(image, bytes) else image.tobytes()) for image in images]
         return pictures, [_hash(json.dumps(said).encode())]

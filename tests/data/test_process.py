@@ -13,6 +13,7 @@ from nanovlm.config import DataConfig, EvalConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import TILING, marker_tokens
 from nanovlm.data.loader import Loader
+from nanovlm.data.packing import make_row
 from nanovlm.data.process import make_process, smaller
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
@@ -118,3 +119,37 @@ def test_a_run_says_what_took_fewer_tiles(tmp_path, capsys):
     assert said in run("shrunk", too_long="shrink")
     with pytest.raises(ValueError, match=r"^10 of 20 .* allows \(10 too long\): .*; and others\. For what is too"):
         run("skipped")
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns_from", "message"),
+    [
+        ({"train_on": "all"}, "pairs", r"data\.train_on = all must be answers: the objective compares answers"),
+        (
+            {"too_long": "shrink"},
+            "teacher",
+            r"data\.too_long = shrink must be skip: the records' teacher saw",
+        ),
+    ],
+)
+def test_what_an_objective_cannot_learn_from_is_told_before_a_record_is_read(settings, learns_from, message):
+    processor = make_processor(TilingConfig())
+    assert make_process(processor, DataConfig(), learns_from)
+    with pytest.raises(ValueError, match=message):
+        make_process(processor, DataConfig(**settings), learns_from)
+
+
+def test_text_asks_the_model_nothing():
+    processor = make_processor(TilingConfig())
+    assert len(make_process(processor, DataConfig())({"text": "once upon a time"}))
+    with pytest.raises(ValueError, match="the record is text, which asks no question"):
+        make_process(processor, DataConfig(), "own")({"text": "once upon a time"})
+
+
+def test_rows_have_values_of_one_width():
+    process = make_process(make_processor(TilingConfig()), DataConfig())
+    documents = [process({"question": "a", "answer": "b"}) for _ in range(2)]
+    for width, document in enumerate(documents, start=4):
+        document.values["top_ids"] = torch.zeros(len(document), width)
+    with pytest.raises(ValueError, match="records bring top_ids of 4 and 5 numbers a token"):
+        make_row(documents, 256, 0)

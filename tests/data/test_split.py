@@ -83,6 +83,14 @@ def test_without_pictures_the_text_decides_in_either_of_its_forms():
     assert 15 < sum(is_validation({"texts": [turn]}, 0.5) for turn in turns) < 45
 
 
+def test_pairs_of_one_prompt_are_on_one_side():
+    def pairs_of(i):
+        return [{"prompt": f"what is {i}?", "chosen": f"it is {k}", "rejected": f"it was {k}"} for k in range(4)]
+
+    sides = [{is_validation(pair, 0.5) for pair in pairs_of(i)} for i in range(60)]
+    assert all(len(of_prompt) == 1 for of_prompt in sides) and 15 < sum(True in of_prompt for of_prompt in sides) < 45
+
+
 def test_a_picture_is_the_same_beside_a_conversation_and_in_it_and_whatever_is_asked():
     answer = {"role": "assistant", "content": "this"}
     for i in range(40):

@@ -56,7 +56,7 @@ def answer(model: VLM, processor: Processor, records: list[Found], config: Answe
             i, place = asked[done.request]
             text = processor.decode(done.ids).strip()
             if done.end.reason != "stop" or not text:
-                why = done.end.message or "it is longer than sampling.max_new_tokens" if text else "it is empty"
+                why = done.end.message or ("it is longer than sampling.max_new_tokens" if text else "it is empty")
                 failed[i] = Unusable(f"the answer to question {turn + 1} is left out: {why}")
             talks[i][place]["content"] = text
     for i, found in enumerate(records):
