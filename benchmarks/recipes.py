@@ -193,12 +193,12 @@ def make_student(place: Place, way: str) -> TrainConfig:
         vision=replace(model.vision, hidden_size=96, intermediate_size=384),
         decoder=replace(model.decoder, hidden_size=48, intermediate_size=128, head_dim=16),
     )
-    losses = {"alone": ("next_token=1",), "taught": ("forward_kl=1", "next_token=1")}[way]
+    is_taught = way == "taught"
     return place.config(
         f"student_{way}",
         model=small,
-        objective="next_token" if way == "alone" else "distill",
-        distill=DistillConfig(teacher="" if way == "alone" else place.model("base"), losses=losses),
+        objective="distill" if is_taught else "next_token",
+        distill=DistillConfig(place.model("base"), ("forward_kl=1", "next_token=1")) if is_taught else DistillConfig(),
     )
 
 

@@ -10,6 +10,7 @@ from nanovlm.config import TilingConfig, TrainConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
+from nanovlm.objectives import OBJECTIVES
 from tests.conftest import TINY, make_document
 
 
@@ -50,11 +51,41 @@ def test_numbers_beyond_any_model_are_refused(changes, sentence):
             {"optim": {"rules": [{"pattern": "", "lr_scale": float("nan")}]}},
             "optim.rules.lr_scale = nan must be a finite",
         ),
+        (
+            {"objective": "reward", "model": {"has_score_head": True}, "preference": {"beta": 0.5}},
+            "preference.beta is given, but objective = reward does not read it: it is one of objective = preference or "
+            "online_preference",
+        ),
+        ({"group": {"num_generations": 2}}, "group.num_generations is given, but objective = next_token does not read"),
+        ({"objective": "group", "ppo": {"lam": 0.5}}, "ppo.lam is given, but .* it is one of objective = ppo$"),
+        (
+            {"objective": "preference", "preference": {"reference": "records"}, "data": {"too_long": "shrink"}},
+            "data.too_long = shrink must be skip: the log-probabilities of preference.reference = records",
+        ),
+        ({"objective": "ppo", "distill": {"beta": 0.2}}, "distill.beta is given, but objective = ppo does not read it"),
     ],
 )
 def test_mistakes_in_the_config_of_a_run(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         from_dict(TrainConfig, changes).validate()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_dropout_is_no_part_of_what_log_probabilities_are_compared_with(objective):
+    """A sampling or a reference has none, so that the first step would begin with a difference."""
+    config = {
+        "objective": objective,
+        "model": {"has_score_head": objective == "reward"},
+        "init": {"model": "somewhere"},
+        "adapter": {"rank": 2},
+    }
+    assert from_dict(TrainConfig, config).validate()
+    config["adapter"]["dropout"] = 0.1
+    if objective in ("next_token", "reward", "distill"):
+        assert from_dict(TrainConfig, config).validate()
+        return
+    with pytest.raises(ValueError, match=f"adapter.dropout = 0.1 must be 0: objective = {objective} compares"):
+        from_dict(TrainConfig, config).validate()
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size"])

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanovlm.config.fields import check, check_finite, integers
+from nanovlm.config.fields import check, check_finite, differences, integers
 from nanovlm.config.model import VLMConfig
 from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PPOConfig, PreferenceConfig
 from nanovlm.errors import UserError
@@ -314,14 +314,29 @@ class TrainConfig:
             not self.init.vision or self.model.vision is not None,
             f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
         )
+        read = READS.get(self.objective, SETTINGS)
+        for name in SETTINGS:
+            part = getattr(self, name)
+            readers = " or ".join(objective for objective, names in READS.items() if name in names)
+            for change in differences(part, type(part)(), f"{name}.") if name not in read else ():
+                raise UserError(
+                    f"{change.split(':')[0]} is given, but objective = {self.objective} does not read it: it is one of "
+                    f"objective = {readers}"
+                )
         check(
-            self.objective == "distill" or not self.distill.teacher,
-            f"distill.teacher = {self.distill.teacher!r} needs objective = distill, not {self.objective}",
+            not self.adapter.dropout or self.objective not in COMPARED,
+            f"adapter.dropout = {self.adapter.dropout} must be 0: objective = {self.objective} compares "
+            "log-probabilities with others that are computed without it",
         )
         check(
             self.group.num_generations > 1 or self.objective not in ("group", "online_preference"),
             f"group.num_generations = {self.group.num_generations} must be at least 2: objective = {self.objective} "
             "compares the answers to a question with each other",
+        )
+        check(
+            self.preference.reference != "records" or d.too_long == "skip",
+            f"data.too_long = {d.too_long} must be skip: the log-probabilities of preference.reference = records are "
+            "those of all tiles of the images",
         )
         first, last = self.profile
         check(
@@ -373,3 +388,18 @@ class TrainConfig:
             f"of {self.model.num_image_tokens} tokens",
         )
         return self
+
+
+# The settings of objectives, and which of them each reads; one that is not here may read all.
+SETTINGS = ("preference", "group", "ppo", "distill")
+READS = {
+    "next_token": (),
+    "preference": ("preference",),
+    "reward": (),
+    "distill": ("distill", "group"),
+    "group": ("group",),
+    "ppo": ("group", "ppo"),
+    "online_preference": ("preference", "group"),
+}
+# Objectives that learn from differences to the log-probabilities of a sampling or a reference.
+COMPARED = ("preference", "group", "ppo", "online_preference")

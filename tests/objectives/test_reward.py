@@ -11,7 +11,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 import nanovlm
 import train
-from nanovlm.config import AdapterConfig, InitConfig, MoEConfig, OptimConfig, TrainConfig
+from nanovlm.config import AdapterConfig, InitConfig, MoEConfig, OptimConfig, PreferenceConfig, TrainConfig
 from nanovlm.data.types import IGNORE
 from nanovlm.errors import UserError
 from nanovlm.hub import export
@@ -122,7 +122,8 @@ UNTIED = dataclasses.replace(SCORING, decoder=dataclasses.replace(TINY.decoder, 
 
 def learn(folder, name):  # noqa: F811
     """Train a reward model from one that has no score head and a head of its own for tokens."""
-    config = make_config(folder / name, model=UNTIED, objective="reward", init=InitConfig(model=str(folder / "untied")))
+    config = make_config(folder / name, model=UNTIED, objective="reward", preference=PreferenceConfig())
+    config = dataclasses.replace(config, init=InitConfig(model=str(folder / "untied")))
     train.main(dataclasses.replace(config, optim=OptimConfig(lr=5e-3, steps=16, warmup_steps=1, micro_batches=2)))
 
 
@@ -152,8 +153,9 @@ def test_a_reward_model_learns_and_its_other_head_stays(folder, processor):  # n
 
 def test_a_score_head_learns_beside_adapters(folder, processor):  # noqa: F811
     save_model(folder / "start_of_adapters", before := VLM(TINY), processor)
-    config = make_config(folder / "adapted", model=SCORING, objective="reward", adapter=AdapterConfig(rank=4))
-    config = dataclasses.replace(config, init=InitConfig(model=str(folder / "start_of_adapters")))
+    config = make_config(folder / "adapted", model=SCORING, objective="reward", preference=PreferenceConfig())
+    start = InitConfig(model=str(folder / "start_of_adapters"))
+    config = dataclasses.replace(config, adapter=AdapterConfig(rank=4), init=start)
     train.main(dataclasses.replace(config, optim=OptimConfig(lr=1e-2, steps=12, warmup_steps=1, micro_batches=2)))
     lines = metrics(folder / "adapted" / "run")
     assert lines[0]["loss"] == pytest.approx(0.693147) and lines[-1]["loss"] < 0.6
