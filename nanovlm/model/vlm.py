@@ -39,6 +39,9 @@ class Extras:
         self.router_loss: Tensor | int = 0
         # Over the step: metrics of the objective, each the sum of something and the number of what it is summed over.
         self.means: dict[str, tuple[Tensor, Tensor | int]] = {}
+        # Parts of the model, by their names, that no loss reaches. Ranks that exchange gradients run them nonetheless,
+        # and a step clears their gradients, with which weight decay and momentum would move them.
+        self.unreached: tuple[str, ...] = ()
         # Over the step: what is added to the objective's state by its end, the sum of all ranks; nothing in a bad step.
         self.sums: dict[str, Tensor] = {}
 

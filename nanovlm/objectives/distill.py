@@ -13,7 +13,7 @@ no part of a checkpoint: a resumed run reads it again. Legend: I tiles, P patche
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 import torch
@@ -51,6 +51,7 @@ class Distill:
             pick(dict.fromkeys(LOSSES), name, "distill.losses")
         self.compared = [name for name in self.weights if name in DIVERGENCES]
         self.parts = {name: PARTS[name] for name in self.weights if name in PARTS}
+        self.unreached = find_unreached(self.weights.keys())
         self.num_tokens, self.teacher, self.state = model.decoder.vocab_size, None, {}
         if settings.teacher:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -74,6 +75,9 @@ class Distill:
     def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
         """Return the answers of the student to each question, all of whose tokens the teacher judges."""
         return [make_document(question, answers) for question, answers in groups]
+
+    def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
+        """Ask the model nothing."""
 
     @property
     def learns_from(self) -> Literal["answers", "teacher", "own"]:
@@ -111,6 +115,10 @@ class Distill:
         # Ranks that exchange gradients must use every parameter, and a batch without images needs a gradient too.
         if distributed.num_ranks() > 1 or not total.requires_grad:
             total = total + 0 * x_BTD.sum()
+            if self.unreached:
+                total = total + 0 * model.decoder.head_weight.sum()
+        if model.config.decoder.moe is None:  # the routers of which learn to keep the load even
+            extras.unreached = self.unreached
         return total
 
     def ask_teacher(self, batch: Batch) -> Teach | None:
@@ -162,11 +170,21 @@ class Distill:
         for what, (their, our) in same.items():
             if their != our:
                 raise UserError(f"{what}: {their} of {name}, {our} of the student; both must read the same tiles")
-        if self.compared and teacher.decoder.max_position_embeddings < config.data.row_length:
+        longest, what = config.data.row_length, "data.row_length"
+        if config.distill.on_policy:  # an answer follows a prompt of up to a row
+            longest = min(longest + config.group.max_completion_length, model.decoder.max_position_embeddings)
+            what += " + group.max_completion_length, as far as the student reads,"
+        if self.compared and teacher.decoder.max_position_embeddings < longest:
             raise UserError(
-                f"{name} reads {teacher.decoder.max_position_embeddings} tokens at most, fewer than data.row_length = "
-                f"{config.data.row_length}"
+                f"{name} reads {teacher.decoder.max_position_embeddings} tokens at most, fewer than {what} = {longest}"
             )
+
+
+def find_unreached(losses: Collection[str]) -> tuple[str, ...]:
+    """Return the parts of the model that no loss reaches: all that comes after the last that is compared."""
+    if set(losses) - PARTS.keys():
+        return ()
+    return ("decoder",) if "projector" in losses else ("projector", "decoder")
 
 
 @contextlib.contextmanager

@@ -37,6 +37,8 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
     beside = [x for x in state.objective.state.values() if isinstance(x, torch.nn.Parameter)]
     parallel.finish_gradients(state.model, beside)
     parallel.clear_unused(state.model, sum(len(batch.pixel_values) for batch in batches))
+    for name in extras.unreached:
+        state.model.get_submodule(name).zero_grad()
     loss = distributed.add_up_tensor(loss)
     grad_norm = parallel.clip_gradients([*state.model.parameters(), *beside], config.optim.max_grad_norm)
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
@@ -65,7 +67,13 @@ def average(means: dict[str, tuple], device: torch.device) -> dict[str, torch.Te
     """
     if not means:
         return {}
-    sums = torch.stack([torch.as_tensor(x, device=device).float() for pair in means.values() for x in pair])
+    each = [x for pair in means.values() for x in pair]
+    is_there = [isinstance(x, torch.Tensor) and x.device.type == device.type for x in each]
+    # What the host knows is copied at once, as a GPU waits for each copy; all in one order, which is that of all ranks.
+    known = [0.0 if there else float(x) for x, there in zip(each, is_there, strict=True)]
+    zero = torch.zeros((), device=device)
+    found = torch.stack([x.float() if there else zero for x, there in zip(each, is_there, strict=True)])
+    sums = found + torch.tensor(known).to(device)
     totals, numbers = distributed.add_up_tensor(sums).view(-1, 2).unbind(1)
     return dict(zip(means, (totals / numbers).unbind(), strict=True))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import nanovlm
 import train
-from nanovlm.config import DistillConfig, EvalConfig, GroupConfig, MoEConfig, TrainConfig
+from nanovlm.config import DataConfig, DistillConfig, EvalConfig, GroupConfig, MoEConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
@@ -258,6 +258,18 @@ def test_another_tokenizer_is_named_and_does_not_matter_to_features(teacher):
     make(teacher, other, "features=1")
 
 
+def test_a_teacher_reads_as_far_as_the_student_answers(teacher, processor):
+    most = TINY.decoder.max_position_embeddings
+    settings = DistillConfig(str(teacher), ("reverse_kl=1",), on_policy=True)
+    group, data = GroupConfig(max_completion_length=64), DataConfig(row_length=most - 63)
+    config = TrainConfig(objective="distill", distill=settings, model=STUDENT, group=group, data=data)
+    Distill(config, processor, CPU)  # no longer than the student reads
+    longer = change("decoder", max_position_embeddings=2 * most)
+    message = f"reads {most} tokens at most, fewer than data.row_length [+] group.max_completion_length,.* = {most + 1}"
+    with pytest.raises(ValueError, match=message):
+        Distill(dataclasses.replace(config, model=longer), processor, CPU)
+
+
 def test_a_language_model_teaches_no_one_who_reads_pictures(tmp_path, processor):
     text = dataclasses.replace(TINY, vision=None, image_token_id=None)
     save_model(tmp_path / "model", VLM(text), processor)
@@ -312,7 +324,7 @@ def test_a_new_student_takes_the_tokens_of_its_teacher(tmp_path, large):
 
 
 def test_a_teacher_for_another_objective_is_named(large):
-    with pytest.raises(ValueError, match="needs objective = distill, not next_token"):
+    with pytest.raises(ValueError, match=r"distill\.teacher is given, but objective = next_token does not read it"):
         dataclasses.replace(distilled(large), objective="next_token").validate()
 
 
