@@ -173,7 +173,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             processor.save(run_dir)
     torch.set_num_threads(state.threads)
     most_steps = config.optim.steps
-    if data.num_epochs and isinstance(source, Sized) and (steps := estimate_steps(source, loader, config)) < most_steps:
+    num_updates = feed.objective.num_updates if isinstance(feed, Rollouts) else 1
+    if (
+        data.num_epochs
+        and isinstance(source, Sized)
+        and ((steps := estimate_steps(source, loader, config, num_updates)) < most_steps)
+    ):
         print(f"data.num_epochs = {data.num_epochs} gives about {steps} steps, fewer than optim.steps = {most_steps}: "
               f"the rate falls as for {steps}")  # fmt: skip
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=steps))

@@ -25,8 +25,11 @@ def describe_counts(counts: dict[str, int], source: Source) -> str:
     return f"{counts['read']} reads {of}: {', '.join(shown)}{fewer}"
 
 
-def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
-    """Estimate, to about a fifth, the steps in all passes over a source, from the rows that 200 records fill."""
+def estimate_steps(source: Source, loader: Loader, config: TrainConfig, num_updates: int = 1) -> int:
+    """Estimate, to about a fifth, the steps in all passes over a source, from the rows that 200 records fill.
+
+    `num_updates` steps are taken on what is read for one.
+    """
     assert isinstance(source, Sized)
     data, documents, records = config.data, [], list(sample_records(source, 200))
     for raw in records:
@@ -44,4 +47,4 @@ def estimate_steps(source: Source, loader: Loader, config: TrainConfig) -> int:
         for b in buffers
     )
     passes = data.num_epochs * len(source) / max(1, len(records))
-    return max(1, round(num_rows * passes / (data.batch_rows * config.optim.micro_batches)))
+    return num_updates * max(1, round(num_rows * passes / (data.batch_rows * config.optim.micro_batches)))

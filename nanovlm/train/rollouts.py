@@ -58,13 +58,14 @@ class Rollouts:
         """Return the batches of the next step, as many as the loader gave, or those of the step before once more."""
         state = self.state
         state.sampled, state.rollout_s = Extras(), 0.0
-        if state.step % self.objective.num_updates:
-            return state.pending
-        batches, start = next(state.loader, []), time.perf_counter()
-        with evaluating(state):
-            made = self._make(batches)
-        state.pending = made if self.objective.num_updates > 1 else []
-        state.rollout_s = time.perf_counter() - start
+        made, num_updates = state.pending, self.objective.num_updates
+        if state.step % num_updates == 0:
+            batches, start = next(state.loader, []), time.perf_counter()
+            with evaluating(state):
+                made = self._make(batches)
+            state.rollout_s = time.perf_counter() - start
+        is_last = (state.step + 1) % num_updates == 0
+        state.pending = [] if is_last else made  # checkpoints keep what more steps learn from
         return made
 
     def _make(self, batches: list[Batch]) -> list[Batch]:

@@ -81,7 +81,9 @@ def find_batches(tensors: dict[str, torch.Tensor]) -> list[Batch]:
     """Return those of the batches that `name_batches` named on all ranks which are this rank's."""
     numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("pending.")})
     batches = []
-    for number in numbers[distributed.rank() :: distributed.num_ranks()]:
+    for number in numbers:
+        if number % distributed.num_ranks() != distributed.rank():
+            continue
         prefix = f"pending.{number}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         named = {f.name: own[f.name] for f in fields(Batch) if f.name in own}

@@ -1,7 +1,9 @@
 """Whole runs on the model's own answers: they learn, and survive kills bit for bit."""
 
 import dataclasses
+import json
 import random
+import re
 
 import pytest
 
@@ -57,6 +59,16 @@ def test_a_run_tells_of_its_answers(unbroken):
     assert told["reward"] == pytest.approx(told["reward_length"] + told["reward_contains"])
     assert all(line["clip_fraction"] == 0 and line["sampler_kl"] < 1e-3 for line in unbroken[::2])
     assert any(line["sampler_gap"] > 10 * unbroken[0]["sampler_gap"] for line in unbroken[1::2])
+
+
+def test_several_steps_on_the_same_answers_make_a_pass_longer(tmp_path, capsys):
+    """The rate falls as for all of them."""
+    records = [{"question": "what is it?", "answer": "red"}] * 40
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "few.jsonl"),), num_epochs=1, row_length=128)
+    run(tmp_path / "run", **CHANGES | {"data": data, "optim": dataclasses.replace(SMALL.optim, steps=99)})
+    told = re.search(r"num_epochs = 1 gives about (\d+) steps", capsys.readouterr().out)
+    assert int(told[1]) == metrics(tmp_path / "run")[-1]["step"] and int(told[1]) % 2 == 0
 
 
 # Checkpoints are of steps 0, 3 and 6: that of 3 is between two steps on the same answers.

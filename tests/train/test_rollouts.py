@@ -85,17 +85,15 @@ def test_the_trainer_has_the_log_probabilities_of_the_sampler(processor, tempera
 
 
 def test_adapters_answer_and_learn(processor):
-    """With dropout the trainer leaves out what the sampler does not, so they agree without it alone."""
-    for dropout in (0.0, 0.5):
-        torch.manual_seed(0)
-        model = adapt(VLM(TINY), AdapterConfig(rank=2, dropout=dropout)).train()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        rollouts, extras = make_rollouts(processor, model=model), Extras()
-        rollouts.objective.loss(model, next(rollouts)[1], extras)
-        gap, num = extras.means["sampler_gap"]
-        assert (float(gap) / num < 2e-6) == (dropout == 0)
+    torch.manual_seed(0)
+    model = adapt(VLM(TINY), AdapterConfig(rank=2)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rollouts, extras = make_rollouts(processor, model=model), Extras()
+    rollouts.objective.loss(model, next(rollouts)[1], extras)
+    gap, num = extras.means["sampler_gap"]
+    assert float(gap) / num < 2e-6
 
 
 def test_tokens_that_are_never_sampled_are_left_out_on_both_sides(processor):
@@ -169,6 +167,7 @@ def test_several_steps_learn_from_one_set_of_answers(processor):
         rollouts.state.step = step
         seen.append(next(rollouts))
         assert bool(rollouts.state.sampled.means) == (step % 3 == 0)
+        assert len(rollouts.state.pending) == (0 if step == 2 else 2)  # what a checkpoint after the step keeps
     assert seen[0] is seen[1] is seen[2] and answers_of(seen[3]) != answers_of(seen[2])
 
 
@@ -199,6 +198,9 @@ def test_batches_are_named_by_micro_batch_and_found_again(processor, monkeypatch
         stored |= name_batches(batches[rank::2])
         of_rank = copy.deepcopy(batches[rank::2])
     assert all(torch.equal(x.labels, y.labels) for x, y in zip(find_batches(stored), of_rank, strict=True))
+    # Where the first rank has fewer, as its data ended, the other keeps its own.
+    fewer = {name: x for name, x in stored.items() if not name.startswith("pending.2.")}
+    assert all(torch.equal(x.labels, y.labels) for x, y in zip(find_batches(fewer), of_rank, strict=True))
     monkeypatch.undo()
     found = find_batches(stored)
     for theirs, ours in zip(found, batches, strict=True):
