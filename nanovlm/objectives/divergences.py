@@ -107,8 +107,9 @@ class Divergences(torch.autograd.Function):
                 part = logits_grad.T @ hidden[positions].to(dtype)
                 part = part.double() if part.dtype == torch.float64 else part.float()
                 weight_grad = part if weight_grad is None else weight_grad.add_(part)
-        weight_grad = weight_grad.to(weight.dtype) if weight_grad is not None else torch.zeros_like(weight)
-        return hidden_grad, weight_grad if ctx.needs_input_grad[1] else None, *[None] * 6
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight.dtype)
+        return hidden_grad, weight_grad, *[None] * 6
 
 
 # A divergence: (log-probabilities of the student [n, V], those of the teacher [n, V], beta) -> its value [n], and its

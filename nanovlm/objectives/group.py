@@ -43,7 +43,7 @@ class Group:
     learns_from: Literal["own"] = "own"
 
     def __init__(self, config: TrainConfig, processor: Processor, device: torch.device):
-        self.config, self.state = config.group, {}
+        self.config, self.state, self.device = config.group, {}, device
         self.sampling = SamplingConfig(self.config.max_completion_length, self.config.temperature)
         self.num_answers, self.num_updates = self.config.num_generations, self.config.num_iterations
         self.rewards = open_rewards(self.config, processor, device)
@@ -59,22 +59,29 @@ class Group:
         return make_documents(groups, self.advantages(reward_all(self.rewards, groups, extras)), self.config)
 
     def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
-        """Ask the model nothing."""
+        """Add the reference's log-probabilities, once for all the steps on these batches."""
+        if self.reference is None:
+            return
+        for batch in batches:
+            logprobs = self.reference(model, batch.to(self.device)).cpu()
+            places = torch.zeros(batch.labels.numel()).index_copy(0, batch.trained, logprobs)
+            batch.values["ref_logprobs"] = places.view_as(batch.labels)
 
     def count(self, batch: Batch) -> int:
-        return self.loss_type.count(batch) if "old_logprobs" in batch.values else len(batch.trained)
+        return self.loss_type.count(find_branches(batch)) if "old_logprobs" in batch.values else len(batch.trained)
 
     def loss(self, model: VLM, batch: Batch, extras: Extras) -> Tensor:
         if not model.training:
             return NextToken().loss(model, batch, extras)
-        reference = None if self.reference is None else self.reference(model, batch)
+        reference = None if self.reference is None else batch.value("ref_logprobs")
         logprobs = batch_logprobs(model, batch, extras, self.never, self.config.temperature)
         old, branches = batch.value("old_logprobs"), find_branches(batch)
         losses, clipped = group_losses(logprobs, old, batch.value("weights"), branches, self.config, reference)
         tell_ratios(extras, logprobs, old, clipped)
         if reference is not None:
             extras.add("kl", estimate_kl(reference - logprobs.detach()).sum(), len(old))
-        return self.loss_type.sum(branches, losses, self.config) + balance(model, batch, extras, self.count(batch))
+        total = self.loss_type.sum(branches, losses, self.config)
+        return total + balance(model, batch, extras, self.loss_type.count(branches))
 
 
 def make_documents(
@@ -175,16 +182,16 @@ LEVELS: dict[str, Callable[[Branches, Tensor], Tensor]] = {
 class LossType(NamedTuple):
     """How many units a batch has, and the sum of their losses."""
 
-    count: Callable[[Batch], int]
+    count: Callable[[Branches], int]
     sum: Callable[[Branches, Tensor, GroupConfig], Tensor]
 
 
-def count_tokens(batch: Batch) -> int:
-    return len(batch.trained)
+def count_tokens(branches: Branches) -> int:
+    return len(branches.index)
 
 
-def count_answers(batch: Batch) -> int:
-    return len(find_branches(batch).lengths)
+def count_answers(branches: Branches) -> int:
+    return len(branches.lengths)
 
 
 LOSS_TYPES = {

@@ -4,6 +4,7 @@ A branch is what is compared with others: an answer of a pair or of a group, or 
 Legend: N trained tokens, D hidden, V vocabulary, G branches, J documents.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,9 +38,16 @@ def token_logprobs(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    left_out = torch.tensor(never, dtype=torch.int64, device=hidden.device)
+    left_out = find_ids(never, hidden.device)
     chunk = max(1, max_logits // len(head_weight))
     return TokenLogprobs.apply(hidden, head_weight, labels, left_out, dtype, chunk)  # pyright: ignore[reportReturnType]
+
+
+@functools.cache
+@torch.inference_mode(False)  # whose tensors could not be kept for a backward pass
+def find_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64[n] on a device, copied there once, as a GPU waits for a copy."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -100,7 +100,7 @@ class PPO:
         extras.add("value_loss", errors.sum(), len(old))
         extras.add("value_clip_fraction", unfollowed.sum(), len(old))
         total = group.loss_type.sum(branches, losses + self.config.vf_coef * errors, group.config)
-        return total + balance(model, batch, extras, self.count(batch))
+        return total + balance(model, batch, extras, group.loss_type.count(branches))
 
 
 def estimate_advantages(rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lam: float) -> Tensor:

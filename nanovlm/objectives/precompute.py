@@ -66,13 +66,15 @@ def write_pairs(config: PrecomputeConfig) -> tuple[int, int]:
     options = options_of(DataConfig(layout=config.layout, fields=config.fields))
     source = open_source(config.source, allow_urls=config.allow_urls)
     model, processor = load(config.model, device, torch.float32)
-    num, failures = 0, []
+    num, failures, most = 0, [], model.config.decoder.max_position_embeddings
 
     def read() -> Iterator[tuple[dict, Document]]:
         for ref in tqdm(first_pass(source), total=len(source) if isinstance(source, Sized) else None, unit="pair"):
             try:
                 raw = source.read(ref.key)
                 document = processor.pair(to_sample(raw, **options))
+                if (length := int(document.position_ids.max()) + 1) > most:
+                    raise UserError(f"it has {length} tokens, more than the model's {most} positions")
             except Exception as error:  # whatever a record does, it is counted and named
                 failures.append(f"{ref.source}, {ref.where}: {explain(error)}")
             else:

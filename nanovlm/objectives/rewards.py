@@ -1,5 +1,6 @@
 """Question, answer -> reward. To add one, write a function and an entry of REWARDS."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,9 +98,14 @@ def open_rewards(
     for entry in config.rewards:
         name, _, weight = entry.partition("=")
         try:
-            weights[name] = float(weight or 1)
+            value = float(weight or 1)
         except ValueError:
-            raise UserError(f"group.rewards: {entry!r} must be name=weight, as exact_match=1.0") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"group.rewards: {entry!r} must be name=weight, as exact_match=1.0")
+        if name in weights:
+            raise UserError(f"group.rewards names {name} twice")
+        weights[name] = value
     if not weights:
         raise UserError("group.rewards is empty: name at least one, as exact_match=1.0")
     for name in ("format", "judge", "reward_model"):

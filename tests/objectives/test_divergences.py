@@ -148,6 +148,14 @@ def test_no_pass_holds_the_logits_of_all_tokens(is_stored):
     assert {x.numel() for x in saved} == {hidden.numel(), head.numel()}
 
 
+def test_a_frozen_head_has_no_gradient_in_memory():
+    hidden, head = torch.randn(0, 8, requires_grad=True), torch.randn(64, 8)
+    values, _agreed = divergences(hidden, head, teach_by_model(torch.randn(0, 8), head), ["forward_kl"])
+    with Largest() as largest:
+        values.sum().backward()
+    assert largest.numel < head.numel()
+
+
 def test_bf16_products_and_no_tokens():
     hidden, head = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     theirs = torch.randn(N, TEACHER_D), torch.randn(V, TEACHER_D)

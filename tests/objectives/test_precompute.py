@@ -55,6 +55,15 @@ def test_pairs_are_written_with_their_log_probabilities(model, tmp_path, process
     torch.testing.assert_close(sums, find_branches(batch).sum(batch_logprobs(model, batch)), rtol=1e-5, atol=1e-5)
 
 
+def test_what_the_model_cannot_read_is_left_out(model, tmp_path, capsys):
+    """A model computes something beyond its last position, but not what it has learned."""
+    long = {"prompt": "what " * TINY.decoder.max_position_embeddings, "chosen": "a", "rejected": "b"}
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in (PAIRS[2], long)))
+    config = PrecomputeConfig(str(tmp_path / "model"), str(tmp_path / "long.jsonl"), tmp_path / "o.jsonl", device="cpu")
+    assert write_pairs(config) == (1, 1)
+    assert f"more than the model's {TINY.decoder.max_position_embeddings} positions" in capsys.readouterr().out
+
+
 def test_a_killed_command_leaves_no_file_that_looks_whole(model, tmp_path):
     script = f"""
 import os, signal

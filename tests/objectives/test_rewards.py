@@ -91,6 +91,8 @@ def test_a_rank_without_questions_tells_the_same_metrics():
     [
         ({"rewards": ("exact=1",)}, r"group.rewards = 'exact' is unknown; there are exact_match"),
         ({"rewards": ("exact_match=one",)}, r"'exact_match=one' must be name=weight"),
+        ({"rewards": ("exact_match=nan",)}, r"'exact_match=nan' must be name=weight"),
+        ({"rewards": ("exact_match=1", "length", "exact_match")}, r"group\.rewards names exact_match twice"),
         ({"rewards": ()}, "group.rewards is empty"),
         ({"rewards": ("format=1",)}, "group.format = '' and format of group.rewards need each other"),
         ({"rewards": ("reward_model",)}, "group.reward_model = '' and reward_model of group.rewards need each other"),
