@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from nanovlm import distributed
@@ -14,7 +15,8 @@ from nanovlm.data.loader import Loader
 from nanovlm.data.reader import Reader
 from nanovlm.data.source import Ref, first_pass
 from nanovlm.data.types import Batch, Document
-from nanovlm.model.vlm import Extras
+from nanovlm.model.joined import Joined
+from nanovlm.model.vlm import VLM, Extras
 from nanovlm.train.state import TrainState
 from nanovlm.train.step import autocast, fill_up
 
@@ -89,10 +91,42 @@ def evaluating(state: TrainState) -> Iterator[None]:
     An engine calls parts of the model, not the model as a whole, which would gather what FSDP shards at its root.
     """
     state.replica.eval()
-    if isinstance(state.replica, FSDPModule):
+    is_sharded = isinstance(state.replica, FSDPModule)
+    if is_sharded:
         state.replica.unshard()
-    with torch.no_grad(), autocast(state), torch.compiler.set_stance("force_eager"):
+    is_rounded = state.precision == "bf16" and not is_sharded
+    rounded = round_weights(state.model) if is_rounded else contextlib.nullcontext()
+    with torch.no_grad(), autocast(state), torch.compiler.set_stance("force_eager"), rounded:
         yield
-    if isinstance(state.replica, FSDPModule):
+    if is_sharded:
         state.replica.reshard()
     state.replica.train()
+
+
+@contextlib.contextmanager
+def round_weights(model: VLM) -> Iterator[None]:
+    """Hold what autocast makes of fp32 weights of linear layers: in inference it would round them for every token anew.
+
+    The parameters themselves, which wrappers and optimizers know, stay as they are beside, and are put back.
+    """
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and name.split(".")[-1] not in ("router", "score")  # which compute in fp32
+    ]
+    parameters = [dict(layer._parameters) for layer in layers]
+    for layer, own in zip(layers, parameters, strict=True):
+        for name, x in own.items():
+            if x is not None and x.dtype == torch.float32:
+                layer._parameters[name] = nn.Parameter(x.detach().bfloat16(), requires_grad=False)
+    decoder = model.decoder
+    joined_head = decoder.joined_head
+    if joined_head is None and decoder.config.tie_word_embeddings:  # as embeddings the table stays in fp32
+        weight = decoder.head_weight.detach().bfloat16()
+        decoder.joined_head = Joined([decoder.head_layer], [len(weight)], weight, None)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, parameters, strict=True):
+            layer._parameters.update(own)
+        decoder.joined_head = joined_head

@@ -1,5 +1,6 @@
 """Answers are sampled as they are trained, of the questions of records, the same again after a kill."""
 
+import contextlib
 import copy
 import dataclasses
 import types
@@ -124,6 +125,32 @@ def test_both_sides_compute_in_bf16_alike(processor):
         for found, name in ((gaps, "sampler_gap"), (divergences, "sampler_kl")):
             found.append(float(extras.means[name][0]) / extras.means[name][1])
     assert gaps[0] < gaps[1] / 5 and divergences[0] < divergences[1] / 5 and divergences[1] < 1e-2
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_weights_are_rounded_once_for_all_tokens_of_bf16(processor, monkeypatch, is_tied):
+    """To what autocast makes of them: nothing of the answers changes by a bit, and the run's own weights come back."""
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, tie_word_embeddings=is_tied))
+    torch.manual_seed(0)
+    model = VLM(config).train()
+    own, linear, cast = dict(model.named_parameters()), torch.nn.functional.linear, []
+
+    def see(x, weight, bias=None):
+        cast.append(weight.dtype)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", see)
+    found = next(make_rollouts(processor, "bf16", model))
+    patches, num_others = 2, len(cast)  # the patch embedding's weight is a view of a convolution's
+    assert cast.count(torch.float32) <= patches * 2 < num_others / 10
+    after = dict(model.named_parameters())
+    assert after.keys() == own.keys() and all(after[name] is x for name, x in own.items())
+    assert model.decoder.joined_head is None
+    monkeypatch.setattr("nanovlm.train.validate.round_weights", lambda model: contextlib.nullcontext())
+    cast.clear()
+    for ours, theirs in zip(found, next(make_rollouts(processor, "bf16", model)), strict=True):
+        assert torch.equal(ours.labels, theirs.labels) and cast.count(torch.bfloat16) == 0
+        assert torch.equal(ours.values["old_logprobs"], theirs.values["old_logprobs"])
 
 
 def test_answers_follow_from_seed_step_and_place(processor):
