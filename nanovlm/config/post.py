@@ -67,7 +67,7 @@ class PreferenceConfig:
     gamma: float = 0.5
     # The model whose log-probabilities changes count from: a folder or a repository, or records for what records bring
     # (python -m nanovlm.objectives.precompute writes them). If empty, the model without its
-    # adapters, where these are all that learns, or else a frozen copy of init.model.
+    # adapters, where these are all that learns, or else a frozen copy of what the run begins with.
     reference: str = ""
 
     @property
@@ -139,7 +139,7 @@ class GroupConfig:
     # reference.
     beta: float = 0.0
     # The reference: a folder or a repository. If empty, the model without its adapters, where these are all that
-    # learns, or else a frozen copy of init.model.
+    # learns, or else a frozen copy of what the run begins with.
     reference: str = ""
     # Leave out answers that max_completion_length cut short.
     mask_truncated_completions: bool = False

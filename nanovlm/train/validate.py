@@ -91,15 +91,15 @@ def evaluating(state: TrainState) -> Iterator[None]:
     An engine calls parts of the model, not the model as a whole, which would gather what FSDP shards at its root.
     """
     state.replica.eval()
-    is_sharded = isinstance(state.replica, FSDPModule)
-    if is_sharded:
-        state.replica.unshard()
-    is_rounded = state.precision == "bf16" and not is_sharded
+    sharded = state.replica if isinstance(state.replica, FSDPModule) else None
+    if sharded is not None:
+        sharded.unshard()
+    is_rounded = state.precision == "bf16" and sharded is None
     rounded = round_weights(state.model) if is_rounded else contextlib.nullcontext()
     with torch.no_grad(), autocast(state), torch.compiler.set_stance("force_eager"), rounded:
         yield
-    if is_sharded:
-        state.replica.reshard()
+    if sharded is not None:
+        sharded.reshard()
     state.replica.train()
 
 

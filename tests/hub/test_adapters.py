@@ -172,7 +172,7 @@ def test_the_base_has_its_name_on_the_hub(tmp_path):
 
 def test_what_the_files_say(hub, tmp_path):
     config = dataclasses.replace(LORA, dropout=0.05, train=(r"^projector\.",), init="gaussian")
-    model = learned(nanovlm.load(hub("vlm"))[0].bfloat16(), config)
+    model = learned(nanovlm.load(hub("vlm"))[0], config).bfloat16()
     model.adapters.base = "owner/name"
     save_adapter(tmp_path / "adapter", model)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
