@@ -62,6 +62,10 @@ def test_numbers_beyond_any_model_are_refused(changes, sentence):
             {"objective": "preference", "preference": {"reference": "records"}, "data": {"too_long": "shrink"}},
             "data.too_long = shrink must be skip: the log-probabilities of preference.reference = records",
         ),
+        (
+            {"objective": "distill", "group": {"num_questions": 2}},
+            "the settings of group .* only with distill.on_policy",
+        ),
         ({"objective": "ppo", "distill": {"beta": 0.2}}, "distill.beta is given, but objective = ppo does not read it"),
     ],
 )

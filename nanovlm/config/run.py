@@ -324,6 +324,10 @@ class TrainConfig:
                     f"objective = {readers}"
                 )
         check(
+            self.objective != "distill" or self.distill.on_policy or self.group == GroupConfig(),
+            "the settings of group are given, but objective = distill reads them only with distill.on_policy = true",
+        )
+        check(
             not self.adapter.dropout or self.objective not in COMPARED,
             f"adapter.dropout = {self.adapter.dropout} must be 0: objective = {self.objective} compares "
             "log-probabilities with others that are computed without it",

@@ -89,7 +89,7 @@ class Preference:
             total = total + self.weights[name] * each.sum()
             extras.add(f"loss_{name}", each.sum(), num_pairs)
         rewards = self.config.beta * (pairs.ratios if self.has_reference else sums / lengths).detach()
-        if self.state:
+        if "bco" in self.losses:
             added = torch.stack((rewards.sum(), rewards.new_tensor(rewards.numel()))).double()
             extras.sums["rewards"] = extras.sums.get("rewards", 0) + added
         chosen, rejected = rewards.unbind(1)
@@ -107,7 +107,7 @@ class Preference:
 
     def shift(self, like: Tensor) -> Tensor:
         """Return bco's delta, in the dtype of `like`."""
-        if not self.state:
+        if "bco" not in self.losses:
             return like.new_zeros(())
         total, number = self.state["rewards"].to(like.dtype)
         return total / number.clamp(min=1)

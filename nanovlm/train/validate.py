@@ -91,15 +91,14 @@ def evaluating(state: TrainState) -> Iterator[None]:
     An engine calls parts of the model, not the model as a whole, which would gather what FSDP shards at its root.
     """
     state.replica.eval()
-    sharded = state.replica if isinstance(state.replica, FSDPModule) else None
-    if sharded is not None:
-        sharded.unshard()
-    is_rounded = state.precision == "bf16" and sharded is None
-    rounded = round_weights(state.model) if is_rounded else contextlib.nullcontext()
+    rounded = round_weights(state.model) if state.precision == "bf16" else contextlib.nullcontext()
+    if isinstance(state.replica, FSDPModule):
+        state.replica.unshard()
+        rounded = contextlib.nullcontext()  # its policy rounds what it gathers
     with torch.no_grad(), autocast(state), torch.compiler.set_stance("force_eager"), rounded:
         yield
-    if sharded is not None:
-        sharded.reshard()
+    if isinstance(state.replica, FSDPModule):
+        state.replica.reshard()
     state.replica.train()
 
 
