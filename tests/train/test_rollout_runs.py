@@ -65,10 +65,11 @@ def test_several_steps_on_the_same_answers_make_a_pass_longer(tmp_path, capsys):
     """The rate falls as for all of them."""
     records = [{"question": "what is it?", "answer": "red"}] * 40
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "few.jsonl"),), num_epochs=1, row_length=128)
+    data = dataclasses.replace(SMALL.data, sources=(str(tmp_path / "few.jsonl"),), num_epochs=1, lessons=())
+    data = dataclasses.replace(data, row_length=64, pack_buffer=40)
     run(tmp_path / "run", **CHANGES | {"data": data, "optim": dataclasses.replace(SMALL.optim, steps=99)})
     told = re.search(r"num_epochs = 1 gives about (\d+) steps", capsys.readouterr().out)
-    assert int(told[1]) == metrics(tmp_path / "run")[-1]["step"] and int(told[1]) % 2 == 0
+    assert int(told[1]) / 2 < metrics(tmp_path / "run")[-1]["step"] < int(told[1]) * 2
 
 
 # Checkpoints are of steps 0, 3 and 6: that of 3 is between two steps on the same answers.
