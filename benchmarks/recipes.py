@@ -386,7 +386,7 @@ def read_lines() -> list[dict]:
 COLUMNS = {
     "style": ("new", "old", "seconds", "memory_gb"),
     "group": ("test", "seconds"),
-    "hallucinations": ("hallucinated", "exact", "test", "seconds"),
+    "hallucinations": ("hallucinated", "objects", "exact", "test", "seconds"),
     "student": ("test", "seconds"),
     "smollm2": ("val_loss", "seconds", "memory_gb"),
 }
@@ -397,6 +397,7 @@ NAMES = {
     "memory_gb": "peak memory, GB",
     "test": "test scenes",
     "hallucinated": "captions with an absent object",
+    "objects": "objects a caption",
     "exact": "exact captions",
     "val_loss": "held-out loss, nats a token",
 }
@@ -431,7 +432,8 @@ def format_table(name: str) -> str:
     if lines:
         line = lines[-1]
         where = f"{line['device']}, {line['threads']} threads, {line['precision']}"
-        text += ["", f"({where}; commit {line['commit'][:7]}, {line['date']})"]
+        commits = ", ".join(dict.fromkeys(line["commit"][:7] for line in lines))
+        text += ["", f"({where}; percent; commits {commits}; {line['date']})"]
     return "\n".join(text) if lines else "not measured yet"
 
 

@@ -37,9 +37,11 @@ def make_reference(
 
         return compute_base
     if not (name or init.model):
+        field = "preference" if "preference" in config.objective else "group"
         raise UserError(
             f"objective = {config.objective} compares the model with a reference, and there is none: start from "
-            "init.model, name another in preference.reference, or records for log-probabilities that records bring"
+            f"init.model, or name another in {field}.reference"
+            + (", or records for log-probabilities that records bring" if config.objective == "preference" else "")
         )
     if not name and adapter.rank and adapter.init == "orthogonal" and not init.adapter:
         raise UserError(

@@ -395,7 +395,9 @@ def test_simpo_and_sft_need_no_reference(processor, monkeypatch):
 
 
 def test_what_is_no_reference_is_told(processor, tmp_path):
-    with pytest.raises(UserError, match=r"there is none: start from init.model, name another in preference.reference"):
+    with pytest.raises(
+        UserError, match=r"there is none: start from init.model, or name another in preference.reference"
+    ):
         make_objective("", processor)
     config = dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, scale_factor=1))
     other = type(processor)(processor.tokenizer, processor.chat_template, config)
