@@ -12,6 +12,7 @@ benchmarks/results/post.jsonl; docs/post_training.md has the table. Weights are 
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -34,6 +35,7 @@ from nanovlm import cli
 from nanovlm.config import (
     AdapterConfig,
     GroupConfig,
+    InitConfig,
     OptimConfig,
     PreferenceConfig,
     SamplingConfig,
@@ -54,7 +56,8 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import OBJECTIVES
 from nanovlm.presets import small
 from nanovlm.train import adapt as adapted_runs
-from nanovlm.train.optim import make_optimizers
+from nanovlm.train import parallel
+from nanovlm.train.optim import assign_rules, make_optimizers
 
 RESULTS = Path(__file__).resolve().parent / "results" / "post.jsonl"
 PROMPT, ANSWER = 1024, 64  # tokens
@@ -205,13 +208,19 @@ WAYS = {
 
 
 def measure_adapters(side: str) -> Callable[[], dict]:
-    """Return a whole step of 1 x 1,024 tokens with one picture, optimizer included; the encoder is frozen nowhere."""
-    shape = SHAPES["222m"]
-    config = TrainConfig(model=shape, adapter=WAYS[side], optim=OptimConfig(lr=1e-5))
+    """Return a whole step of 1 x 1,088 tokens with one picture, optimizer included; full tuning trains the encoder too.
+
+    The model is made as a run makes it, but for its random weights.
+    """
+    shape, precision = SHAPES["222m"], precision_of("adapters")
+    config = TrainConfig(
+        model=shape, init=InitConfig(model="random weights"), adapter=WAYS[side], optim=OptimConfig(lr=1e-5)
+    )
     torch.manual_seed(0)
-    model = adapted_runs.build(config).to_empty(device="cpu")
-    precision = precision_of("adapters")
-    fill_random(model, config)
+    model = adapted_runs.build(config)
+    assign_rules(model, config.optim, config.adapter)
+    fill = functools.partial(fill_random, config=config)
+    parallel.parallelize(model, config.parallel, torch.device("cpu"), precision, fill)
     optimizers = make_optimizers(model, config.optim, precision, config.adapter)
     objective = OBJECTIVES["next_token"](config, None, torch.device("cpu"))
     document = make_documents(shape, 1, False, {})[0]
