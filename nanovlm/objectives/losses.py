@@ -25,8 +25,8 @@ def next_token_loss(
 
 # A backend computes products in `dtype`: (hidden [N, D], weight [V, D], labels int64[N], dtype, max_logits) -> fp32.
 def cross_entropy_torch(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
-    """torch, with at most 128 MiB of fp32 logits at once unless `max_logits` is given."""
-    return LinearCrossEntropy.apply(hidden, weight, labels, dtype, max(1, (max_logits or 2**25) // len(weight)))
+    """torch, with at most 64 MiB of fp32 logits at once unless `max_logits` is given."""
+    return LinearCrossEntropy.apply(hidden, weight, labels, dtype, max(1, (max_logits or 2**24) // len(weight)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -47,8 +47,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = (x @ matrix.T).float()
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += (log_sum - logits.gather(-1, y[:, None])).sum()
-            grad = logits.sub_(log_sum).exp_()
-            grad = grad.scatter_add_(-1, y[:, None], torch.full_like(log_sum, -1.0)).to(dtype)
+            grad = logits.sub_(log_sum).exp_().scatter_add_(-1, y[:, None], torch.full_like(log_sum, -1.0)).to(dtype)
+            del logits  # the next chunk's would be beside them
             x_grad.copy_(grad @ matrix)
             if ctx.needs_input_grad[1]:
                 part = grad.T @ x
