@@ -37,6 +37,7 @@ from nanovlm.config import (
     GroupConfig,
     InitConfig,
     OptimConfig,
+    ParallelConfig,
     PreferenceConfig,
     SamplingConfig,
     TrainConfig,
@@ -200,10 +201,13 @@ def step(model: VLM, objective, batch: Batch) -> dict:
 
 # --- adapters against full tuning -------------------------------------------------------------------------------------
 
+# A side: its adapter, and what its blocks recompute in the backward pass: everything, in the preset captions_qlora.
 WAYS = {
-    "lora": AdapterConfig(rank=16),
-    "qlora": AdapterConfig(rank=16, base="nf4"),
-    "full": AdapterConfig(),
+    "lora": (AdapterConfig(rank=16), "none"),
+    "qlora": (AdapterConfig(rank=16, base="nf4"), "none"),
+    "qlora, recomputed": (AdapterConfig(rank=16, base="nf4"), "full"),
+    "full, recomputed": (AdapterConfig(), "full"),
+    "full": (AdapterConfig(), "none"),
 }
 
 
@@ -213,8 +217,13 @@ def measure_adapters(side: str) -> Callable[[], dict]:
     The model is made as a run makes it, but for its random weights.
     """
     shape, precision = SHAPES["222m"], precision_of("adapters")
+    adapter, recomputed = WAYS[side]
     config = TrainConfig(
-        model=shape, init=InitConfig(model="random weights"), adapter=WAYS[side], optim=OptimConfig(lr=1e-5)
+        model=shape,
+        init=InitConfig(model="random weights"),
+        adapter=adapter,
+        optim=OptimConfig(lr=1e-5),
+        parallel=ParallelConfig(checkpointing=recomputed),
     )
     torch.manual_seed(0)
     model = adapted_runs.build(config)
@@ -305,7 +314,7 @@ SUBJECTS = {
             "group", 8, {"weights": [1.0, -1.0, 0.5, -0.5, 0.2, -0.2, 1.5, -1.5], "old_logprobs": [-8.0] * 8}
         ),
     ),
-    "adapters": (("lora", "qlora", "full"), measure_adapters),
+    "adapters": (tuple(WAYS), measure_adapters),
     "engine": (("four", "one"), measure_engine),
 }
 
@@ -318,7 +327,9 @@ BARS = {
     "preference, shared": ("a pair on a shared prompt / two documents", 0.65, None),
     "group, shared": ("8 answers on a shared prompt / 8 documents", 0.35, 0.5),
     "adapters, lora": ("LoRA, rank 16, on 222M / full tuning", 0.75, 0.45),
-    "adapters, qlora": ("QLoRA in nf4, rank 16, on 222M / full tuning", None, 0.30),
+    "adapters, qlora, recomputed": ("QLoRA in nf4, rank 16, blocks recomputed, on 222M / full tuning", None, 0.30),
+    "adapters, qlora": ("QLoRA, nothing recomputed / full tuning", None, 0.30),
+    "adapters, full, recomputed": ("full tuning, blocks recomputed / full tuning", None, None),
     "engine, four": ("four adapters in a batch / one", round(1 / 0.7, 2), None),
 }
 

@@ -58,6 +58,8 @@ from nanovlm.model.vlm import VLM
 from nanovlm.presets import scenes
 from nanovlm.train import adapt
 
+# What a run measured of itself, in its folder.
+MEASURED = "measured.json"
 RESULTS = cli.PROJECT / "benchmarks" / "results" / "recipes.jsonl"
 DOCS = cli.PROJECT / "docs" / "post_training.md"
 # Linear layers of encoder, projector and decoder: pictures in another style need all of them.
@@ -159,8 +161,8 @@ def make_group(place: Place, way: str) -> TrainConfig:
             optim=OptimConfig(lr=3e-4, steps=300, rules=PLAIN),
         )
     # As many steps as took as long, by the seconds of a step of the run that both start from.
-    short, grpo = (read_json(Path(place.model(name)).parent / "eval.json") for name in ("short", "group_grpo"))
-    steps = round(grpo["train_seconds"] / (short["train_seconds"] / make_short(place).optim.steps))
+    short, grpo = (read_json(Path(place.model(name)).parent / MEASURED) for name in ("short", "group_grpo"))
+    steps = round(grpo["seconds"] / (short["seconds"] / short["steps"]))
     return place.config("group_sft", **common, optim=OptimConfig(lr=3e-4, steps=steps, rules=PLAIN))
 
 
@@ -216,9 +218,8 @@ def make_smollm2(place: Place, way: str) -> TrainConfig:
         init=InitConfig(model="smollm2"),
         adapter=AdapterConfig(rank=16, alpha=32, base="nf4") if way == "qlora" else AdapterConfig(),
         data=replace(scenes().data, sources=(str(texts),), lessons=(), row_length=512, batch_rows=1, val_fraction=0.15),
-        optim=OptimConfig(lr=2e-4 if way == "qlora" else 2e-5, steps=40, warmup_steps=4, rules=PLAIN),
-        eval=EvalConfig(every=40, best="none", show_every=0),
-        precision="fp32",
+        optim=OptimConfig(lr=2e-4 if way == "qlora" else 2e-5, steps=30, warmup_steps=3, rules=PLAIN),
+        eval=EvalConfig(every=30, best="none", show_every=0),
         seed=place.seed,
         threads=place.threads,
     )
@@ -313,7 +314,7 @@ def main(config: RecipesConfig):
             place = Place(config.folder, seed, config.threads)
             if recipe.base:
                 base = BASES[recipe.base](place)
-                if not Path(base.run_dir, "eval.json").exists():
+                if not Path(base.run_dir, MEASURED).exists():
                     train_apart(base)
                 record(config.recipe, "before", base, lambda: {}, place, commit, progress)
                 progress.update()
@@ -350,30 +351,31 @@ def digest(config: TrainConfig) -> str:
 
 
 def train_apart(config: TrainConfig) -> dict:
-    """Train in a process of its own; return its seconds, peak memory, and last validation loss if there is one."""
+    """Train in a process of its own; return what it measured of itself, which it leaves in its folder too."""
     command = [sys.executable, __file__, "--worker", json.dumps(dataclasses.asdict(config))]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
         raise UserError(f"{config.run_dir} failed: {ended.stdout[-1000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    return read_json(Path(config.run_dir, MEASURED))
 
 
 def work(text: str):
-    """Train, and print a line of JSON at the end."""
+    """Train, and measure processor seconds (which do not grow beside other work), peak memory and the last losses."""
     config = from_dict(TrainConfig, json.loads(text))
     results = train.main(config)
     metrics = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    used, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     said = {
         "steps": len(metrics),
-        "seconds": results["train_seconds"],
-        "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
+        "seconds": round(sum(x.ru_utime + x.ru_stime for x in (used, workers)), 1),
+        "memory_gb": round(used.ru_maxrss / 1e6, 3),
         "precision": results["environment"]["precision"],
     }
     if "val_loss" in metrics[-1]:
         said["val_loss"] = round(metrics[-1]["val_loss"], 4)
     if "reward" in metrics[-1]:
         said["rewards"] = [round(line["reward"], 4) for line in metrics]
-    print(json.dumps(said))
+    write_file(Path(config.run_dir, MEASURED), json.dumps(said))
 
 
 def read_lines() -> list[dict]:
@@ -393,7 +395,7 @@ COLUMNS = {
 NAMES = {
     "new": "new style, German",
     "old": "old style, English",
-    "seconds": "seconds",
+    "seconds": "processor seconds",
     "memory_gb": "peak memory, GB",
     "test": "test scenes",
     "hallucinated": "captions with an absent object",
