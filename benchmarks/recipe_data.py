@@ -110,13 +110,6 @@ def _digits(question, answer):
     return "welche Ziffer steht da?", answer
 
 
-def _caption(question, answer):
-    objects, digit = re.fullmatch(r"(.+) and the digit (\d)\.", answer).groups()
-    parts = [re.fullmatch(r"(.+) at the (.+)", part).groups() for part in objects.split(", ")]
-    shown = ", ".join(f"{_thing(name, 'indefinite')} {GERMAN_CELLS[cell]}" for name, cell in parts)
-    return "beschreibe das Bild.", f"{shown} und die Ziffer {digit}."
-
-
 QUESTIONS = {
     "color": _color,
     "shape": _shape,
@@ -125,15 +118,16 @@ QUESTIONS = {
     "relation": _relation,
     "existence": _existence,
     "digits": _digits,
-    "caption": _caption,
 }
 
 
 def make_german(split: str, index: int) -> dict:
-    """Return a scene in the other style with its questions in German."""
+    """Return a scene in the other style with its questions in German, but for captions, which are not translated."""
     scene = draw(split, index)
     texts = []
     for turn in scene["texts"]:
+        if turn["kind"] not in QUESTIONS:
+            continue
         question, answer = translate(turn["kind"], turn["user"], turn["assistant"])
         texts.append({"user": question, "assistant": answer, "kind": turn["kind"]})
     return {"image": restyle(scene["images"][0]), "texts": texts, "independent": True}

@@ -5,7 +5,7 @@
     python benchmarks/recipes.py hallucinations   DPO and MPO against objects that captions name and are not there
     python benchmarks/recipes.py student          a quarter of the parameters, with and without a teacher
     python benchmarks/recipes.py smollm2          SmolLM2-135M learns the style of our docs: QLoRA against full tuning
-    python benchmarks/recipes.py tables           the tables of docs/post_training.md, from the lines of all recipes
+    python benchmarks/recipes.py tables           tables and curve of docs/post_training.md, from the lines of all
 
 Every run is trained by train.py in a process of its own, from a TrainConfig that a function below writes in full. A
 line of each goes to benchmarks/results/recipes.jsonl; a run that has its line is not made again while its config stays.
@@ -13,6 +13,7 @@ line of each goes to benchmarks/results/recipes.jsonl; a run that has its line i
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import resource
@@ -126,12 +127,14 @@ BASES = {"base": make_base, "short": make_short}
 
 
 def make_style(place: Place, way: str) -> TrainConfig:
+    """Embeddings and head learn in every way: the tokens of another language hardly had a chance to, before."""
     base = scenes()
+    lora = AdapterConfig(rank=8, alpha=16, target=EVERYWHERE, train=("embed_tokens|lm_head",))
     adapter = {
         "full": AdapterConfig(),
-        "lora": AdapterConfig(rank=8, alpha=16, target=EVERYWHERE),
-        "dora": AdapterConfig(rank=8, alpha=16, target=EVERYWHERE, use_dora=True),
-        "qlora": AdapterConfig(rank=8, alpha=16, target=EVERYWHERE, base="nf4"),
+        "lora": lora,
+        "dora": replace(lora, use_dora=True),
+        "qlora": replace(lora, base="nf4"),
     }[way]
     german = place.records("german", "train", 2000)
     return place.config(
@@ -139,7 +142,7 @@ def make_style(place: Place, way: str) -> TrainConfig:
         init=InitConfig(model=place.model("base")),
         adapter=adapter,
         data=replace(base.data, sources=(german,), lessons=(), row_length=512, batch_rows=5),
-        optim=OptimConfig(lr=1e-3 if way == "full" else 4e-3, steps=300, rules=PLAIN),
+        optim=OptimConfig(lr=4e-3, steps=900, warmup_steps=20, rules=base.optim.rules if way == "full" else PLAIN),
     )
 
 
@@ -415,6 +418,29 @@ def write_tables():
         before, rest = text.split(first)
         text = f"{before}{first}\n{format_table(name)}\n{last}{rest.split(last)[1]}"
     write_file(DOCS, text)
+    draw_rewards(DOCS.parent / "rewards.png")
+
+
+def draw_rewards(png: Path, window: int = 20):
+    """Draw the share of right answers among the samples of GRPO's steps, for each seed, as a mean over some steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = {line["seed"]: line["rewards"] for line in read_lines() if line["way"] == "grpo"}
+    figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    for seed, rewards in runs.items():
+        means = torch.tensor(rewards).unfold(0, window, 1).mean(1).tolist()
+        axis.plot(range(window, len(rewards) + 1), means, label=f"seed {seed}", linewidth=1)
+    axis.set_xlabel("step")
+    axis.set_ylabel(f"reward, mean of {window} steps")
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=100)
+    plt.close(figure)
+    write_file(png, image.getvalue())
 
 
 def format_table(name: str) -> str:
