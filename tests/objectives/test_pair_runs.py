@@ -25,6 +25,7 @@ from nanovlm.model.vlm import VLM
 from tests.conftest import TINY
 from tests.test_distributed import ROOT, finish, torchrun
 from tests.test_train import KILL_AT_STEP, KILL_IN_SAVE, comparable, metrics
+from tests.train.killing import read_deaths
 
 COLORS = ("red", "blue", "green", "yellow")
 
@@ -109,34 +110,37 @@ train.main(make_config(Path({str(mine)!r})))
 
 
 RANKS = """
-import os, signal
+import sys
 from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.train.killing import die_by_plan
+die_by_plan({plan}, {folder!r})
 import train
 from nanovlm import cli
 from nanovlm.config import ParallelConfig
 from tests.objectives.test_pair_runs import make_config
-step, (rank, start) = train.train_step, (os.environ[x] for x in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
-def train_step(state, *args):
-    if {is_killed} and (state.step, rank, start) == (3, "1", "0"): os.kill(os.getpid(), signal.SIGKILL)
-    return step(state, *args)
-train.train_step = train_step
 cli.run(lambda: train.main(make_config(Path({folder!r}), parallel=ParallelConfig(strategy={strategy!r}))))
 cli.end(0)
 """
 
 
-def run_ranks(folder, strategy, is_killed):
-    """Let two ranks run; the second may be killed, and both are started again."""
-    mine = folder / f"{strategy}_{is_killed}"
+def run_ranks(folder, strategy, plan=()):
+    """Let two ranks run, which end by a plan and are started again."""
+    mine = folder / f"{strategy}_{len(plan)}"
     mine.mkdir()
-    (mine / "run.py").write_text(RANKS.format(folder=str(mine), strategy=strategy, is_killed=is_killed))
-    finish(torchrun(mine / "run.py", restarts=int(is_killed)))
-    return metrics(mine / "run")
+    (mine / "run.py").write_text(RANKS.format(root=str(ROOT), folder=str(mine), strategy=strategy, plan=plan))
+    finish(torchrun(mine / "run.py", restarts=len(plan)))
+    return mine
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_learn_what_one_does(folder, unbroken, strategy):
-    lines = run_ranks(folder, strategy, is_killed=False)
+# Checkpoints are of steps 0, 2, 4 and 6.
+@pytest.mark.parametrize(
+    ("strategy", "plan", "begun"),
+    [("ddp", [(1, "step", 3)], [0, 2]), ("fsdp", [(0, "save", 2), (1, "step", 3)], [0, 0, 2])],
+    ids=["ddp", "fsdp"],
+)
+def test_two_ranks_learn_what_one_does_and_survive_kills(folder, unbroken, strategy, plan, begun):
+    lines = metrics(run_ranks(folder, strategy) / "run")
     for one, two in zip(unbroken[1], lines, strict=True):
         for name in (
             "loss",
@@ -147,8 +151,9 @@ def test_two_ranks_learn_what_one_does(folder, unbroken, strategy):
             *(["val_loss"] if one["step"] % 3 == 0 else []),
         ):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
-    if strategy == "ddp":
-        assert comparable(run_ranks(folder, strategy, is_killed=True)) == comparable(lines)
+    killed = run_ranks(folder, strategy, plan)
+    assert read_deaths(killed) == (begun, [f"{moment} {step}" for _rank, moment, step in plan])
+    assert comparable(metrics(killed / "run")) == comparable(lines)
 
 
 def test_adapters_learn_pairs_without_a_second_model(folder, monkeypatch):

@@ -9,8 +9,9 @@ import pytest
 
 from nanovlm.config import EvalConfig, GroupConfig, PreferenceConfig
 from nanovlm.objectives.rewards import REWARDS
-from tests.test_distributed import finish, start
+from tests.test_distributed import ROOT, finish, torchrun
 from tests.test_train import KILL_IN_SAVE, SMALL, comparable, metrics, run, run_and_kill
+from tests.train.killing import read_deaths
 
 # Answers that seldom end by themselves, and two steps on each set of them.
 GROUP = GroupConfig(
@@ -88,15 +89,28 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, unbroken, hook):
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-RANKS = (
-    """__import__("tests.train.test_rollout_runs").train.test_rollout_runs.CHANGES | {"parallel": ParallelConfig()}"""
-)
+# Checkpoints are of steps 0, 3 and 6 here too.
+RANKS = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.train.killing import die_by_plan
+die_by_plan({plan}, {folder!r})
+from nanovlm import cli
+from tests.test_train import run
+from tests.train.test_rollout_runs import CHANGES
+cli.run(lambda: run({run_dir!r}, **CHANGES | {{"precision": "fp32"}}))
+cli.end(0)
+"""
 
 
-def test_two_ranks_sample_their_own_questions_and_survive_a_kill(tmp_path):
-    finish(start(tmp_path, tmp_path / "unbroken", changes=RANKS))
-    hook = "if first_start and rank == 1 and state.step == 5: os.kill(os.getpid(), signal.SIGKILL)"
-    finish(start(tmp_path, tmp_path / "killed", hook, RANKS, restarts=1))
+def test_two_ranks_sample_their_own_questions_and_survive_kills(tmp_path):
+    plan = [(1, "save", 3), (1, "rollout", 4), (0, "step", 4)]
+    for name, deaths in (("unbroken", []), ("killed", plan)):
+        (tmp_path / f"{name}.py").write_text(
+            RANKS.format(root=str(ROOT), plan=deaths, folder=str(tmp_path), run_dir=str(tmp_path / name))
+        )
+        finish(torchrun(tmp_path / f"{name}.py", restarts=len(deaths)))
+    assert read_deaths(tmp_path) == ([0, 0, 3, 3], ["save 3", "rollout 4", "step 4"])
     unbroken = metrics(tmp_path / "unbroken")
     assert comparable(metrics(tmp_path / "killed")) == comparable(unbroken)
     assert [line["step"] for line in unbroken] == list(range(1, 7))
