@@ -4,7 +4,8 @@ The comment above a field is its help text on the command line. Derived values a
 `validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
 """
 
-from nanovlm.config.fields import differences, from_dict, pick
+from nanovlm.config.data import DataConfig
+from nanovlm.config.fields import differences, from_dict, pick, read_weights
 from nanovlm.config.model import (
     DecoderConfig,
     MoEConfig,
@@ -15,8 +16,9 @@ from nanovlm.config.model import (
     VisionConfig,
     VLMConfig,
 )
+from nanovlm.config.optim import OptimConfig, ParamRule
 from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PPOConfig, PreferenceConfig
-from nanovlm.config.run import DataConfig, EvalConfig, InitConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+from nanovlm.config.run import EvalConfig, InitConfig, ParallelConfig, TrainConfig
 from nanovlm.config.sampling import SamplingConfig
 
 __all__ = [
@@ -44,4 +46,5 @@ __all__ = [
     "differences",
     "from_dict",
     "pick",
+    "read_weights",
 ]

@@ -8,6 +8,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Literal
 
 from nanovlm.errors import UserError
@@ -18,6 +19,23 @@ def pick(table: dict, key: str, field: str):
     if key not in table:
         raise UserError(f"{field} = {key!r} is unknown; there are {', '.join(table)}")
     return table[key]
+
+
+def read_weights(entries: Iterable[str], field: str, example: str) -> dict[str, float]:
+    """Read entries name=weight, or a bare name for weight 1. Raises UserError that names the field and the entry."""
+    weights = {}
+    for entry in entries:
+        name, _, weight = entry.partition("=")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = math.nan
+        check(
+            name and math.isfinite(value), f"{field} has {entry!r}, which must be name or name=weight, as in {example}"
+        )
+        check(name not in weights, f"{field} names {name} twice")
+        weights[name] = value
+    return weights
 
 
 def from_dict(cls, data, where: str = ""):

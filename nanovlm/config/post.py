@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from nanovlm.config.fields import check
+from nanovlm.config.fields import check, read_weights
 from nanovlm.errors import UserError
 
 
@@ -66,28 +66,21 @@ class PreferenceConfig:
     # simpo: by how much beta times the mean log-probability of the chosen answer should be above that of the other.
     gamma: float = 0.5
     # The model whose log-probabilities changes count from: a folder or a repository, or records for what records bring
-    # (python -m nanovlm.objectives.precompute writes them). If empty, the model without its
+    # (python -m nanovlm.data.build reference writes them). If empty, the model without its
     # adapters, where these are all that learns, or else a frozen copy of what the run begins with.
     reference: str = ""
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each loss. Raises UserError for what is no name=weight, and a loss that is named twice."""
-        weights = {}
-        for entry in (part for name in self.losses for part in MIXTURES.get(name, (name,))):
-            name, _, weight = entry.partition("=")
-            try:
-                value = float(weight or 1)
-            except ValueError:
-                value = 0.0
-            check(value > 0, f"preference.losses has {entry!r}, which must be name or name=weight, as in dpo=0.8")
-            check(name not in weights, f"preference.losses names {name} twice")
-            weights[name] = value
-        return weights
+        """The weight of each loss. Raises UserError for an entry that is no name or name=weight, or is there twice."""
+        entries = (part for name in self.losses for part in MIXTURES.get(name, (name,)))
+        return read_weights(entries, "preference.losses", "dpo=0.8")
 
     def validate(self):
         """Raise UserError with the value of the first contradiction."""
         check(self.weights, "preference.losses is empty: name what is learned, such as dpo")
+        for name, weight in self.weights.items():
+            check(weight > 0, f"the weight {weight} of {name} in preference.losses must be positive")
         check(self.beta > 0, f"preference.beta = {self.beta} must be positive")
         smoothing = self.label_smoothing
         check(0 <= smoothing < 0.5, f"preference.label_smoothing = {smoothing} must be at least 0 and below 0.5")
@@ -112,7 +105,7 @@ class GroupConfig:
     num_rows: int = 64
     # Optimizer steps on one set of answers.
     num_iterations: int = 1
-    # Reward functions with their weights, as name=weight: exact_match=1.0 length=0.1; the names are those of
+    # Reward functions, each with its weight if that is not 1: exact_match length=0.1; the names are those of
     # nanovlm.objectives.rewards.REWARDS, and format, judge and reward_model, which have fields of their own.
     rewards: tuple[str, ...] = ("exact_match=1.0",)
     # Reward format: the regular expression that all of an answer must match.
@@ -187,11 +180,11 @@ class DistillConfig:
     # The model to learn from: a folder, a repository of the hub, a .gguf file or smollm2. Empty where records bring the
     # likeliest tokens of a teacher (python -m nanovlm.data.build top-k).
     teacher: str = ""
-    # What is learned, each with its weight, as name=weight: forward_kl, reverse_kl, jensen_shannon (of the next token's
-    # distributions), next_token (the labels), features (mean square between the encoders' outputs), projector (between
-    # the image tokens). In stages, a run with --distill.losses features=1 projector=1 --optim.freeze ^decoder comes
-    # before one that starts from its model and learns all.
-    losses: tuple[str, ...] = ("forward_kl=1",)
+    # What is learned, each with its weight if that is not 1, as name=weight: forward_kl, reverse_kl, jensen_shannon (of
+    # the next token's distributions), next_token (the labels), features (mean square between the encoders' outputs),
+    # projector (between the image tokens). In stages, a run with --distill.losses features projector --optim.freeze
+    # ^decoder comes before one that starts from its model and learns all.
+    losses: tuple[str, ...] = ("forward_kl",)
     # Both sides' logits are divided by it, and divergences multiplied by its square.
     temperature: float = 1.0
     # jensen_shannon: the teacher's share in the mixture, between 0, which is like forward_kl, and 1, like reverse_kl.
@@ -202,15 +195,8 @@ class DistillConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each loss. Raises UserError for an entry that is no name=weight, or a name that is twice."""
-        pairs = {}
-        for entry in self.losses:
-            found = re.fullmatch(r"(\w+)=(\d*\.?\d+(?:e-?\d+)?)", entry)
-            if found is None:
-                raise UserError(f"distill.losses has {entry!r}, which is no name=weight, such as forward_kl=1.0")
-            check(found[1] not in pairs, f"distill.losses names {found[1]} twice")
-            pairs[found[1]] = float(found[2])
-        return pairs
+        """The weight of each loss. Raises UserError for an entry that is no name or name=weight, or is there twice."""
+        return read_weights(self.losses, "distill.losses", "forward_kl=0.5")
 
     @property
     def compares_tokens(self) -> bool:
@@ -219,6 +205,8 @@ class DistillConfig:
 
     def validate(self):
         """Raise UserError with the value of the first contradiction."""
+        for name, weight in self.weights.items():
+            check(weight >= 0, f"the weight {weight} of {name} in distill.losses must be at least 0")
         check(any(self.weights.values()), f"distill.losses = {self.losses} learn nothing: give one a weight")
         check(self.temperature > 0, f"distill.temperature = {self.temperature} must be positive")
         check(0 < self.beta < 1, f"distill.beta = {self.beta} must be between 0 and 1")

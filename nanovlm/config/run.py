@@ -1,11 +1,12 @@
-"""The settings of a run: data, optimizer, ranks, and what it writes."""
+"""The settings of a run: all of them together, and those of its start, its ranks and its evaluations."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanovlm.config.data import DataConfig
 from nanovlm.config.fields import check, check_finite, differences, integers
 from nanovlm.config.model import VLMConfig
+from nanovlm.config.optim import OptimConfig
 from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PPOConfig, PreferenceConfig
 from nanovlm.errors import UserError
 
@@ -28,69 +29,6 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), files (.jsonl, .json,
-    # .csv, .tsv, .parquet, .arrow, .tar; globs and {000..127}), a folder, or hub:owner/name.
-    sources: tuple[str, ...] = ("scenes",)
-    # How often each source is read, relative to the others; without weights, each sample once an epoch.
-    weights: tuple[float, ...] = ()
-    # Read the sources in turn, as lessons: the number of samples of each but the last, which goes on to the end.
-    lessons: tuple[int, ...] = ()
-    # Tokens in a packed row; a longer document is too long.
-    row_length: int = 256
-    # What becomes of a document that is too long for a row: skip counts it and leaves it out; shrink first cuts its
-    # images into fewer tiles, as many as fit.
-    too_long: Literal["skip", "shrink"] = "skip"
-    # Largest number of image tiles in a packed row, and so of a document; 0 for no limit.
-    max_tiles: int = 0
-    # Largest number of pixels of an image; one with more is corrupt. The default is that of the largest phone cameras.
-    max_pixels: int = 200_000_000
-    # Fetch images that records name by an address, http or https, of a public server.
-    allow_urls: bool = False
-    # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
-    num_epochs: int = 0
-    # Worker processes of each rank that read samples; 0 reads in the training process.
-    num_workers: int = 0
-    # Share of the pictures that are held out of training, with every record that shows one; of records without
-    # pictures, the share of texts.
-    val_fraction: float = 0.0
-    # Lowest accepted ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
-    min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)
-    # How records are laid out, a key of nanovlm.data.layouts.LAYOUTS; empty to recognise it by the keys of each.
-    layout: str = ""
-    # Columns of other names, as name=column: image=img question=q answer=a; images=left,right for a list of several.
-    fields: tuple[str, ...] = ()
-    # Stop when more than this share of the samples is corrupt or too long.
-    max_bad_fraction: float = 0.05
-    # Rows in a batch (a micro-batch, when gradients are accumulated).
-    batch_rows: int = 16
-    # Documents to choose from when rows are packed; more of them leave less padding and need more memory.
-    pack_buffer: int = 128
-    # Read the source in a new order on each pass.
-    shuffle: bool = True
-    # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
-    tokenizer_size: int = 640
-    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES: roles (ours), chatml (as SmolLM2 and
-    # Qwen) or completion (for base models); empty for the tokenizer's own way.
-    chat_template: str = ""
-    # What of a conversation is trained: its answers, or all of its text. Documents that are text with pictures among it
-    # are trained whole.
-    train_on: Literal["answers", "all"] = "answers"
-
-
-@dataclass(frozen=True)
-class ParamRule:
-    # Regular expression searched in the parameter's name.
-    pattern: str
-    # Factor that optim.lr is multiplied by; null (None) freezes the parameter.
-    lr_scale: float | None = 1.0
-    # Decoupled weight decay.
-    weight_decay: float = 0.0
-    # Which optimizer updates it; muon takes matrices only.
-    optimizer: Literal["adamw", "muon"] = "adamw"
-
-
-@dataclass(frozen=True)
 class ParallelConfig:
     # With several ranks: ddp (each has all weights) or fsdp (each has a part of every weight).
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -107,43 +45,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    # Peak learning rate.
-    lr: float = 1e-3
-    # Optimizer steps of the whole run.
-    steps: int = 1000
-    # Steps of linear warm-up.
-    warmup_steps: int = 20
-    # How the rate falls after the warm-up: cosine, or wsd, which holds the peak and then falls linearly.
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    # wsd: where the linear fall begins, as a fraction of the steps after the warm-up.
-    decay_start: float = 0.8
-    # The rate ends at this fraction of the peak.
-    min_lr_ratio: float = 0.02
-    # Gradients are scaled down to this global norm.
-    max_grad_norm: float = 1.0
-    # Micro-batches of a step, divided evenly among the ranks; 0 for one on each rank.
-    micro_batches: int = 0
-    # Steps whose loss or gradient is not finite change nothing; more of them than this stop the run.
-    max_skipped_steps: int = 10
-    # AdamW: decay of the first and second moments.
-    betas: tuple[float, float] = (0.9, 0.99)
-    # AdamW: precision of the moments. bf16 saves half of their memory; betas must then be at most 0.98.
-    moments: Literal["fp32", "bf16"] = "fp32"
-    # Muon: momentum.
-    momentum: float = 0.95
-    # Patterns: a parameter is frozen when one of them is found in its name, whatever the rules say.
-    freeze: tuple[str, ...] = ()
-    # Pairs of a pattern and a learning-rate factor, on top of that of the rules: the first match applies.
-    lr_scales: tuple[tuple[str, float], ...] = ()
-    # Parameter groups: the first rule whose pattern is found in a parameter's name applies.
-    rules: tuple[ParamRule, ...] = (
-        ParamRule(r"(norm|embed|embedding|bias)", weight_decay=0.0),
-        ParamRule(r"", weight_decay=0.01),
-    )
-
-
-@dataclass(frozen=True)
 class EvalConfig:
     # What the model is asked at the end of the run and every `every` steps: names of eval/tasks.py (scenes,
     # scenes:compositional) or sources of records, where an answer must match the record's word for word. With `every`
@@ -157,7 +58,7 @@ class EvalConfig:
     every: int = 0
     # Which number of the evaluations decides what is kept in run_dir/model-best: val_loss, or another by its name in
     # metrics.jsonl (accuracy_held_out), of which the higher is better. If empty, val_loss, or else the accuracy of the
-    # first task; none keeps no model.
+    # first task, which goes first where the model learns from its own answers; none keeps no model.
     best: str = ""
     # The run ends after so many evaluations in a row that were no better than the best; 0 for no such end.
     patience: int = 0
@@ -271,10 +172,10 @@ class TrainConfig:
         ):
             check(value >= least, f"{name} = {value} must be at least {least}")
         check_finite(self)
+        d.validate()
+        o.validate()
         check(self.seed < 2**63, f"seed = {self.seed} must be below 2**63")
         check(self.run_dir.strip(), "run_dir is empty: name a folder")
-        check(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction = {d.max_bad_fraction} must be between 0 and 1")
-        check(0 <= d.val_fraction < 1, f"data.val_fraction = {d.val_fraction} must be at least 0 and below 1")
         check(
             not self.eval.every or self.eval.tasks or d.val_fraction,
             f"eval.every = {self.eval.every} has nothing to look at: name eval.tasks or set data.val_fraction",
@@ -293,18 +194,6 @@ class TrainConfig:
             f"model.has_score_head = {self.model.has_score_head} does not fit objective = {self.objective}: the score "
             "head is learned by reward, and by it alone",
         )
-        check(d.sources, "data.sources is empty: name your records, as in --data.sources mine.jsonl")
-        check(
-            len(d.weights) in (0, len(d.sources)),
-            f"data.weights has {len(d.weights)} entries, data.sources {len(d.sources)}",
-        )
-        check(
-            len(d.lessons) in (0, len(d.sources) - 1),
-            f"data.lessons has {len(d.lessons)} entries; it needs one for each of the {len(d.sources)} data.sources "
-            "but the last, or none",
-        )
-        check(not (d.lessons and d.weights), "data.lessons and data.weights exclude each other: give one of them")
-        check(all(length > 0 for length in d.lessons), f"data.lessons = {d.lessons} must be positive")
         check(
             not self.init.model or not (self.init.vision or self.init.decoder),
             f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r} and "
@@ -352,30 +241,6 @@ class TrainConfig:
             f"parallel.shard_ranks = {self.parallel.shard_ranks} needs parallel.strategy = fsdp, "
             f"not {self.parallel.strategy}",
         )
-        check(o.lr > 0, f"optim.lr = {o.lr} must be positive")
-        check(0 <= o.decay_start < 1, f"optim.decay_start = {o.decay_start} must be at least 0 and below 1")
-        check(0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio = {o.min_lr_ratio} must be between 0 and 1")
-        for name, value in (*(("optim.betas", beta) for beta in o.betas), ("optim.momentum", o.momentum)):
-            check(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
-        check(
-            o.moments == "fp32" or max(o.betas) <= 0.98,
-            f"optim.moments = bf16 needs optim.betas of at most 0.98, not {max(o.betas)}: it loses smaller changes",
-        )
-        for rule in o.rules:
-            check(rule.weight_decay >= 0, f"the weight_decay {rule.weight_decay} of {rule.pattern!r} is negative")
-        for pattern, scale in o.lr_scales:
-            check(scale > 0, f"optim.lr_scales: {scale} of {pattern!r} must be positive; freeze what should not learn")
-        for name, patterns in (
-            ("rules", [rule.pattern for rule in o.rules]),
-            ("freeze", o.freeze),
-            ("lr_scales", [pattern for pattern, _ in o.lr_scales]),
-        ):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise UserError(f"optim.{name}: {pattern!r} is no regular expression: {error}") from error
-        check(o.max_grad_norm > 0, f"optim.max_grad_norm = {o.max_grad_norm} must be positive")
         check(
             self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,
             f"data.tokenizer_size = {d.tokenizer_size} is above "

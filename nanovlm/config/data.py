@@ -1,0 +1,76 @@
+"""The settings of data: which records are read, how they become rows, and what is held out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanovlm.config.fields import check
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), files (.jsonl, .json,
+    # .csv, .tsv, .parquet, .arrow, .tar; globs and {000..127}), a folder, or hub:owner/name.
+    sources: tuple[str, ...] = ("scenes",)
+    # How often each source is read, relative to the others; without weights, each sample once an epoch.
+    weights: tuple[float, ...] = ()
+    # Read the sources in turn, as lessons: the number of samples of each but the last, which goes on to the end.
+    lessons: tuple[int, ...] = ()
+    # Tokens in a packed row; a longer document is too long.
+    row_length: int = 256
+    # What becomes of a document that is too long for a row: skip counts it and leaves it out; shrink first cuts its
+    # images into fewer tiles, as many as fit.
+    too_long: Literal["skip", "shrink"] = "skip"
+    # Largest number of image tiles in a packed row, and so of a document; 0 for no limit.
+    max_tiles: int = 0
+    # Largest number of pixels of an image; one with more is corrupt. The default is that of the largest phone cameras.
+    max_pixels: int = 200_000_000
+    # Fetch images that records name by an address, http or https, of a public server.
+    allow_urls: bool = False
+    # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
+    num_epochs: int = 0
+    # Worker processes of each rank that read samples; 0 reads in the training process.
+    num_workers: int = 0
+    # Share of the pictures that are held out of training, with every record that shows one; of records without
+    # pictures, the share of texts.
+    val_fraction: float = 0.0
+    # Lowest accepted ratings of a turn in FineVision: relevance, visual dependency, image correspondence, formatting.
+    min_ratings: tuple[int, int, int, int] = (0, 0, 0, 0)
+    # How records are laid out, a key of nanovlm.data.layouts.LAYOUTS; empty to recognise it by the keys of each.
+    layout: str = ""
+    # Columns of other names, as name=column: image=img question=q answer=a; images=left,right for a list of several.
+    fields: tuple[str, ...] = ()
+    # Stop when more than this share of the samples is corrupt or too long.
+    max_bad_fraction: float = 0.05
+    # Rows in a batch (a micro-batch, when gradients are accumulated).
+    batch_rows: int = 16
+    # Documents to choose from when rows are packed; more of them leave less padding and need more memory.
+    pack_buffer: int = 128
+    # Read the source in a new order on each pass.
+    shuffle: bool = True
+    # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
+    tokenizer_size: int = 640
+    # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES: roles (ours), chatml (as SmolLM2 and
+    # Qwen) or completion (for base models); empty for the tokenizer's own way.
+    chat_template: str = ""
+    # What of a conversation is trained: its answers, or all of its text. Documents that are text with pictures among it
+    # are trained whole.
+    train_on: Literal["answers", "all"] = "answers"
+
+    def validate(self):
+        """Raise UserError with the value of the first contradiction."""
+        check(
+            0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction = {self.max_bad_fraction} must be between 0 and 1"
+        )
+        check(0 <= self.val_fraction < 1, f"data.val_fraction = {self.val_fraction} must be at least 0 and below 1")
+        check(self.sources, "data.sources is empty: name your records, as in --data.sources mine.jsonl")
+        check(
+            len(self.weights) in (0, len(self.sources)),
+            f"data.weights has {len(self.weights)} entries, data.sources {len(self.sources)}",
+        )
+        check(
+            len(self.lessons) in (0, len(self.sources) - 1),
+            f"data.lessons has {len(self.lessons)} entries; it needs one for each of the {len(self.sources)} "
+            "data.sources but the last, or none",
+        )
+        check(not (self.lessons and self.weights), "data.lessons and data.weights exclude each other: give one of them")
+        check(all(length > 0 for length in self.lessons), f"data.lessons = {self.lessons} must be positive")
