@@ -6,11 +6,12 @@ import json
 import pytest
 
 import nanovlm
+from nanovlm.command_line import parse_train
 from nanovlm.config import TilingConfig, TrainConfig, VLMConfig, from_dict
 from nanovlm.data.chat import Processor
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
-from nanovlm.objectives import OBJECTIVES
+from nanovlm.objectives import METHODS, OBJECTIVES, find_objective
 from tests.conftest import TINY, make_document
 
 
@@ -72,6 +73,17 @@ def test_numbers_beyond_any_model_are_refused(changes, sentence):
 def test_mistakes_in_the_config_of_a_run(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         from_dict(TrainConfig, changes).validate()
+
+
+def test_the_name_of_a_method_says_by_which_objective_it_is_chosen():
+    """As the command line does, whose flags these are."""
+    for name, chosen in METHODS.items():
+        with pytest.raises(ValueError, match=f"objective = '{name}' is unknown; that method is --objective {chosen}$"):
+            find_objective(name)
+        argv = ["scenes", "--objective", *chosen.split()] + ["--model.has-score-head"] * (chosen == "reward")
+        assert parse_train(argv, "").validate().objective in OBJECTIVES
+    with pytest.raises(ValueError, match=r"objective = 'gropu' is unknown; there are next_token, .*online_preference$"):
+        find_objective("gropu")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -6,9 +6,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from nanovlm.config import SamplingConfig, TrainConfig
+from nanovlm.config import SamplingConfig, TrainConfig, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch, Document
+from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.distill import Distill
 from nanovlm.objectives.group import Group
@@ -35,6 +36,7 @@ class Objective(Protocol):
 
     # Tensors that change during the run, equal on all ranks; checkpoints keep them. Those that are parameters learn
     # beside the model, at optim.lr, and are no part of what is saved of it; a step adds extras.sums to the others.
+    # Beside them frozen.NAME, the fingerprint of a model that is read by name: the same one when a run goes on.
     state: dict[str, Tensor]
 
     def count(self, batch: Batch) -> int:
@@ -78,3 +80,24 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
     "ppo": PPO,
     "online_preference": OnlinePreference,
 }
+
+# Names under which one may look for an objective, and what chooses it here.
+METHODS = {
+    "sft": "next_token",
+    "dpo": "preference",
+    **{name: f"preference --preference.losses {name}" for name in ("ipo", "simpo", "bco", "mpo")},
+    "reward_model": "reward",
+    "online_dpo": "online_preference",
+    "dapo": "group",
+    "grpo": "group --group.loss-type grpo",
+    "dr_grpo": "group --group.loss-type dr_grpo --group.advantages mean",
+    "gspo": "group --group.importance-sampling-level sequence",
+    "rloo": "group --group.advantages leave_one_out --group.importance-sampling-level product --group.loss-type grpo",
+}
+
+
+def find_objective(name: str) -> Callable[[TrainConfig, Processor, torch.device], Objective]:
+    """Return an entry of OBJECTIVES. Raises UserError that says which there are, or by which one a method is chosen."""
+    if name in METHODS and name not in OBJECTIVES:
+        raise UserError(f"objective = {name!r} is unknown; that method is --objective {METHODS[name]}")
+    return pick(OBJECTIVES, name, "objective")

@@ -30,6 +30,7 @@ from nanovlm.objectives.divergences import DIVERGENCES, Teach, divergences, teac
 from nanovlm.objectives.losses import next_token_loss
 from nanovlm.objectives.next_token import balance
 from nanovlm.objectives.own import OwnAnswer, Question, make_document
+from nanovlm.objectives.reference import fingerprint
 
 # Losses that compare what parts of the models return.
 PARTS = {"features": "vision", "projector": "projector"}
@@ -60,6 +61,7 @@ class Distill:
             self.check_teacher(config, processor, theirs)
             self.num_tokens = min(self.num_tokens, self.teacher.config.decoder.vocab_size)
             self.state = make_maps(self.parts, model, self.teacher.config, config.seed, device)
+            self.state["frozen.teacher"] = fingerprint(self.teacher.state_dict())
         elif settings.on_policy:
             raise UserError("distill.on_policy needs a teacher of the student's own answers: name distill.teacher")
         elif self.parts or settings.temperature != 1:

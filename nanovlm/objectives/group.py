@@ -30,7 +30,7 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.logprobs import Branches, batch_logprobs, find_branches
 from nanovlm.objectives.next_token import NextToken, balance
 from nanovlm.objectives.own import OwnAnswer, Question, make_document
-from nanovlm.objectives.reference import make_reference
+from nanovlm.objectives.reference import add_reference, make_reference
 from nanovlm.objectives.rewards import deviations, open_rewards, reward_all
 
 
@@ -46,26 +46,22 @@ class Group:
         self.config, self.state, self.device = config.group, {}, device
         self.sampling = SamplingConfig(self.config.max_completion_length, self.config.temperature)
         self.num_answers, self.num_updates = self.config.num_generations, self.config.num_iterations
-        self.rewards = open_rewards(self.config, processor, device)
+        self.rewards = open_rewards(self.config, processor, device, self.state)
         self.advantages = pick(ADVANTAGES, self.config.advantages, "group.advantages")
         self.loss_type = pick(LOSS_TYPES, self.config.loss_type, "group.loss_type")
         pick(LEVELS, self.config.importance_sampling_level, "group.importance_sampling_level")
         self.never = tuple(find_never(config.model))
         self.reference = None
         if self.config.beta:
-            self.reference = make_reference(config, self.config.reference, processor, device, self.never)
+            self.reference = make_reference(config, self.config.reference, processor, device, self.state, self.never)
 
     def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
         return make_documents(groups, self.advantages(reward_all(self.rewards, groups, extras)), self.config)
 
     def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
         """Add the reference's log-probabilities, once for all the steps on these batches."""
-        if self.reference is None:
-            return
-        for batch in batches:
-            logprobs = self.reference(model, batch.to(self.device)).cpu()
-            places = torch.zeros(batch.labels.numel()).index_copy(0, batch.trained, logprobs)
-            batch.values["ref_logprobs"] = places.view_as(batch.labels)
+        if self.reference is not None:
+            add_reference(self.reference, model, batches, self.device)
 
     def count(self, batch: Batch) -> int:
         return self.loss_type.count(find_branches(batch)) if "old_logprobs" in batch.values else len(batch.trained)

@@ -13,6 +13,7 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.next_token import NextToken
 from nanovlm.objectives.own import OwnAnswer, Question, make_document
 from nanovlm.objectives.preference import Preference
+from nanovlm.objectives.reference import add_reference
 from nanovlm.objectives.rewards import open_rewards, reward_all
 
 
@@ -30,10 +31,13 @@ class OnlinePreference:
                 "preference.reference = records must be a model: records know nothing of the model's answers"
             )
         self.preference = Preference(config, processor, device)
-        self.state = self.preference.state
+        self.state, self.device = self.preference.state, device
+        self.reference = self.preference.reference
+        if self.reference is not None:
+            self.preference.reference = lambda _model, batch: batch.value("ref_logprobs")
         self.sampling = SamplingConfig(config.group.max_completion_length, config.group.temperature)
         self.num_answers, self.num_updates = config.group.num_generations, config.group.num_iterations
-        self.rewards = open_rewards(config.group, processor, device)
+        self.rewards = open_rewards(config.group, processor, device, self.state)
 
     def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
         documents, rewards = [], reward_all(self.rewards, groups, extras)
@@ -43,7 +47,9 @@ class OnlinePreference:
         return documents
 
     def prepare(self, model: VLM, batches: list[Batch], extras: Extras):
-        """Ask the model nothing."""
+        """Add the reference's log-probabilities, once for all the steps on these batches."""
+        if self.reference is not None:
+            add_reference(self.reference, model, batches, self.device)
 
     def count(self, batch: Batch) -> int:
         return self.preference.count(batch) if "old_logprobs" in batch.values else len(batch.trained)

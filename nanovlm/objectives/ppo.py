@@ -45,7 +45,7 @@ class PPO:
         self.sampling, self.num_answers = self.group.sampling, self.group.num_answers
         self.num_updates = self.group.num_updates
         self.value_head = nn.Parameter(torch.zeros(config.model.decoder.hidden_size, device=device))
-        self.state: dict[str, Tensor] = {"value_head": self.value_head}
+        self.state: dict[str, Tensor] = {"value_head": self.value_head, **self.group.state}
 
     def documents(self, groups: list[tuple[Question, list[OwnAnswer]]], extras: Extras) -> list[Document | None]:
         """Return the answers, whose `weights` are their rewards."""

@@ -56,18 +56,18 @@ class Preference:
         self.losses = {name: pick(LOSSES, name, "preference.losses") for name in self.weights}
         self.has_reference = any(loss.needs_reference for loss in self.losses.values())
         self.reads_reference = self.has_reference and self.config.reference == "records"
-        self.reference = None
-        if self.has_reference and not self.reads_reference:
-            self.reference = make_reference(config, self.config.reference, processor, device)
         # Of the rewards of all steps so far: their sum and their number.
         self.state = {"rewards": torch.zeros(2, dtype=torch.float64, device=device)} if "bco" in self.losses else {}
+        self.reference = None
+        if self.has_reference and not self.reads_reference:
+            self.reference = make_reference(config, self.config.reference, processor, device, self.state)
 
     def count(self, batch: Batch) -> int:
         """Count pairs. Raises UserError if a record brings no log-probabilities and they are needed."""
         if self.reads_reference and batch.value("ref_logprobs").isnan().any():
             raise UserError(
                 "preference.reference = records, but a record brings no ref_chosen_logps and ref_rejected_logps: "
-                "python -m nanovlm.objectives.precompute writes them"
+                "python -m nanovlm.data.build reference writes them"
             )
         return len(find_branches(batch).lengths) // 2
 

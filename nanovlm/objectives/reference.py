@@ -1,6 +1,7 @@
-"""The model that a run's own is compared with, and its log-probabilities; precompute.py writes them into the data."""
+"""The model that a run's own is compared with, and its log-probabilities, which data/build/reference.py writes down."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,20 +13,26 @@ from nanovlm.data.types import Batch
 from nanovlm.errors import UserError
 from nanovlm.hub.adapters import attach
 from nanovlm.hub.read import load
-from nanovlm.model.adapters import disabled
+from nanovlm.model.adapters import disabled, is_adapter
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives.logprobs import batch_logprobs
 
 
 def make_reference(
-    config: TrainConfig, name: str, processor: Processor, device: torch.device, never: tuple[int, ...] = ()
+    config: TrainConfig,
+    name: str,
+    processor: Processor,
+    device: torch.device,
+    state: dict[str, Tensor],
+    never: tuple[int, ...] = (),
 ) -> Callable[[VLM, Batch], Tensor]:
     """Return what gives the reference's log-probability of each trained token, fp32[N], of the run's model and a batch.
 
     `name` is a model, or empty for what the run starts from: the model itself without its adapters, where these are all
     that learns and begin with no change; else a frozen copy, rounded and adapted as the run begins, in fp32 on every
-    rank. It is no part of checkpoints, and read again when a run goes on. `never` is as in `token_logprobs`.
+    rank. It is no part of checkpoints, and read again when a run goes on: `state` receives its fingerprint. `never` is
+    as in `token_logprobs`.
     """
     adapter, init = config.adapter, config.init
     begins_as_base = adapter.init in ("kaiming", "gaussian") and not init.adapter
@@ -50,10 +57,13 @@ def make_reference(
         )
     frozen, theirs = load(name or init.model, device, torch.float32)
     check_fits(name or init.model, theirs, processor)
+    state["frozen.reference"] = fingerprint(frozen.state_dict())  # not of what a device makes of it
     if not name and adapter.base:
         quantize(frozen, QuantizationConfig(adapter.base), search=False)
     if not name and init.adapter:
         attach(frozen, init.adapter)
+        own = {key: x for key, x in frozen.state_dict().items() if is_adapter(key)}
+        state["frozen.init.adapter"] = fingerprint(own)
     frozen.requires_grad_(False)
 
     def compute(_model: VLM, batch: Batch) -> Tensor:
@@ -61,6 +71,14 @@ def make_reference(
             return batch_logprobs(frozen, batch, never=never)
 
     return compute
+
+
+def add_reference(reference: Callable[[VLM, Batch], Tensor], model: VLM, batches: list[Batch], device: torch.device):
+    """Add the reference's log-probabilities of trained tokens to batches on the CPU, as the value ref_logprobs."""
+    for batch in batches:
+        logprobs = reference(model, batch.to(device)).cpu()
+        places = torch.zeros(batch.labels.numel()).index_copy(0, batch.trained, logprobs)
+        batch.values["ref_logprobs"] = places.view_as(batch.labels)
 
 
 def check_fits(name: str, theirs: Processor, ours: Processor):
@@ -72,6 +90,17 @@ def check_fits(name: str, theirs: Processor, ours: Processor):
     for field in ("image_token_id", "tile_size", "num_image_tokens"):
         if (one := getattr(theirs.config, field)) != (other := getattr(ours.config, field)):
             raise UserError(f"the reference {name} has {field} = {one}, and the model {other}: they must be equal")
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> Tensor:
+    """Return int64[1] that hardly other tensors have: a hash of the sums over the bits of each.
+
+    Sums of integers are exact on every device.
+    """
+    ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = torch.stack([x.contiguous().view(ints[x.element_size()]).sum() for x in tensors.values()]).tolist()
+    digest = hashlib.blake2b(repr(list(zip(tensors, sums, strict=True))).encode(), digest_size=7).digest()
+    return torch.tensor([int.from_bytes(digest)])
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Reward:
         loss = -F.logsigmoid(chosen - rejected).sum()
         if not model.config.decoder.tie_word_embeddings and model.training:
             loss = loss + 0 * model.decoder.head_weight.sum()  # ranks expect a gradient of whatever learns
+            extras.unreached = ("decoder.lm_head",)
         return loss + balance(model, batch, extras, num_pairs)
 
 

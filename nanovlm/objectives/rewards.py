@@ -1,6 +1,5 @@
 """Question, answer -> reward. To add one, write a function and an entry of REWARDS."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanovlm.config import GroupConfig, pick
+from nanovlm.config import GroupConfig, pick, read_weights
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
@@ -18,7 +17,7 @@ from nanovlm.hub.read import load
 from nanovlm.infer.chat_client import ask_server
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.own import OwnAnswer, Question, make_document
-from nanovlm.objectives.reference import check_fits
+from nanovlm.objectives.reference import check_fits, fingerprint
 from nanovlm.objectives.reward import score_branches
 
 Reward = Callable[[Question, str], float]
@@ -88,33 +87,40 @@ REWARDS: dict[str, Reward] = {
     "number": number,
     "iou": iou,
 }
+# Rewards that have a field of group of their own, and what it holds.
+OWN_FIELDS = {
+    "format": "a regular expression",
+    "judge": "the address of a server, http://host:port/v1",
+    "reward_model": "a model with a score head",
+}
 
 
 def open_rewards(
-    config: GroupConfig, processor: Processor, device: torch.device
+    config: GroupConfig, processor: Processor, device: torch.device, state: dict[str, Tensor]
 ) -> list[tuple[str, float, ScoreGroups]]:
-    """Return the name, the weight and the function of each reward. Raises UserError for what the config cannot mean."""
-    weights = {}
-    for entry in config.rewards:
-        name, _, weight = entry.partition("=")
-        try:
-            value = float(weight or 1)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise UserError(f"group.rewards: {entry!r} must be name=weight, as exact_match=1.0")
-        if name in weights:
-            raise UserError(f"group.rewards names {name} twice")
-        weights[name] = value
+    """Return the name, the weight and the function of each reward; `state` receives a reward model's fingerprint.
+
+    Raises UserError for what the config cannot mean.
+    """
+    weights = read_weights(config.rewards, "group.rewards", "length=0.1")
     if not weights:
-        raise UserError("group.rewards is empty: name at least one, as exact_match=1.0")
-    for name in ("format", "judge", "reward_model"):
-        if (name in weights) != bool(getattr(config, name)):
-            raise UserError(f"group.{name} = {getattr(config, name)!r} and {name} of group.rewards need each other")
+        raise UserError("group.rewards is empty: name at least one, such as exact_match")
+    for name, what in OWN_FIELDS.items():
+        value = getattr(config, name)
+        if name in weights and not value:
+            raise UserError(f"group.rewards has {name}, which needs {what}: set group.{name}")
+        if value and name not in weights:
+            raise UserError(f"group.{name} = {value!r} rewards nothing: add {name} to group.rewards")
+    for name in weights:
+        pick(REWARDS | OWN_FIELDS, name, "group.rewards")
     table = {name: partial(score_each, function) for name, function in (REWARDS | open_own_fields(config)).items()}
     if config.reward_model:
-        table["reward_model"] = partial(score_with, open_scorer(config.reward_model, processor, device))
-    return [(name, weight, pick(table, name, "group.rewards")) for name, weight in weights.items()]
+        scorer = open_scorer(config.reward_model, processor, device)
+        table["reward_model"], state["frozen.reward_model"] = (
+            partial(score_with, scorer),
+            fingerprint(scorer.state_dict()),
+        )
+    return [(name, weight, table[name]) for name, weight in weights.items()]
 
 
 def open_own_fields(config: GroupConfig) -> dict[str, Reward]:

@@ -297,13 +297,11 @@ def finish_gradients(model: VLM, beside: list[nn.Parameter]):
 
 
 def clear_unused(model: VLM, num_tiles: int):
-    """Clear the gradients of encoder and projector in a step without images, and of a head that no reward comes from.
+    """Clear the gradients of encoder and projector in a step without images.
 
     Every rank runs them, so they may have zero gradients, with which weight decay and momentum would move them.
     `num_tiles` is this rank's.
     """
-    if model.config.has_score_head and not model.config.decoder.tie_word_embeddings:
-        model.decoder.lm_head.zero_grad()
     if model.config.vision is not None and not distributed.add_up({"tiles": num_tiles})["tiles"]:
         model.vision.zero_grad()
         model.projector.zero_grad()

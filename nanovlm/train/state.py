@@ -8,6 +8,7 @@ import torch
 from nanovlm import distributed
 from nanovlm.data.loader import Loader
 from nanovlm.data.types import Batch
+from nanovlm.errors import UserError
 from nanovlm.files import flush
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken, Objective
@@ -60,7 +61,14 @@ class TrainState:
         checkpoint.set_rng_state({name.removeprefix(mine): x for name, x in rng.items() if name.startswith(mine)})
         of_objective = {name: x for name, x in rng.items() if name.startswith("objective.")}
         for name, tensor in self.objective.state.items():
-            tensor.detach().copy_(of_objective[f"objective.{name}"])
+            key, is_mark = f"objective.{name}", name.startswith("frozen.")  # of which older runs have none
+            if not is_mark:
+                tensor.detach().copy_(of_objective[key])
+            elif not torch.equal(of_objective.get(key, tensor), tensor):
+                raise UserError(
+                    f"the {name.removeprefix('frozen.')} of this run has other weights than when {folder} was saved: "
+                    "bring them back, or begin another run with another --run-dir"
+                )
         self.pending = find_batches(rng)
         for name, value in numbers.items():
             setattr(self, name, value)

@@ -69,6 +69,10 @@ def make(teacher, processor, *losses, model=STUDENT, precision="fp32", **setting
     return Distill(config, processor, CPU)
 
 
+def maps(objective):
+    return [x for x in objective.state.values() if isinstance(x, nn.Parameter)]
+
+
 def named(extras):
     return {name: float(total / number) for name, (total, number) in extras.means.items()}
 
@@ -111,7 +115,7 @@ def test_every_loss_is_what_its_formula_says(teacher, processor, student, docume
     total = sum(objective.weights[name] * found[name] * number.get(name, len(batch.trained)) for name in LOSSES)
     assert float(loss) == pytest.approx(float(total), rel=1e-4)
     loss.backward()
-    learned = [*student.parameters(), *objective.state.values()]
+    learned = [*student.parameters(), *maps(objective)]
     assert all(x.grad is not None and x.grad.abs().max() > 0 for x in learned)
     assert all(x.grad is None for x in objective.teacher.parameters()) and not objective.teacher.training
 
@@ -123,7 +127,7 @@ def test_rows_and_micro_batches_change_nothing(teacher, processor, student, docu
     for document in documents:
         alone = alone + objective.loss(student, make_batch([document], row_length=len(document) + 5), extras)
     torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-4)
-    learned = [*student.parameters(), *objective.state.values()]
+    learned = [*student.parameters(), *maps(objective)]
     for one, other in zip(*(torch.autograd.grad(x, learned) for x in (alone, whole)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     padding = make_batch(documents[:1])
@@ -187,7 +191,7 @@ def test_features_alone_train_the_encoder_before_a_frozen_decoder(teacher, proce
 
 def test_equal_widths_need_no_map(teacher, processor):
     objective = make(teacher, processor, "features=1", "projector=1", model=TINY)
-    assert objective.state == {}
+    assert objective.state.keys() == {"frozen.teacher"}
     model, _processor = nanovlm.load(teacher)
     batch = make_batch([make_document(processor, 3, ("what?", "that"))])
     assert float(objective.loss(model.train(), batch, Extras())) == 0
@@ -229,7 +233,9 @@ def change(part, **fields):
 @pytest.mark.parametrize(
     ("losses", "settings", "message"),
     [
-        (["forward_kl"], {}, "distill.losses has 'forward_kl', which is no name=weight"),
+        (["forward_kl=x"], {}, "distill.losses has 'forward_kl=x', which must be name or name=weight"),
+        (["=1"], {}, "distill.losses has '=1', which must be name or name=weight"),
+        (["forward_kl=-1"], {}, "the weight -1.0 of forward_kl in distill.losses must be at least 0"),
         (["kl=1"], {}, "distill.losses = 'kl' is unknown; there are forward_kl, "),
         (["forward_kl=1", "forward_kl=2"], {}, "distill.losses names forward_kl twice"),
         (["forward_kl=0"], {}, "learn nothing: give one a weight"),

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import nanovlm
 import train
@@ -169,6 +171,20 @@ def test_records_that_are_no_pairs_are_told(folder, tmp_path):
     data = dataclasses.replace(config.data, sources=(str(tmp_path / "a.jsonl"),), val_fraction=0.0)
     with pytest.raises(UserError, match="the record is no pair, which the objective learns from"):
         train.main(dataclasses.replace(config, data=data, eval=EvalConfig()))
+
+
+def test_a_run_whose_reference_has_changed_does_not_go_on(folder, unbroken, processor):
+    """It is read again by its name, and its weights are those that the run began with, or the run is not continued."""
+    shutil.copytree(folder / "unbroken", folder / "changed")
+    (folder / "changed" / "run" / "eval.json").unlink()
+    (folder / "start").rename(folder / "kept")
+    torch.manual_seed(1)
+    save_model(folder / "start", VLM(TINY), processor)
+    with pytest.raises(UserError, match=r"reference of this run has other weights than when .*step_00000006 was"):
+        train.main(make_config(folder / "changed"))
+    shutil.rmtree(folder / "start")
+    (folder / "kept").rename(folder / "start")
+    train.main(make_config(folder / "changed"))
 
 
 def test_a_run_of_pairs_can_be_loaded(folder, unbroken):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import types
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 import nanovlm
-from nanovlm.config import AdapterConfig, DataConfig, InitConfig, MoEConfig, PreferenceConfig, TrainConfig
+from nanovlm.config import (
+    AdapterConfig,
+    DataConfig,
+    InitConfig,
+    MoEConfig,
+    PreferenceConfig,
+    QuantizationConfig,
+    TrainConfig,
+)
 from nanovlm.data.process import make_process
 from nanovlm.data.types import Document
 from nanovlm.errors import UserError
@@ -22,11 +31,12 @@ from nanovlm.hub import export
 from nanovlm.hub.adapters import save_adapter
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.adapters import adapt
+from nanovlm.model.quantized import quantize
 from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.logprobs import batch_logprobs, find_branches
 from nanovlm.objectives.preference import LOSSES, Pairs, Preference
-from nanovlm.objectives.reference import make_reference
+from nanovlm.objectives.reference import fingerprint, make_reference
 from nanovlm.train.adapt import take_adapter
 from nanovlm.train.init import start
 from nanovlm.train.state import TrainState
@@ -321,7 +331,7 @@ def test_a_model_without_its_adapters_is_its_reference(processor, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.train()
-    make = functools.partial(make_reference, name="", processor=processor, device=torch.device("cpu"))
+    make = functools.partial(make_reference, name="", processor=processor, device=torch.device("cpu"), state={})
     found = make(dataclasses.replace(config, adapter=options))(model, batch)
     assert torch.equal(found, expected) and not found.requires_grad and model.training
     assert not torch.allclose(batch_logprobs(model, batch), expected)
@@ -355,7 +365,8 @@ def test_a_run_is_compared_with_what_it_starts_from(processor, tmp_path, first, 
     config = take_adapter(config.validate()).validate()
     begun, _ = start(config, ())
     batch = make_batch(documents_of(processor))
-    found = make_reference(config, "", processor, torch.device("cpu"))(begun, batch)
+    found = make_reference(config, "", processor, torch.device("cpu"), state := {})(begun, batch)
+    assert state.keys() == {"frozen.reference", *(["frozen.init.adapter"] if first else [])}
     with torch.no_grad():
         assert (found - batch_logprobs(begun.eval(), batch)).abs().max() <= limit
 
@@ -363,7 +374,7 @@ def test_a_run_is_compared_with_what_it_starts_from(processor, tmp_path, first, 
 def test_first_values_that_are_drawn_and_change_something_are_no_reference(processor, tmp_path):
     config = dataclasses.replace(make_config(tmp_path), adapter=AdapterConfig(rank=2, init="orthogonal"))
     with pytest.raises(UserError, match="orthogonal draws at random: choose kaiming or gaussian, or name a reference"):
-        make_reference(config, "", processor, torch.device("cpu"))
+        make_reference(config, "", processor, torch.device("cpu"), {})
 
 
 def test_log_probabilities_of_records_equal_those_of_the_model(processor, tmp_path):
@@ -445,7 +456,7 @@ def test_the_load_of_experts_is_kept_even_here_too(processor):
     [
         ({"losses": ()}, "preference.losses is empty"),
         ({"losses": ("dpo=x",)}, "'dpo=x', which must be name or name=weight"),
-        ({"losses": ("dpo=-1",)}, "which must be name or name=weight"),
+        ({"losses": ("dpo=-1",)}, "the weight -1.0 of dpo in preference.losses must be positive"),
         ({"losses": ("mpo", "dpo")}, "names dpo twice"),
         ({"beta": 0.0}, "preference.beta = 0.0 must be positive"),
         ({"label_smoothing": 0.5}, "label_smoothing = 0.5 must be at least 0 and below 0.5"),
@@ -455,6 +466,18 @@ def test_the_load_of_experts_is_kept_even_here_too(processor):
 def test_what_is_no_setting_is_told(options, sentence):
     with pytest.raises(UserError, match=sentence):
         make_config("", **options).validate()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["int4", None])
+def test_a_fingerprint_is_that_of_the_bits_of_the_weights(format):
+    torch.manual_seed(0)
+    model = quantize(VLM(TINY), QuantizationConfig(format)) if format else VLM(TINY)
+    mark, other = fingerprint(model.state_dict()), deepcopy(model)
+    assert torch.equal(fingerprint(other.state_dict()), mark) and mark.dtype == torch.int64
+    x = other.state_dict()["decoder.layers.1.mlp.up_proj." + ("codes" if format else "weight")].view(torch.uint8)
+    x[3, 5] ^= 1
+    assert not torch.equal(fingerprint(other.state_dict()), mark)
 
 
 def test_a_loss_that_is_unknown_is_told(processor):

@@ -14,6 +14,7 @@ from nanovlm.data.types import IGNORE, Document
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.own import OwnAnswer, Question, find_questions
+from nanovlm.objectives.reference import fingerprint
 from nanovlm.objectives.reward import score_branches
 from nanovlm.objectives.rewards import REWARDS, open_rewards, reward_all, score_each
 from tests.conftest import TINY, make_batch, make_document
@@ -47,7 +48,7 @@ def ask(reference="red"):
 
 def open_named(config):
     """The rewards of a config that need no model."""
-    return open_rewards(config, None, torch.device("cpu"))
+    return open_rewards(config, None, torch.device("cpu"), {})
 
 
 @pytest.mark.parametrize(("name", "reference", "answer", "value"), CASES)
@@ -89,14 +90,23 @@ def test_a_rank_without_questions_tells_the_same_metrics():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": ("exact=1",)}, r"group.rewards = 'exact' is unknown; there are exact_match"),
-        ({"rewards": ("exact_match=one",)}, r"'exact_match=one' must be name=weight"),
-        ({"rewards": ("exact_match=nan",)}, r"'exact_match=nan' must be name=weight"),
+        (
+            {"rewards": ("exact=1",)},
+            r"group.rewards = 'exact' is unknown; there are exact_match, .*, reward_model$",
+        ),
+        (
+            {"rewards": ("exact_match=one",)},
+            r"group.rewards has 'exact_match=one', which must be name or name=weight",
+        ),
+        ({"rewards": ("exact_match=nan",)}, r"'exact_match=nan', which must be name or name=weight"),
         ({"rewards": ("exact_match=1", "length", "exact_match")}, r"group\.rewards names exact_match twice"),
         ({"rewards": ()}, "group.rewards is empty"),
-        ({"rewards": ("format=1",)}, "group.format = '' and format of group.rewards need each other"),
-        ({"rewards": ("reward_model",)}, "group.reward_model = '' and reward_model of group.rewards need each other"),
-        ({"format": "a"}, "group.format = 'a' and format of group.rewards need each other"),
+        ({"rewards": ("format=1",)}, "group.rewards has format, which needs a regular expression: set group.format"),
+        (
+            {"rewards": ("reward_model",)},
+            "group.rewards has reward_model, which needs a model with a score head: set group.reward_model",
+        ),
+        ({"format": "a"}, "group.format = 'a' rewards nothing: add format to group.rewards"),
         ({"rewards": ("format=1",), "format": "("}, r"group.format = '\(' is no regular expression"),
         ({"rewards": ("judge=1",), "judge": "http://x/v1"}, "group.judge needs group.judge_model"),
     ],
@@ -150,7 +160,8 @@ def test_a_reward_model_scores_answers_that_share_their_prompt(processor, tmp_pa
     for answer in answers:
         answer.logprobs = [0.0] * len(answer.ids)
     config = GroupConfig(rewards=("reward_model=2",), reward_model=str(tmp_path / "scorer"))
-    rewards = open_rewards(config, processor, torch.device("cpu"))
+    rewards = open_rewards(config, processor, torch.device("cpu"), state := {})
+    assert torch.equal(state["frozen.reward_model"], fingerprint(scorer.state_dict()))
     found = reward_all(rewards, [(question, answers)], Extras())
     with torch.no_grad():
         expected = torch.cat([score_branches(scorer, make_batch([sample])) for sample in samples])
@@ -162,4 +173,4 @@ def test_a_model_without_a_score_head_is_no_reward_model(processor, tmp_path):
     save_model(tmp_path / "plain", VLM(TINY), processor)
     config = GroupConfig(rewards=("reward_model",), reward_model=str(tmp_path / "plain"))
     with pytest.raises(ValueError, match="has no score head: objective = reward trains one"):
-        open_rewards(config, processor, torch.device("cpu"))
+        open_rewards(config, processor, torch.device("cpu"), {})
