@@ -2,6 +2,7 @@
 
     python -m nanovlm.data.build answer MODEL SOURCE OUT.jsonl        the questions of a source with a model's answers
     python -m nanovlm.data.build top-k MODEL SOURCE OUT.jsonl         its records with the tokens that a model expects
+    python -m nanovlm.data.build reference MODEL SOURCE OUT.jsonl     its pairs with the log-probabilities by a model
 
 SOURCE is what data.sources of train.py takes, and OUT.jsonl can be one. It appears once it is whole; a command that was
 killed goes on when it is given again.
@@ -14,10 +15,14 @@ from nanovlm import cli
 if __name__ == "__main__":
     cli.end_on_interrupt()  # the imports below take seconds
 
-from nanovlm.data.build import answer, top_k
+from nanovlm.data.build import answer, reference, top_k
 from nanovlm.errors import UserError
 
-COMMANDS = {"answer": (answer.AnswerConfig, answer.main), "top-k": (top_k.TopKConfig, top_k.main)}
+COMMANDS = {
+    "answer": (answer.AnswerConfig, answer.main),
+    "top-k": (top_k.TopKConfig, top_k.main),
+    "reference": (reference.ReferenceConfig, reference.main),
+}
 
 
 def main(args: list[str]):

@@ -15,12 +15,15 @@ from nanovlm.data.build import records as build
 from nanovlm.data.build.__main__ import main as command
 from nanovlm.data.build.answer import AnswerConfig
 from nanovlm.data.build.answer import main as write_answers
+from nanovlm.data.build.reference import ReferenceConfig
+from nanovlm.data.build.reference import main as write_pairs
 from nanovlm.data.build.top_k import TopKConfig
 from nanovlm.data.build.top_k import main as write_top_k
 from nanovlm.data.process import make_process
 from nanovlm.data.records import to_sample
 from nanovlm.data.sources import open_source
 from nanovlm.data.types import IGNORE
+from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken
@@ -158,6 +161,12 @@ def test_what_is_cut_off_or_cannot_be_asked_is_left_out_and_counted(tmp_path, te
     monkeypatch.setattr(build, "JUDGED_AFTER", 5)
     with pytest.raises(ValueError, match=r"5 of 5 records are unusable, more than --max-bad-fraction"):
         ask(teacher, source, tmp_path / "none.jsonl", sampling=SamplingConfig(max_new_tokens=1))
+    assert "it asks no question" in capsys.readouterr().out
+    monkeypatch.setattr(build, "JUDGED_AFTER", 100)
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[10:12]))
+    with pytest.raises(ValueError, match=r"2 of 2 records are unusable"):
+        ask(teacher, source, tmp_path / "long.jsonl", sampling=SamplingConfig(max_new_tokens=1))
+    assert "the answer to question 1 is left out: it is longer than sampling.max_new_tokens" in capsys.readouterr().out
 
 
 # --- the likeliest tokens ------------------------------------------------------------------------------------
@@ -238,6 +247,27 @@ def test_a_run_learns_from_records_alone(tmp_path):
     assert seen[-1]["corrupt"] == 0 and 0 <= seen[0]["forward_kl"] < 1e-4 and seen[0]["agreement"] > 0.99
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": Path("out.txt")}, "out.txt must end in .jsonl: a line is a record"),
+        ({"num": -1}, "--num -1 must be at least 0"),
+        ({"max_bad_fraction": 1.5}, "--max-bad-fraction 1.5 must be between 0 and 1"),
+    ],
+)
+def test_what_is_no_option_is_named_before_a_model_is_read(options, message):
+    config = {"model": "nowhere", "source": "scenes", "out": Path("out.jsonl")} | options
+    for write, kind in ((write_answers, AnswerConfig), (write_top_k, TopKConfig), (write_pairs, ReferenceConfig)):
+        with pytest.raises(UserError, match=message):
+            write(kind(**config))
+
+
+def test_no_more_tokens_are_written_than_the_model_has(tmp_path, teacher, source):
+    for k in (0, TINY.decoder.vocab_size + 1):
+        with pytest.raises(UserError, match=f"--k {k} must be from 1 to the model's {TINY.decoder.vocab_size} tokens"):
+            write_top_k(TopKConfig(str(teacher), str(source), tmp_path / "out.jsonl", k=k, device="cpu"))
+
+
 def test_a_command_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="there is no command 'make'; there are answer, top-k"):
+    with pytest.raises(ValueError, match="there is no command 'make'; there are answer, top-k, reference"):
         command(["make"])
