@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nanovlm import distributed
-from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig, differences
+from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
-from nanovlm.hub.adapters import StoredAdapter, attach, open_adapter, save_adapter
+from nanovlm.hub.adapters import attach, open_adapter, save_adapter
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.adapted import AdaptedMoE, Adapter, widen
 from nanovlm.model.adapters import (
@@ -44,17 +44,17 @@ FIXED = ("rank", "alpha", "use_rslora", "use_dora", "target")
 
 
 def take_adapter(config: TrainConfig) -> TrainConfig:
-    """Return the config with what the files of its init.adapter say in its adapter, unless it says so already.
+    """Return the config with what the files of its init.adapter say in its adapter.
 
     What learned beside that adapter is part of it, and learns on. A run that took steps is asked instead of the files,
     which may be gone by now.
     """
-    if not config.init.adapter or config.adapter.rank:
+    if not config.init.adapter:
         return config
     run_dir = Path(config.run_dir)
     saved = read_config(run_dir) if (run_dir / "config.json").is_file() and steps_taken(run_dir) else None
     if saved and saved.init.adapter == config.init.adapter:
-        theirs = dataclasses.replace(saved.adapter, train=saved.adapter.train[len(config.adapter.train) :])
+        theirs = saved.adapter
     else:
         theirs = open_adapter(config.init.adapter, meta_model(config.model)).config
     for field in FIXED:
@@ -64,19 +64,8 @@ def take_adapter(config: TrainConfig) -> TrainConfig:
                 f"adapter.{field} = {ours!r} cannot change the {own!r} of {config.init.adapter}: leave it out"
             )
     adapter = dataclasses.replace(config.adapter, **{field: getattr(theirs, field) for field in FIXED})
-    adapter = dataclasses.replace(adapter, train=adapter.train + theirs.train)
+    adapter = dataclasses.replace(adapter, train=tuple(dict.fromkeys(adapter.train + theirs.train)))
     return dataclasses.replace(config, adapter=adapter)
-
-
-def open_first(config: TrainConfig) -> StoredAdapter:
-    """Open the adapter of init.adapter. Raises UserError with the fields in which the config differs from it."""
-    stored = open_adapter(config.init.adapter, meta_model(config.model))
-    theirs = dataclasses.replace(config.adapter, **{field: getattr(stored.config, field) for field in FIXED})
-    if changed := differences(theirs, config.adapter, "adapter."):
-        raise UserError(f"the run cannot go on from {config.init.adapter}: {'; '.join(changed)}")
-    if left := [name for name in stored.beside if not learns(name, config.adapter)]:
-        raise UserError(f"{config.init.adapter} has a {left[0]} of its own, so adapter.train must name it")
-    return stored
 
 
 def build(config: TrainConfig) -> VLM:

@@ -39,6 +39,7 @@ from nanovlm.data.tokenizer import (
 )
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
+from nanovlm.hub.adapters import open_adapter
 from nanovlm.hub.configs import read_siglip
 from nanovlm.hub.download import find, refuse_adapter
 from nanovlm.hub.families import IDEFICS3_TYPES
@@ -46,10 +47,11 @@ from nanovlm.hub.read import find_model
 from nanovlm.hub.stored import fill_decoder, fill_vision
 from nanovlm.hub.weights import load_vision
 from nanovlm.model.adapters import is_adapter
+from nanovlm.model.build import meta_model
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
 from nanovlm.sharded import Places, Rows, local_part, places, writable
-from nanovlm.train.adapt import base_places, build, draw_adapter, open_first
+from nanovlm.train.adapt import base_places, build, draw_adapter
 
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
@@ -154,7 +156,7 @@ def _prepare_from_model(config):
         vision = _with(vision, wanted.vision, FREE_OF_VISION)
     tiling = _with(theirs.tiling, wanted.tiling, FREE_OF_TILING)
     _check_same(init.model, dataclasses.replace(theirs, vision=vision, tiling=tiling, decoder=decoder), wanted)
-    first = open_first(config) if init.adapter else None
+    first = open_adapter(init.adapter, meta_model(wanted)) if init.adapter else None
 
     def make_processor():
         return Processor(stored.processor.tokenizer, _template(config, stored.processor.chat_template), wanted)
