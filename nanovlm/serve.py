@@ -97,7 +97,7 @@ def main(config: ServeConfig):
     from nanovlm.environment import choose_threads, find_device, keep_freed_memory
     from nanovlm.hub.adapters import attach_all
     from nanovlm.hub.draft import open_draft
-    from nanovlm.infer.adapters import settle
+    from nanovlm.infer.adapters import check_adapter, settle
     from nanovlm.infer.engine import Engine
     from nanovlm.infer.service import Service
     from nanovlm.infer.worker import Worker
@@ -114,6 +114,8 @@ def main(config: ServeConfig):
     settle(model)
     attach_all(model, config.adapter, config.model)
     names = [one.partition("=")[0] for one in config.adapter]
+    for name in names:
+        check_adapter(model, name)  # what no request could choose is told now
     if (config.name or config.model) in names:
         raise UserError(f"the model and an adapter are both called {config.name or config.model}: give --name")
     prepare(model, compiles=config.compile)

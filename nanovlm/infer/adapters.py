@@ -21,9 +21,10 @@ def check_adapter(model: VLM, name: str | None):
         raise UserError(f"there is no adapter {name}: {there}")
     if shared.merged:
         raise UserError(f"the model is merged, so a request cannot choose adapter {name}: unmerge it")
-    for path, _ in adapted_layers(model):
+    for path, layer in adapted_layers(model):
         if not path.startswith("decoder."):
-            raise UserError(f"an adapter changes {path}, which sees no tokens, so no request can choose one: merge it")
+            own = next(iter(layer.adapters))  # pyright: ignore
+            raise UserError(f"adapter {own} changes {path}, which sees no tokens, so no request can choose: merge it")
     if len(shared.active) > 1:
         raise UserError(
             f"a request cannot choose adapter {name} while {' and '.join(shared.active)} are active together"

@@ -174,7 +174,7 @@ def test_pictures_of_an_adapted_encoder_are_its_own(processor, prompts):
     activate(model)
     assert answer(engine, prompts, [None]) == plain
     with pytest.raises(
-        UserError, match=r"an adapter changes vision\..*, which sees no tokens, so no request can choose"
+        UserError, match=r"adapter .* changes vision\..*, which sees no tokens, so no request can choose"
     ):
         engine.submit(Request(prompts[0], GREEDY, adapter="eyes"))
 
@@ -251,13 +251,16 @@ def test_a_server_names_what_it_cannot_serve(processor, tmp_path):
     model = make_model()
     save_model(tmp_path / "model", VLM(TINY), processor)
     save_adapter(tmp_path / "lora", model, "lora")
-    one = f"lora={tmp_path / 'lora'}"
+    one, sees = f"lora={tmp_path / 'lora'}", f"sees={tmp_path / 'sees'}"
+    add(model := VLM(TINY).eval(), "sees", AdapterConfig(rank=2, target=r"\.fc1$"), 0)
+    save_adapter(tmp_path / "sees", model, "sees")
     config = serve.ServeConfig(str(tmp_path / "model"), port=0, adapter=(one,))
     for changes, match in (
         (dict(name="lora"), "the model and an adapter are both called lora: give --name"),
         (dict(compile=True), "cannot be compiled: merge it, or leave --compile out"),
         (dict(adapter=(one, one)), "adapted already, by one called lora"),
         (dict(adapter=(f"x={tmp_path / 'model'}",)), "holds no adapter"),
+        (dict(adapter=(one, sees)), r"adapter sees changes vision\..*, which sees no tokens, so no request can choose"),
     ):
         with pytest.raises(UserError, match=match):
             serve.main(dataclasses.replace(config, **changes))
