@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 from nanovlm import distributed
-from nanovlm.config import TrainConfig, pick
+from nanovlm.config import TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.columns import parse_fields
 from nanovlm.data.loader import Loader
@@ -61,7 +61,7 @@ from nanovlm.eval.sheet import choose, describe, draw_sheet
 from nanovlm.eval.tasks import Question, Records, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.model import adapters
-from nanovlm.objectives import OBJECTIVES
+from nanovlm.objectives import find_objective
 from nanovlm.train import adapt, best, checkpoint, init, parallel
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
@@ -128,7 +128,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     else:
         processor, fill = init.prepare(config, sample_texts(source, 1000, options_of(config.data)))
     as_run = dataclasses.replace(config, precision=precision)
-    objective = pick(OBJECTIVES, config.objective, "objective")(as_run, processor, device)
+    objective = find_objective(config.objective)(as_run, processor, device)
     loader = make_loader(source, processor, config, learns_from=objective.learns_from)
     # Read before the first step, so that what cannot be asked is named now.
     how = {"layout": data.layout, "fields": parse_fields(data.fields), "allow_urls": data.allow_urls}
@@ -147,7 +147,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if config.eval.show:
         shown = read_questions(open_task(config.eval.show, SHOWN, **how))
     shown = choose(shown, SHOWN) if config.eval.show_every else []
-    metric = best.choose_metric(config.eval, loss_names(held_out) + [f"accuracy_{task.name}" for task, _ in asked])
+    scores = [f"accuracy_{task.name}" for task, _ in asked]
+    metric = best.choose_metric(config.eval, loss_names(held_out), scores, objective.learns_from)
 
     # --- model, optimizers, state ------------------------------------------------------------------------
     model = adapt.build(config)  # without memory until it is sharded

@@ -17,18 +17,25 @@ from nanovlm.train.state import TrainState
 FOLDER = "model-best"
 
 
-def choose_metric(config: EvalConfig, names: list[str]) -> str:
-    """Return which of the `names` of an evaluation's numbers decides, by default the first; empty if none does.
+def choose_metric(config: EvalConfig, losses: list[str], scores: list[str], learns_from: str = "answers") -> str:
+    """Return the name of an evaluation's number that decides; empty if none does.
 
-    Raises UserError if eval.best is none of them, or if there is none for eval.patience.
+    By default it is the first of the losses, or else of the scores; rewards of own answers need not lower the losses on
+    those of records, so there it is the first score. Raises UserError if eval.best is none of them, or if there is none
+    for eval.patience.
     """
+    names = losses + scores
     if not config.every or config.best == "none":
         return ""
     if config.best and config.best not in names:
         raise UserError(f"eval.best = {config.best!r} is not measured; there are {', '.join(names) or 'no numbers'}")
-    if config.patience and not names:
-        raise UserError(f"eval.patience = {config.patience} has nothing to go by: no record is held out")
-    return config.best or (names[0] if names else "")
+    if config.best:
+        return config.best
+    usual = scores if learns_from == "own" else names
+    if config.patience and not usual:
+        why = f"{losses[0]} need not fall with rewards, so name it by eval.best" if losses else "no record is held out"
+        raise UserError(f"eval.patience = {config.patience} has nothing to go by: {why}")
+    return usual[0] if usual else ""
 
 
 def judge(state: TrainState, metric: str, value: float | None, config: EvalConfig) -> bool:

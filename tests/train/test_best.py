@@ -270,15 +270,20 @@ def test_another_measure_or_a_lost_best_begins_anew(tmp_path, file, monkeypatch,
 
 
 def test_what_decides_is_a_number_that_is_measured(tmp_path, file):
-    names = ["val_loss", "accuracy_held_out"]
-    assert choose_metric(EvalConfig(every=1), names) == "val_loss"
-    assert choose_metric(EvalConfig(every=1), names[1:]) == "accuracy_held_out"
-    assert choose_metric(EvalConfig(), names) == choose_metric(EvalConfig(every=1, best="none"), names) == ""
-    assert choose_metric(EvalConfig(every=1), []) == ""
+    names = ["val_loss"], ["accuracy_held_out"]
+    assert choose_metric(EvalConfig(every=1), *names) == "val_loss"
+    assert choose_metric(EvalConfig(every=1), [], names[1]) == "accuracy_held_out"
+    assert choose_metric(EvalConfig(every=1), *names, "own") == "accuracy_held_out"
+    assert choose_metric(EvalConfig(every=1), names[0], [], "own") == ""
+    assert choose_metric(EvalConfig(every=1, best="val_loss"), *names, "own") == "val_loss"
+    assert choose_metric(EvalConfig(), *names) == choose_metric(EvalConfig(every=1, best="none"), *names) == ""
+    assert choose_metric(EvalConfig(every=1), [], []) == ""
     with pytest.raises(ValueError, match=r"eval.best = 'anls' is not measured; there are val_loss, accuracy_held_out"):
         run(tmp_path, **changes(file, best="anls"))
     with pytest.raises(ValueError, match=r"eval.patience = 3 has nothing to go by: no record is held out"):
-        choose_metric(EvalConfig(every=1, patience=3), [])
+        choose_metric(EvalConfig(every=1, patience=3), [], [])
+    with pytest.raises(ValueError, match=r"to go by: val_loss need not fall with rewards, so name it by eval.best"):
+        choose_metric(EvalConfig(every=1, patience=3), names[0], [], "own")
     for of_eval, named in (
         ({"every": 0, "patience": 3}, "eval.patience = 3 go by the evaluations of eval.every = 0"),
         ({"every": 0, "best": "val_loss"}, "eval.best = 'val_loss' and eval.patience = 0 go by"),
