@@ -537,6 +537,10 @@ def test_other_mistakes_are_named(batch):
     for run, message in (
         (lambda: adapt(model, KINDS["LoRA"]), "adapted already, by one called default"),
         (lambda: adapt(model, KINDS["LoRA"], "a.b"), "cannot be called 'a.b'"),
+        (
+            lambda: adapt(merge(learned(random_model(), KINDS["LoRA"])), KINDS["LoRA"], "b"),
+            "merged: unmerge it first",
+        ),
         *(
             (lambda word=word: adapt(model, KINDS["LoRA"], word), f"cannot be called {word}, a word of torch's own")
             for word in ("type", "train", "keys", "training")

@@ -10,6 +10,7 @@ import torch
 
 from nanovlm.config import AdapterConfig, GroupConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanovlm.data.types import IGNORE
+from nanovlm.infer.request import End
 from nanovlm.infer.sampling import find_never
 from nanovlm.model.adapters import adapt
 from nanovlm.model.vlm import VLM, Extras
@@ -250,3 +251,10 @@ def test_what_cannot_be_sampled_is_named(processor, monkeypatch, changes, messag
     monkeypatch.setattr("nanovlm.distributed.num_ranks", lambda: 2)
     with pytest.raises(ValueError, match=message):
         Rollouts(TrainState(VLM(TINY), None, {}, None, 1, "fp32"), processor, config)
+
+
+def test_what_an_engine_says_is_told(processor, monkeypatch):
+    ends = [(0, End(0, 0, "error", "logits are not finite"))]
+    monkeypatch.setattr("nanovlm.train.rollouts.ask", lambda engine, requests: iter([ends]))
+    with pytest.raises(ValueError, match="an answer could not be sampled: logits are not finite"):
+        next(make_rollouts(processor))
