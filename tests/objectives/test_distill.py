@@ -377,7 +377,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, large):
     assert all(x.equal(models[1][name]) for name, x in models[0].items())
     kept = [sorted((folder / "checkpoints").iterdir())[-1] / "rng.safetensors" for folder in (whole, broken)]
     maps = [{n: x for n, x in load_file(f).items() if n.startswith("objective.")} for f in kept]
-    assert maps[0].keys() == {"objective.features", "objective.projector"}
+    assert maps[0].keys() == {"objective.features", "objective.projector", "objective.frozen.teacher"}
     assert all(x.equal(maps[1][name]) for name, x in maps[0].items())
     begun = load_file(sorted((whole / "checkpoints").iterdir())[0] / "rng.safetensors")
     assert not begun["objective.features"].equal(maps[0]["objective.features"])
