@@ -91,7 +91,7 @@ METHODS = {
     "dapo": "group",
     "grpo": "group --group.loss-type grpo",
     "dr_grpo": "group --group.loss-type dr_grpo --group.advantages mean",
-    "gspo": "group --group.importance-sampling-level sequence",
+    "gspo": "group --group.importance-sampling-level sequence --group.loss-type grpo",
     "rloo": "group --group.advantages leave_one_out --group.importance-sampling-level product --group.loss-type grpo",
 }
 
