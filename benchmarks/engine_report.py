@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from nanovlm.environment import short_commit
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "engine.jsonl", ROOT / "docs" / "inference.md"
 BEFORE, TRANSFORMERS = "`generate` before the engine, batches of 16", "`transformers.generate`, batches of 16"
@@ -153,9 +155,8 @@ def memory(lines: list[dict]) -> list[str]:
 def where(line: dict) -> str:
     """Return what a line was measured on; a + says that files were changed after the commit."""
     threads = f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}"
-    commit = line["commit"] or "no commit"
-    changed = "+" if commit.endswith("+") else ""
-    return f"{line['device']}, {threads}, {commit[:7]}{changed}, {line['date']}"
+    commit = short_commit(line["commit"]) if line["commit"] else "no commit"
+    return f"{line['device']}, {threads}, {commit}, {line['date']}"
 
 
 TABLES = {"speed": speed, "ratios": ratios, "speculation": speculation, "memory": memory}

@@ -27,6 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import arguments
+from benchmarks.engine_report import where
 from benchmarks.memory import resident
 from benchmarks.speed import append_lines
 from benchmarks.train import SHAPES
@@ -345,8 +346,8 @@ def write_table():
             ratio = newest[name][figure] if name in newest else None
             cells += ["{} ({} to {})".format(*ratio) if ratio else "not measured yet", f"{bar}" if bar else ""]
         text.append(f"| {what} | {' | '.join(cells)} |")
-    for line in {(line["device"], line["threads"], line["commit"][:7], line["date"]): line for line in lines}.values():
-        text += ["", f"({line['device']}, {line['threads']} threads, commit {line['commit'][:7]}, {line['date']})"]
+    for place in dict.fromkeys(map(where, lines)):
+        text += ["", f"({place})"]
     page = DOCS.read_text("utf-8")
     before, rest = page.split(MARKS[0])
     write_file(DOCS, f"{before}{MARKS[0]}\n" + "\n".join(text) + f"\n{MARKS[1]}{rest.split(MARKS[1])[1]}")

@@ -3,7 +3,7 @@
     python benchmarks/recipes.py style            another style, palette and language: LoRA, DoRA, QLoRA, full tuning
     python benchmarks/recipes.py group            GRPO from an under-trained model, against supervised tuning as long
     python benchmarks/recipes.py hallucinations   DPO and MPO against objects that captions name and are not there
-    python benchmarks/recipes.py student          a quarter of the parameters, with and without a teacher
+    python benchmarks/recipes.py student          under a third of the parameters, with and without a teacher
     python benchmarks/recipes.py smollm2          SmolLM2-135M learns the style of our docs: QLoRA against full tuning
     python benchmarks/recipes.py tables           tables and curve of docs/post_training.md, from the lines of all
 
@@ -48,7 +48,7 @@ from nanovlm.config import (
 )
 from nanovlm.data.chat import Processor
 from nanovlm.data.scenes import draw
-from nanovlm.environment import describe_environment, git_commit
+from nanovlm.environment import describe_environment, git_commit, short_commit
 from nanovlm.errors import UserError
 from nanovlm.eval.questions import Question
 from nanovlm.eval.run import answer, evaluate
@@ -462,8 +462,8 @@ def format_table(name: str) -> str:
     if lines:
         line = lines[-1]
         where = f"{line['device']}, {line['threads']} threads, {line['precision']}"
-        commits = ", ".join(dict.fromkeys(line["commit"][:7] for line in lines))
-        text += ["", f"({where}; percent; commits {commits}; {line['date']})"]
+        commits = ", ".join(dict.fromkeys(short_commit(line["commit"]) for line in lines))
+        text += ["", f"({where}; shares in percent; commits {commits}; {line['date']})"]
     return "\n".join(text) if lines else "not measured yet"
 
 

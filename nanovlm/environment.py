@@ -111,6 +111,11 @@ def git_commit() -> str | None:
         return None
 
 
+def short_commit(commit: str) -> str:
+    """Return seven digits of what `git_commit` returned, and its `+`."""
+    return commit[:7] + "+" * commit.endswith("+")
+
+
 def describe_environment(device: torch.device, threads: int, precision: str | None = None) -> dict:
     """Describe what a result was measured on; leave out `precision` where no model was run."""
     return {
