@@ -35,6 +35,33 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     # Attention backend, a key of nanovlm.model.attention.ATTENTION.
     attention: str = "sdpa"
+    # What makes patches of pixels, a key of nanovlm.model.vision.PATCHES: patch, a linear map of each.
+    patches: str = "patch"
+    # Bias in that linear map (not in CLIP).
+    patch_bias: bool = True
+    # A learned token before the patches that gathers what the image shows (CLIP, DINOv2).
+    class_token: bool = False
+    # Learned tokens beside the patches, without positions, in which the blocks can note down what is of no place.
+    num_registers: int = 0
+    # Positions: learned, one vector for each patch; or rotary, in attention, rows and columns half of each head.
+    positions: Literal["learned", "rotary"] = "learned"
+    # rotary: base of the frequencies.
+    rope_theta: float = 10000.0
+    # Activation of the feed-forward layers, a key of nanovlm.model.vision.ACTIVATIONS: gelu_tanh (SigLIP), gelu
+    # (DINOv2) or quick_gelu (CLIP).
+    hidden_act: str = "gelu_tanh"
+    # A layer norm before the first block (CLIP).
+    pre_layernorm: bool = False
+    # A layer norm after the last block.
+    post_layernorm: bool = True
+    # Learned factors on what each half of a block adds to the residual stream, 1 at the start (DINOv2).
+    layer_scale: bool = False
+    # Mean of red, green and blue, which is subtracted from pixels from 0 to 1.
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # Standard deviation of red, green and blue, by which the difference is divided.
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # An encoder beside this one, with as many patches, whose features are appended to this one's; null (None) for none.
+    second: "VisionConfig | None" = None
 
     @property
     def grid_size(self) -> int:
@@ -44,6 +71,45 @@ class VisionConfig:
     @property
     def num_patches(self) -> int:
         return self.grid_size**2
+
+    @property
+    def num_tokens_beside(self) -> int:
+        """Tokens of the blocks that are no patches: class token and registers."""
+        return self.class_token + self.num_registers
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features, those of both encoders together."""
+        return self.hidden_size + (self.second.feature_size if self.second else 0)
+
+    def validate(self, where: str = "vision") -> "VisionConfig":
+        """Return self, or raise UserError with both values of the first contradiction; `where` is its name."""
+        least = {"num_registers": 0}
+        for name, value in integers("", self):
+            name = name.removeprefix(".")
+            check(value >= least.get(name, 1), f"{where}.{name} = {value} must be at least {least.get(name, 1)}")
+            most = MOST.get(name, MOST_OTHERWISE)
+            check(value <= most, f"{where}.{name} = {value} must be at most {most}")
+        for name, value in (
+            ("layer_norm_eps", self.layer_norm_eps),
+            ("rope_theta", self.rope_theta),
+            ("std", min(self.std)),
+        ):
+            check(value > 0, f"{where}.{name} = {value} must be positive")
+        side, patch = self.image_size, self.patch_size
+        check(self.grid_size >= 1, f"{where}.patch_size = {patch} is above {where}.image_size = {side}")
+        divides(f"{where}.num_attention_heads", self.num_attention_heads, f"{where}.hidden_size", self.hidden_size)
+        if self.positions == "rotary":
+            head = self.hidden_size // self.num_attention_heads
+            divides("4 (rotary halves of rows and columns)", 4, f"{where}.hidden_size / num_attention_heads", head)
+        if self.second is not None:
+            check(self.second.second is None, f"{where}.second.second = {self.second.second} must be None")
+            second = self.second.validate(f"{where}.second")
+            check(
+                second.grid_size == self.grid_size,
+                f"{where}.second has {second.grid_size} patches a side, {where} {self.grid_size}: they must be as many",
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -224,7 +290,6 @@ class VLMConfig:
             "decoder": d,
             "decoder.rope_scaling": d.rope_scaling,
         }
-        parts |= {"vision": v} if v else {}
         if d.moe is not None:
             experts = d.moe.num_experts
             check(
@@ -250,6 +315,8 @@ class VLMConfig:
                     f"decoder.{name} = {width} must be a multiple of 8 for decoder.moe.experts = grouped",
                 )
         check_finite(self)
+        if v is not None:
+            v.validate()
         numbers = [pair for part, config in parts.items() for pair in integers(part, config)]
         for name, value in numbers:
             check(value >= 1, f"{name} = {value} must be at least 1")
@@ -259,7 +326,6 @@ class VLMConfig:
         for name, value in (
             ("decoder.rms_norm_eps", d.rms_norm_eps),
             ("decoder.rope_theta", d.rope_theta),
-            *((("vision.layer_norm_eps", v.layer_norm_eps),) if v else ()),
         ):
             check(value > 0, f"{name} = {value} must be positive")
         if v is not None and self.tiling.policy in ("idefics3", "nanovlm"):
@@ -284,9 +350,7 @@ class VLMConfig:
             f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
         )
         if v is not None:
-            check(v.grid_size >= 1, f"vision.patch_size = {v.patch_size} is above vision.image_size = {v.image_size}")
             divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
-            divides("vision.num_attention_heads", v.num_attention_heads, "vision.hidden_size", v.hidden_size)
             if self.tiling.policy == "nanovlm":
                 divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
         ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}

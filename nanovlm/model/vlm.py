@@ -21,7 +21,7 @@ from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import PROJECTORS
-from nanovlm.model.vision import VisionEncoder, normalize, whitening_filters
+from nanovlm.model.vision import PatchEmbedding, VisionBlock, VisionEncoder, normalize, whitening_filters
 
 
 class Extras:
@@ -62,7 +62,7 @@ class VLM(nn.Module):
         if config.vision is not None:
             self.vision = VisionEncoder(config.vision)
             make_projector = pick(PROJECTORS, config.projector.type, "projector.type")
-            self.projector = make_projector(config.projector, config.vision.hidden_size, config.decoder.hidden_size)
+            self.projector = make_projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
         if config.has_score_head:
             self.score = nn.Linear(config.decoder.hidden_size, 1, bias=False)
@@ -117,8 +117,8 @@ class VLM(nn.Module):
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Tiles uint8 or already normalised floats [I, C, H, W] -> image features [I, P, D], P tokens a tile."""
         if pixel_values.dtype == torch.uint8:
-            pixel_values = normalize(pixel_values)
-        return self.projector(self.vision(pixel_values.to(self.vision.position_embedding.weight.dtype)))
+            pixel_values = normalize(pixel_values, self.vision.config.mean, self.vision.config.std)
+        return self.projector(self.vision(pixel_values))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
@@ -148,15 +148,16 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     - experts: as the matrices of a dense layer
     - token embeddings: 1, the scale of the image tokens; 1 / sqrt(hidden size) if they are also the tied head
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
-    - vision positions: 0.5, half the scale of the patches
-    Biases and the score head are 0, norm weights 1.
+    - vision positions: 0.5, half the scale of the patches; class token and registers: 1, as the patches
+    Biases and the score head are 0, norm weights and layer scales 1.
     """
 
     def normal(tensor, std):
         return tensor, torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=std)
 
-    vision, decoder = model.config.vision, model.config.decoder
-    depth = {"vision": vision.num_hidden_layers if vision else 0, "decoder": decoder.num_hidden_layers}
+    decoder = model.config.decoder
+    encoders = {name: module for name, module in model.named_modules() if isinstance(module, VisionEncoder)}
+    depth = {name: len(encoder.layers) for name, encoder in encoders.items()} | {"decoder": decoder.num_hidden_layers}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             std = 1 / math.sqrt(module.in_features)
@@ -165,7 +166,7 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
             elif name == "score":
                 std = 0.0
             elif ".layers." in name and name.endswith(("out_proj", "fc2", "o_proj", "down_proj")):
-                std /= math.sqrt(2 * depth[name.split(".")[0]])
+                std /= math.sqrt(2 * depth[name.split(".layers.")[0]])
             yield normal(module.weight, std)
         elif isinstance(module, MoE):
             D, W = module.gate_proj.shape[2], module.gate_proj.shape[1]
@@ -176,13 +177,20 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             yield module.weight, torch.ones(module.weight.shape)
+        elif isinstance(module, VisionBlock) and module.layer_scale1 is not None and module.layer_scale2 is not None:
+            yield module.layer_scale1, torch.ones(module.layer_scale1.shape)
+            yield module.layer_scale2, torch.ones(module.layer_scale2.shape)
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and module.bias is not None:
             yield module.bias, torch.zeros(module.bias.shape)
     yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
-    if vision is not None:
-        yield normal(model.vision.position_embedding.weight, 0.5)
-        patches = model.vision.patch_embedding
-        if not patches.weight.is_meta:
+    for encoder in encoders.values():
+        if encoder.position_embedding is not None:
+            yield normal(encoder.position_embedding.weight, 0.5)
+        for beside in (encoder.class_embedding, encoder.registers):
+            if beside is not None:
+                yield normal(beside, 1.0)
+        patches = encoder.patch_embedding
+        if isinstance(patches, PatchEmbedding) and not patches.weight.is_meta:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # matrix factors depend on the threads, and a seed must give the same weights
             filters = whitening_filters(patches.out_channels, patches.kernel_size[0])
