@@ -35,9 +35,12 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     # Attention backend, a key of nanovlm.model.attention.ATTENTION.
     attention: str = "sdpa"
-    # What makes patches of pixels, a key of nanovlm.model.vision.PATCHES: patch, a linear map of each.
+    # What makes patches of pixels, a key of nanovlm.model.vision.PATCHES: patch, a linear map of each; or convolution,
+    # which halves the picture again and again, and for which patch_size is a power of 2.
     patches: str = "patch"
-    # Bias in that linear map (not in CLIP).
+    # convolution: residual blocks of convolutions after each halving.
+    convolution_blocks: int = 1
+    # patch: bias in the linear map (not in CLIP).
     patch_bias: bool = True
     # A learned token before the patches that gathers what the image shows (CLIP, DINOv2).
     class_token: bool = False
@@ -84,7 +87,7 @@ class VisionConfig:
 
     def validate(self, where: str = "vision") -> "VisionConfig":
         """Return self, or raise UserError with both values of the first contradiction; `where` is its name."""
-        least = {"num_registers": 0}
+        least = {"num_registers": 0, "convolution_blocks": 0}
         for name, value in integers("", self):
             name = name.removeprefix(".")
             check(value >= least.get(name, 1), f"{where}.{name} = {value} must be at least {least.get(name, 1)}")
@@ -102,6 +105,11 @@ class VisionConfig:
         if self.positions == "rotary":
             head = self.hidden_size // self.num_attention_heads
             divides("4 (rotary halves of rows and columns)", 4, f"{where}.hidden_size / num_attention_heads", head)
+        if self.patches == "convolution":
+            check(
+                patch >= 2 and patch.bit_count() == 1,
+                f"{where}.patch_size = {patch} must be a power of 2 for {where}.patches = convolution",
+            )
         if self.second is not None:
             check(self.second.second is None, f"{where}.second.second = {self.second.second} must be None")
             second = self.second.validate(f"{where}.second")

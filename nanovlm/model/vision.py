@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VisionConfig, pick
 from nanovlm.model.attention import ATTENTION
+from nanovlm.model.convolution import ConvolutionStem
 from nanovlm.model.decoder import rotate_both
 
 Rope = tuple[Tensor, Tensor]
@@ -202,5 +203,5 @@ def whitening_filters(num_filters: int, patch_size: int) -> Tensor:
 
 
 # VisionConfig -> module that makes patches float[I, P, D] of pixels float[I, C, H, W]; it takes pixels of any dtype.
-PATCHES = {"patch": PatchEmbedding}
+PATCHES = {"patch": PatchEmbedding, "convolution": ConvolutionStem}
 ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "quick_gelu": quick_gelu}

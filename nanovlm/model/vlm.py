@@ -144,7 +144,7 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     All are normal with mean 0 and these standard deviations:
     - matrices: 1 / sqrt(inputs), so that a layer keeps the scale of its input; those that write to a residual stream
       (out_proj, fc2, o_proj, down_proj) are divided by sqrt(2 * layers), so that the stream keeps its scale
-    - the patch embedding: whitening filters (vision.py)
+    - the patch embedding: whitening filters (vision.py); convolutions: 1 / sqrt(inputs)
     - experts: as the matrices of a dense layer
     - token embeddings: 1, the scale of the image tokens; 1 / sqrt(hidden size) if they are also the tied head
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
@@ -177,6 +177,8 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             yield module.weight, torch.ones(module.weight.shape)
+        elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchEmbedding):
+            yield normal(module.weight, module.weight[0].numel() ** -0.5)
         elif isinstance(module, VisionBlock) and module.layer_scale1 is not None and module.layer_scale2 is not None:
             yield module.layer_scale1, torch.ones(module.layer_scale1.shape)
             yield module.layer_scale2, torch.ones(module.layer_scale2.shape)

@@ -207,10 +207,12 @@ def make_maps(
     """Return a map [D of the teacher, D of the student] for each part in which their widths differ."""
     maps, random = {}, torch.Generator().manual_seed(seed)
     for name, part in parts.items():
-        ours, theirs = (config.vision if part == "vision" else config.decoder for config in (student, teacher))
-        assert ours is not None and theirs is not None
-        if ours.hidden_size != theirs.hidden_size:
-            values = torch.randn(theirs.hidden_size, ours.hidden_size, generator=random) * ours.hidden_size**-0.5
+        ours, theirs = (
+            config.vision.feature_size if config.vision is not None and part == "vision" else config.decoder.hidden_size
+            for config in (student, teacher)
+        )
+        if ours != theirs:
+            values = torch.randn(theirs, ours, generator=random) * ours**-0.5
             maps[name] = nn.Parameter(values.to(device))
     return maps
 

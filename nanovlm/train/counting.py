@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from nanovlm import distributed
-from nanovlm.config import VLMConfig
+from nanovlm.config import VisionConfig, VLMConfig
 from nanovlm.data.types import Batch
+from nanovlm.model.convolution import count_multiplications
 from nanovlm.model.moe import Routing, expert_load
 
 
@@ -97,11 +98,12 @@ def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int
     d, v = config.decoder, config.vision
     num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
     vision = patches = projector = 0
+    for encoder in (v, v.second) if v is not None else ():
+        if encoder is not None:
+            first, rest = count_encoder(encoder)
+            patches, vision = patches + num_tiles * first, vision + num_tiles * rest
     if v is not None:
-        P, D, F = v.num_patches, v.hidden_size, v.intermediate_size
-        patches = num_tiles * P * 3 * v.patch_size**2 * D
-        vision = num_tiles * v.num_hidden_layers * P * (4 * D * D + 2 * D * F + 2 * P * D)
-        projector = num_tiles * P * D * d.hidden_size
+        projector = num_tiles * v.num_patches * v.feature_size * d.hidden_size
     D, N, K, H = d.hidden_size, d.num_attention_heads, d.num_key_value_heads, d.head_dim
     if d.moe is None:
         feed_forward = 3 * D * d.intermediate_size
@@ -116,6 +118,17 @@ def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int
     sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
     total = patches * (1 + sees) + vision * (1 + 2 * sees) + projector * (1 + sees + projects)
     return 2 * (total + linear * (2 + decodes) + attention * 3)
+
+
+def count_encoder(config: VisionConfig) -> tuple[int, int]:
+    """Count the multiplications of one tile that read pixels, of which there is no gradient, and all others."""
+    D, F = config.hidden_size, config.intermediate_size
+    T = config.num_tokens_beside + config.num_patches
+    blocks = config.num_hidden_layers * T * (4 * D * D + 2 * D * F + 2 * T * D)
+    if config.patches == "convolution":
+        first, rest = count_multiplications(config)
+        return first, rest + blocks
+    return config.num_patches * 3 * config.patch_size**2 * D, blocks
 
 
 def count_pairs(batch: Batch) -> int:

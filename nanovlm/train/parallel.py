@@ -51,7 +51,8 @@ def parallelize(
     shard_ranks = config.shard_ranks or num_ranks()
     if num_ranks() % shard_ranks:
         raise UserError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
-    blocks = [block for name in ("vision", "decoder") if hasattr(model, name) for block in getattr(model, name).layers]
+    encoders = [model.vision, model.vision.second] if model.config.vision is not None else []
+    blocks = [block for part in (*encoders, model.decoder) if part is not None for block in part.layers]
     experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
     for block in blocks:
         if config.checkpointing != "none":

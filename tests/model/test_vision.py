@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 import transformers as hub
 from torch import nn
+from transformers.models.convnext.modeling_convnext import ConvNextLayer
 
 from nanovlm.config import VisionConfig
+from nanovlm.model.convolution import ConvolutionBlock, ConvolutionStem, stage_widths
 from nanovlm.model.decoder import rotate_both
 from nanovlm.model.vision import ACTIVATIONS, VisionEncoder, normalize, rope_table
 from nanovlm.model.vlm import VLM
+from nanovlm.train import init
 from tests.conftest import TINY
 from tests.model.test_parity import randomize
 
@@ -176,3 +179,89 @@ def test_a_second_encoder_sees_the_same_patches(sizes):
     if sizes[1] == 5:
         shown = F.interpolate(shown, (20, 20), mode="bicubic", antialias=True)
     torch.testing.assert_close(features[..., 32:], encoder.second(shown), rtol=1e-4, atol=1e-4)
+
+
+CONVOLUTION = VisionConfig(
+    image_size=35, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+)
+
+
+@torch.no_grad()
+def test_convolutions_see_places_in_the_order_of_the_patches():
+    """Without blocks a pixel moves the features of its own patch alone, with them those of neighbours."""
+    torch.manual_seed(0)
+    assert stage_widths(CONVOLUTION) == [8, 16, 32]
+    for num_blocks in (0, 1):
+        stem = draw(ConvolutionStem(dataclasses.replace(CONVOLUTION, convolution_blocks=num_blocks)))
+        pixels = torch.randn(2, 3, 35, 35)
+        pixels[:, :, 32:] = pixels[:, :, :, 32:] = torch.nan  # beyond the last whole patch
+        before = stem(pixels)
+        assert before.shape == (2, 16, 32)
+        for row, column in ((0, 0), (1, 2), (3, 1)):
+            changed = pixels.clone()
+            changed[1, :, 8 * row, 8 * column + 7] += 3
+            moved = ((stem(changed) - before).abs().amax(-1) > 0).int()
+            assert moved[1, 4 * row + column] == 1 and moved[0].sum() == 0
+            assert (moved[1].sum() == 1) == (num_blocks == 0)
+
+
+@torch.no_grad()
+def test_a_convolution_stage_is_that_of_convnext():
+    torch.manual_seed(0)
+    config = hub.ConvNextConfig(num_channels=3, hidden_sizes=[8, 16], depths=[2, 2], layer_norm_eps=1e-6)
+    theirs = ConvNextLayer(config, 16)
+    ours = ConvolutionBlock(16, CONVOLUTION)
+    ours.fc1, ours.fc2 = nn.Linear(16, 64), nn.Linear(64, 16)  # it is wider
+    theirs.layer_scale_parameter = None
+    names = {"depthwise": "dwconv", "norm": "layernorm", "fc1": "pwconv1", "fc2": "pwconv2"}
+    for mine, their in names.items():
+        getattr(ours, mine).load_state_dict(getattr(theirs, their).state_dict())
+    x = torch.randn(2, 16, 6, 5)
+    torch.testing.assert_close(ours(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patches": "convolution", "patch_size": 6}, "vision.patch_size = 6 must be a power of 2"),
+        ({"positions": "rotary", "num_attention_heads": 16}, "4 .* must divide vision.hidden_size / .* = 2"),
+        ({"num_registers": -1}, "vision.num_registers = -1 must be at least 0"),
+        ({"std": (0.5, 0.0, 0.5)}, "vision.std = 0.0 must be positive"),
+        ({"second": dataclasses.replace(TINY.vision, patch_size=8)}, "vision.second has 2 patches a side, vision 4"),
+        ({"second": dataclasses.replace(TINY.vision, num_hidden_layers=0)}, "second.num_hidden_layers = 0 must be at"),
+        ({"patches": "tiles"}, "vision.patches = 'tiles' is unknown; there are patch, convolution"),
+        ({"hidden_act": "relu"}, "vision.hidden_act = 'relu' is unknown; there are gelu_tanh, gelu, quick_gelu"),
+    ],
+)
+def test_what_an_encoder_cannot_be_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        VLM(dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, **changes)))
+
+
+OTHERS = {
+    "class token and registers": {"class_token": True, "num_registers": 2, "pre_layernorm": True, "layer_scale": True},
+    "rotary": {"positions": "rotary", "num_registers": 1, "post_layernorm": False},
+    "convolution": {"patches": "convolution", "patch_size": 4},
+    "two": {"second": dataclasses.replace(TINY.vision, image_size=32, patch_size=8, hidden_size=16, class_token=True)},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_weight_is_drawn_learns_and_is_used(kind):
+    """Weights on the meta device get the same values, and ranks that need it get a gradient of each."""
+    config = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, **OTHERS[kind]))
+    torch.manual_seed(0)
+    model = VLM(config)
+    with torch.device("meta"):
+        later = VLM(config)
+    later.to_empty(device="cpu")
+    for parameter in later.parameters():
+        parameter.detach().fill_(torch.nan)
+    torch.manual_seed(0)
+    init.draw(later)
+    for name, tensor in model.state_dict().items():
+        assert tensor.equal(later.state_dict()[name]), name
+    model.encode(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)).square().sum().backward()
+    for name, parameter in (*model.vision.named_parameters(), *model.projector.named_parameters()):
+        has_gradient = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert has_gradient or name.endswith("k_proj.bias"), name  # which softmax takes out

@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.config import MoEConfig
 from nanovlm.model.attention import make_mask
+from nanovlm.model.vision import VisionEncoder
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
-from nanovlm.train.counting import count_flops, count_pairs
+from nanovlm.train.counting import count_encoder, count_flops, count_pairs
 from tests.conftest import TINY, make_batch, make_document
 
 MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=24, num_shared_experts=1, experts="loop")
@@ -32,6 +33,32 @@ def test_pairs_are_those_of_the_mask(processor):
 def test_operations_are_those_that_torch_counts(processor, moe, frozen):
     """One document that fills its row, without the padding and the masked pairs that torch computes and we do not."""
     config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))
+    compare_with_torch(config, processor, frozen)
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision",), ("vision", "projector")], ids=" ".join)
+@pytest.mark.parametrize("kind", ["tokens beside", "convolution", "two encoders"])
+def test_operations_of_other_encoders(processor, kind, frozen):
+    """Convolutions without groups, of whose gradients torch counts those of other groups too."""
+    changes = {
+        "tokens beside": {"class_token": True, "num_registers": 2, "positions": "rotary", "layer_scale": True},
+        "convolution": {"patches": "convolution", "convolution_blocks": 0},
+        "two encoders": {"second": dataclasses.replace(TINY.vision, hidden_size=48, class_token=True)},
+    }
+    compare_with_torch(
+        dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, **changes[kind])), processor, frozen
+    )
+
+
+def test_operations_of_grouped_convolutions():
+    """Forward alone, of which torch counts none too many."""
+    config = dataclasses.replace(TINY.vision, patches="convolution", convolution_blocks=2, patch_size=8)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        VisionEncoder(config)(torch.zeros(1, 3, 16, 16))
+    assert counter.get_total_flops() == 2 * sum(count_encoder(config))
+
+
+def compare_with_torch(config, processor, frozen):
     model, document = VLM(config), make_document(processor, 0, ("what?", "a red circle"))
     batch = make_batch([document], len(document))
     trains = {}
