@@ -210,7 +210,7 @@ def start_from_model(recipe: TrainConfig, args: list[str]) -> TrainConfig:
     if not name:
         return recipe
     if given:  # it brings all parts
-        recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, vision="", decoder=""))
+        recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, vision="", second="", decoder=""))
     recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, model=name))
     from nanovlm.train.init import take_model  # takes seconds
     from nanovlm.train.resume import read_config, steps_taken

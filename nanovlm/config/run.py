@@ -18,8 +18,10 @@ class InitConfig:
     model: str = ""
     # Noise on experts that are copies of a dense layer, relative to its weights.
     upcycle_noise: float = 0.0
-    # A SigLIP encoder, or a whole model whose encoder is taken: a folder or a repository.
+    # An image encoder, SigLIP, CLIP or DINOv2, or a whole model whose encoder is taken: a folder or a repository.
     vision: str = ""
+    # The same for model.vision.second.
+    second: str = ""
     # A language model, or a whole model whose decoder is taken: a folder, a repository, a .gguf file or smollm2. Its
     # tokenizer is used too, with image tokens added.
     decoder: str = ""
@@ -195,13 +197,17 @@ class TrainConfig:
             "head is learned by reward, and by it alone",
         )
         check(
-            not self.init.model or not (self.init.vision or self.init.decoder),
-            f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r} and "
-            f"init.decoder = {self.init.decoder!r} must be empty",
+            not self.init.model or not (self.init.vision or self.init.second or self.init.decoder),
+            f"init.model = {self.init.model!r} brings all parts: init.vision = {self.init.vision!r}, init.second = "
+            f"{self.init.second!r} and init.decoder = {self.init.decoder!r} must be empty",
         )
         check(
             not self.init.vision or self.model.vision is not None,
             f"init.vision = {self.init.vision!r} needs an image encoder, but model.vision = None",
+        )
+        check(
+            not self.init.second or (self.model.vision is not None and self.model.vision.second is not None),
+            f"init.second = {self.init.second!r} needs a second image encoder, but model.vision.second = None",
         )
         read = READS.get(self.objective, SETTINGS)
         for name in SETTINGS:

@@ -28,20 +28,8 @@ from nanovlm.hub.families import (
     IDEFICS3_TYPES,
     IDEFICS3_VISION_DEFAULTS,
     ROPE_FIELDS,
-    SIGLIP_DEFAULTS,
-    SIGLIP_TYPES,
     VISION_FIELDS,
 )
-
-
-def read_siglip(folder: Path) -> VisionConfig:
-    """Read the config of a SigLIP encoder, alone or with its text tower."""
-    path = folder / "config.json"
-    data = read_json(path)
-    if data.get("model_type") not in SIGLIP_TYPES:
-        kind = data.get("model_type")
-        raise UserError(f"{path}: model_type = {kind!r} is no image encoder that we have; there is siglip")
-    return read_vision(data.get("vision_config", data), SIGLIP_DEFAULTS, path)
 
 
 def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
@@ -164,17 +152,11 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
 
 def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingConfig:
     """Read Idefics3's image settings; if there are none and none are needed, return ones that cut no image."""
-    settings = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer and takes precedence
-        data = read_json(folder / name) if (folder / name).is_file() else {}
-        if found := data if name.startswith("pre") else data.get("image_processor"):
-            settings, path = found, folder / name
+    settings, path = read_image_settings(folder)
     if not settings and is_needed:
         raise UserError(f"{folder} has no preprocessor_config.json, nor image settings in a processor_config.json")
     if not settings:
         return TilingConfig(policy="idefics3", longest_edge=vision.image_size)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: image_processor must be a JSON object, got {settings!r}")
     settings = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}} | settings
     expected = {
         "max_image_size": {"longest_edge": vision.image_size},
@@ -194,6 +176,18 @@ def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingCo
     if not isinstance(size, dict) or size.keys() != {"longest_edge"}:
         raise UserError(f"{path}: size = {size} is not supported; it must have longest_edge and nothing else")
     return _build(TilingConfig, {"policy": "idefics3"} | size, path)
+
+
+def read_image_settings(folder: Path) -> tuple[dict, Path]:
+    """Return how images are prepared for an encoder, and the file that says it; nothing where none does."""
+    settings, path = {}, folder
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second form is newer and takes precedence
+        data = read_json(folder / name) if (folder / name).is_file() else {}
+        if found := data if name.startswith("pre") else data.get("image_processor"):
+            settings, path = found, folder / name
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: image_processor must be a JSON object, got {settings!r}")
+    return settings, path
 
 
 def read_special_tokens(

@@ -7,7 +7,7 @@ a name is the same on both sides, and nothing is permuted. `{}` stands for a num
 import re
 from typing import NamedTuple
 
-from nanovlm.config import DecoderConfig
+from nanovlm.config import DecoderConfig, VisionConfig, differences
 from nanovlm.data.images import FAKE
 from nanovlm.errors import UserError
 
@@ -206,7 +206,6 @@ DECODERS = {
     "olmoe": Family("OlmoeForCausalLM", OLMOE_DEFAULTS, False, "all", QWEN_MOE_NAMES, OLMOE_FIELDS),
 }
 IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
-SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 
 
 def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
@@ -215,6 +214,19 @@ def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]
     if not has_vision:
         return names
     return IDEFICS3_NAMES | {re.sub(r"^model\.", "model.text_model.", theirs): ours for theirs, ours in names.items()}
+
+
+def check_vision(vision: VisionConfig | None):
+    """Raise UserError if Idefics3, the one layout of vision-language models, has no such encoder."""
+    if vision is None:
+        return
+    known = {field: getattr(vision, field) for field in (*VISION_FIELDS, "attention")}
+    if other := differences(VisionConfig(**known), vision):
+        field, _, values = other[0].partition(": ")
+        raise UserError(
+            f"vision.{field} = {values.rpartition(' against ')[2]} cannot be exported: Idefics3, the layout in which a "
+            "vision-language model is written, has SigLIP's encoder alone; the model folder of a run has every encoder"
+        )
 
 
 # transformers' Idefics3Processor looks for these, and would add missing ones with ids beyond the vocabulary.

@@ -36,7 +36,7 @@ def read_model(stored: Stored, device: str | torch.device, dtype: torch.dtype | 
 
 
 def fill_vision(places: Places, stored: Stored):
-    """Copy the image encoder of a stored model into that of another."""
+    """Copy the image encoder of a stored model into that of another; what that goes without is left out."""
     _fill(places, stored, "vision.")
 
 
@@ -70,4 +70,4 @@ def fill_decoder(places: Places, stored: Stored, ids: Iterable[int]):
 def _fill(places, stored, prefix):
     """Copy the weights whose names begin with `prefix`; the others are checked and not read."""
     theirs = meta_model(stored.config).state_dict()
-    stored.fill(theirs | {name: places[name] for name in theirs if name.startswith(prefix)})
+    stored.fill(theirs | {name: places[name] for name in theirs if name.startswith(prefix) and name in places})

@@ -1,7 +1,6 @@
 """Safetensors files in a hub layout -> our weights, tensor by tensor, by the name tables of families.py."""
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,10 +11,10 @@ from nanovlm.config import VLMConfig
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.download import find_weights
-from nanovlm.hub.families import HEAD, SIGLIP_NAMES, find_names
+from nanovlm.hub.families import HEAD, find_names
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, Rows
-from nanovlm.tensor_files import copy_tensors, file_dtype, merge_numbers, open_tensors
+from nanovlm.tensor_files import copy_tensors, file_dtype, open_tensors
 
 Place = TypeVar("Place", bound=torch.Tensor | Rows)
 
@@ -39,18 +38,6 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
 def _ignore(config):
     """Return a predicate for names of tensors to skip: the head if it is tied, and rotary frequencies."""
     return lambda name: (config.tie_word_embeddings and name == HEAD) or name.endswith("rotary_emb.inv_freq")
-
-
-def load_vision(places: Places, folder: Path):
-    """Read a SigLIP encoder, alone or with its text tower, into the encoder of a model (see stored.py)."""
-    files = find_weights(folder)
-    keys = {name for path in files for name in tensor_names(path)}
-    root = "vision_model." if any(name.startswith("vision_model.") for name in keys) else ""
-    wanted = destinations(places, {root + theirs: ours for theirs, ours in SIGLIP_NAMES.items()})
-    unused = re.compile(rf"text_model\.|logit_(scale|bias)|{re.escape(root)}head\.")
-    copy_tensors(wanted, files, unused.match)
-    if left := [name for name in keys if unused.match(name)]:
-        print(f"not used of {folder}: {', '.join(merge_numbers(left))}", file=sys.stderr)
 
 
 def destinations(places: dict[str, Place], names: dict[str, str | tuple[str, ...]]) -> dict[str, list[Place]]:

@@ -97,7 +97,8 @@ def check_learning(model: VLM, config: TrainConfig):
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"adapter.train has a pattern {pattern!r} that holds for no parameter")
     init = config.init
-    drawn = () if init.model else ("projector.",) if init.vision else ("projector.", "vision.")
+    encoders = ("vision.",) if not init.vision else () if init.second else ("vision.second.",)
+    drawn = () if init.model else ("projector.", *encoders)
     if name := next((name for name in names if name.startswith(drawn) and not learns(name, config.adapter)), None):
         raise UserError(
             f"{name} begins with random values and would keep them: add ^{name.split('.')[0]} to adapter.train"

@@ -2,7 +2,8 @@
 
 ```
 nothing            random weights, a tokenizer made from the data, or that of a distillation's teacher
-init.vision        the image encoder's weights, a SigLIP's or a whole model's    the projector is always random
+init.vision        the image encoder's weights, one of the hub's or a whole model's; the projector is always random
+init.second        those of model.vision.second, likewise
 init.decoder       the decoder's weights and tokenizer, both extended by image tokens; a whole model's too
 init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
                    mixture of experts where the config has one
@@ -40,12 +41,11 @@ from nanovlm.data.tokenizer import (
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.adapters import open_adapter
-from nanovlm.hub.configs import read_siglip
 from nanovlm.hub.download import find, refuse_adapter
+from nanovlm.hub.encoders import load_encoder, read_encoder
 from nanovlm.hub.families import IDEFICS3_TYPES
 from nanovlm.hub.read import find_model
 from nanovlm.hub.stored import fill_decoder, fill_vision
-from nanovlm.hub.weights import load_vision
 from nanovlm.model.adapters import is_adapter
 from nanovlm.model.build import meta_model
 from nanovlm.model.quantized import is_quantized
@@ -59,6 +59,7 @@ FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge")  # how many tiles, not
 FREE_OF_DECODER = ("attention", "cross_entropy", "max_position_embeddings")
 FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
+SECOND = "vision.second."
 # The stacked matrices of a mixture's experts; a dense layer has one of each.
 STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -88,9 +89,10 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     fillers = []
     if init.vision:
         assert wanted.vision is not None
-        theirs, fill_part = _open_vision(init.vision)
-        _check_same(init.vision, _with(theirs, wanted.vision, FREE_OF_VISION), wanted.vision, "vision.")
-        fillers.append(fill_part)
+        fillers.append(_open_encoder(init.vision, wanted.vision, "vision.", bool(init.second)))
+    if init.second:
+        assert wanted.vision is not None and wanted.vision.second is not None
+        fillers.append(_open_encoder(init.second, wanted.vision.second, SECOND, False))
     decoder = find_model(init.decoder) if init.decoder else None
     if decoder is not None:
         _refuse_quantized(init.decoder, decoder.config)
@@ -124,13 +126,34 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     return processor, fill
 
 
+def _open_encoder(name: str, wanted: VisionConfig, prefix: str, has_other_second: bool) -> Callable[[Places], None]:
+    """Return a function that fills the encoder at `prefix` from an encoder of the hub, or that of a whole model.
+
+    The second encoder of a whole model comes with it where one is wanted, unless `has_other_second`. The encoder may
+    have fewer blocks than theirs, and no norm after them.
+    """
+    theirs, fill_part = _open_vision(name)
+    brings_second = theirs.second is not None and wanted.second is not None and not has_other_second
+    if not brings_second:
+        theirs = dataclasses.replace(theirs, second=wanted.second)
+    fewer = ("num_hidden_layers",) * (wanted.num_hidden_layers <= theirs.num_hidden_layers)
+    without = ("post_layernorm",) * theirs.post_layernorm
+    _check_same(name, _with(theirs, wanted, FREE_OF_VISION + fewer + without), wanted, prefix)
+
+    def fill(places):
+        own = {f"vision.{key.removeprefix(prefix)}": x for key, x in places.items() if key.startswith(prefix)}
+        fill_part({key: x for key, x in own.items() if brings_second or not key.startswith(SECOND)})
+
+    return fill
+
+
 def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:
-    """Return the config of a SigLIP or of a whole model's image encoder, and a function that fills a model's."""
+    """Return the config of an encoder of the hub or of a whole model's, and a function that fills a model's."""
     folder = find(name)
     refuse_adapter(folder)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if data.get("model_type") not in (None, *IDEFICS3_TYPES):
-        return read_siglip(folder), lambda places: load_vision(places, folder)
+        return read_encoder(folder), lambda places: load_encoder(places, folder)
     stored = find_model(folder)
     _refuse_quantized(name, stored.config)
     if stored.config.vision is None:

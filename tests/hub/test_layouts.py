@@ -21,7 +21,6 @@ from nanovlm.data.images import make_tiles, marker_tokens
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.types import Document
-from nanovlm.files import read_json
 from nanovlm.hub import configs, export, families, weights
 from nanovlm.model.build import empty_model
 from nanovlm.model.decoder import rope_table
@@ -238,43 +237,6 @@ def test_bf16_differs_no_more_than_transformers_itself(family, tmp_path):
         mean_square.append((error.square().mean() / allowed.square().mean()).log() / 2)
     for ratios in (torch.stack(largest), torch.stack(mean_square)):
         assert ratios.mean().exp() <= 1.25
-
-
-@pytest.mark.parametrize("kind", ["encoder", "hub names", "both towers", "no head"])
-def test_a_siglip_encoder_is_read(kind, tmp_path, capsys):
-    torch.manual_seed(0)
-    if kind == "both towers":
-        text = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=3)
-        siglip = hub.SiglipModel(hub.SiglipConfig(vision_config=VISION, text_config=text))
-    else:
-        siglip = hub.SiglipVisionModel(hub.SiglipVisionConfig(**VISION, vision_use_head=kind != "no head"))
-    randomize(siglip)
-    siglip.eval().save_pretrained(tmp_path)
-    if kind == "hub names":
-        tensors = load_file(tmp_path / "model.safetensors")
-        save_file({f"vision_model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    data = read_json(tmp_path / "config.json")
-    vision = configs.read_vision(data.get("vision_config", data), families.SIGLIP_DEFAULTS, tmp_path / "config.json")
-    model = VLM(dataclasses.replace(TINY, vision=vision))
-    decoder = {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
-    weights.load_vision(model.state_dict(), tmp_path)
-    assert all(torch.equal(tensor, decoder[name]) for name, tensor in model.decoder.state_dict().items())
-    pixels = torch.randn(3, 3, 32, 32)
-    theirs = getattr(siglip, "vision_model", siglip)(pixel_values=pixels).last_hidden_state
-    assert (model.vision(pixels) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    said = capsys.readouterr().err
-    assert said.startswith(f"not used of {tmp_path}: ") == (kind != "no head")
-    assert ("head.probe" in said) == (kind != "no head")
-    assert ("logit_scale" in said) == ("text_model.head.weight" in said) == (kind == "both towers")
-
-
-def test_an_unknown_tensor_beside_an_encoder_is_named(tmp_path):
-    hub.SiglipVisionModel(hub.SiglipVisionConfig(**VISION)).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"embeddings.extra": torch.ones(2)}, tmp_path / "model.safetensors")
-    vision = configs.read_vision(VISION, families.SIGLIP_DEFAULTS, tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit the config: embeddings.extra is unknown$"):
-        weights.load_vision(VLM(dataclasses.replace(TINY, vision=vision)).state_dict(), tmp_path)
 
 
 def test_idefics3_grids_that_are_refused_are_those_without_positions_of_their_own():

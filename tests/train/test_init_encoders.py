@@ -1,0 +1,108 @@
+"""Runs that start from encoders of the hub: CLIP, DINOv2, fewer blocks, two side by side."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
+
+from nanovlm.config import AdapterConfig, DataConfig, InitConfig, TrainConfig
+from nanovlm.hub.encoders import read_encoder
+from nanovlm.hub.model_folder import save_model
+from nanovlm.model.vision import convert_pixels, normalize
+from nanovlm.train import init
+from tests.conftest import TINY
+from tests.model.test_parity import randomize
+
+CLIP = dict(
+    image_size=16, patch_size=4, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2
+)
+DINO = dict(image_size=24, patch_size=6, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    for name, encoder in (
+        ("clip", CLIPVisionModel(CLIPVisionConfig(**CLIP))),
+        ("dino", Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO))),
+    ):
+        randomize(encoder)
+        encoder.save_pretrained(folder / name)
+    return folder
+
+
+def make_config(encoder, /, **parts):
+    model = dataclasses.replace(TINY, vision=encoder)
+    return TrainConfig(model=model, data=DataConfig(tokenizer_size=300), init=InitConfig(**parts)).validate()
+
+
+def start(config):
+    torch.manual_seed(1)
+    return init.start(config, ["a red circle", "two blue squares"] * 40)
+
+
+@torch.no_grad()
+def test_two_encoders_of_the_hub_side_by_side(hub, tmp_path, capsys):
+    """LLaVA's features of CLIP, and DINOv2's of the same pixels; then both out of the model that has them."""
+    clip, dino = read_encoder(hub / "clip"), read_encoder(hub / "dino")
+    vision = dataclasses.replace(clip, num_hidden_layers=2, post_layernorm=False, second=dino)
+    config = make_config(vision, vision=str(hub / "clip"), second=str(hub / "dino"))
+    model, processor = start(config)
+    tiles = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    pixels = normalize(tiles, clip.mean, clip.std)
+    theirs = CLIPVisionModel.from_pretrained(hub / "clip")(pixel_values=pixels, output_hidden_states=True)
+    beside = Dinov2WithRegistersModel.from_pretrained(hub / "dino")
+    expected = torch.cat(
+        (
+            theirs.hidden_states[-2][:, 1:],
+            beside(pixel_values=convert_pixels(pixels, clip, dino)).last_hidden_state[:, -16:],
+        ),
+        dim=-1,
+    )
+    assert (model.vision(pixels) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert model.projector.proj.in_features == 4 * (24 + 16)
+    said = capsys.readouterr().err
+    assert "encoder.layers.2.mlp" in said and "mask_token" in said
+    save_model(tmp_path / "both", model, processor)
+    again, _ = start(make_config(vision, vision=str(tmp_path / "both")))
+    other, _ = start(make_config(vision, vision=str(tmp_path / "both"), second=str(hub / "dino")))
+    alone, _ = start(make_config(dataclasses.replace(vision, second=None), vision=str(tmp_path / "both")))
+    for name, tensor in model.vision.state_dict().items():
+        assert again.vision.state_dict()[name].equal(tensor) and other.vision.state_dict()[name].equal(tensor), name
+        assert name.startswith("second.") or alone.vision.state_dict()[name].equal(tensor), name
+    random, _ = start(make_config(vision, vision=str(hub / "clip")))
+    assert random.vision.layers[0].mlp.fc1.weight.equal(model.vision.layers[0].mlp.fc1.weight)
+    assert not random.vision.second.layers[0].mlp.fc1.weight.equal(model.vision.second.layers[0].mlp.fc1.weight)
+
+
+def test_an_encoder_that_is_not_the_configured_one_is_refused(hub):
+    clip, dino = read_encoder(hub / "clip"), read_encoder(hub / "dino")
+    for vision, parts, message in (
+        (dataclasses.replace(clip, num_hidden_layers=4), {"vision": "clip"}, "vision.num_hidden_layers: 3 against 4"),
+        (dataclasses.replace(clip, mean=(0.5,) * 3), {"vision": "clip"}, r"vision.mean: \(0.481.* against \(0.5, 0.5"),
+        (dataclasses.replace(clip, second=dino), {"second": "clip"}, "vision.second.image_size: 16 against 24"),
+        (clip, {"vision": "dino"}, "dino, which differs from the config: .*vision.num_registers: 4 against 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start(make_config(vision, **{field: str(hub / name) for field, name in parts.items()}))
+    with pytest.raises(ValueError, match=r"init.second = 'x' needs a second image encoder, but model.vision.second"):
+        make_config(clip, second="x")
+    with pytest.raises(ValueError, match=r"init.model = 'a' brings all parts: .* init.second = 'b'"):
+        make_config(dataclasses.replace(clip, second=dino), model="a", second="b")
+
+
+def test_a_random_encoder_beside_adapters_must_learn(hub):
+    clip, dino = read_encoder(hub / "clip"), read_encoder(hub / "dino")
+    config = make_config(dataclasses.replace(clip, second=dino), vision=str(hub / "clip"))
+    adapter = AdapterConfig(rank=2, train=("^projector",))
+    with pytest.raises(ValueError, match=r"vision.second.class_embedding begins with random values"):
+        init.build(dataclasses.replace(config, adapter=adapter))
+    known = dataclasses.replace(config.init, second=str(hub / "dino"))
+    init.build(dataclasses.replace(config, adapter=adapter, init=known))
