@@ -169,6 +169,11 @@ def parse_train(args: list[str], about: str | None = None) -> TrainConfig:
     if values(args, "--model.vision")[-1:] == ["None"]:  # a language model: tyro cannot take a whole part away
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vision=None, image_token_id=None))
         args = without(args, "--model.vision")
+    # Naming one of its fields adds a second encoder, which is as the first in all others; the help shows them too.
+    vision, names_second = recipe.model.vision, any(a.startswith(("--model.vision.second.", "--help")) for a in args)
+    if vision is not None and vision.second is None and names_second:
+        vision = dataclasses.replace(vision, second=vision)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vision=vision))
     if values(args, "--data.sources"):  # the preset's lessons and tasks fit its own data
         data, judged = dataclasses.replace(recipe.data, lessons=()), dataclasses.replace(recipe.eval, tasks=())
         recipe = dataclasses.replace(recipe, data=data, eval=judged)

@@ -24,6 +24,7 @@ from nanovlm.config import (
     RopeScalingConfig,
     TilingConfig,
     TrainConfig,
+    VisionConfig,
 )
 from nanovlm.config.fields import comments
 from nanovlm.data.images import TILING
@@ -33,6 +34,7 @@ from nanovlm.model.attention import ATTENTION
 from nanovlm.model.decoder import ROPE_SCALING
 from nanovlm.model.moe import EXPERTS
 from nanovlm.model.projector import PROJECTORS
+from nanovlm.model.vision import ACTIVATIONS, PATCHES
 from nanovlm.objectives import OBJECTIVES
 from nanovlm.objectives.losses import CROSS_ENTROPY
 from nanovlm.presets import PRESETS
@@ -71,15 +73,25 @@ def test_help_shows_every_field_with_its_meaning(capsys):
                 yield f"--{prefix}{field.name}".replace("_", "-")
 
     decoder = dataclasses.replace(TrainConfig().model.decoder, moe=MoEConfig())
-    model = dataclasses.replace(TrainConfig().model, decoder=decoder)
+    vision = dataclasses.replace(TrainConfig().model.vision, second=VisionConfig())
+    model = dataclasses.replace(TrainConfig().model, decoder=decoder, vision=vision)
     options = list(leaves(dataclasses.replace(TrainConfig(), model=model)))
     options.remove("--model.quantization")  # which a run cannot have
+    options.remove("--model.vision.second.second")  # nor can a model have a third encoder
     assert len(options) > 40
     for option in options:
         start = max(shown.rfind(f" {option}{end}") for end in (" ", ","))
         assert start >= 0, option
         assert "(default:" in shown[start : start + 400], option
     assert "Peak learning rate." in shown and "Side of one square patch, in pixels." in shown
+
+
+def test_naming_a_field_of_a_second_encoder_adds_one():
+    names = ["--model.vision.class-token", "--model.vision.mean", "0.4", "0.5", "0.6"]
+    vision = parse_train(["scenes", *names, "--model.vision.second.positions", "rotary"]).validate().model.vision
+    assert vision.class_token and vision.mean == (0.4, 0.5, 0.6) and vision.positions == "learned"
+    first = PRESETS["scenes"]().model.vision
+    assert vision.second == dataclasses.replace(first, positions="rotary") and first.second is None
 
 
 def test_other_sources_leave_the_lessons_of_the_preset():
@@ -109,6 +121,8 @@ def test_help_fits_on_a_screen(capsys):
         (DecoderConfig, "attention", ATTENTION),
         (DecoderConfig, "cross_entropy", CROSS_ENTROPY),
         (MoEConfig, "experts", EXPERTS),
+        (VisionConfig, "patches", PATCHES),
+        (VisionConfig, "hidden_act", ACTIVATIONS),
         (ProjectorConfig, "type", PROJECTORS),
         (TilingConfig, "policy", TILING),
         (RopeScalingConfig, "type", ROPE_SCALING),

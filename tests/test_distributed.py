@@ -32,6 +32,9 @@ ROOT = Path(__file__).parent.parent
 LIMIT_S = 1800  # after which processes hang; a slow machine with one core takes minutes
 MOE = MoEConfig(num_experts=4, intermediate_size=16, num_shared_experts=1, balance_weight=0.5, experts="loop")
 MIXTURE = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=MOE))
+SECOND = dataclasses.replace(TINY.vision, patches="convolution", positions="rotary", hidden_size=16)
+VISION = dataclasses.replace(TINY.vision, class_token=True, num_registers=2, layer_scale=True, second=SECOND)
+ENCODERS = dataclasses.replace(TINY, vision=VISION)
 # What is spread how; each must compute what one rank computes.
 LAYOUTS = {
     "ddp": (TINY, ParallelConfig()),
@@ -44,6 +47,8 @@ LAYOUTS = {
     "mixture, fsdp": (MIXTURE, ParallelConfig(strategy="fsdp")),
     "mixture, ddp, shared experts": (MIXTURE, ParallelConfig(expert_ranks=2)),
     "mixture, fsdp, shared experts": (MIXTURE, ParallelConfig(strategy="fsdp", expert_ranks=2)),
+    "two encoders, ddp": (ENCODERS, ParallelConfig()),
+    "two encoders, fsdp": (ENCODERS, ParallelConfig(strategy="fsdp")),
 }
 LAYOUTS_OF_FOUR = {
     "fsdp in pairs": (TINY, ParallelConfig(strategy="fsdp", shard_ranks=2)),
@@ -53,7 +58,7 @@ LAYOUTS_OF_FOUR = {
 OPTIM = OptimConfig(
     lr=0.01,
     warmup_steps=0,
-    rules=(ParamRule("norm|embed|bias|head|down_proj"), ParamRule("", optimizer="muon", weight_decay=0.1)),
+    rules=(ParamRule("norm|embed|bias|head|down_proj|layer_scale"), ParamRule("", optimizer="muon", weight_decay=0.1)),
 )
 
 
