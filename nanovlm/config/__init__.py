@@ -5,6 +5,7 @@ The comment above a field is its help text on the command line. Derived values a
 """
 
 from nanovlm.config.data import DataConfig
+from nanovlm.config.dual import ContrastiveConfig, DualConfig, TextConfig
 from nanovlm.config.fields import differences, from_dict, pick, read_weights
 from nanovlm.config.model import (
     DecoderConfig,
@@ -23,9 +24,11 @@ from nanovlm.config.sampling import SamplingConfig
 
 __all__ = [
     "AdapterConfig",
+    "ContrastiveConfig",
     "DataConfig",
     "DecoderConfig",
     "DistillConfig",
+    "DualConfig",
     "EvalConfig",
     "GroupConfig",
     "InitConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "QuantizationConfig",
     "RopeScalingConfig",
     "SamplingConfig",
+    "TextConfig",
     "TilingConfig",
     "TrainConfig",
     "VLMConfig",

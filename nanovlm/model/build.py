@@ -2,7 +2,8 @@
 
 import torch
 
-from nanovlm.config import VLMConfig
+from nanovlm.config import DualConfig, VLMConfig
+from nanovlm.model.dual import Dual
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM
 
@@ -19,3 +20,9 @@ def meta_model(config: VLMConfig) -> VLM:
 def empty_model(config: VLMConfig, device: str | torch.device, dtype: torch.dtype) -> VLM:
     """Make a model whose weights are uninitialised memory; quantised if the config says so."""
     return meta_model(config).to(dtype).to_empty(device=device)
+
+
+def meta_dual(config: DualConfig) -> Dual:
+    """Make a dual model on the meta device."""
+    with torch.device("meta"):
+        return Dual(config)

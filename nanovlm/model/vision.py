@@ -140,8 +140,9 @@ class VisionBlock(nn.Module):
         scales = [nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None for _ in range(2)]
         self.layer_scale1, self.layer_scale2 = scales
 
-    def forward(self, x_IPD: Tensor, rope: Rope | None = None) -> Tensor:
-        y_IPD = self.self_attn(self.layer_norm1(x_IPD), rope)
+    def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None) -> Tensor:
+        """[I, P, D] -> [I, P, D]; `mask` is as in attention.py."""
+        y_IPD = self.self_attn(self.layer_norm1(x_IPD), rope, mask)
         x_IPD = x_IPD + (y_IPD if self.layer_scale1 is None else self.layer_scale1 * y_IPD)
         y_IPD = self.mlp(self.layer_norm2(x_IPD))
         return x_IPD + (y_IPD if self.layer_scale2 is None else self.layer_scale2 * y_IPD)
@@ -155,12 +156,12 @@ class VisionAttention(nn.Module):
         self.attend = pick(ATTENTION, config.attention, "vision.attention")
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x_IPD: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None) -> Tensor:
         q, k, v = (f(x_IPD) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "I P (N H) -> I P N H", N=self.num_heads) for x in (q, k, v))
         if rope is not None:
             q, k = rotate_both(q, k, rope)
-        return self.out_proj(rearrange(self.attend(q, k, v, None), "I P N H -> I P (N H)"))
+        return self.out_proj(rearrange(self.attend(q, k, v, mask), "I P N H -> I P (N H)"))
 
 
 class VisionMLP(nn.Module):

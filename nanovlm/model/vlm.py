@@ -151,13 +151,22 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     - vision positions: 0.5, half the scale of the patches; class token and registers: 1, as the patches
     Biases and the score head are 0, norm weights and layer scales 1.
     """
-
-    def normal(tensor, std):
-        return tensor, torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=std)
-
     decoder = model.config.decoder
     encoders = {name: module for name, module in model.named_modules() if isinstance(module, VisionEncoder)}
     depth = {name: len(encoder.layers) for name, encoder in encoders.items()} | {"decoder": decoder.num_hidden_layers}
+    yield from layer_weights(model, depth)
+    yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
+    for encoder in encoders.values():
+        yield from encoder_weights(encoder)
+
+
+def normal(tensor: Tensor, std: float) -> tuple[Tensor, Tensor]:
+    """Return a tensor and normal values for it."""
+    return tensor, torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=std)
+
+
+def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the initial weights of linear layers, mixtures and norms; `depth` is how many blocks each part has."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             std = 1 / math.sqrt(module.in_features)
@@ -184,23 +193,25 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
             yield module.layer_scale2, torch.ones(module.layer_scale2.shape)
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and module.bias is not None:
             yield module.bias, torch.zeros(module.bias.shape)
-    yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
-    for encoder in encoders.values():
-        if encoder.position_embedding is not None:
-            yield normal(encoder.position_embedding.weight, 0.5)
-        for beside in (encoder.class_embedding, encoder.registers):
-            if beside is not None:
-                yield normal(beside, 1.0)
-        patches = encoder.patch_embedding
-        if isinstance(patches, PatchEmbedding) and not patches.weight.is_meta:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # matrix factors depend on the threads, and a seed must give the same weights
-            filters = whitening_filters(patches.out_channels, patches.kernel_size[0])
-            torch.set_num_threads(threads)
-            yield patches.weight, filters
 
 
-def skip_constructors(model: VLM):
+def encoder_weights(encoder: VisionEncoder) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the initial positions, class token, registers and patch embedding of an image encoder."""
+    if encoder.position_embedding is not None:
+        yield normal(encoder.position_embedding.weight, 0.5)
+    for beside in (encoder.class_embedding, encoder.registers):
+        if beside is not None:
+            yield normal(beside, 1.0)
+    patches = encoder.patch_embedding
+    if isinstance(patches, PatchEmbedding) and not patches.weight.is_meta:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # matrix factors depend on the threads, and a seed must give the same weights
+        filters = whitening_filters(patches.out_channels, patches.kernel_size[0])
+        torch.set_num_threads(threads)
+        yield patches.weight, filters
+
+
+def skip_constructors(model: nn.Module):
     """Draw and discard the random numbers that constructors of torch's layers draw on any device but meta.
 
     `initial_weights` draws its numbers after these, so a seed gives the same weights whether the model was built on the
