@@ -38,6 +38,7 @@ from nanovlm import distributed
 from nanovlm.config import TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.columns import parse_fields
+from nanovlm.data.dual import DualProcessor
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.process import make_process
@@ -124,7 +125,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle, allow_urls=data.allow_urls
     )
     if checkpoints:
-        processor, fill = init.share_processor(lambda: Processor.load(run_dir, config.model), config.model), None
+        processor, fill = init.load_processor(run_dir, config), None
     else:
         processor, fill = init.prepare(config, sample_texts(source, 1000, options_of(config.data)))
     as_run = dataclasses.replace(config, precision=precision)
@@ -142,7 +143,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             part.name: make_loader(part, processor, config, "val", objective.learns_from) for part in parts_of(source)
         }
         held_out = read_held_out(loaders, config)
-        asked += ask_held_out(loaders, processor, config) if config.eval.every else []
+        asked += ask_held_out(loaders, processor, config) if config.eval.every and config.dual is None else []
     shown = asked[0][1] if asked else []
     if config.eval.show:
         shown = read_questions(open_task(config.eval.show, SHOWN, **how))
@@ -260,7 +261,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     if not is_first:
         return {}
     adapt.save(run_dir, "", model, processor, weights)
-    model, processor = adapt.load(run_dir, config.adapter, device)
+    model, processor = adapt.load(run_dir, config, device)
     if state.step:
         write_file(run_dir / "curves.png", draw_curves(run_dir / "metrics.jsonl"))
     if asked:
@@ -295,14 +296,18 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
 
 
 def make_loader(
-    source: Source, processor: Processor, config: TrainConfig, split: str = "train", learns_from: str = "answers"
+    source: Source,
+    processor: Processor | DualProcessor,
+    config: TrainConfig,
+    split: str = "train",
+    learns_from: str = "answers",
 ) -> Loader:
     """Return a loader of this rank's micro-batches, r, r + R, ... of R ranks; it reads the held-out split once."""
     return Loader(
         source,
         make_process(processor, config.data, learns_from),
         config.data,
-        config.model.pad_token_id,
+        config.built.pad_token_id,
         range(distributed.rank(), config.optim.micro_batches, distributed.num_ranks()),
         config.optim.micro_batches,
         split,

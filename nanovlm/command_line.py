@@ -221,7 +221,7 @@ def start_from_model(recipe: TrainConfig, args: list[str]) -> TrainConfig:
     from nanovlm.train.resume import read_config, steps_taken
 
     saved = read_config(run_dir) if (run_dir / "config.json").is_file() and steps_taken(run_dir) else None
-    recipe = take_model(recipe, saved.model if saved and saved.init.model == name else None)
+    recipe = take_model(recipe, saved.built if saved and saved.init.model == name else None)
     about_vision = [arg for arg in args if arg.startswith("--model.vision.")]
     if recipe.model.vision is None and about_vision:
         raise UserError(f"init.model = {name!r} is a language model, without an image encoder for {about_vision[0]}")

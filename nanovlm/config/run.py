@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanovlm.config.data import DataConfig
+from nanovlm.config.dual import ContrastiveConfig, DualConfig
 from nanovlm.config.fields import check, check_finite, differences, integers
 from nanovlm.config.model import VLMConfig
 from nanovlm.config.optim import OptimConfig
@@ -78,6 +79,8 @@ class TrainConfig:
     run_dir: str = "runs/scenes"
     # The model.
     model: VLMConfig = field(default_factory=VLMConfig)
+    # In its place an image tower and a text tower, which objective contrastive trains; null (None) for a model.
+    dual: DualConfig | None = None
     # Which weights the run starts from; random ones by default.
     init: InitConfig = field(default_factory=InitConfig)
     # Small matrices that learn in place of the model's weights.
@@ -91,8 +94,10 @@ class TrainConfig:
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill, group,
-    # ppo, online_preference.
+    # ppo, online_preference, contrastive.
     objective: str = "next_token"
+    # Objective contrastive: what is learned of pairs of a picture and a text.
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     # Objectives group, ppo and online_preference: the model's own answers and their rewards.
@@ -118,10 +123,16 @@ class TrainConfig:
     # Also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
     wandb: bool = False
 
+    @property
+    def built(self) -> VLMConfig | DualConfig:
+        """The config of the model that the run trains."""
+        return self.dual or self.model
+
     def validate(self) -> "TrainConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
-        for part in (self.model, self.adapter, self.preference, self.group, self.ppo, self.distill):
+        for part in (self.model, self.adapter, self.preference, self.group, self.ppo, self.distill, self.contrastive):
             part.validate()
+        self.check_dual()
         d, o = self.data, self.optim
         has_adapters = self.adapter.rank or self.init.adapter
         for name, value in vars(self.adapter).items():
@@ -247,6 +258,8 @@ class TrainConfig:
             f"parallel.shard_ranks = {self.parallel.shard_ranks} needs parallel.strategy = fsdp, "
             f"not {self.parallel.strategy}",
         )
+        if self.dual is not None:
+            return self
         check(
             self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,
             f"data.tokenizer_size = {d.tokenizer_size} is above "
@@ -264,9 +277,45 @@ class TrainConfig:
         )
         return self
 
+    def check_dual(self):
+        """Raise UserError for what contradicts a dual model, or its absence."""
+        dual, loss, d = self.dual, self.contrastive.loss, self.data
+        check(
+            (self.objective == "contrastive") == (dual is not None),
+            f"objective = {self.objective} does not fit dual = {dual}: contrastive, and it alone, trains a dual model",
+        )
+        if dual is None:
+            return
+        dual.validate()
+        for changed in differences(self.model, VLMConfig(), "model."):
+            raise UserError(f"{changed.split(':')[0]} is given, but the run trains a dual model: leave it out")
+        check(
+            loss not in ("sigmoid", "softmax") or (loss == "sigmoid") == (dual.initial_bias is not None),
+            f"dual.initial_bias = {dual.initial_bias} does not fit contrastive.loss = {loss}: sigmoid learns a bias, "
+            "softmax none (None)",
+        )
+        for name, value in (
+            ("init.decoder", self.init.decoder),
+            ("init.adapter", self.init.adapter),
+            ("adapter.rank", self.adapter.rank),
+            ("eval.tasks", self.eval.tasks),
+            ("eval.show", self.eval.show),
+            ("data.chat_template", d.chat_template),
+        ):
+            check(not value, f"{name} = {value} is for models that answer, which a dual model does not: leave it out")
+        check(
+            self.init.model or d.tokenizer_size <= dual.text.vocab_size,
+            f"data.tokenizer_size = {d.tokenizer_size} is above dual.text.vocab_size = {dual.text.vocab_size}",
+        )
+        check(
+            d.row_length >= dual.text.max_position_embeddings,
+            f"data.row_length = {d.row_length} is below dual.text.max_position_embeddings = "
+            f"{dual.text.max_position_embeddings}: a text would fit into no row",
+        )
+
 
 # The settings of objectives, and which of them each reads; one that is not here may read all.
-SETTINGS = ("preference", "group", "ppo", "distill")
+SETTINGS = ("preference", "group", "ppo", "distill", "contrastive")
 READS = {
     "next_token": (),
     "preference": ("preference",),
@@ -275,6 +324,7 @@ READS = {
     "group": ("group",),
     "ppo": ("group", "ppo"),
     "online_preference": ("preference", "group"),
+    "contrastive": ("contrastive",),
 }
 # Objectives that learn from differences to the log-probabilities of a sampling or a reference.
 COMPARED = ("preference", "group", "ppo", "online_preference")

@@ -10,6 +10,7 @@ number of workers nor on which slots are on the same rank.
 """
 
 import hashlib
+import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -48,6 +49,20 @@ def collate(rows: list[Row]) -> Batch:
         tile_doc_ids=torch.cat(tile_doc_ids),
         values={name: torch.stack([r.values[name] for r in rows]) for name in rows[0].values},
     )
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Stack the rows of several batches and renumber their documents."""
+    firsts = [0, *itertools.accumulate(int(batch.doc_ids.max()) + 1 for batch in batches)]
+    shifted = [
+        (torch.where(batch.doc_ids < 0, batch.doc_ids, batch.doc_ids + first), batch.tile_doc_ids + first)
+        for batch, first in zip(batches, firsts, strict=False)
+    ]
+    doc_ids, tile_doc_ids = (torch.cat(parts) for parts in zip(*shifted, strict=True))
+    names = ("input_ids", "labels", "branch_ids", "position_ids", "pixel_values")
+    stacked = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    values = {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values}
+    return Batch(**stacked, doc_ids=doc_ids, tile_doc_ids=tile_doc_ids, values=values)
 
 
 class Slot:

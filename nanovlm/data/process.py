@@ -8,6 +8,7 @@ import torch
 
 from nanovlm.config import DataConfig, TilingConfig
 from nanovlm.data.chat import Processor
+from nanovlm.data.dual import DualProcessor
 from nanovlm.data.images import plan_tiles
 from nanovlm.data.reader import why_too_long
 from nanovlm.data.records import options_of, to_sample
@@ -15,14 +16,18 @@ from nanovlm.data.types import IGNORE, Document, Sample, Shrunk
 from nanovlm.errors import UserError
 
 
-def make_process(processor: Processor, config: DataConfig, learns_from: str = "answers") -> Callable[[dict], Document]:
+def make_process(
+    processor: Processor | DualProcessor, config: DataConfig, learns_from: str = "answers"
+) -> Callable[[dict], Document]:
     """Return the function that turns raw records into documents; it raises UserError, or Filtered by ratings.
 
     `learns_from` is that of an objective: for pairs a document has two branches, a chosen and a rejected answer (else a
     record of both gives the chosen); for teacher it has what its record has of one (data/build/top_k.py); for own each
-    has a question.
+    has a question. The processor of a dual model makes a caption and its picture of each.
     """
     options = options_of(config)
+    if isinstance(processor, DualProcessor):
+        return lambda raw: processor.document(to_sample(raw, **options))
     if learns_from == "pairs" and config.train_on == "all":
         raise UserError("data.train_on = all must be answers: the objective compares answers, not their prompts")
     if learns_from == "teacher" and config.too_long == "shrink":

@@ -11,6 +11,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.types import Batch, Document
 from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM, Extras
+from nanovlm.objectives.contrastive import Contrastive
 from nanovlm.objectives.distill import Distill
 from nanovlm.objectives.group import Group
 from nanovlm.objectives.next_token import NextToken
@@ -29,10 +30,10 @@ class Objective(Protocol):
     """
 
     # What it learns from: the answers of records; these and what records bring of a teacher; pairs, records of a chosen
-    # and a rejected answer; or own, answers of the model itself, which train/rollouts.py samples: then it is a
-    # LearnsFromOwn.
+    # and a rejected answer; captions, records of a picture and a text, all those of a step together; or own, answers of
+    # the model itself, which train/rollouts.py samples: then it is a LearnsFromOwn.
     @property
-    def learns_from(self) -> Literal["answers", "teacher", "pairs", "own"]: ...
+    def learns_from(self) -> Literal["answers", "teacher", "pairs", "captions", "own"]: ...
 
     # Tensors that change during the run, equal on all ranks; checkpoints keep them. Those that are parameters learn
     # beside the model, at optim.lr, and are no part of what is saved of it; a step adds extras.sums to the others.
@@ -79,6 +80,7 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
     "group": Group,
     "ppo": PPO,
     "online_preference": OnlinePreference,
+    "contrastive": Contrastive,
 }
 
 # Names under which one may look for an objective, and what chooses it here.

@@ -12,6 +12,7 @@ save, load      run_dir/adapter in PEFT's layout; run_dir/model, merged, or a qu
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm import distributed
 from nanovlm.config import AdapterConfig, QuantizationConfig, TrainConfig
-from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
 from nanovlm.hub.adapters import attach, open_adapter, save_adapter
+from nanovlm.hub.dual import load_dual, save_dual
 from nanovlm.hub.model_folder import load_folder, save_model
 from nanovlm.model.adapted import AdaptedMoE, Adapter, widen
 from nanovlm.model.adapters import (
@@ -33,7 +34,8 @@ from nanovlm.model.adapters import (
     learns,
     merged_tensors,
 )
-from nanovlm.model.build import meta_model
+from nanovlm.model.build import meta_dual, meta_model
+from nanovlm.model.dual import Dual
 from nanovlm.model.quantized import TENSORS, QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, places, writable
@@ -68,8 +70,10 @@ def take_adapter(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def build(config: TrainConfig) -> VLM:
+def build(config: TrainConfig) -> Any:
     """Make the model of a run on the meta device. Raises UserError for an adapter that does not fit it."""
+    if config.dual is not None:
+        return meta_dual(config.dual)
     model, adapter = meta_model(config.model), config.adapter
     if adapter.base:
         quantize(model, QuantizationConfig(adapter.base), search=False)
@@ -225,12 +229,14 @@ INITS = {"kaiming": draw_kaiming, "gaussian": draw_gaussian, "orthogonal": draw_
 # --- what a run leaves behind ----------------------------------------------------------------------------------
 
 
-def save(run_dir: Path, suffix: str, model: VLM, processor: Processor, tensors: dict[str, Tensor]):
+def save(run_dir: Path, suffix: str, model: VLM | Dual, processor, tensors: dict[str, Tensor]):
     """Write run_dir/model and run_dir/adapter, both names with a suffix, from the tensors of all ranks.
 
     The model is merged, or, as a quantised one would be rounded again, the base, which needs its adapter. pissa's
     adapter does not fit the model that the run started from, and is not written.
     """
+    if isinstance(model, Dual):
+        return save_dual(run_dir / f"model{suffix}", model, processor, tensors)
     if model.adapters is None:
         return save_model(run_dir / f"model{suffix}", model, processor, tensors)
     config = model.adapters.configs[DEFAULT]
@@ -245,9 +251,11 @@ def save(run_dir: Path, suffix: str, model: VLM, processor: Processor, tensors: 
     save_model(run_dir / f"model{suffix}", model, processor, base)
 
 
-def load(run_dir: Path, config: AdapterConfig, device: torch.device) -> tuple[VLM, Processor]:
-    """Read what `save` wrote, in evaluation mode."""
+def load(run_dir: Path, config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
+    """Read the model and the processor that `save` wrote, in evaluation mode."""
+    if config.dual is not None:
+        return load_dual(run_dir / "model", device)
     model, processor = load_folder(run_dir / "model", device)
-    if config.rank and model.config.quantization is not None:
+    if config.adapter.rank and model.config.quantization is not None:
         attach(model, run_dir / "adapter")
     return model.eval(), processor

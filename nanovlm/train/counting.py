@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovlm import distributed
-from nanovlm.config import VisionConfig, VLMConfig
+from nanovlm.config import DualConfig, VisionConfig, VLMConfig
 from nanovlm.data.types import Batch
 from nanovlm.model.convolution import count_multiplications
 from nanovlm.model.moe import Routing, expert_load
@@ -88,13 +88,15 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
-def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int:
+def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, bool]) -> int:
     """Count the operations of a forward and backward pass: two for each multiplication of matrix products.
 
     Only needed work counts: no padding, in attention only visible pairs, logits of trained tokens only, and in the
     backward pass only gradients that the parts that train need (`trains`, for vision, projector and decoder).
     Recomputation to save memory does not count.
     """
+    if isinstance(config, DualConfig):
+        return count_dual_flops(config, batch, trains)
     d, v = config.decoder, config.vision
     num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
     vision = patches = projector = 0
@@ -118,6 +120,24 @@ def count_flops(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int
     sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
     total = patches * (1 + sees) + vision * (1 + 2 * sees) + projector * (1 + sees + projects)
     return 2 * (total + linear * (2 + decodes) + attention * 3)
+
+
+def count_dual_flops(config: DualConfig, batch: Batch, trains: dict[str, bool]) -> int:
+    """Count those of a dual model as `count_flops` does: those of its blocks, patches and pooling by attention.
+
+    What is done once for a picture or a text is left out, and so are the products of embeddings.
+    """
+    v, t = config.vision, config.text
+    lengths = torch.unique(batch.doc_ids[batch.doc_ids >= 0], return_counts=True)[1]
+    num_tokens, num_tiles = int(lengths.sum()), len(batch.pixel_values)
+    pairs = int((lengths * (lengths + 1) // 2 if t.is_causal else lengths * lengths).sum())
+    patches, vision = (num_tiles * number for number in count_encoder(v))
+    num_features = num_tiles * (v.num_patches + v.num_tokens_beside)
+    pooling = num_features * 2 * v.hidden_size**2 if config.image_pooling == "attention" else 0
+    D, F = t.hidden_size, t.intermediate_size
+    text = t.num_hidden_layers * (num_tokens * (4 * D * D + 2 * D * F) + 2 * pairs * D)
+    sees, pools, reads = (trains.get(name, False) for name in ("vision", "image_pooling", "text"))
+    return 2 * (patches * (1 + sees) + vision * (1 + 2 * sees) + pooling * (1 + sees + pools) + text * (1 + 2 * reads))
 
 
 def count_encoder(config: VisionConfig) -> tuple[int, int]:

@@ -14,6 +14,8 @@ init.adapter       adapters of init.model go on from those of another run
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -22,6 +24,7 @@ from nanovlm import distributed
 from nanovlm.config import (
     AdapterConfig,
     DecoderConfig,
+    DualConfig,
     MoEConfig,
     TrainConfig,
     VisionConfig,
@@ -30,6 +33,7 @@ from nanovlm.config import (
     pick,
 )
 from nanovlm.data.chat import Processor
+from nanovlm.data.dual import DualProcessor, train_text_tokenizer
 from nanovlm.data.images import marker_tokens, plan_tiles
 from nanovlm.data.tokenizer import (
     CHAT_TEMPLATES,
@@ -42,12 +46,15 @@ from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.adapters import open_adapter
 from nanovlm.hub.download import find, refuse_adapter
+from nanovlm.hub.dual import fill_image_tower, find_dual
 from nanovlm.hub.encoders import load_encoder, read_encoder
 from nanovlm.hub.families import IDEFICS3_TYPES
 from nanovlm.hub.read import find_model
 from nanovlm.hub.stored import fill_decoder, fill_vision
 from nanovlm.model.adapters import is_adapter
 from nanovlm.model.build import meta_model
+from nanovlm.model.dual import Dual
+from nanovlm.model.dual import initial_weights as dual_weights
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
 from nanovlm.sharded import Places, Rows, local_part, places, writable
@@ -55,6 +62,7 @@ from nanovlm.train.adapt import base_places, build, draw_adapter
 
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
+FREE_OF_DUAL = ("initial_scale", "resize", "resample")
 FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge")  # how many tiles, not what is in one
 FREE_OF_DECODER = ("attention", "cross_entropy", "max_position_embeddings")
 FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
@@ -64,19 +72,22 @@ SECOND = "vision.second."
 STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def take_model(config: TrainConfig, theirs: VLMConfig | None = None) -> TrainConfig:
+def take_model(config: TrainConfig, theirs: VLMConfig | DualConfig | None = None) -> TrainConfig:
     """Return the config with the model of its init.model in place of its own, which is `theirs` if that is known.
 
     A mixture of experts of its own stays where theirs is dense, with experts of their width: it is to be upcycled.
     """
+    if config.dual is not None:
+        return dataclasses.replace(config, dual=theirs or find_dual(config.init.model).config)
     theirs, moe = theirs or find_model(config.init.model).config, config.model.decoder.moe
+    assert isinstance(theirs, VLMConfig)
     if moe is not None and theirs.decoder.moe is None:
         moe = dataclasses.replace(moe, intermediate_size=theirs.decoder.intermediate_size)
         theirs = dataclasses.replace(theirs, decoder=dataclasses.replace(theirs.decoder, moe=moe))
     return dataclasses.replace(config, model=theirs)
 
 
-def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Callable[[VLM], None]]:
+def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Any, Callable[[Any], None]]:
     """Return the processor of a new run, and a function that fills an fp32 model with initial weights.
 
     `texts` are for a new tokenizer. The model may be sharded: every rank goes through the same tensors in the same
@@ -84,6 +95,8 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Processor, Calla
     Raises UserError that names the fields in which the config and the model that it starts from differ.
     """
     init, wanted = config.init, config.model
+    if config.dual is not None:
+        return _prepare_dual(config, config.dual, texts)
     if init.model:
         return _prepare_from_model(config)
     fillers = []
@@ -152,6 +165,9 @@ def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:
     folder = find(name)
     refuse_adapter(folder)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "image_pooling" in data:  # ours, of a run that trained by contrast
+        dual = find_dual(folder)
+        return dual.config.vision, lambda places: fill_image_tower(places, dual)
     if data.get("model_type") not in (None, *IDEFICS3_TYPES):
         return read_encoder(folder), lambda places: load_encoder(places, folder)
     stored = find_model(folder)
@@ -159,6 +175,34 @@ def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:
     if stored.config.vision is None:
         raise UserError(f"the run cannot take its image encoder from {name}, which is a language model")
     return stored.config.vision, lambda places: fill_vision(places, stored)
+
+
+def _prepare_dual(
+    config: TrainConfig, wanted: DualConfig, texts: Iterable[str]
+) -> tuple[DualProcessor, Callable[[Dual], None]]:
+    init, fillers = config.init, []
+    stored = find_dual(init.model) if init.model else None
+    if stored is not None:
+        towers = {x: _with(getattr(stored.config, x), getattr(wanted, x), FREE_OF_VISION) for x in ("vision", "text")}
+        theirs = _with(dataclasses.replace(stored.config, **towers), wanted, FREE_OF_DUAL)
+        _check_same(init.model, theirs, wanted, kind="dual")
+        fillers.append(stored.fill)
+    if init.vision:
+        theirs, fill_vision_part = _open_vision(init.vision)
+        _check_same(init.vision, _with(theirs, wanted.vision, FREE_OF_VISION), wanted.vision, "vision.", "dual")
+        fillers.append(fill_vision_part)
+
+    def make_tokenizer() -> str:
+        if stored is not None:
+            return stored.processor.tokenizer.to_str()
+        return train_text_tokenizer(texts, config.data.tokenizer_size).to_str()
+
+    def fill(model: Dual):
+        draw(model)
+        for fill_places in fillers:
+            fill_places(places(model))
+
+    return DualProcessor(Tokenizer.from_str(distributed.from_first(make_tokenizer)), wanted), fill
 
 
 def _prepare_from_model(config):
@@ -233,6 +277,13 @@ def start(config: TrainConfig, texts: Iterable[str]) -> tuple[VLM, Processor]:
     return model, processor
 
 
+def load_processor(run_dir: Path, config: TrainConfig) -> Processor | DualProcessor:
+    """Return the processor of a run that took steps."""
+    if config.dual is not None:
+        return DualProcessor.load(run_dir, config.dual)
+    return share_processor(lambda: Processor.load(run_dir, config.model), config.model)
+
+
 def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Processor:
     """Return the processor that `make` returns on the first rank, the only one that calls it."""
     processor = make() if distributed.rank() == 0 else None
@@ -246,7 +297,7 @@ def share_processor(make: Callable[[], Processor], config: VLMConfig) -> Process
 
 
 @torch.no_grad()
-def draw(model: VLM):
+def draw(model: VLM | Dual):
     """Fill a model with random weights: each tensor is drawn whole, and a rank keeps its rows.
 
     Adapters and quantised weights are left as they are: these are read, and those drawn once the base is there.
@@ -256,7 +307,7 @@ def draw(model: VLM):
     skip_constructors(model)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     left = {id(tensor): name for name, tensor in tensors if not (is_adapter(name) or is_quantized(name))}
-    for tensor, values in initial_weights(model):
+    for tensor, values in dual_weights(model) if isinstance(model, Dual) else initial_weights(model):
         writable(tensor).copy_(values)
         left.pop(id(tensor))
         del values  # before the next one is drawn
@@ -337,6 +388,6 @@ def _refuse_quantized(name, config):
         )
 
 
-def _check_same(name, theirs, wanted, where=""):
-    if changed := differences(theirs, wanted, f"model.{where}"):
+def _check_same(name, theirs, wanted, where="", kind="model"):
+    if changed := differences(theirs, wanted, f"{kind}.{where}"):
         raise UserError(f"the run cannot start from {name}, which differs from the config: {'; '.join(changed)}")

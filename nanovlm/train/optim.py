@@ -35,6 +35,8 @@ def assign_rules(
             raise UserError(f"no rule of optim.rules matches the parameter {name}")
         if name.endswith(".magnitude"):  # of an adapter; for muon it is no matrix, even where experts' are stacked
             rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
+        if name in ("logit_scale", "logit_bias"):  # of a dual model: decay would draw them to numbers that mean nothing
+            rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
         if rule.optimizer == "muon" and parameter.ndim < 2:
             raise UserError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
         frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]

@@ -13,6 +13,7 @@ expert_ranks         on top of these: a rank has some of the experts, and tokens
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,17 +30,20 @@ from nanovlm.config import ParallelConfig
 from nanovlm.data.types import Batch
 from nanovlm.distributed import num_ranks, rank
 from nanovlm.errors import UserError
+from nanovlm.model.decoder import Decoder
+from nanovlm.model.dual import Dual, TextTower
 from nanovlm.model.moe import MoE
+from nanovlm.model.vision import VisionEncoder
 from nanovlm.model.vlm import VLM
 
 
 def parallelize(
-    model: VLM,
+    model: VLM | Dual,
     config: ParallelConfig,
     device: torch.device,
     precision: str,
-    fill: Callable[[VLM], None] | None = None,
-) -> VLM:
+    fill: Callable[[Any], None] | None = None,
+) -> Any:
     """Distribute a model over the ranks, in place; return the module that training calls instead of it.
 
     A model on the meta device is sharded, then given memory, which `fill` writes to; without `fill` the caller loads a
@@ -51,8 +55,8 @@ def parallelize(
     shard_ranks = config.shard_ranks or num_ranks()
     if num_ranks() % shard_ranks:
         raise UserError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
-    encoders = [model.vision, model.vision.second] if model.config.vision is not None else []
-    blocks = [block for part in (*encoders, model.decoder) if part is not None for block in part.layers]
+    parts = [module for module in model.modules() if isinstance(module, VisionEncoder | TextTower | Decoder)]
+    blocks = [block for part in parts for block in part.layers]
     experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
     for block in blocks:
         if config.checkpointing != "none":
@@ -61,7 +65,8 @@ def parallelize(
             block.compile()
     # Ranks that exchange gradients must use the same parameters, and with a frozen decoder a batch without images would
     # have nothing to differentiate.
-    model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
+    if isinstance(model, VLM):  # a dual model always does
+        model.always_sees = num_ranks() > 1 or not any(p.requires_grad for p in model.decoder.parameters())
     if precision == "bf16" and model.adapters is not None:
         narrow(model)
     is_sharded = num_ranks() > 1 and config.strategy == "fsdp"
@@ -82,7 +87,7 @@ def parallelize(
     return replica  # pyright: ignore[reportReturnType]
 
 
-def narrow(model: VLM):
+def narrow(model: VLM | Dual):
     """Hold frozen matrices in bf16, as a bf16 run multiplies them: autocast keeps only casts of what learns.
 
     Embeddings, with which the residual stream begins, vectors, and what is computed in fp32 stay as they are.
@@ -95,7 +100,7 @@ def narrow(model: VLM):
 
 
 def shard(
-    model: VLM,
+    model: VLM | Dual,
     blocks: list[nn.Module],
     experts: set[nn.Parameter],
     shard_ranks: int,
@@ -129,7 +134,7 @@ def shard(
 class Replica(DistributedDataParallel):
     """DDP that passes attribute access on to its model, so that an objective can use either."""
 
-    module: VLM
+    module: VLM | Dual
 
     def __getattr__(self, name):
         try:
@@ -144,14 +149,19 @@ def order_buckets(replica: Replica, precision: str):
     Sums over more than two ranks depend on that order, and a resumed run must sum as an uninterrupted one does.
     """
     model, device = replica.module, next(replica.parameters()).device
-    zeros = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    length = model.config.text.max_position_embeddings if isinstance(model, Dual) else 2
+    zeros = torch.zeros(1, length, dtype=torch.int64, device=device)
     size = model.config.tile_size
     tiles = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     with torch.compiler.set_stance("force_eager"), autocast:
-        hidden = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, tiles, zeros[0, :0].int()))
-        heads = [model.decoder.head_weight] + ([model.score.weight] if model.config.has_score_head else [])
-        (hidden.sum() + sum(weight.sum() for weight in heads)).backward()
+        outputs = replica(Batch(zeros, zeros, zeros.int(), zeros.int(), zeros, tiles, zeros[0, :0].int()))
+        if isinstance(model, Dual):
+            outside = [model.logit_scale] + ([] if model.logit_bias is None else [model.logit_bias])
+        else:
+            outputs = [outputs]
+            outside = [model.decoder.head_weight] + ([model.score.weight] if model.config.has_score_head else [])
+        (outputs[0].sum() + sum(x.sum() for x in (*outputs[1:], *outside))).backward()
     replica.zero_grad()
 
 
@@ -243,7 +253,7 @@ class SharedExperts:
         return (weights[..., None] * out[order.argsort()].unflatten(0, (-1, k))).sum(1)
 
 
-def share_experts(model: VLM, expert_ranks: int, device: torch.device) -> set[nn.Parameter]:
+def share_experts(model: VLM | Dual, expert_ranks: int, device: torch.device) -> set[nn.Parameter]:
     """Divide each mixture's experts over the ranks and send tokens to them; return the experts' parameters."""
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     if not mixtures:
@@ -274,7 +284,7 @@ def find_magnitudes(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def finish_gradients(model: VLM, beside: list[nn.Parameter]):
+def finish_gradients(model: VLM | Dual, beside: list[nn.Parameter]):
     """Average gradients of divided experts over all ranks; each holds the sum over the ranks of its group.
 
     So are those of parameters `beside` the model, which all ranks have and each has used.
@@ -297,12 +307,14 @@ def finish_gradients(model: VLM, beside: list[nn.Parameter]):
                     grad /= num_ranks()
 
 
-def clear_unused(model: VLM, num_tiles: int):
+def clear_unused(model: VLM | Dual, num_tiles: int):
     """Clear the gradients of encoder and projector in a step without images.
 
     Every rank runs them, so they may have zero gradients, with which weight decay and momentum would move them.
     `num_tiles` is this rank's.
     """
+    if isinstance(model, Dual):  # a step without pictures has no pairs
+        return
     if model.config.vision is not None and not distributed.add_up({"tiles": num_tiles})["tiles"]:
         model.vision.zero_grad()
         model.projector.zero_grad()

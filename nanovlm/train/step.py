@@ -3,7 +3,8 @@
 import torch
 
 from nanovlm import distributed
-from nanovlm.config import TrainConfig
+from nanovlm.config import DualConfig, TrainConfig
+from nanovlm.data.loader import join
 from nanovlm.data.types import IGNORE, Batch
 from nanovlm.model.adapters import is_adapter
 from nanovlm.model.vlm import Extras
@@ -24,6 +25,8 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
     lr = learning_rate(state.step, config.optim)
     set_learning_rate(state.optimizers, lr)
     loss, extras, stats = torch.zeros((), device=device), Extras(), RoutingStats()
+    if state.objective.learns_from == "captions":  # each is compared with those of all micro-batches
+        batches = [join(batches)]
     with autocast(state):  # around all of them, so that a weight is cast once
         for i, batch in enumerate(batches):
             batch = batch.to(device)
@@ -86,7 +89,7 @@ def autocast(state: TrainState) -> torch.autocast:
 
 def find_images(batch: Batch, config: TrainConfig) -> torch.Tensor:
     """bool[B, T]: the placeholders of images, none in a language model."""
-    image_token_id = config.model.image_token_id
+    image_token_id = None if isinstance(config.built, DualConfig) else config.built.image_token_id
     return batch.input_ids == (-1 if image_token_id is None else image_token_id)
 
 
@@ -104,15 +107,15 @@ def count(batches: list[Batch], state: TrainState, config: TrainConfig) -> dict[
         "tokens": sum(int((batch.doc_ids >= 0).sum()) for batch in batches),
         "image_tokens": sum(int(find_images(batch, config).sum()) for batch in batches),
         "places": sum(batch.doc_ids.numel() for batch in batches),
-        "flops": sum(count_flops(config.model, batch, trains) for batch in batches),
+        "flops": sum(count_flops(config.built, batch, trains) for batch in batches),
         **{f"samples {name}": number for name, number in state.loader.counts.items()},
     }
 
 
 def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
     """Add batches of padding only, so that all ranks have equally many."""
-    size = config.model.tile_size
-    ids = torch.full((1, config.data.row_length), config.model.pad_token_id)
+    size = config.built.tile_size
+    ids = torch.full((1, config.data.row_length), config.built.pad_token_id)
     nothing = torch.zeros_like(ids)
     tiles, tile_doc_ids = torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32)
     padding = Batch(ids, nothing + IGNORE, (nothing - 1).int(), nothing.int(), nothing, tiles, tile_doc_ids)

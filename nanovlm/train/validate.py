@@ -15,6 +15,7 @@ from nanovlm.data.loader import Loader
 from nanovlm.data.reader import Reader
 from nanovlm.data.source import Ref, first_pass
 from nanovlm.data.types import Batch, Document
+from nanovlm.model.dual import Dual
 from nanovlm.model.joined import Joined
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.train.state import TrainState
@@ -103,7 +104,7 @@ def evaluating(state: TrainState) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def round_weights(model: VLM) -> Iterator[None]:
+def round_weights(model: VLM | Dual) -> Iterator[None]:
     """Hold what autocast makes of fp32 weights of linear layers: in inference it would round them for every token anew.
 
     The parameters themselves, which wrappers and optimizers know, stay as they are beside, and are put back.
@@ -118,9 +119,9 @@ def round_weights(model: VLM) -> Iterator[None]:
         for name, x in own.items():
             if x is not None and x.dtype == torch.float32:
                 layer._parameters[name] = nn.Parameter(x.detach().bfloat16(), requires_grad=False)
-    decoder = model.decoder
-    joined_head = decoder.joined_head
-    if joined_head is None and decoder.config.tie_word_embeddings:  # as embeddings the table stays in fp32
+    decoder = None if isinstance(model, Dual) else model.decoder
+    joined_head = decoder and decoder.joined_head
+    if decoder and not joined_head and decoder.config.tie_word_embeddings:  # as embeddings the table stays in fp32
         weight = decoder.head_weight.detach().bfloat16()
         decoder.joined_head = Joined([decoder.head_layer], [len(weight)], weight, None)
     try:
@@ -128,4 +129,5 @@ def round_weights(model: VLM) -> Iterator[None]:
     finally:
         for layer, own in zip(layers, parameters, strict=True):
             layer._parameters.update(own)
-        decoder.joined_head = joined_head
+        if decoder:
+            decoder.joined_head = joined_head

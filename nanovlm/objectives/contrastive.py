@@ -1,0 +1,68 @@
+"""Batch of pictures and their captions -> the sum of the contrastive losses of its pairs (contrastive_losses.py).
+
+A unit is a pair. Every picture of a step is compared with every text of it, over all micro-batches and ranks, so that
+the number of pairs in a step decides what is learned; how they are divided does not. Equal captions count as
+one another's wrong answers.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nanovlm.config import TrainConfig, pick
+from nanovlm.data.types import Batch
+from nanovlm.model.dual import find_ends
+from nanovlm.model.vlm import Extras
+from nanovlm.objectives.contrastive_losses import sigmoid_loss, softmax_loss
+
+
+class Contrastive:
+    """Give a picture and its own caption a larger product than others."""
+
+    learns_from: Literal["captions"] = "captions"
+
+    def __init__(self, config: TrainConfig, processor=None, device=None):
+        self.config, self.batch_rows = config.contrastive, config.data.batch_rows
+        self.of_pairs = pick(LOSSES, self.config.loss, "contrastive.loss")
+        self.state = {}
+
+    def count(self, batch: Batch) -> int:
+        return len(find_ends(batch.doc_ids))
+
+    def loss(self, model, batch: Batch, extras: Extras) -> Tensor:
+        """Return the sum of the losses of a Dual; a step's batch has the rows of all its micro-batches on this rank.
+
+        Metrics are about this rank's pairs alone: how often the right text is the likeliest of a picture, and a picture
+        of a text.
+        """
+        if model.training:
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=torch.tensor(self.config.max_scale).log().item())
+        images, texts = model(batch, num_parts=max(1, len(batch.input_ids) // self.batch_rows))
+        scale = model.logit_scale.float().exp()
+        loss = self.of_pairs(images, texts, scale, model.logit_bias, self.config.chunk or None)
+        with torch.no_grad():
+            products, right = images @ texts.T, torch.arange(len(images), device=images.device)
+            for name, dim in (("accuracy_of_texts", 1), ("accuracy_of_pictures", 0)):
+                best = products.argmax(dim) if len(images) else right
+                extras.add(name, (best == right).sum(), len(images))
+            extras.add("scale", scale.sum(), 1)
+            if model.logit_bias is not None:
+                extras.add("bias", model.logit_bias.float().sum(), 1)
+        return loss
+
+
+# Embeddings fp32[n, E] of pairs, exp(logit_scale), logit_bias, images at once -> this rank's part of the sum
+
+
+def softmax(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, chunk: int | None) -> Tensor:
+    return softmax_loss(images, texts, scale, chunk=chunk)
+
+
+def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, chunk: int | None) -> Tensor:
+    assert bias is not None  # TrainConfig.check_dual
+    return sigmoid_loss(images, texts, scale, bias, chunk=chunk)
+
+
+LOSSES = {"sigmoid": sigmoid, "softmax": softmax}
