@@ -1,8 +1,8 @@
 """Batch of pictures and their captions -> the sum of the contrastive losses of its pairs (contrastive_losses.py).
 
 A unit is a pair. Every picture of a step is compared with every text of it, over all micro-batches and ranks, so that
-the number of pairs in a step decides what is learned; how they are divided does not. Equal captions count as
-one another's wrong answers.
+the number of pairs in a step decides what is learned; how they are divided does not. Where two captions are equal,
+neither is a wrong answer for the other's picture.
 """
 
 from typing import Literal
@@ -41,28 +41,40 @@ class Contrastive:
                 model.logit_scale.clamp_(max=torch.tensor(self.config.max_scale).log().item())
         images, texts = model(batch, num_parts=max(1, len(batch.input_ids) // self.batch_rows))
         scale = model.logit_scale.float().exp()
-        loss = self.of_pairs(images, texts, scale, model.logit_bias, self.config.chunk or None)
+        numbers = number_texts(batch)
+        loss = self.of_pairs(images, texts, scale, model.logit_bias, self.config.chunk or None, numbers)
         with torch.no_grad():
-            products, right = images @ texts.T, torch.arange(len(images), device=images.device)
+            products = images @ texts.T
             for name, dim in (("accuracy_of_texts", 1), ("accuracy_of_pictures", 0)):
-                best = products.argmax(dim) if len(images) else right
-                extras.add(name, (best == right).sum(), len(images))
+                best = products.argmax(dim) if len(images) else numbers
+                extras.add(name, (numbers[best] == numbers).sum(), len(images))
             extras.add("scale", scale.sum(), 1)
             if model.logit_bias is not None:
                 extras.add("bias", model.logit_bias.float().sum(), 1)
         return loss
 
 
-# Embeddings fp32[n, E] of pairs, exp(logit_scale), logit_bias, images at once -> this rank's part of the sum
+def number_texts(batch: Batch) -> Tensor:
+    """Return int64[J] from 0 to 2**24 - 1, equal for equal texts and hardly ever for others: a hash of their tokens."""
+    at = batch.doc_ids.flatten().long()
+    is_token = at >= 0
+    mixed = (batch.input_ids + 1) * 0x9E3779B1 + batch.position_ids * 0x85EBCA77
+    mixed = (mixed ^ (mixed >> 15)) * 0x27D4EB2F165667C5
+    mixed = (mixed ^ (mixed >> 29)).flatten()
+    sums = torch.zeros(len(find_ends(batch.doc_ids)), dtype=torch.int64, device=at.device)
+    sums = sums.index_add(0, at[is_token], mixed[is_token])
+    return (sums ^ (sums >> 31)) & 0xFFFFFF
 
 
-def softmax(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, chunk: int | None) -> Tensor:
-    return softmax_loss(images, texts, scale, chunk=chunk)
+# Embeddings fp32[n, E] of pairs, exp(logit_scale), logit_bias, images at once, numbers of texts -> this rank's part
 
 
-def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, chunk: int | None) -> Tensor:
-    assert bias is not None  # TrainConfig.check_dual
-    return sigmoid_loss(images, texts, scale, bias, chunk=chunk)
+def softmax(images: Tensor, texts: Tensor, scale: Tensor, _bias, chunk: int | None, numbers: Tensor) -> Tensor:
+    return softmax_loss(images, texts, scale, chunk=chunk, numbers=numbers)
+
+
+def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias, chunk: int | None, numbers: Tensor) -> Tensor:
+    return sigmoid_loss(images, texts, scale, bias, chunk=chunk, numbers=numbers)
 
 
 LOSSES = {"sigmoid": sigmoid, "softmax": softmax}

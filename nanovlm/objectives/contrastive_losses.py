@@ -35,14 +35,21 @@ MAX_LOGITS = 2**25  # 128 MiB in fp32, at most so many at once unless `chunk` is
 
 
 def softmax_loss(
-    images: Tensor, texts: Tensor, scale: Tensor, group: dist.ProcessGroup | None = None, chunk: int | None = None
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    group: dist.ProcessGroup | None = None,
+    chunk: int | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Return this rank's part of the softmax loss, a scalar: the sum over its pairs, among those of all ranks.
 
     `images` and `texts` float[n, D], where n may differ between ranks and be 0; `scale` is exp(logit_scale). The ranks
-    are those of `group`, by default all. Logits are computed for `chunk` images at a time.
+    are those of `group`, by default all. Logits are computed for `chunk` images at a time. Texts whose `numbers`
+    int64[n], from 0 to 2**24 - 1, are equal say the same: none of them is a wrong answer for an image of another, and
+    such logits are left out.
     """
-    return _run(Softmax, images, texts, scale, group, chunk)
+    return _run(Softmax, images, texts, scale, group, chunk, numbers)
 
 
 def sigmoid_loss(
@@ -52,12 +59,13 @@ def sigmoid_loss(
     bias: Tensor,
     group: dist.ProcessGroup | None = None,
     chunk: int | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Return this rank's part of the sigmoid loss, a scalar: its images beside the texts of all ranks.
 
     The arguments are those of `softmax_loss`; `bias` is added to every logit.
     """
-    return _run(Sigmoid, images, texts, scale, group, chunk, bias)
+    return _run(Sigmoid, images, texts, scale, group, chunk, numbers, bias)
 
 
 def cached_loss(
@@ -76,14 +84,16 @@ def cached_loss(
     return loss(*map(torch.cat, zip(*embedded, strict=True)))
 
 
-def _run(function, images: Tensor, texts: Tensor, scale, group, chunk: int | None, *bias) -> Tensor:
+def _run(function, images: Tensor, texts: Tensor, scale, group, chunk: int | None, numbers, *bias) -> Tensor:
     assert images.shape == texts.shape, (images.shape, texts.shape)
     dtype = torch.promote_types(images.dtype, torch.float32)
     images, texts, scale, *bias = (
         torch.as_tensor(x, device=images.device).to(dtype) for x in (images, texts, scale, *bias)
     )
+    # They travel with the texts, as numbers that fp32 has exactly; a width of 0 where there are none.
+    numbers = texts.detach()[:, :0] if numbers is None else numbers.to(dtype)[:, None]
     with torch.autocast(images.device.type, enabled=False):
-        return function.apply(images, texts, scale, *bias, group, chunk, torch.is_grad_enabled())
+        return function.apply(images, texts, scale, *bias, numbers, group, chunk, torch.is_grad_enabled())
 
 
 class Softmax(torch.autograd.Function):
@@ -94,18 +104,20 @@ class Softmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, group, chunk, needs_grad: bool) -> Tensor:
+    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, numbers, group, chunk, needs_grad: bool) -> Tensor:
         width = texts.shape[1]
         pairs = (images * texts).sum(1, keepdim=True)
         row_sums = torch.zeros_like(pairs)  # of the pairs themselves: exp(l_ii - l_ii) = 1
-        own = torch.cat([texts, pairs, torch.zeros_like(pairs)], 1)
+        own = torch.cat([texts, numbers, pairs, torch.zeros_like(pairs)], 1)
         for travelling, is_own in go_round(own, group):
-            y, text_pairs, column_sums = travelling.split([width, 1, 1], 1)
+            y, text_numbers, text_pairs, column_sums = travelling.split([width, numbers.shape[1], 1, 1], 1)
             for rows in chunks(images, y, chunk):
                 dots = images[rows] @ y.T
                 by_row, by_column = scale * (dots - pairs[rows]), scale * (dots - text_pairs.T)
-                if is_own:
-                    for x in (by_row, by_column):
+                for x in (by_row, by_column):
+                    if numbers.shape[1]:
+                        x.masked_fill_(numbers[rows] == text_numbers.T, -torch.inf)
+                    if is_own:
                         x.diagonal(rows.start).fill_(-torch.inf)
                 row_sums[rows] = row_sums[rows].logaddexp(by_row.logsumexp(1, keepdim=True))
                 column_sums.copy_(column_sums.logaddexp(by_column.logsumexp(0)[:, None]))
@@ -115,13 +127,17 @@ class Softmax(torch.autograd.Function):
         grad_x, grad_scale = torch.zeros_like(images), torch.zeros_like(total)
         own = torch.cat([own, torch.zeros_like(texts)], 1)
         for travelling, is_own in go_round(own, group):
-            y, text_pairs, column_sums, grad_y = travelling.split([width, 1, 1, width], 1)
+            y, text_numbers, *sums, grad_y = travelling.split([width, numbers.shape[1], 1, 1, width], 1)
+            text_pairs, column_sums = sums
             for rows in chunks(images, y, chunk):
                 x = images[rows]
                 dots = x @ y.T
                 by_row, by_column = dots - pairs[rows], dots - text_pairs.T
                 of_row = (scale * by_row - row_sums[rows]).exp()
                 of_column = (scale * by_column - column_sums.T).exp()
+                if numbers.shape[1]:
+                    for x_of in (of_row, of_column):
+                        x_of.masked_fill_(numbers[rows] == text_numbers.T, 0)
                 if is_own:  # the gradient of the diagonal is softmax - 1
                     of_row.diagonal(rows.start).copy_((-row_sums[rows, 0]).expm1())
                     of_column.diagonal(rows.start).copy_((-column_sums[rows, 0]).expm1())
@@ -135,26 +151,29 @@ class Softmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *(grad * x for x in ctx.saved_tensors), None, None, None
+        return *(grad * x for x in ctx.saved_tensors), None, None, None, None
 
 
 class Sigmoid(torch.autograd.Function):
     """Every pair is by itself, so that one round is enough for the loss and its gradients."""
 
     @staticmethod
-    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, group, chunk, needs_grad: bool):
-        width = texts.shape[1]
+    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, numbers, group, chunk, needs_grad):
+        width, others = texts.shape[1], texts.shape[1] + numbers.shape[1]
         grad_x = torch.zeros_like(images)
         total, grad_scale, grad_bias = images.new_zeros(3)
-        own = torch.cat([texts, torch.zeros_like(texts)], 1) if needs_grad else texts.clone()
+        own = torch.cat([texts, numbers, *([torch.zeros_like(texts)] if needs_grad else [])], 1)
         for travelling, is_own in go_round(own, group):
-            y, grad_y = travelling[:, :width], travelling[:, width:]
+            y, text_numbers, grad_y = travelling[:, :width], travelling[:, width:others], travelling[:, others:]
             for rows in chunks(images, y, chunk):
                 x = images[rows]
                 dots = x @ y.T
                 logits = scale * dots + bias
-                if is_own:
-                    logits.diagonal(rows.start).neg_()  # now -z l
+                own_logits = logits.diagonal(rows.start).neg() if is_own else None  # now -z l
+                if numbers.shape[1]:
+                    logits.masked_fill_(numbers[rows] == text_numbers.T, -torch.inf)
+                if own_logits is not None:
+                    logits.diagonal(rows.start).copy_(own_logits)
                 total -= F.logsigmoid(-logits).sum()
                 if not needs_grad:
                     continue
@@ -167,13 +186,13 @@ class Sigmoid(torch.autograd.Function):
                 grad_x[rows] += grad @ y
                 grad_y += grad.T @ x
         if needs_grad:
-            ctx.save_for_backward(grad_x, own[:, width:], grad_scale.view_as(scale), grad_bias.view_as(bias))
+            ctx.save_for_backward(grad_x, own[:, others:], grad_scale.view_as(scale), grad_bias.view_as(bias))
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *(grad * x for x in ctx.saved_tensors), None, None, None
+        return *(grad * x for x in ctx.saved_tensors), None, None, None, None
 
 
 def chunks(images: Tensor, texts: Tensor, size: int | None) -> Iterator[slice]:

@@ -21,9 +21,11 @@ from nanovlm.config import (
     TrainConfig,
     VisionConfig,
 )
+from nanovlm.data.dual import DualProcessor, train_text_tokenizer
 from nanovlm.data.scenes import draw
 from nanovlm.errors import UserError
 from nanovlm.hub.dual import load_dual
+from nanovlm.objectives.contrastive import number_texts
 from nanovlm.presets import PRESETS
 from nanovlm.train import init
 from tests.test_distributed import ROOT, finish, torchrun
@@ -114,6 +116,18 @@ def test_the_loss_of_a_step_is_that_of_all_its_pairs(unbroken, tmp_path, monkeyp
         expected = -torch.nn.functional.logsigmoid(z * state.model.logits(images, texts)).sum() / 16
     assert len(images) == num_units == 16
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_equal_texts_have_equal_numbers():
+    """Wherever they are in a row, and whatever is beside them; others have others."""
+    tokenizer = train_text_tokenizer(["a red circle and a blue star"], 300)
+    for text in (DUAL.text, dataclasses.replace(DUAL.text, is_padded=False)):
+        processor = DualProcessor(tokenizer, dataclasses.replace(DUAL, text=text))
+        texts = [f"a {a} {b}" for a in ("red", "blue", "green") for b in range(60)]
+        batch = processor.encode_texts([*texts, *texts[::-1]])
+        numbers = number_texts(batch)
+        assert torch.equal(numbers[:180], numbers[180:].flip(0)) and len(set(numbers.tolist())) == 180
+        assert numbers.min() >= 0 and numbers.max() < 2**24
 
 
 def test_a_killed_run_goes_on_bit_for_bit(unbroken, tmp_path):

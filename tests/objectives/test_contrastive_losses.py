@@ -89,6 +89,31 @@ def test_gradients_are_those_of_the_loss(name, chunk):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_equal_texts_are_no_wrong_answers(name, chunk):
+    """The logits of an image with a text that says what its own does are left out of the formula, and of gradients."""
+    numbers = torch.tensor([3, 5, 3, 2**24 - 1, 5, 3])
+    inputs = make_pairs(6, torch.float64)
+    images, texts, scale, bias = inputs
+    is_left_out = (numbers == numbers[:, None]) & ~torch.eye(6, dtype=torch.bool)
+    logits = scale * images @ texts.T
+    if name == "sigmoid":
+        each = -F.logsigmoid((2 * torch.eye(6) - 1) * (logits + bias))
+        expected = each.masked_fill(is_left_out, 0).sum()
+    else:
+        logits, right = logits.masked_fill(is_left_out, -torch.inf), torch.arange(6)
+        sides = (F.cross_entropy(x, right, reduction="sum") for x in (logits, logits.T))
+        expected = sum(sides) / 2 + 0 * bias.sum()
+    loss = LOSSES[name](*inputs, chunk=chunk, numbers=numbers)
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(LOSSES[name](*inputs, chunk=chunk, numbers=numbers), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_without_gradients_is_the_same(name):
     inputs = make_pairs(9)
     with torch.no_grad():
