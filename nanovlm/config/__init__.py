@@ -7,6 +7,7 @@ The comment above a field is its help text on the command line. Derived values a
 from nanovlm.config.data import DataConfig
 from nanovlm.config.dual import ContrastiveConfig, DualConfig, TextConfig
 from nanovlm.config.fields import differences, from_dict, pick, read_weights
+from nanovlm.config.masked import MaskedConfig
 from nanovlm.config.model import (
     DecoderConfig,
     MoEConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "EvalConfig",
     "GroupConfig",
     "InitConfig",
+    "MaskedConfig",
     "MoEConfig",
     "OptimConfig",
     "PPOConfig",

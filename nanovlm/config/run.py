@@ -6,6 +6,7 @@ from typing import Literal
 from nanovlm.config.data import DataConfig
 from nanovlm.config.dual import ContrastiveConfig, DualConfig
 from nanovlm.config.fields import check, check_finite, differences, integers
+from nanovlm.config.masked import MaskedConfig
 from nanovlm.config.model import VLMConfig
 from nanovlm.config.optim import OptimConfig
 from nanovlm.config.post import AdapterConfig, DistillConfig, GroupConfig, PPOConfig, PreferenceConfig
@@ -94,10 +95,12 @@ class TrainConfig:
     # How the model is distributed over ranks, and trade-offs between memory and speed.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # What to learn, a key of nanovlm.objectives.OBJECTIVES: next_token, preference, reward, distill, group,
-    # ppo, online_preference, contrastive.
+    # ppo, online_preference, contrastive, masked.
     objective: str = "next_token"
     # Objective contrastive: what is learned of pairs of a picture and a text.
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    # Objective masked: an image encoder learns to predict masked patches.
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
     # Objective preference: what is preferred to what, and how that is learned.
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     # Objectives group, ppo and online_preference: the model's own answers and their rewards.
@@ -130,7 +133,8 @@ class TrainConfig:
 
     def validate(self) -> "TrainConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
-        for part in (self.model, self.adapter, self.preference, self.group, self.ppo, self.distill, self.contrastive):
+        parts = (self.model, self.adapter, self.preference, self.group, self.ppo, self.distill)
+        for part in (*parts, self.contrastive, self.masked):
             part.validate()
         self.check_dual()
         d, o = self.data, self.optim
@@ -315,7 +319,7 @@ class TrainConfig:
 
 
 # The settings of objectives, and which of them each reads; one that is not here may read all.
-SETTINGS = ("preference", "group", "ppo", "distill", "contrastive")
+SETTINGS = ("preference", "group", "ppo", "distill", "contrastive", "masked")
 READS = {
     "next_token": (),
     "preference": ("preference",),
@@ -325,6 +329,7 @@ READS = {
     "ppo": ("group", "ppo"),
     "online_preference": ("preference", "group"),
     "contrastive": ("contrastive",),
+    "masked": ("masked",),
 }
 # Objectives that learn from differences to the log-probabilities of a sampling or a reference.
 COMPARED = ("preference", "group", "ppo", "online_preference")

@@ -60,8 +60,11 @@ class VisionEncoder(nn.Module):
             return x_IPD
         return torch.cat((x_IPD, self.second(convert_pixels(pixel_values, self.config, self.second.config))), dim=-1)
 
-    def forward_all(self, pixel_values: Tensor) -> Tensor:
-        """Normalised float[I, C, H, W] -> [I, class token, registers and P, D], without the second encoder."""
+    def forward_all(self, pixel_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Normalised float[I, C, H, W] -> [I, class token, registers and P, D], without the second encoder.
+
+        With `kept` int64[I, V], indices of patches, the encoder sees these alone, in this order: V in place of P.
+        """
         config, x_IPD = self.config, self.patch_embedding(pixel_values)
         if self.class_embedding is not None:
             x_IPD = torch.cat((self.class_embedding.expand(len(x_IPD), 1, -1), x_IPD), dim=1)
@@ -78,9 +81,19 @@ class VisionEncoder(nn.Module):
             x_IPD = torch.cat((first, self.registers.expand(len(x_IPD), -1, -1), patches), dim=1)
         if self.pre_layernorm is not None:
             x_IPD = self.pre_layernorm(x_IPD)
+        if kept is not None:
+            x_IPD, rope = select(x_IPD, rope, kept, config.num_tokens_beside)
         for layer in self.layers:
             x_IPD = layer(x_IPD, rope)
         return x_IPD if self.post_layernorm is None else self.post_layernorm(x_IPD)
+
+
+def select(x_IPD: Tensor, rope: Rope | None, kept: Tensor, num_beside: int) -> tuple[Tensor, Rope | None]:
+    """Return the tokens beside the patches, then the patches `kept` int64[I, V], with their rows of the rope table."""
+    beside = torch.arange(num_beside, device=kept.device).expand(len(kept), -1)
+    index = torch.cat((beside, kept + num_beside), dim=1)
+    x_IVD = x_IPD.gather(1, index[:, :, None].expand(-1, -1, x_IPD.shape[-1]))
+    return x_IVD, None if rope is None else (rope[0][0, index], rope[1][0, index])
 
 
 def rope_table(places: Tensor, config: VisionConfig) -> Rope:

@@ -14,6 +14,7 @@ from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.contrastive import Contrastive
 from nanovlm.objectives.distill import Distill
 from nanovlm.objectives.group import Group
+from nanovlm.objectives.masked import Masked
 from nanovlm.objectives.next_token import NextToken
 from nanovlm.objectives.online import OnlinePreference
 from nanovlm.objectives.own import OwnAnswer, Question
@@ -81,6 +82,7 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
     "ppo": PPO,
     "online_preference": OnlinePreference,
     "contrastive": Contrastive,
+    "masked": Masked,
 }
 
 # Names under which one may look for an objective, and what chooses it here.
