@@ -23,6 +23,15 @@ from nanovlm.config import VisionConfig, pick
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.convolution import ConvolutionStem
 from nanovlm.model.decoder import rotate_both
+from nanovlm.model.native import (
+    Grid,
+    Group,
+    attend_groups,
+    group_pictures,
+    place_patches,
+    sort_tiles,
+    stretch_positions,
+)
 
 Rope = tuple[Tensor, Tensor]
 
@@ -53,8 +62,13 @@ class VisionEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps) if config.post_layernorm else None
         self.second = VisionEncoder(config.second) if config.second else None
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised float[I, C, H, W] -> [I, P, features], patches row by row; beside D those of a second encoder."""
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
+        """Normalised float[I, C, H, W] -> [I, P, features], patches row by row; beside D those of a second encoder.
+
+        With `grids` the tiles of each picture, in rows and columns, are read as one (native.py).
+        """
+        if grids:
+            return self.see_pictures(pixel_values, grids)
         x_IPD = self.forward_all(pixel_values)[:, self.config.num_tokens_beside :]
         if self.second is None:
             return x_IPD
@@ -86,6 +100,27 @@ class VisionEncoder(nn.Module):
         for layer in self.layers:
             x_IPD = layer(x_IPD, rope)
         return x_IPD if self.post_layernorm is None else self.post_layernorm(x_IPD)
+
+    def see_pictures(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Tiles [I, C, H, W] of pictures that have so many rows and columns of them -> [I, P, D]."""
+        x_IPD = self.patch_embedding(pixel_values)
+        P, rope = x_IPD.shape[1], None
+        grids, *orders = sort_tiles(grids)
+        groups = group_pictures(grids, P)
+        there, back = (torch.tensor(order).to(x_IPD.device, non_blocking=True) for order in orders)
+        x_IPD = x_IPD.index_select(0, there)
+        if self.position_embedding is not None:
+            x_IPD = x_IPD + stretch_positions(self.position_embedding.weight, grids, P)
+        else:
+            rope = rope_table(place_patches(grids, P).to(x_IPD.device, non_blocking=True), self.config)
+        x_1TD = x_IPD.flatten(0, 1)[None]
+        if self.pre_layernorm is not None:
+            x_1TD = self.pre_layernorm(x_1TD)
+        for layer in self.layers:
+            x_1TD = layer(x_1TD, rope, groups=groups)
+        if self.post_layernorm is not None:
+            x_1TD = self.post_layernorm(x_1TD)
+        return x_1TD[0].unflatten(0, (-1, P)).index_select(0, back)
 
 
 def select(x_IPD: Tensor, rope: Rope | None, kept: Tensor, num_beside: int) -> tuple[Tensor, Rope | None]:
@@ -153,9 +188,9 @@ class VisionBlock(nn.Module):
         scales = [nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None for _ in range(2)]
         self.layer_scale1, self.layer_scale2 = scales
 
-    def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None) -> Tensor:
-        """[I, P, D] -> [I, P, D]; `mask` is as in attention.py."""
-        y_IPD = self.self_attn(self.layer_norm1(x_IPD), rope, mask)
+    def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None, groups: Sequence[Group] = ()) -> Tensor:
+        """[I, P, D] -> [I, P, D]; `mask` is as in attention.py, `groups` as in attend_groups."""
+        y_IPD = self.self_attn(self.layer_norm1(x_IPD), rope, mask, groups)
         x_IPD = x_IPD + (y_IPD if self.layer_scale1 is None else self.layer_scale1 * y_IPD)
         y_IPD = self.mlp(self.layer_norm2(x_IPD))
         return x_IPD + (y_IPD if self.layer_scale2 is None else self.layer_scale2 * y_IPD)
@@ -169,12 +204,13 @@ class VisionAttention(nn.Module):
         self.attend = pick(ATTENTION, config.attention, "vision.attention")
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None) -> Tensor:
+    def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None, groups: Sequence[Group] = ()) -> Tensor:
         q, k, v = (f(x_IPD) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(x, "I P (N H) -> I P N H", N=self.num_heads) for x in (q, k, v))
         if rope is not None:
             q, k = rotate_both(q, k, rope)
-        return self.out_proj(rearrange(self.attend(q, k, v, mask), "I P N H -> I P (N H)"))
+        x = attend_groups(self.attend, q, k, v, groups) if groups else self.attend(q, k, v, mask)
+        return self.out_proj(rearrange(x, "I P N H -> I P (N H)"))
 
 
 class VisionMLP(nn.Module):
