@@ -12,6 +12,7 @@ MOST = {
     "num_experts": 2**12,
     "max_tiles": 2**10,
     "longest_edge": 2**14,
+    "max_patches": 2**14,
     "image_size": 2**14,
 }
 MOST_OTHERWISE, MOST_TILES = 2**24, 128  # the latter along one side of an image
@@ -132,7 +133,7 @@ class ProjectorConfig:
 class TilingConfig:
     # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
-    # image to one tile.
+    # image to one tile; native follows SigLIP 2's NaFlex: the encoder reads each image whole, at its own aspect ratio.
     policy: str = "fit"
     # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
     max_tiles: int = 1
@@ -142,6 +143,9 @@ class TilingConfig:
     enlarge: bool = False
     # nanovlm: show the whole image before its tiles.
     has_global: bool = True
+    # native: largest number of patches of an image, which is scaled up or down to about as many. A tile is what becomes
+    # one image token, scale_factor x scale_factor patches.
+    max_patches: int = 256
 
 
 @dataclass(frozen=True)
@@ -280,14 +284,24 @@ class VLMConfig:
     @property
     def num_image_tokens(self) -> int:
         """Placeholder tokens that one tile fills."""
-        if self.vision is None:
-            return 0
-        return self.vision.num_patches // self.projector.scale_factor**2
+        return self.num_tile_patches // self.projector.scale_factor**2
+
+    @property
+    def num_tile_patches(self) -> int:
+        """Patches of one tile; 0 without an image encoder."""
+        return 0 if self.vision is None else (self.tile_size // self.vision.patch_size) ** 2
 
     @property
     def tile_size(self) -> int:
         """Side of a tile in pixels; 0 without an image encoder."""
-        return 0 if self.vision is None else self.vision.image_size
+        if self.vision is None:
+            return 0
+        return self.vision.patch_size * self.projector.scale_factor if self.is_native else self.vision.image_size
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the encoder reads pictures at their own size, from tiles of one image token."""
+        return self.vision is not None and self.tiling.policy == "native"
 
     def validate(self) -> "VLMConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
@@ -358,7 +372,10 @@ class VLMConfig:
             f"image_token_id = {self.image_token_id} does not fit vision = {v}: both or neither must be None",
         )
         if v is not None:
-            divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
+            if self.is_native:
+                self.check_native()
+            else:
+                divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             if self.tiling.policy == "nanovlm":
                 divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
         ids = {name: getattr(self, name) for name in ("pad_token_id", "image_token_id", "eos_token_id", "bos_token_id")}
@@ -374,3 +391,25 @@ class VLMConfig:
                 f"{name} = {ids[name]} must differ from image_token_id = {self.image_token_id}",
             )
         return self
+
+    def check_native(self):
+        """Raise UserError for what does not go with an encoder that reads pictures at their own size."""
+        v, scale = self.vision, self.projector.scale_factor
+        assert v is not None
+        for name, value, needed in (
+            ("patches", v.patches, "patch"),
+            ("class_token", v.class_token, False),
+            ("num_registers", v.num_registers, 0),
+            ("second", v.second, None),
+        ):
+            check(value == needed, f"vision.{name} = {value} must be {needed} for tiling.policy = native")
+        check(
+            self.num_image_tokens == 1,
+            f"projector.type = {self.projector.type} makes {self.num_image_tokens} tokens of a tile, but for "
+            "tiling.policy = native scale_factor x scale_factor patches must become one",
+        )
+        check(
+            self.tiling.max_patches >= scale**2,
+            f"tiling.max_patches = {self.tiling.max_patches} is too few for one image token, which takes {scale**2}: "
+            f"the square of projector.scale_factor = {scale}",
+        )

@@ -274,10 +274,12 @@ class TrainConfig:
             f"data.row_length = {d.row_length} is above model.decoder.max_position_embeddings = "
             f"{self.model.decoder.max_position_embeddings}",
         )
+        least = self.model.num_image_tokens
+        if self.model.is_native and d.too_long == "skip":
+            least = self.model.tiling.max_patches // self.model.num_tile_patches
         check(
-            d.row_length > self.model.num_image_tokens,
-            f"data.row_length = {d.row_length} leaves no room for text beside one image "
-            f"of {self.model.num_image_tokens} tokens",
+            d.row_length > least,
+            f"data.row_length = {d.row_length} leaves no room for text beside one image of {least} tokens",
         )
         return self
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from nanovlm.config import VLMConfig
-from nanovlm.data.images import FAKE, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
+from nanovlm.data.images import FAKE, find_grids, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.rendering import Renderer, check_blocks
@@ -232,6 +232,7 @@ class Processor:
             labels=torch.tensor(labels),
             branch_ids=torch.tensor(branch_ids, dtype=torch.int32),
             tiles=tiles,
+            grids=find_grids(images, self.config),
         )
 
     def _show(self, width, height, number=None) -> Span:

@@ -12,7 +12,7 @@ fit, small image       fit, several tiles                    idefics3
 ```
 
 Tiles are in reading order, the view of the whole image last (nanovlm: first). The text around them is the policy's
-layout.
+layout. Of native a tile is one image token, and the encoder reads all tiles of an image as one picture.
 """
 
 import io
@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,7 +202,8 @@ def place_tiles(width: int, height: int, config: VLMConfig) -> list[TilePlace]:
     """
     plan = plan_tiles(width, height, config)
     assert config.vision is not None  # else there is no plan
-    side, shown, places = config.tile_size, config.vision.grid_size * config.vision.patch_size, []
+    side, patch, places = config.tile_size, config.vision.patch_size, []
+    shown = side // patch * patch
     for view in pick(TILING, config.tiling.policy, "tiling.policy").views(width, height, plan, config):
         is_whole = plan.has_global and (view.rows, view.cols) == (1, 1)
         for row, col in itertools.product(range(view.rows), range(view.cols)):
@@ -211,6 +212,12 @@ def place_tiles(width: int, height: int, config: VLMConfig) -> list[TilePlace]:
             down = (top / view.height, (top + shown) / view.height)
             places.append(TilePlace(across[0], down[0], across[1], down[1], is_whole))
     return places
+
+
+def find_grids(images: Sequence[Image.Image], config: VLMConfig) -> list[tuple[int, int]]:
+    """Return the rows and columns of tiles of each image that the encoder reads as one picture; else nothing."""
+    plans = [plan_tiles(*image.size, config) for image in images] if config.is_native else []
+    return [(plan.rows, plan.cols) for plan in plans]
 
 
 def layout(plan: TilePlan, image: str, config: VLMConfig, number: int | None = None) -> str:
@@ -436,6 +443,42 @@ def markers_square(config: VLMConfig) -> list[str]:
     return []
 
 
+# ---- native: one picture of any aspect ratio, which the encoder reads whole ----
+
+
+def plan_native(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Choose the largest scale at which both sides, rounded up to whole tiles, have at most max_patches patches.
+
+    It is searched for as Siglip2ImageProcessor does, which stops at 1e-5, so that the sizes are the same.
+    """
+    side, most = config.tile_size, max(1, config.tiling.max_patches // config.num_tile_patches)
+
+    def count(scale):
+        return max(1, math.ceil(height * scale / side)), max(1, math.ceil(width * scale / side))
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(count(middle)) <= most else (low, middle)
+    rows, cols = count(low)
+    return TilePlan(cols * side, rows * side, rows, cols, False)
+
+
+def draw_native(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Tensor]:
+    """Resize by the filter of Siglip2ImageProcessor."""
+    x_1CHW = rearrange(torch.from_numpy(np.array(image)), "H W C -> 1 C H W")
+    x_1CHW = F.interpolate(x_1CHW, (plan.height, plan.width), mode="bilinear", antialias=True)
+    return [rearrange(x_1CHW, "1 C H W -> H W C")]
+
+
+def views_native(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
+    return [_stretch(plan.rows, plan.cols, config)]
+
+
+def layout_native(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    return image * plan.num_tiles
+
+
 def _place(row, col):
     return f"<row_{row}_col_{col}>"
 
@@ -473,4 +516,5 @@ TILING = {
     "idefics3": Tiling(plan_idefics3, draw_idefics3, views_idefics3, layout_idefics3, markers_idefics3),
     "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, views_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
     "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
+    "native": Tiling(plan_native, draw_native, views_native, layout_native, markers_square),
 }

@@ -48,6 +48,7 @@ def collate(rows: list[Row]) -> Batch:
         pixel_values=torch.cat([r.tiles for r in rows]),
         tile_doc_ids=torch.cat(tile_doc_ids),
         values={name: torch.stack([r.values[name] for r in rows]) for name in rows[0].values},
+        grids=[grid for r in rows for grid in r.grids],
     )
 
 
@@ -326,8 +327,8 @@ class Loader:
 
 
 def fingerprint(document: Document) -> str:
-    """Hash the tokens, the labels, the values and every 64th pixel of a document."""
-    digest = hashlib.blake2b(digest_size=8)
+    """Hash the tokens, the labels, the values, the grids and every 64th pixel of a document."""
+    digest = hashlib.blake2b(str(document.grids or "").encode(), digest_size=8)
     for tensor in (document.input_ids, document.labels, document.tiles[..., ::8, ::8], *document.values.values()):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

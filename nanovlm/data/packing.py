@@ -182,4 +182,5 @@ def make_row(documents: list[Document], row_length: int, pad_token_id: int) -> R
         tiles=torch.cat([d.tiles for d in documents]),
         tile_doc_ids=torch.cat([torch.full((len(d.tiles),), i, dtype=torch.int32) for i, d in enumerate(documents)]),
         values={name: join([d.values[name] for d in documents], 0.0) for name in documents[0].values},
+        grids=[grid for d in documents for grid in d.grids],
     )

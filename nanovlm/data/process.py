@@ -111,6 +111,9 @@ def smaller(tiling: TilingConfig, side: int) -> Iterator[TilingConfig]:
     if tiling.policy == "fit":
         for most in range(tiling.max_tiles - 1, 0, -1):
             yield dataclasses.replace(tiling, max_tiles=most)
+    if tiling.policy == "native":
+        for most in range(tiling.max_patches - 1, 0, -1):
+            yield dataclasses.replace(tiling, max_patches=most)
     if tiling.policy in ("idefics3", "nanovlm"):
         for edge in range((tiling.longest_edge - 1) // side * side, 0, -side):
             yield dataclasses.replace(tiling, longest_edge=edge)

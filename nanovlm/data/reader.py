@@ -147,21 +147,22 @@ def flatten(results: list[Document | Skipped]) -> tuple:
     documents = [result for result in results if isinstance(result, Document)]
     kinds = [type(result) if isinstance(result, Document) else result for result in results]
     if not documents:
-        return kinds, [], [], None, {}
+        return kinds, [], [], None, {}, []
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     fields = ("input_ids", "labels", "branch_ids", "tiles")
     values = {name: torch.cat([d.values[name] for d in documents]) for name in documents[0].values}
-    return kinds, lengths, num_tiles, [torch.cat([getattr(d, name) for d in documents]) for name in fields], values
+    joined = [torch.cat([getattr(d, name) for d in documents]) for name in fields]
+    return kinds, lengths, num_tiles, joined, values, [d.grids for d in documents]
 
 
 def unflatten(flat: tuple) -> list[Document | Skipped]:
     """Undo `flatten`."""
-    kinds, lengths, num_tiles, joined, values = flat
+    kinds, lengths, num_tiles, joined, values, grids = flat
     if joined is None:
         return kinds
     *texts, tiles = joined
     pieces = [tensor.split(lengths) for tensor in texts]
     named = {name: tensor.split(lengths) for name, tensor in values.items()}
     of_each = [{name: parts[i] for name, parts in named.items()} for i in range(len(lengths))]
-    fields = zip(*pieces, tiles.split(num_tiles), of_each, strict=True)
+    fields = zip(*pieces, tiles.split(num_tiles), of_each, grids, strict=True)
     return [kind(*next(fields)) if isinstance(kind, type) else kind for kind in kinds]

@@ -4,14 +4,14 @@
 Sample     images: list[PIL.Image], messages: list[{role, content}]      data/records.py
    |       chat template, image placeholders, loss mask
 Document   input_ids, labels int64[L]  branch_ids int32[L]               data/chat.py
-   |       tiles uint8[n, C, H, W]
+   |       tiles uint8[n, C, H, W]  grids [(rows, columns)]
    |       knapsack
 Row        input_ids, labels, position_ids int64[T]                      data/packing.py
-   |       doc_ids, branch_ids int32[T]  tiles uint8[n, C, H, W]  tile_doc_ids int32[n]
+   |       doc_ids, branch_ids int32[T]  tiles uint8[n, C, H, W]  tile_doc_ids int32[n]  grids
    |       stack rows, renumber the documents
 Batch      input_ids, labels, position_ids int64[B, T]                   data/loader.py
            doc_ids, branch_ids int32[B, T]
-           pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  trained int64[N]
+           pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  grids  trained int64[N]
 ```
 
 `doc_ids` is the only grouping: unique in a batch, -1 on padding. A document may be a shared prefix
@@ -24,13 +24,18 @@ branch 1    all         causal     .
 branch 2    all         .          causal
 ```
 
+Where the encoder reads pictures at their own size (tiling.policy = native), a tile is one image token, and `grids` are
+the rows and columns of tiles of each picture, in order; elsewhere it is empty, as each tile is read by itself. They are
+plain numbers, not a tensor, as the shapes of what is computed follow from them.
+
 Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none. What else is
 known about each trained token, such as a weight or the log-probability under a reference, travels beside the labels as
 `values`: by its name a float32 tensor of their shape, or of one dimension more.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import PIL.Image
@@ -71,6 +76,7 @@ class Document:
     branch_ids: Tensor
     tiles: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
+    grids: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self):
         return len(self.input_ids)
@@ -102,6 +108,7 @@ class Row:
     # int32[n]: the document of each tile.
     tile_doc_ids: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
+    grids: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -118,6 +125,7 @@ class Batch:
     # int64[N]: flat indices of the positions with a label. Computed on creation: on a GPU the host would have to wait.
     trained: Tensor = None  # pyright: ignore[reportAssignmentType]
     values: dict[str, Tensor] = field(default_factory=dict)
+    grids: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self):
         if self.trained is None:
@@ -145,10 +153,24 @@ class Batch:
             return torch.zeros(len(self.trained), device=self.trained.device)
         return self.values[name].flatten(0, 1)[self.trained]
 
+    def tiles_of(self, number: int) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Return the tiles of a document, and the grids of its pictures."""
+        is_own = self.tile_doc_ids == number
+        shown_in = self.tile_doc_ids.tolist() if self.grids else []
+        ends = count_tiles(self.grids)
+        grids = [grid for grid, end in zip(self.grids, ends, strict=True) if shown_in[end - 1] == number]
+        return self.pixel_values[is_own], grids
+
     def _map(self, function: Callable) -> "Batch":
         """Apply a function to every tensor."""
-        tensors = {name: function(tensor) for name, tensor in vars(self).items() if name != "values"}
-        return Batch(**tensors, values={name: function(tensor) for name, tensor in self.values.items()})
+        tensors = {name: function(tensor) for name, tensor in vars(self).items() if name not in ("values", "grids")}
+        values = {name: function(tensor) for name, tensor in self.values.items()}
+        return Batch(**tensors, values=values, grids=self.grids)
+
+
+def count_tiles(grids: Sequence[tuple[int, int]]) -> list[int]:
+    """Count the tiles up to the end of each picture."""
+    return list(itertools.accumulate(rows * columns for rows, columns in grids))
 
 
 @functools.cache

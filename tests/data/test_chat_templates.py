@@ -195,7 +195,7 @@ def test_the_tokens_of_an_image_are_known_from_its_size(policy):
         assert len(document) - len(alone) == processor.num_image_tokens(width, height)
         plan = plan_tiles(width, height, config)
         assert len(document.tiles) == plan.num_tiles
-        assert document.input_ids.tolist().count(config.image_token_id) == 4 * plan.num_tiles
+        assert document.input_ids.tolist().count(config.image_token_id) == config.num_image_tokens * plan.num_tiles
         assert trained_texts(processor, document) == ["yes<end_of_utterance>"]
 
 

@@ -359,7 +359,7 @@ def test_a_token_lies_where_its_pixels_are(policy, side, patch_size, size):
     tiles, places = make_tiles(Image.fromarray(pixels), config), place_tiles(width, height, config)
     assert len(places) == len(tiles)
     assert sum(place.is_whole for place in places) == plan_tiles(width, height, config).has_global
-    grid, seen = vision.grid_size, 0
+    grid, seen = config.tile_size // patch_size, 0
     for tile, place in zip(tiles.float(), places, strict=True):
         for row, col in np.ndindex(grid, grid):
             red, green, blue = tile[:, row * patch_size + patch_size // 2, col * patch_size + patch_size // 2]
@@ -368,7 +368,7 @@ def test_a_token_lies_where_its_pixels_are(policy, side, patch_size, size):
                 place.top + (row + (patch_size // 2 + 0.5) / patch_size) / grid * (place.bottom - place.top),
             )
             # So far from the edge, where the filter reaches beyond the image, and so exact, as pixels are rounded.
-            near = [2 * max(1 / n, edge) for n, edge in zip(size, _pixel(place, vision), strict=True)]
+            near = [2 * max(1 / n, edge) for n, edge in zip(size, _pixel(place, grid * patch_size), strict=True)]
             if all(edge < fraction < 1 - edge for fraction, edge in zip(at, near, strict=True)):
                 seen += 1
                 assert blue == 0
@@ -379,7 +379,6 @@ def test_a_token_lies_where_its_pixels_are(policy, side, patch_size, size):
     assert seen or 7 in size
 
 
-def _pixel(place, vision):
-    """Width and height of a pixel of a tile, in fractions of the image."""
-    shown = vision.grid_size * vision.patch_size
+def _pixel(place, shown):
+    """Width and height of a pixel of a tile that shows so many a side, in fractions of the image."""
     return (place.right - place.left) / shown, (place.bottom - place.top) / shown

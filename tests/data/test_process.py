@@ -29,6 +29,7 @@ TILINGS = {
     "idefics3": TilingConfig("idefics3", longest_edge=64),
     "nanovlm": TilingConfig("nanovlm", longest_edge=64),
     "square": TilingConfig("square"),
+    "native": TilingConfig("native", max_patches=20),
 }
 
 
@@ -71,7 +72,7 @@ def test_the_largest_tiling_that_fits_is_taken(policy, num_images):
 @pytest.mark.parametrize("policy", TILING)
 def test_what_no_tiling_shortens_is_too_long(policy):
     processor, config = make_processor(TILINGS[policy]), DataConfig(row_length=60, too_long="shrink")
-    for record in (raw(answer="yes " * 99), raw(num_images=20), {"texts": raw(answer="yes " * 99)["texts"]}):
+    for record in (raw(answer="yes " * 99), raw(num_images=60), {"texts": raw(answer="yes " * 99)["texts"]}):
         document = make_process(processor, config)(record)
         assert not isinstance(document, Shrunk) and len(document) > 60
         assert len(document) == len(processor.document(to_sample(record)))

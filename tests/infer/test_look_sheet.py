@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 
 import numpy as np
 import pytest
@@ -27,16 +28,17 @@ def test_attention_to_a_marked_corner_lies_on_it(policy, size, corner, is_whole)
     tiles, places = make_tiles(Image.fromarray(pixels), config), place_tiles(*size, config)
     chosen = [i for i, place in enumerate(places) if place.is_whole == is_whole]
     if not chosen:
-        assert policy == "square" and is_whole
+        assert policy in ("square", "native") and is_whole
         return
-    side = config.vision.image_size // 2  # a token is a quarter of a tile
+    n = math.isqrt(config.num_image_tokens)
+    side = config.tile_size // n
     is_white = (tiles[chosen] > 150).all(1).float()
-    white = is_white.unflatten(-1, (2, side)).unflatten(1, (2, side)).mean((2, 4)).flatten(1)
+    white = is_white.unflatten(-1, (n, side)).unflatten(1, (n, side)).mean((2, 4)).flatten(1)
     weights = torch.zeros_like(white)
     weights.view(-1)[white.argmax()] = 0.25
     heat = heat_map(weights, [places[i] for i in chosen], size)
     assert heat.shape == size[::-1] and 0 < heat.mean() <= 0.2501
-    token = [(end - start) / 2 for start, end in (places[chosen[0]][0:3:2], places[chosen[0]][1:4:2])]
+    token = [(end - start) / n for start, end in (places[chosen[0]][0:3:2], places[chosen[0]][1:4:2])]
     for axis, first, n in ((0, x, size[0]), (1, y, size[1])):
         along = heat.sum(axis)
         center = (along * (torch.arange(n) + 0.5)).sum() / along.sum()
