@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig, pick
-from nanovlm.data.types import Batch
+from nanovlm.data.types import Batch, count_tiles
 from nanovlm.errors import UserError
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
@@ -93,6 +93,8 @@ class VLM(nn.Module):
             return x_BTD
         is_image = batch.input_ids == self.config.image_token_id
         num_features = len(batch.pixel_values) * self.config.num_image_tokens
+        if self.config.is_native and [0, *count_tiles(batch.grids)][-1] != len(batch.pixel_values):
+            raise UserError(f"grids = {batch.grids} are not those of {len(batch.pixel_values)} tiles")
         if not is_image.is_cuda and not torch.compiler.is_compiling():
             if int(is_image.sum()) != num_features:
                 raise UserError(
@@ -102,23 +104,27 @@ class VLM(nn.Module):
             shown_in = batch.tile_doc_ids.repeat_interleave(self.config.num_image_tokens)
             if not torch.equal(shown_in, batch.doc_ids[is_image]):
                 raise UserError("the tiles of the batch are not in the order of the documents that show them")
-        pixel_values = batch.pixel_values
+        pixel_values, grids = batch.pixel_values, batch.grids
         if num_features == 0:
             if not self.always_sees:
                 return x_BTD
-            pixel_values = pixel_values.new_zeros(1, 3, *[self.config.vision.image_size] * 2)
-        features = self.encode(pixel_values).flatten(0, 1)
+            pixel_values = pixel_values.new_zeros(1, 3, *[self.config.tile_size] * 2)
+            grids = [(1, 1)] if self.config.is_native else []
+        features = self.encode(pixel_values, grids).flatten(0, 1)
         if num_features == 0:
             return x_BTD + 0 * features.sum()
         # The number of features is known here, so neither the forward nor the backward pass waits for a GPU.
         places = torch.nonzero_static(is_image.flatten(), size=num_features)[:, 0]
         return x_BTD.flatten(0, 1).index_copy(0, places, features.to(x_BTD.dtype)).view_as(x_BTD)
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Tiles uint8 or already normalised floats [I, C, H, W] -> image features [I, P, D], P tokens a tile."""
+    def encode(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
+        """Tiles uint8 or already normalised floats [I, C, H, W] -> image features [I, P, D], P tokens a tile.
+
+        `grids` are the rows and columns of the tiles of each picture, where the encoder reads pictures as a whole.
+        """
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values, self.vision.config.mean, self.vision.config.std)
-        return self.projector(self.vision(pixel_values))
+        return self.projector(self.vision(pixel_values, grids))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""

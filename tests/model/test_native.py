@@ -1,16 +1,22 @@
 """Pictures at their own size: equal to transformers' SigLIP 2, and no picture sees another."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from nanovlm.config import VisionConfig
+from nanovlm.config import ProjectorConfig, TilingConfig, VisionConfig
+from nanovlm.data.chat import Processor
+from nanovlm.data.records import to_sample
+from nanovlm.errors import UserError
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.native import stretch, stretch_positions
 from nanovlm.model.vision import VisionEncoder
-from tests.conftest import skip_without_interpreter
+from nanovlm.model.vlm import VLM
+from tests.conftest import TINY, make_batch, make_raw, noise, skip_without_interpreter
 from tests.model.test_parity import assert_close, randomize
 
 PATCH, SIDE = 4, 6
@@ -136,3 +142,82 @@ def test_a_picture_of_the_tables_size_is_a_tile():
     tile = torch.randn(1, 3, SIDE * PATCH, SIDE * PATCH)
     patches = rearrange(tile, "1 C (y h) (x w) -> (y x) C h w", h=PATCH, w=PATCH)
     assert_close(encoder(patches, [(SIDE, SIDE)])[:, 0], encoder(tile)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1, 2])
+def test_rotary_positions_and_norms_are_those_of_a_tile(scale):
+    """A square picture read as one tile, and as tiles of one image token."""
+    options = dict(positions="rotary", pre_layernorm=True, post_layernorm=False, layer_scale=True)
+    torch.manual_seed(0)
+    encoder = VisionEncoder(VisionConfig(image_size=SIDE * PATCH, **SHARED, **options))
+    randomize(encoder)
+    tile = torch.randn(1, 3, SIDE * PATCH, SIDE * PATCH)
+    tiles = rearrange(tile, "1 C (y h) (x w) -> (y x) C h w", h=scale * PATCH, w=scale * PATCH)
+    found = encoder(tiles, [(SIDE // scale, SIDE // scale)])
+    whole = rearrange(found, "(y x) (a b) D -> (y a x b) D", y=SIDE // scale, a=scale)
+    assert_close(whole, encoder(tile)[0])
+
+
+# --- in a model ----------------------------------------------------------------------------------------------
+
+CONFIG = dataclasses.replace(
+    TINY, tiling=TilingConfig("native", max_patches=40), projector=ProjectorConfig(scale_factor=2)
+)
+
+
+@pytest.fixture
+def native(processor):
+    torch.manual_seed(0)
+    return VLM(CONFIG), Processor(processor.tokenizer, processor.chat_template, CONFIG)
+
+
+def make_native_batch(processor, pictures, rows=1):
+    documents = []
+    for i, shown in enumerate(pictures):
+        record = make_raw(0, ("what?", f"a circle {i}"), images=0) | {"images": shown}
+        documents.append(processor.document(to_sample(record)))
+    return make_batch(documents, rows=rows)
+
+
+PICTURES = [[noise(0).resize((40, 20)), noise(1)], [], [noise(2).resize((20, 40))], [noise(3)]]
+
+
+@torch.no_grad()
+def test_a_document_alone_is_a_document_in_a_row(native):
+    model, processor = native
+    together = make_native_batch(processor, PICTURES, rows=2)
+    hidden = model(together).flatten(0, 1)
+    for number, shown in enumerate([PICTURES[0], PICTURES[2], PICTURES[1], PICTURES[3]]):  # dealt out to two rows
+        place = PICTURES.index(shown)
+        alone = processor.document(to_sample(make_raw(0, ("what?", f"a circle {place}"), images=0) | {"images": shown}))
+        assert_close(hidden[(together.doc_ids == number).flatten()], model(make_batch([alone]))[0])
+
+
+@torch.no_grad()
+def test_changing_a_picture_changes_its_document_alone(native):
+    model, processor = native
+    before = model(make_native_batch(processor, PICTURES, rows=2))
+    changed = [PICTURES[0], [], [noise(9).resize((20, 40))], PICTURES[3]]
+    batch = make_native_batch(processor, changed, rows=2)
+    same = (before == model(batch)).all(-1)
+    assert same[batch.doc_ids != 1].all() and not same[batch.doc_ids == 1].all()
+
+
+def test_without_pictures_the_encoder_has_gradients_of_zero_if_ranks_need_them(native):
+    model, processor = native
+    batch = make_native_batch(processor, [[]])
+    model(batch).sum().backward()
+    assert all(parameter.grad is None for parameter in model.vision.parameters())
+    model.always_sees = True
+    model(batch).sum().backward()
+    for part in (model.vision, model.projector):
+        assert all((parameter.grad == 0).all() for parameter in part.parameters())
+
+
+def test_grids_of_other_tiles_are_an_error(native):
+    model, processor = native
+    batch = make_native_batch(processor, PICTURES)
+    batch.grids = batch.grids[:-1]
+    with pytest.raises(UserError, match=r"grids = .* are not those of \d+ tiles"):
+        model(batch)
