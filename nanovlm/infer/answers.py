@@ -41,9 +41,11 @@ def read_row(batch: Batch, row: int) -> Document:
     if bool((doc_ids > doc_ids[:1]).any() | (batch.branch_ids[row] != 0).any()):
         raise UserError("a row of prompts must hold one document without branches")
     is_token = doc_ids >= 0
+    tiles, grids = batch.tiles_of(int(doc_ids[0]))
     return Document(
         input_ids=batch.input_ids[row][is_token].cpu(),
         labels=batch.labels[row][is_token].cpu(),
         branch_ids=batch.branch_ids[row][is_token].cpu(),
-        tiles=batch.pixel_values[batch.tile_doc_ids == doc_ids[0]].cpu(),
+        tiles=tiles.cpu(),
+        grids=grids,
     )

@@ -7,7 +7,7 @@ free, without contents ---take---> being filled ---fill---> filled, found by its
         +------------------------------------- evicted, the least recently used ---------------------------+
 ```
 
-A key says what a block and all before it hold: token ids and the digests of the tiles that they show (`block_key`).
+A key says what a block and all before it hold: token ids and the digests of the pictures that they show (`block_key`).
 A block that is being filled can be found already: whoever shares it waits until it is filled, and fills it itself if
 its writer is gone.
 """
@@ -111,13 +111,13 @@ class Blocks:
 def block_key(before: bytes, ids: Sequence[int], digests: Sequence[bytes]) -> bytes:
     """Return the key of a block of BLOCK token ids behind one of the key `before`, b"" for the first.
 
-    `digests` are those of the tiles that its image tokens show. Two blocks have an equal key only if all tokens and all
-    tiles up to there are equal.
+    `digests` are those of the pictures that its image tokens show. Two blocks have an equal key only if all tokens and
+    all pictures up to there are equal.
     """
     return hashlib.sha256(b"".join((before, array("q", ids).tobytes(), *digests))).digest()
 
 
-def digest_tile(tile: Tensor) -> bytes:
-    """Return a digest of a tile's pixels, their dtype and shape."""
-    about = f"{tile.dtype} {tuple(tile.shape)}".encode()
-    return hashlib.sha256(about + tile.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+def digest_picture(tiles: Tensor, grid: tuple[int, int] | None) -> bytes:
+    """Return a digest of a picture's pixels, their dtype and shape, and how its tiles lie."""
+    about = f"{tiles.dtype} {tuple(tiles.shape)} {grid}".encode()
+    return hashlib.sha256(about + tiles.contiguous().view(torch.uint8).numpy().tobytes()).digest()

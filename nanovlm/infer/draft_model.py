@@ -14,7 +14,7 @@ tells by which probabilities (speculate.py). What it guesses follows from the ro
 the draft has computed its prompt, so that it still depends on its seed alone.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -79,7 +79,8 @@ class DraftModel:
         self.sees_images = (
             own.vision is not None
             and config.vision is not None
-            and (own.tile_size, own.num_image_tokens) == (config.tile_size, config.num_image_tokens)
+            and (own.tile_size, own.num_image_tokens, own.is_native)
+            == (config.tile_size, config.num_image_tokens, config.is_native)
             and own.image_token_id == config.image_token_id
         )
         # Without image tokens prompts share their blocks at other places, so each row may need a block more; and the
@@ -167,11 +168,11 @@ class DraftModel:
     def _claim(self, own: DraftRow, most: int) -> int:
         """Return how many tokens of a prompt, at most `most`, this step still computes, and spend them."""
         num = min(most, self.tokens_left)
-        for i in own.prompt.tiles_of(own.num_computed, own.num_computed + num):
+        for i in own.prompt.pictures_of(own.num_computed, own.num_computed + num):
             if self.features.has(own.prompt.digests[i]):
                 continue
             if self.tiles_left == 0:  # stop before it, and for this step
-                num = max(own.prompt.image_positions[i * own.prompt.per_tile] - own.num_computed, 0)
+                num = max(own.prompt.positions_of(i)[0] - own.num_computed, 0)
                 self.tokens_left = num
                 break
             self.tiles_left -= 1
@@ -185,8 +186,10 @@ class DraftModel:
             if not self.sees_images and token is not None:
                 is_shown &= ids != token
         if not bool(is_shown.all()) or (prompt.digests and not self.sees_images):
-            fields = dict(input_ids=ids[is_shown], tiles=prompt.tiles if self.sees_images else prompt.tiles[:0])
-            prompt = Prompt(replace(row.request, prompt=replace(row.request.prompt, **fields)), self.model)
+            shown = row.request.prompt
+            if not self.sees_images:
+                shown = replace(shown, tiles=shown.tiles[:0], grids=[])
+            prompt = Prompt(replace(row.request, prompt=replace(shown, input_ids=ids[is_shown])), self.model)
         most = len(prompt.ids) + row.request.sampling.max_new_tokens
         if not prompt.ids or most > self.model.config.decoder.max_position_embeddings:
             return None
@@ -235,10 +238,9 @@ class DraftModel:
 
     def _encode(self, prompt: Prompt, first: int, last: int) -> Tensor:
         """Return the features of the image tokens from `first` to `last` of a prompt, [last - first, D]."""
-        P = prompt.per_tile
-        tiles = range(first // P, (last - 1) // P + 1)
-        found = self.features.get([prompt.digests[i] for i in tiles], [prompt.tiles[i] for i in tiles])
-        return torch.cat(found)[first - tiles[0] * P : last - tiles[0] * P]
+        shown = range(bisect_right(prompt.starts, first) - 1, bisect_left(prompt.starts, last))
+        found = self.features.get([prompt.digests[i] for i in shown], [prompt.pictures[i] for i in shown])
+        return torch.cat(found)[first - prompt.starts[shown[0]] : last - prompt.starts[shown[0]]]
 
     def _see(self, rows: list[Row], followed: list[DraftRow]) -> Tensor | None:
         """Return the tokens that the repetition penalty applies to, bool[R, V]; None if no row has one."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.config import DecoderConfig
+from nanovlm.data.types import count_tiles
 from nanovlm.errors import UserError
 from nanovlm.infer.adapters import check_adapter, choosing
 from nanovlm.infer.blocks import Blocks
@@ -39,7 +40,7 @@ from nanovlm.model.decoder import rope_table
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
 
-MOST_TILES = 8  # are encoded in a pass, so that pictures delay answers no more than prompts do
+MOST_TILES = 8  # or native pictures are encoded in a pass, so that pictures delay answers no more than prompts do
 
 
 class Chosen(NamedTuple):
@@ -152,6 +153,8 @@ class Engine:
         expected = len(prompt.tiles) * self.config.num_image_tokens if self.config.vision else 0
         if num_image != expected:
             raise UserError(f"{num_image} image placeholders in the prompt, but {expected} image features of its tiles")
+        if self.config.is_native and [0, *count_tiles(prompt.grids)][-1] != len(prompt.tiles):
+            raise UserError(f"grids = {prompt.grids} are not those of {len(prompt.tiles)} tiles of the prompt")
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -237,13 +240,12 @@ class Engine:
             if tokens == 0 or row.is_answering:
                 continue
             num = self._claim(row, tokens)
-            for i in row.prompt.tiles_of(row.num_computed, row.num_computed + num):
+            for i in row.prompt.pictures_of(row.num_computed, row.num_computed + num):
                 digest = row.prompt.digests[i]
                 if i in row.features or digest in missing or self.features.has(digest):
                     continue
                 if len(missing) == tiles:  # stop before it
-                    first = row.prompt.image_positions[i * row.prompt.per_tile]
-                    num = max(first - row.num_computed, 0)
+                    num = max(row.prompt.positions_of(i)[0] - row.num_computed, 0)
                     break
                 missing.add(digest)
             tokens -= num
@@ -269,17 +271,17 @@ class Engine:
         return end - row.num_computed
 
     def _encode(self, work: list[tuple[Row, int]]):
-        """Give the rows the features of the tiles that they show next; all new tiles are one batch."""
+        """Give the rows the features of the pictures that they show next; all new ones are one batch."""
         wanted = [
             (row, i)
             for row, num in work
             if not row.is_answering
-            for i in row.prompt.tiles_of(row.num_computed, row.num_computed + num)
+            for i in row.prompt.pictures_of(row.num_computed, row.num_computed + num)
             if i not in row.features
         ]
         if wanted:
             digests = [row.prompt.digests[i] for row, i in wanted]
-            found = self.features.get(digests, [row.prompt.tiles[i] for row, i in wanted])
+            found = self.features.get(digests, [row.prompt.pictures[i] for row, i in wanted])
             for (row, i), features in zip(wanted, found, strict=True):
                 row.features[i] = features
 
@@ -302,11 +304,11 @@ class Engine:
             (row, num), start = work[i], starts[i]
             if ids is None:
                 listed += row.tokens[start : start + num] + row.guess.tokens
-                for tile in row.prompt.tiles_of(start, start + num) if not row.is_answering else ():
-                    first = row.prompt.image_positions[tile * row.prompt.per_tile :][: row.prompt.per_tile]
-                    inside = [j for j, position in enumerate(first) if start <= position < start + num]
-                    places += [end + first[j] - start for j in inside]
-                    features.append(row.features[tile][inside[0] : inside[-1] + 1])
+                for picture in row.prompt.pictures_of(start, start + num) if not row.is_answering else ():
+                    positions = row.prompt.positions_of(picture)
+                    inside = [j for j, position in enumerate(positions) if start <= position < start + num]
+                    places += [end + positions[j] - start for j in inside]
+                    features.append(row.features[picture][inside[0] : inside[-1] + 1])
             end += num
             if ids is not None or start + num >= len(row.tokens):
                 rows += [row] * (1 + len(row.guess.tokens))
@@ -380,7 +382,7 @@ class Engine:
             self.blocks.name(block, row.keys[index])
             block.is_filled, block.writer = True, None
         if row.features:
-            left = row.prompt.tiles_of(row.num_computed, row.num_prompt)
+            left = row.prompt.pictures_of(row.num_computed, row.num_prompt)
             row.features = {i: features for i, features in row.features.items() if i in left}
 
     def _take(self, chosen: Chosen) -> list[Event]:

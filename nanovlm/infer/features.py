@@ -1,7 +1,8 @@
-"""Tiles -> image features, each tile encoded once: features are kept by the digest of the tile, up to a limit."""
+"""Pictures -> image features, each encoded once: features are kept by the digest of the picture, up to a limit."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,16 @@ from torch import Tensor
 from nanovlm.model.vlm import VLM
 
 
+class Picture(NamedTuple):
+    """What the encoder reads at once: a tile [1, C, H, W], or the tiles [n, C, H, W] of a native picture."""
+
+    tiles: Tensor
+    # Rows and columns of the tiles, of a native picture.
+    grid: tuple[int, int] | None
+
+
 class ImageFeatures:
-    """Features [P, D] of tiles, P image tokens of D numbers; the least recently used go first."""
+    """Features [P, D] of pictures, P image tokens of D numbers; the least recently used go first."""
 
     def __init__(self, model: VLM, most_bytes: int):
         self.model, self.most_bytes, self.num_bytes = model, most_bytes, 0
@@ -20,15 +29,18 @@ class ImageFeatures:
     def has(self, digest: bytes) -> bool:
         return digest in self.kept
 
-    def get(self, digests: Sequence[bytes], tiles: Sequence[Tensor]) -> list[Tensor]:
-        """Return the features of each tile [C, H, W]; those that are not there are encoded as one batch."""
+    def get(self, digests: Sequence[bytes], pictures: Sequence[Picture]) -> list[Tensor]:
+        """Return the features of each picture; those that are not there are encoded as one batch."""
         missing = {digest: i for i, digest in enumerate(digests) if digest not in self.kept}
         new = {}
         if missing:
             device = self.model.decoder.embed_tokens.weight.device
-            pixel_values = torch.stack([tiles[i] for i in missing.values()]).to(device, non_blocking=True)
+            asked = [pictures[i] for i in missing.values()]
+            pixel_values = torch.cat([picture.tiles for picture in asked]).to(device, non_blocking=True)
+            x_IPD = self.model.encode(pixel_values, [picture.grid for picture in asked if picture.grid])
             # Copies, as a view would keep the whole batch in memory.
-            new = {digest: x.clone() for digest, x in zip(missing, self.model.encode(pixel_values), strict=True)}
+            pieces = x_IPD.split([len(picture.tiles) for picture in asked])
+            new = {digest: x.flatten(0, 1).clone() for digest, x in zip(missing, pieces, strict=True)}
         self.num_encoded += len(missing)
         found = [new[digest] if digest in new else self.kept[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):

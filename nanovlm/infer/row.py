@@ -1,13 +1,15 @@
 """A request -> its rows: one for each answer, with what the engine knows about it."""
 
-from bisect import bisect_left
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nanovlm.infer.adapters import key_of
-from nanovlm.infer.blocks import Block, block_key, digest_tile
+from nanovlm.infer.blocks import Block, block_key, digest_picture
+from nanovlm.infer.features import Picture
 from nanovlm.infer.request import Request
 from nanovlm.infer.speculate import Guess
 from nanovlm.model.cache_attention import BLOCK
@@ -15,16 +17,20 @@ from nanovlm.model.vlm import VLM
 
 
 class Prompt:
-    """What the answers to a request share: token ids, tiles, their digests, where the image tokens are, block keys."""
+    """What the answers to a request share: token ids, pictures, their digests and image tokens, block keys."""
 
     def __init__(self, request: Request, model: VLM):
         document, config = request.prompt, model.config
-        self.ids, self.tiles = document.input_ids.tolist(), document.tiles
-        # What keys begin with, and what stands before the digests of tiles: those of the adapters that it uses.
+        self.ids = document.input_ids.tolist()
+        sizes = [rows * columns for rows, columns in document.grids] or [1] * len(document.tiles)
+        grids = document.grids or [None] * len(document.tiles)
+        self.pictures = [Picture(*picture) for picture in zip(document.tiles.split(sizes), grids, strict=True)]
+        # What keys begin with, and what stands before the digests of pictures: those of the adapters that it uses.
         self.root = key_of(model, request.adapter)
         sees = key_of(model, request.adapter, ("vision.", "projector."))
-        self.digests = [sees + digest_tile(tile) for tile in document.tiles]
-        self.per_tile = config.num_image_tokens if config.vision is not None else 1
+        self.digests = [sees + digest_picture(*picture) for picture in self.pictures]
+        # How many image tokens stand before each picture, and how many there are.
+        self.starts = [0, *itertools.accumulate(size * config.num_image_tokens for size in sizes)]
         self.image_positions: list[int] = []
         if config.image_token_id is not None:
             self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
@@ -35,15 +41,17 @@ class Prompt:
 
     def key(self, before: bytes, tokens: Sequence[int], start: int) -> bytes:
         """Return the key of the block of these tokens that begins at `start`."""
-        digests = [self.digests[i] for i in self.tiles_of(start, start + BLOCK)]
+        digests = [self.digests[i] for i in self.pictures_of(start, start + BLOCK)]
         return block_key(before, tokens[start : start + BLOCK], digests)
 
-    def tiles_of(self, start: int, end: int) -> range:
-        """Return the indices of the tiles that have image tokens at the positions from `start` to `end`."""
+    def pictures_of(self, start: int, end: int) -> range:
+        """Return the indices of the pictures that have image tokens at the positions from `start` to `end`."""
         first, last = (bisect_left(self.image_positions, position) for position in (start, end))
-        return range(
-            first // self.per_tile, (last - 1) // self.per_tile + 1 if last > first else first // self.per_tile
-        )
+        return range(bisect_right(self.starts, first) - 1, bisect_left(self.starts, last)) if last > first else range(0)
+
+    def positions_of(self, picture: int) -> list[int]:
+        """Return where the image tokens of a picture are."""
+        return self.image_positions[self.starts[picture] : self.starts[picture + 1]]
 
 
 class Row:
@@ -61,7 +69,7 @@ class Row:
         # Whether the prompt is done: all tokens but the one chosen last are in the cache.
         self.is_answering = False
         self.first_token_s = 0.0
-        # Of the tiles that the prompt has yet to show, by their index: [P, D].
+        # Of the pictures that the prompt has yet to show, by their index: [P, D].
         self.features: dict[int, Tensor] = {}
         # bool[V], the tokens that the repetition penalty applies to.
         self.seen: Tensor | None = None

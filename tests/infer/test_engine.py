@@ -276,9 +276,9 @@ def count(monkeypatch, engine):
         seen["passes"].append(x.shape[1])
         return decode(x, *args, **options)
 
-    def count_tiles(pixel_values):
+    def count_tiles(pixel_values, *grids):
         seen["tiles"] += len(pixel_values)
-        return encode(pixel_values)
+        return encode(pixel_values, *grids)
 
     monkeypatch.setattr(engine.model.decoder, "forward", count_tokens)
     monkeypatch.setattr(engine.model, "encode", count_tiles)
