@@ -39,6 +39,7 @@ def make_branches(processor: Processor, question: Question, options: Sequence[st
         labels=torch.cat([torch.full((prefix,), IGNORE), *(labels for _, labels in branches)]),
         branch_ids=torch.cat([torch.zeros(prefix, dtype=torch.int64), *numbers]).int(),
         tiles=written[0].tiles,
+        grids=written[0].grids,
     )
 
 

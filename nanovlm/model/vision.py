@@ -117,7 +117,7 @@ class VisionEncoder(nn.Module):
         if self.pre_layernorm is not None:
             x_1TD = self.pre_layernorm(x_1TD)
         for layer in self.layers:
-            x_1TD = layer(x_1TD, rope, groups=groups)
+            x_1TD = layer(x_1TD, rope, None, groups)
         if self.post_layernorm is not None:
             x_1TD = self.post_layernorm(x_1TD)
         return x_1TD[0].unflatten(0, (-1, P)).index_select(0, back)

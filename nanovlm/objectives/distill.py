@@ -136,7 +136,7 @@ class Distill:
             hidden = self.teacher(batch).flatten(0, 1)[batch.trained]
             return teach_by_model(hidden, self.head_weight(self.teacher), self.settings.temperature)
         if self.parts and len(batch.pixel_values):
-            self.teacher.encode(batch.pixel_values)
+            self.teacher.encode(batch.pixel_values, batch.grids)
         return None
 
     def head_weight(self, model: VLM) -> Tensor:
@@ -162,13 +162,14 @@ class Distill:
         if ours is not None:
             if seen is None:
                 raise UserError(f"{name} is a language model, and the student reads pictures")
+            same["whether tiling.policy is native"] = teacher.is_native, model.is_native
             same["the side of a tile"] = teacher.tile_size, model.tile_size
             if self.compared or "projector" in self.parts:
                 same["the image tokens of a tile"] = teacher.num_image_tokens, model.num_image_tokens
             if self.compared:
                 same["image_token_id"] = teacher.image_token_id, model.image_token_id
             if "features" in self.parts:
-                same["the patches of a tile"] = seen.num_patches, ours.num_patches
+                same["the patches of a tile"] = teacher.num_tile_patches, model.num_tile_patches
         for what, (their, our) in same.items():
             if their != our:
                 raise UserError(f"{what}: {their} of {name}, {our} of the student; both must read the same tiles")

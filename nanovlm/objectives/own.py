@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.chat import Processor
-from nanovlm.data.types import IGNORE, Batch, Document
+from nanovlm.data.types import IGNORE, Batch, Document, count_tiles
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,24 @@ def find_questions(batch: Batch, processor: Processor) -> Iterator[Question]:
         for number in doc_ids[doc_ids >= 0].unique().tolist():
             is_own = doc_ids == number
             ids, labels, branch_ids = (x[row][is_own] for x in (batch.input_ids, batch.labels, batch.branch_ids))
-            tiles = batch.pixel_values[batch.tile_doc_ids == number]
+            tiles, grids = batch.tiles_of(number)
             for branch in branch_ids[branch_ids > 0].unique().tolist() or [0]:
                 is_seen = (branch_ids == 0) | (branch_ids == branch)
                 trained = (labels[is_seen] != IGNORE).nonzero()[:, 0]
                 if len(trained):
                     # The last run of trained positions is the last answer.
                     start = int(trained[torch.nn.functional.pad(trained.diff() > 1, (1, 0), value=True)][-1])
-                    yield make_question(ids[is_seen], labels[is_seen], start, tiles, processor)
+                    yield make_question(ids[is_seen], labels[is_seen], start, tiles, processor, grids)
 
 
-def make_question(ids: Tensor, labels: Tensor, start: int, tiles: Tensor, processor: Processor) -> Question:
+def make_question(
+    ids: Tensor,
+    labels: Tensor,
+    start: int,
+    tiles: Tensor,
+    processor: Processor,
+    grids: Sequence[tuple[int, int]] = (),
+) -> Question:
     """Cut a conversation before the answer whose first token is the label at `start`; later images are left out."""
     prompt, config = ids[: start + 1].clone(), processor.config
     if config.vision is not None:
@@ -71,6 +78,7 @@ def make_question(ids: Tensor, labels: Tensor, start: int, tiles: Tensor, proces
         labels=torch.full_like(prompt, IGNORE),
         branch_ids=torch.zeros(len(prompt), dtype=torch.int32),
         tiles=tiles.clone(),
+        grids=[grid for grid, end in zip(grids, count_tiles(grids), strict=True) if end <= len(tiles)],
     )
     return Question(document, processor.decode(prompt.tolist()), processor.decode(answer))
 
@@ -90,6 +98,7 @@ def make_document(question: Question, answers: Sequence[OwnAnswer], **values: Se
         labels=torch.cat([torch.full_like(before, IGNORE), *sampled]),
         branch_ids=torch.cat((outside, torch.arange(1, len(answers) + 1).repeat_interleave(lengths))).int(),
         tiles=question.prompt.tiles,
+        grids=question.prompt.grids,
         values={
             "old_logprobs": torch.cat((outside, drawn)),
             **{

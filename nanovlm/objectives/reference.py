@@ -87,7 +87,7 @@ def check_fits(name: str, theirs: Processor, ours: Processor):
         raise UserError(
             f"the reference {name} has another tokenizer than the model, so it cannot read the same batches"
         )
-    for field in ("image_token_id", "tile_size", "num_image_tokens"):
+    for field in ("image_token_id", "tile_size", "num_image_tokens", "is_native"):
         if (one := getattr(theirs.config, field)) != (other := getattr(ours.config, field)):
             raise UserError(f"the reference {name} has {field} = {one}, and the model {other}: they must be equal")
 

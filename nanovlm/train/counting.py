@@ -100,12 +100,14 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
     d, v = config.decoder, config.vision
     num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
     vision = patches = projector = 0
+    pictures = [rows * columns * config.num_tile_patches for rows, columns in batch.grids]
     for encoder in (v, v.second) if v is not None else ():
         if encoder is not None:
-            first, rest = count_encoder(encoder)
-            patches, vision = patches + num_tiles * first, vision + num_tiles * rest
+            counted = [count_encoder(encoder, P) for P in pictures] or [count_encoder(encoder)] * num_tiles
+            patches += sum(first for first, _rest in counted)
+            vision += sum(rest for _first, rest in counted)
     if v is not None:
-        projector = num_tiles * v.num_patches * v.feature_size * d.hidden_size
+        projector = num_tiles * config.num_tile_patches * v.feature_size * d.hidden_size
     D, N, K, H = d.hidden_size, d.num_attention_heads, d.num_key_value_heads, d.head_dim
     if d.moe is None:
         feed_forward = 3 * D * d.intermediate_size
@@ -140,15 +142,18 @@ def count_dual_flops(config: DualConfig, batch: Batch, trains: dict[str, bool]) 
     return 2 * (patches * (1 + sees) + vision * (1 + 2 * sees) + pooling * (1 + sees + pools) + text * (1 + 2 * reads))
 
 
-def count_encoder(config: VisionConfig) -> tuple[int, int]:
-    """Count the multiplications of one tile that read pixels, of which there is no gradient, and all others."""
-    D, F = config.hidden_size, config.intermediate_size
-    T = config.num_tokens_beside + config.num_patches
+def count_encoder(config: VisionConfig, num_patches: int | None = None) -> tuple[int, int]:
+    """Count the multiplications that read pixels, of which there is no gradient, and all others.
+
+    They are those of one tile, or of a native picture of `num_patches`.
+    """
+    D, F, P = config.hidden_size, config.intermediate_size, num_patches or config.num_patches
+    T = config.num_tokens_beside + P
     blocks = config.num_hidden_layers * T * (4 * D * D + 2 * D * F + 2 * T * D)
     if config.patches == "convolution":
         first, rest = count_multiplications(config)
         return first, rest + blocks
-    return config.num_patches * 3 * config.patch_size**2 * D, blocks
+    return P * 3 * config.patch_size**2 * D, blocks
 
 
 def count_pairs(batch: Batch) -> int:

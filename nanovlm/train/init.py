@@ -63,7 +63,7 @@ from nanovlm.train.adapt import base_places, build, draw_adapter
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
 FREE_OF_DUAL = ("initial_scale", "resize", "resample")
-FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge")  # how many tiles, not what is in one
+FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge", "max_patches")  # how many tiles, not what is in one
 FREE_OF_DECODER = ("attention", "cross_entropy", "max_position_embeddings")
 FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
@@ -256,6 +256,7 @@ def check_room(processor: Processor, config: TrainConfig):
     data, side = config.data, config.model.tile_size
     if config.model.vision is None or data.too_long == "shrink":
         return
+    fewer = "max_patches" if config.model.is_native else "longest_edge"
     tokens, tiles = processor.num_image_tokens(side, side), plan_tiles(side, side, config.model).num_tiles
     for field, value, least in (
         ("row_length", data.row_length, tokens + 1),
@@ -264,8 +265,8 @@ def check_room(processor: Processor, config: TrainConfig):
         if value < least:
             raise UserError(
                 f"data.{field} = {value} has no room for a square picture, which {config.init.model} cuts into {tiles} "
-                f"tiles, {tokens} tokens in all: set it to at least {least}, model.tiling.longest_edge = "
-                f"{config.model.tiling.longest_edge} to less, or data.too_long to shrink"
+                f"tiles, {tokens} tokens in all: set it to at least {least}, model.tiling.{fewer} = "
+                f"{getattr(config.model.tiling, fewer)} to less, or data.too_long to shrink"
             )
 
 

@@ -33,7 +33,7 @@ from nanovlm.errors import UserError
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.dual import Dual, TextTower
 from nanovlm.model.moe import MoE
-from nanovlm.model.vision import VisionEncoder
+from nanovlm.model.vision import VisionBlock, VisionEncoder
 from nanovlm.model.vlm import VLM
 
 
@@ -58,11 +58,12 @@ def parallelize(
     parts = [module for module in model.modules() if isinstance(module, VisionEncoder | TextTower | Decoder)]
     blocks = [block for part in parts for block in part.layers]
     experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
+    is_native = isinstance(model, VLM) and model.config.is_native
     for block in blocks:
         if config.checkpointing != "none":
             block.forward = recompute(block.forward, config.checkpointing)
-        if config.compile:
-            block.compile()
+        if config.compile and not (is_native and isinstance(block, VisionBlock)):
+            block.compile()  # but not for native pictures: every mixture of their sizes would be compiled anew
     # Ranks that exchange gradients must use the same parameters, and with a frozen decoder a batch without images would
     # have nothing to differentiate.
     if isinstance(model, VLM):  # a dual model always does

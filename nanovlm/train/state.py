@@ -79,7 +79,8 @@ def name_batches(batches: list[Batch]) -> dict[str, torch.Tensor]:
     tensors = {}
     for place, batch in enumerate(batches):
         prefix = f"pending.{distributed.rank() + place * distributed.num_ranks()}."
-        named = {name: x for name, x in vars(batch).items() if name != "values"}
+        named = {name: x for name, x in vars(batch).items() if name not in ("values", "grids")}
+        named |= {"grids": torch.tensor(batch.grids)} if batch.grids else {}
         named |= {f"values.{name}": x for name, x in batch.values.items()}
         tensors |= {prefix + name: x.contiguous().clone() for name, x in named.items()}
     return tensors
@@ -94,7 +95,8 @@ def find_batches(tensors: dict[str, torch.Tensor]) -> list[Batch]:
             continue
         prefix = f"pending.{number}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        grids = [(rows, columns) for rows, columns in own.pop("grids", torch.empty(0, 2)).tolist()]
         named = {f.name: own[f.name] for f in fields(Batch) if f.name in own}
         values = {name.removeprefix("values."): x for name, x in own.items() if name.startswith("values.")}
-        batches.append(Batch(**named, values=values))
+        batches.append(Batch(**named, values=values, grids=grids))
     return batches

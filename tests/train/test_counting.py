@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm.config import MoEConfig
+from nanovlm.config import MoEConfig, TilingConfig
+from nanovlm.data.chat import Processor
+from nanovlm.data.records import to_sample
 from nanovlm.model.attention import make_mask
 from nanovlm.model.vision import VisionEncoder
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
 from nanovlm.train.counting import count_encoder, count_flops, count_pairs
-from tests.conftest import TINY, make_batch, make_document
+from tests.conftest import TINY, make_batch, make_document, make_raw, noise
 
 MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=24, num_shared_experts=1, experts="loop")
 TURNS = [("what color is the circle?", "red"), ("how many objects are there?", "3"), ("where?", "top left")]
@@ -58,8 +60,19 @@ def test_operations_of_grouped_convolutions():
     assert counter.get_total_flops() == 2 * sum(count_encoder(config))
 
 
-def compare_with_torch(config, processor, frozen):
-    model, document = VLM(config), make_document(processor, 0, ("what?", "a red circle"))
+def test_operations_on_native_pictures(processor):
+    """With rotary positions, as products that stretch learned ones are not counted."""
+    vision = dataclasses.replace(TINY.vision, positions="rotary")
+    config = dataclasses.replace(TINY, vision=vision, tiling=TilingConfig("native", max_patches=64))
+    processor = Processor(processor.tokenizer, processor.chat_template, config)
+    record = make_raw(0, ("what?", "a red circle")) | {"images": [noise(0), noise(1).resize((50, 20))]}
+    document = processor.document(to_sample(record))
+    assert len(set(document.grids)) == 2
+    compare_with_torch(config, processor, (), document)
+
+
+def compare_with_torch(config, processor, frozen, document=None):
+    model, document = VLM(config), document or make_document(processor, 0, ("what?", "a red circle"))
     batch = make_batch([document], len(document))
     trains = {}
     for name, part in model.named_children():

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import types
 
 import pytest
 import torch
@@ -209,7 +208,7 @@ def test_a_micro_batch_without_a_question_is_padding(processor):
     """As another rank may have some: then the step is taken, and nothing is learned from it here."""
     rollouts = make_rollouts(processor)
     batch = make_batches(processor)[0]
-    nothing = types.SimpleNamespace(**vars(batch) | {"labels": torch.full_like(batch.labels, IGNORE)})
+    nothing = dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE), trained=None)
     rollouts.state.loader = iter([[nothing]])
     [made] = next(rollouts)
     assert not len(made.trained) and rollouts.objective.count(made) == 0
@@ -219,6 +218,7 @@ def test_a_micro_batch_without_a_question_is_padding(processor):
 def test_batches_are_named_by_micro_batch_and_found_again(processor, monkeypatch):
     """Whatever number of ranks wrote them."""
     batches = next(make_rollouts(processor)) + next(make_rollouts(processor, step=1))
+    batches[1].grids = [(2, 3), (1, 4)]  # as of native pictures
     stored = {}
     for rank in (0, 1):
         monkeypatch.setattr("nanovlm.distributed.rank", lambda rank=rank: rank)
@@ -234,7 +234,8 @@ def test_batches_are_named_by_micro_batch_and_found_again(processor, monkeypatch
     for theirs, ours in zip(found, batches, strict=True):
         assert theirs.values.keys() == ours.values.keys() == {"weights", "old_logprobs"}
         tensors = [{**vars(batch), **batch.values} for batch in (theirs, ours)]
-        for name in tensors[0].keys() - {"values"}:
+        assert theirs.grids == ours.grids
+        for name in tensors[0].keys() - {"values", "grids"}:
             assert torch.equal(tensors[0][name], tensors[1][name]), name
 
 
