@@ -1,14 +1,16 @@
-"""Image encoders of the hub -> ours, alone or out of a larger model: SigLIP, CLIP and DINOv2.
+"""Image encoders of the hub -> ours, alone or out of a larger model: SigLIP, SigLIP 2 NaFlex, CLIP and DINOv2.
 
 ```
 config.json, preprocessor_config.json --read_encoder--> VisionConfig, with mean and std of the pixels
 *.safetensors --------------------------load_encoder--> the encoder of a model, by the name table of its kind
 ```
 
-SigLIP2 of fixed resolution says that it is a SigLIP. An encoder here may have fewer blocks than the files, and no norm
-after them: LLaVA's features of CLIP are those before its last block, without the norm (arXiv 2310.03744).
+SigLIP2 of fixed resolution says that it is a SigLIP; that of native resolution, NaFlex, is a siglip2. An encoder here
+may have fewer blocks than the files, and no norm after them: LLaVA's features of CLIP are those before its last block,
+without the norm (arXiv 2310.03744).
 """
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 
 from nanovlm.config import VisionConfig, from_dict, pick
 from nanovlm.errors import UserError
@@ -64,6 +67,8 @@ class Kind(NamedTuple):
 
 
 SIGLIP = Kind(SIGLIP_NAMES, SIGLIP_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, {}, {})
+# Its table of positions is that of a square picture of so many patches.
+SIGLIP2 = SIGLIP._replace(defaults=SIGLIP.defaults | {"num_patches": 256})
 CLIP = Kind(
     SIGLIP_NAMES | {"pre_layrnorm.": "vision.pre_layernorm."},
     SIGLIP_DEFAULTS | {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
@@ -87,6 +92,8 @@ DINOV2_REGISTERS = DINOV2._replace(defaults=DINOV2.defaults | {"patch_size": 16,
 KINDS = {
     "siglip": SIGLIP,
     "siglip_vision_model": SIGLIP,
+    "siglip2": SIGLIP2,
+    "siglip2_vision_model": SIGLIP2,
     "clip": CLIP,
     "clip_vision_model": CLIP,
     "dinov2": DINOV2,
@@ -104,6 +111,11 @@ def read_encoder(folder: Path) -> VisionConfig:
     data = kind.defaults | data
     if "mlp_ratio" in data:
         data["intermediate_size"] = int(data["hidden_size"] * data["mlp_ratio"])
+    if "num_patches" in kind.defaults:
+        num, patch = data["num_patches"], data["patch_size"]
+        if not (isinstance(num, int) and isinstance(patch, int) and num > 0 and math.isqrt(num) ** 2 == num):
+            raise UserError(f"{path}: num_patches = {num!r} must be the square of a number")
+        data["image_size"] = math.isqrt(num) * patch
     act = pick(ACTIVATIONS, str(data["hidden_act"]), f"{path}: hidden_act")
     fields = {field: data[field] for field in VISION_FIELDS} | kind.features | {"hidden_act": act}
     if "num_register_tokens" in data:
@@ -146,6 +158,10 @@ def load_encoder(places: Places, folder: Path):
         if (name := f"{root}embeddings.{token}") in wanted:
             place = wanted[name][0][None]
             wanted[name] = [place[None] if token == "cls_token" else place]
+    if "num_patches" in kind.defaults:  # a linear map of patches whose colors lie side by side
+        [weight] = wanted[name := f"{root}embeddings.patch_embedding.weight"]
+        flat = torch.empty(len(weight), weight.shape[1:].numel(), dtype=weight.dtype, device=weight.device)
+        wanted[name] = [flat]
     with torch.device("meta"):
         whole = VisionEncoder(read_encoder(folder)).state_dict()
     left_out = {
@@ -156,5 +172,7 @@ def load_encoder(places: Places, folder: Path):
     unused = re.compile(UNUSED.format(root=re.escape(root)))
     skipped = {name for name in keys if unused.match(name)} | (destinations(left_out, names).keys() & keys)
     copy_tensors(wanted, files, skipped.__contains__)
+    if "num_patches" in kind.defaults and not weight.is_meta:
+        weight.copy_(rearrange(flat, "D (h w C) -> D C h w", C=3, h=weight.shape[2]))
     if skipped:
         print(f"not used of {folder}: {', '.join(merge_numbers(skipped))}", file=sys.stderr)

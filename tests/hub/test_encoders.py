@@ -138,8 +138,8 @@ def test_pixels_are_normalised_as_the_files_say(tmp_path):
         ("clip", {"patch_size": 64}, "vision.patch_size = 64 is above vision.image_size = 32"),
         (
             "clip",
-            {"model_type": "siglip2"},
-            "model_type = 'siglip2' is no image encoder that we have; there are sig",
+            {"model_type": "siglip3"},
+            "model_type = 'siglip3' is no image encoder that we have; there are sig",
         ),
     ],
 )
