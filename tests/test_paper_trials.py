@@ -107,24 +107,26 @@ def test_a_new_source_and_each_record_is_read_once(processor):
     assert len(source.read_keys) == len(set(source.read_keys)) and sorted(source.read_keys)[:20] == list(range(20))
 
 
-class MLP(nn.Module):
-    """Two layers with a GELU between (LLaVA-1.5, arXiv 2310.03744), after the same pixel shuffle."""
+class Mean(nn.Module):
+    """The mean of each square of patches, then one linear map."""
 
     def __init__(self, config, vision_size, decoder_size):
         super().__init__()
-        self.scale_factor = config.scale_factor
-        self.fc1 = nn.Linear(vision_size * config.scale_factor**2, decoder_size)
-        self.fc2 = nn.Linear(decoder_size, decoder_size)
+        self.scale = config.scale_factor
+        self.proj = nn.Linear(vision_size, decoder_size)
+
+    def num_tokens(self, num_patches):
+        return num_patches // self.scale**2
 
     def forward(self, x_IPD):
-        return self.fc2(F.gelu(self.fc1(projector.pixel_shuffle(x_IPD, self.scale_factor))))
+        return self.proj(projector.pixel_shuffle(x_IPD, self.scale).unflatten(-1, (self.scale**2, -1)).mean(2))
 
 
 def test_another_projector(monkeypatch, processor):
-    monkeypatch.setitem(projector.PROJECTORS, "mlp", MLP)
-    model = VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="mlp")))
+    monkeypatch.setitem(projector.PROJECTORS, "mean", Mean)
+    model = VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="mean")))
     batch = make_batch([make_document(processor, 0, ("what?", "red"))])
     OBJECTIVES["next_token"](None, None, None).loss(model, batch).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters())
-    with pytest.raises(ValueError, match=r"projector\.type = 'mpl' is unknown"):
-        VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="mpl")))
+    with pytest.raises(ValueError, match=r"projector\.type = 'maen' is unknown"):
+        VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="maen")))

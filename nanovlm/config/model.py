@@ -16,6 +16,7 @@ MOST = {
     "image_size": 2**14,
 }
 MOST_OTHERWISE, MOST_TILES = 2**24, 128  # the latter along one side of an image
+MAY_BE_ZERO = ("projector.num_tokens",)
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,17 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear.
+    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear, mlp, resampler,
+    # qformer or merge.
     type: str = "linear"
-    # Pixel shuffle: scale_factor x scale_factor neighbouring patches become one image token.
+    # linear, mlp: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle).
     scale_factor: int = 2
+    # resampler, qformer, merge: image tokens of one tile; 0 where they follow from scale_factor.
+    num_tokens: int = 0
+    # resampler, qformer: number of blocks.
+    num_layers: int = 2
+    # resampler, qformer: number of attention heads.
+    num_attention_heads: int = 4
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,9 @@ class VLMConfig:
     @property
     def num_image_tokens(self) -> int:
         """Placeholder tokens that one tile fills."""
-        return self.num_tile_patches // self.projector.scale_factor**2
+        if self.vision is None:
+            return 0
+        return self.projector.num_tokens or self.num_tile_patches // self.projector.scale_factor**2
 
     @property
     def num_tile_patches(self) -> int:
@@ -341,7 +351,8 @@ class VLMConfig:
             v.validate()
         numbers = [pair for part, config in parts.items() for pair in integers(part, config)]
         for name, value in numbers:
-            check(value >= 1, f"{name} = {value} must be at least 1")
+            least = 0 if name in MAY_BE_ZERO else 1
+            check(value >= least, f"{name} = {value} must be at least {least}")
         for name, value in numbers + (integers("decoder.moe", d.moe) if d.moe else []):
             most = MOST.get(name.rpartition(".")[2], MOST_OTHERWISE)
             check(value <= most, f"{name} = {value} must be at most {most}")
@@ -374,7 +385,7 @@ class VLMConfig:
         if v is not None:
             if self.is_native:
                 self.check_native()
-            else:
+            elif not self.projector.num_tokens:
                 divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             if self.tiling.policy == "nanovlm":
                 divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)

@@ -26,7 +26,7 @@ from nanovlm.config import AdapterConfig, VLMConfig, from_dict
 from nanovlm.errors import UserError
 from nanovlm.files import new_folder, read_json
 from nanovlm.hub.download import SHORT_NAMES, find
-from nanovlm.hub.families import HEAD, check_vision, find_family, find_names
+from nanovlm.hub.families import HEAD, check_projector, check_vision, find_family, find_names
 from nanovlm.hub.weights import destinations, tensor_names, unknown_tensors
 from nanovlm.model.adapted import STACKS
 from nanovlm.model.adapters import DEFAULT, activate, adapt, adapter_tensors, is_adapter, learns
@@ -254,6 +254,7 @@ def find_table(model: VLM) -> Names:
     """Return the name table of the hub layout that a model is exported to, or OWN where none has all that it has."""
     try:
         check_vision(model.config.vision)
+        check_projector(model.config)
         table = find_names(find_family(model.config.decoder), model.config.vision is not None) | {"score.": "score."}
     except UserError:
         return OWN

@@ -104,6 +104,7 @@ def check_exportable(processor: Processor):
     if config.vision is None:
         return
     families.check_vision(config.vision)
+    families.check_projector(config)
     if config.tiling.policy != "idefics3":
         raise UserError(
             f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "

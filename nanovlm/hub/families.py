@@ -7,7 +7,7 @@ a name is the same on both sides, and nothing is permuted. `{}` stands for a num
 import re
 from typing import NamedTuple
 
-from nanovlm.config import DecoderConfig, VisionConfig, differences
+from nanovlm.config import DecoderConfig, VisionConfig, VLMConfig, differences
 from nanovlm.data.images import FAKE
 from nanovlm.errors import UserError
 
@@ -226,6 +226,16 @@ def check_vision(vision: VisionConfig | None):
         raise UserError(
             f"vision.{field} = {values.rpartition(' against ')[2]} cannot be exported: Idefics3, the layout in which a "
             "vision-language model is written, has SigLIP's encoder alone; the model folder of a run has every encoder"
+        )
+
+
+def check_projector(config: VLMConfig):
+    """Raise UserError if no layout has the projector of a vision-language model."""
+    if config.vision is not None and config.projector.type != "linear":
+        raise UserError(
+            f"projector.type = {config.projector.type!r} cannot be exported: Idefics3, the layout in which a "
+            "vision-language model is written, has pixel shuffle and one linear map (projector.type = linear) alone; "
+            "the model folder of a run has every projector"
         )
 
 

@@ -70,6 +70,11 @@ def look(model: VLM, prompt: Document, answer_ids: list[int], means: Means = "no
     for token in answer_ids:
         if not 0 <= token < config.decoder.vocab_size or token == config.image_token_id:
             raise UserError(f"token {token} cannot stand in an answer of this model")
+    if config.projector.num_tokens and len(prompt.tiles):
+        raise UserError(
+            f"the {config.num_image_tokens} image tokens of projector.type = {config.projector.type!r} are of no place "
+            "in the picture, so that it cannot be drawn where an answer looked"
+        )
     first, A = len(prompt) - 1, len(answer_ids)
     if first + A > (most := config.decoder.max_position_embeddings):
         raise UserError(f"prompt and answer have {first + 1 + A} tokens, more than the model's {most} positions")

@@ -63,6 +63,12 @@ class VLM(nn.Module):
             self.vision = VisionEncoder(config.vision)
             make_projector = pick(PROJECTORS, config.projector.type, "projector.type")
             self.projector = make_projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
+            makes, patches = self.projector.num_tokens(config.num_tile_patches), config.num_tile_patches
+            if makes != config.num_image_tokens or makes < 1:
+                raise UserError(
+                    f"projector.num_tokens = {config.projector.num_tokens} does not fit projector.type = "
+                    f"{config.projector.type!r}, which makes {makes} tokens of the {patches} patches of a tile"
+                )
         self.decoder = Decoder(config.decoder)
         if config.has_score_head:
             self.score = nn.Linear(config.decoder.hidden_size, 1, bias=False)
@@ -154,12 +160,14 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     - experts: as the matrices of a dense layer
     - token embeddings: 1, the scale of the image tokens; 1 / sqrt(hidden size) if they are also the tied head
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
-    - vision positions: 0.5, half the scale of the patches; class token and registers: 1, as the patches
+    - vision positions: 0.5, half the scale of the patches; class token and registers: 1, as the patches; a projector's
+      latents or queries: 1, the scale of features
     Biases and the score head are 0, norm weights and layer scales 1.
     """
     decoder = model.config.decoder
     encoders = {name: module for name, module in model.named_modules() if isinstance(module, VisionEncoder)}
     depth = {name: len(encoder.layers) for name, encoder in encoders.items()} | {"decoder": decoder.num_hidden_layers}
+    depth |= {"projector": model.config.projector.num_layers}
     yield from layer_weights(model, depth)
     yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
     for encoder in encoders.values():
@@ -197,6 +205,8 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
         elif isinstance(module, VisionBlock) and module.layer_scale1 is not None and module.layer_scale2 is not None:
             yield module.layer_scale1, torch.ones(module.layer_scale1.shape)
             yield module.layer_scale2, torch.ones(module.layer_scale2.shape)
+        elif isinstance(module, nn.Embedding) and name.startswith("projector."):
+            yield normal(module.weight, 1.0)
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and module.bias is not None:
             yield module.bias, torch.zeros(module.bias.shape)
 

@@ -1,16 +1,21 @@
 """Batches and routings -> numbers: the FLOPs of a step, and how evenly and by which tokens experts are used."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm import distributed
-from nanovlm.config import DualConfig, VisionConfig, VLMConfig
+from nanovlm.config import DualConfig, ProjectorConfig, VisionConfig, VLMConfig
 from nanovlm.data.types import Batch
 from nanovlm.model.convolution import count_multiplications
 from nanovlm.model.moe import Routing, expert_load
+from nanovlm.model.projector import PROJECTORS
 
 
 class RoutingStats:
@@ -99,6 +104,7 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
         return count_dual_flops(config, batch, trains)
     d, v = config.decoder, config.vision
     num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
+    sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
     vision = patches = projector = 0
     pictures = [rows * columns * config.num_tile_patches for rows, columns in batch.grids]
     for encoder in (v, v.second) if v is not None else ():
@@ -107,7 +113,8 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
             patches += sum(first for first, _rest in counted)
             vision += sum(rest for _first, rest in counted)
     if v is not None:
-        projector = num_tiles * config.num_tile_patches * v.feature_size * d.hidden_size
+        P = config.num_tile_patches
+        projector = num_tiles * count_projector(config.projector, P, v.feature_size, d.hidden_size, sees, projects)
     D, N, K, H = d.hidden_size, d.num_attention_heads, d.num_key_value_heads, d.head_dim
     if d.moe is None:
         feed_forward = 3 * D * d.intermediate_size
@@ -119,9 +126,26 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
     linear = d.num_hidden_layers * linear + len(batch.trained) * D * d.vocab_size
     # Forward; plus the gradient of a product's input if something before it trains, always so in the decoder, as it
     # starts from embeddings or images; plus the gradient of its weights if they train.
-    sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
-    total = patches * (1 + sees) + vision * (1 + 2 * sees) + projector * (1 + sees + projects)
-    return 2 * (total + linear * (2 + decodes) + attention * 3)
+    total = patches * (1 + sees) + vision * (1 + 2 * sees)
+    return 2 * (total + linear * (2 + decodes) + attention * 3) + projector
+
+
+@functools.cache
+def count_projector(
+    config: ProjectorConfig, num_patches: int, vision_size: int, decoder_size: int, sees: bool, projects: bool
+) -> int:
+    """Count the operations of a pass of a projector over one tile, as torch does, on tensors without values.
+
+    `sees` and `projects` are whether the encoder and the projector learn.
+    """
+    no_kernel = sdpa_kernel(SDPBackend.MATH)  # torch does not count those of a CPU
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, no_kernel, torch.enable_grad():
+        projector = PROJECTORS[config.type](config, vision_size, decoder_size).requires_grad_(projects)
+        features = torch.empty(1, num_patches, vision_size, requires_grad=sees)
+        out = projector(features)
+        if sees or projects:
+            out.backward(torch.empty_like(out))
+    return counter.get_total_flops()
 
 
 def count_dual_flops(config: DualConfig, batch: Batch, trains: dict[str, bool]) -> int:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm.config import MoEConfig, TilingConfig
+from nanovlm.config import MoEConfig, ProjectorConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.records import to_sample
 from nanovlm.model.attention import make_mask
+from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import VisionEncoder
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
@@ -80,8 +81,25 @@ def compare_with_torch(config, processor, frozen, document=None):
         part.requires_grad_(trains[name])
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         NextToken().loss(model, batch).backward()
-    # torch computes all T x T pairs.
-    d, T = config.decoder, len(document)
-    masked_out = T * T - count_pairs(batch)
-    masked = 3 * 2 * 2 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * masked_out
-    assert counter.get_total_flops() == count_flops(config, batch, trains) + masked
+    assert counter.get_total_flops() == count_flops(config, batch, trains) + masked_operations(config, batch)
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision",), ("vision", "projector")], ids=" ".join)
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_operations_of_a_projector_are_those_that_torch_counts(processor, projector, frozen):
+    num_tokens = 0 if projector in ("linear", "mlp") else 4
+    config = dataclasses.replace(TINY, projector=ProjectorConfig(type=projector, num_tokens=num_tokens))
+    model, document = VLM(config), make_document(processor, 0, ("what?", "a red circle"), images=2)
+    batch = make_batch([document], len(document))
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        NextToken().loss(model, batch).backward()
+    trains = {name: name not in frozen for name in ("vision", "projector", "decoder")}
+    assert counter.get_total_flops() == count_flops(config, batch, trains) + masked_operations(config, batch)
+
+
+def masked_operations(config, batch):
+    """Return the operations on masked pairs: torch computes all T x T pairs of a row."""
+    d, T = config.decoder, batch.input_ids.shape[1]
+    return 3 * 2 * 2 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * (T * T - count_pairs(batch))
