@@ -277,7 +277,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             print(f"Questions of {first.name}, drawn in {run_dir / 'samples.png'}:")
             print(*(f"  {line}" for line in map(describe, chosen, answers)), sep="\n")
         if config.model.decoder.moe is not None:
-            write_file(run_dir / "routing.png", draw_routing(measure_routing(model, processor, questions)))
+            loads = measure_routing(model, processor, questions)
+            write_file(run_dir / "routing.png", draw_routing(loads, config.model.decoder.mixtures))
             print(f"Which expert serves what is drawn in {run_dir / 'routing.png'}")
     write_file(run_dir / "eval.json", json.dumps(results, indent=2))
     print(f"\ntrained in {state.elapsed_s:.0f} s; the model is in {run_dir / 'model'}", end="")

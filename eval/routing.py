@@ -4,6 +4,7 @@ python -m nanovlm.eval.routing runs/scenes_moe/model routing.png
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ from nanovlm.model.vlm import VLM, Extras
 def measure_routing(
     model: VLM, processor: Processor, questions: list[Question], batch_rows: int = 64
 ) -> dict[str, torch.Tensor]:
-    """Count the tokens of every expert, fp32[L, E], for image tokens and for the text of each kind of question.
+    """Count the tokens of every expert of L mixtures, fp32[L, E], for image tokens and for the text of each kind.
 
     Raises UserError for a model without a mixture of experts.
     """
@@ -53,8 +54,11 @@ def measure_routing(
     return loads
 
 
-def draw_routing(loads: dict[str, torch.Tensor]) -> bytes:
-    """Draw the share of each expert as PNG: of all tokens by layer, and of each kind of text and of images by layer."""
+def draw_routing(loads: dict[str, torch.Tensor], layers: Sequence[int] = ()) -> bytes:
+    """Draw the share of each expert as PNG: of all tokens by layer, and of each kind of text and of images by layer.
+
+    `layers` are the numbers of the layers that are mixtures (`decoder.mixtures` of the config); empty for all.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,9 +66,10 @@ def draw_routing(loads: dict[str, torch.Tensor]) -> bytes:
 
     total = torch.stack(list(loads.values())).sum(0)
     num_layers, num_experts = total.shape
-    panels = {"all tokens": (total, [f"layer {i}" for i in range(num_layers)])}
-    for i in range(num_layers):
-        panels[f"layer {i}"] = (torch.stack([load[i] for load in loads.values()]), list(loads))
+    names = [f"layer {i}" for i in layers or range(num_layers)]
+    panels = {"all tokens": (total, names)}
+    for i, name in enumerate(names):
+        panels[name] = (torch.stack([load[i] for load in loads.values()]), list(loads))
     heights = [len(names) for _, names in panels.values()]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(2.5 + 0.55 * num_experts, 1.2 + 0.45 * sum(heights)), height_ratios=heights
@@ -89,7 +94,7 @@ def draw_routing(loads: dict[str, torch.Tensor]) -> bytes:
 def main(model: Path, png: Path, task: str, limit: int, device: str):
     loaded, processor = load(model, find_device(device))
     loads = measure_routing(loaded, processor, read_questions(open_task(task, limit)))
-    write_file(png, draw_routing(loads))
+    write_file(png, draw_routing(loads, loaded.config.decoder.mixtures))
     print(f"drawn in {png}")
 
 

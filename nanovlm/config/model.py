@@ -185,6 +185,9 @@ class MoEConfig:
     num_experts_per_tok: int = 2
     # Width of one expert.
     intermediate_size: int = 144
+    # Indices of the blocks that are mixtures, lowest first; empty for all of them. The others have a dense layer of
+    # decoder.intermediate_size, as the first block of DeepSeek-V2, or every other one.
+    layers: tuple[int, ...] = ()
     # Shared experts, which see every token; together they are one layer of this many times the width of an expert.
     num_shared_experts: int = 0
     # Router scores: softmax (Mixtral, Qwen3-MoE, OLMoE) or sigmoid (DeepSeek-V3).
@@ -252,6 +255,11 @@ class DecoderConfig:
     # Backend of the output head with its loss, a key of nanovlm.objectives.losses.CROSS_ENTROPY: torch or triton
     # (kernels/cross_entropy.py).
     cross_entropy: str = "torch"
+
+    @property
+    def mixtures(self) -> tuple[int, ...]:
+        """Indices of the blocks that have a mixture of experts in place of the dense feed-forward layer."""
+        return () if self.moe is None else self.moe.layers or tuple(range(self.num_hidden_layers))
 
 
 @dataclass(frozen=True)
@@ -328,6 +336,12 @@ class VLMConfig:
                 1 <= d.moe.num_experts_per_tok <= experts,
                 f"decoder.moe.num_experts_per_tok = {d.moe.num_experts_per_tok} must be between 1 and "
                 f"decoder.moe.num_experts = {experts}",
+            )
+            layers, num_layers = d.moe.layers, d.num_hidden_layers
+            check(
+                list(layers) == sorted(set(layers)) and all(0 <= i < num_layers for i in layers),
+                f"decoder.moe.layers = {layers} must be indices of the decoder.num_hidden_layers = {num_layers} "
+                "blocks, each once and the lowest first",
             )
             for name, least in (
                 ("num_experts", 1),

@@ -63,8 +63,12 @@ def save_adapter(folder: Path, model: VLM, name: str = DEFAULT, tensors: dict[st
     `tensors`, if given, replace the model's own.
     """
     tensors = model.state_dict() if tensors is None else tensors
-    config, table = model.adapters.configs[name], find_table(model)
-    own = destinations(adapter_tensors(model, name, tensors), table)
+    config, table, mine = model.adapters.configs[name], find_table(model), adapter_tensors(model, name, tensors)
+    # Of layers with names of experts PEFT 0.21.2 takes all for experts, and would leave adapters of dense ones out.
+    has_dense = 0 < len(model.config.decoder.mixtures) < model.config.decoder.num_hidden_layers
+    if has_dense and any(".mlp." in key for key in mine):
+        table = OWN
+    own = destinations(mine, table)
     adapted = {their_name(theirs).rpartition(".lora_")[0] for theirs in own}
     files = {their_name(theirs): parts for theirs, parts in own.items()}
     beside = destinations({key: tensors[key] for key in learned_beside(model, config)}, table)

@@ -23,6 +23,7 @@ from nanovlm.hub.families import (
     DECODER_FIELDS,
     DECODERS,
     FIXED,
+    FIXED_LAYERS,
     FIXED_VISION,
     IDEFICS3_BAD_GRIDS,
     IDEFICS3_TYPES,
@@ -78,7 +79,8 @@ def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
 def read_decoder(data: dict, path: Path) -> DecoderConfig:
     """Read the config of a language model."""
     family = pick(DECODERS, str(data.get("model_type")), f"{path}: model_type")
-    check_fixed(data, FIXED, path)
+    has_dense = data.get("model_type") == "qwen3_moe"
+    check_fixed(data, FIXED if has_dense else FIXED | FIXED_LAYERS, path)
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise UserError(f"{path}: layer_types has other layers than full_attention, which we do not have")
     if data.get("model_type") in ("mistral", "mixtral"):
@@ -90,15 +92,17 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
     config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
     theta, scaling = read_rope(data, path)
+    moe = None
+    if family.moe:
+        layers = read_mixtures(data, config.num_hidden_layers, path) if has_dense else ()
+        moe = _build(MoEConfig, {ours: data[theirs] for theirs, ours in family.moe.items()} | {"layers": layers}, path)
     return dataclasses.replace(
         config,
         head_dim=fields.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
         num_key_value_heads=fields.get("num_key_value_heads", config.num_attention_heads),
         qkv_bias=family.qkv_bias or config.o_bias,
         qk_norm=family.qk_norm,
-        moe=_build(MoEConfig, {ours: data[theirs] for theirs, ours in family.moe.items()}, path)
-        if family.moe
-        else None,
+        moe=moe,
         rope_theta=theta,
         rope_scaling=scaling,
         layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),
@@ -123,6 +127,22 @@ def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[i
     if not isinstance(has_rope, list) or len(has_rope) < num_layers:
         raise UserError(f"{path}: no_rope_layers = {has_rope!r} must have an entry for each of {num_layers} layers")
     return tuple(i for i in range(num_layers) if not has_rope[i])
+
+
+def read_mixtures(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
+    """Read which layers of Qwen3-MoE are mixtures: each decoder_sparse_step-th but for mlp_only_layers; () for all."""
+    step, dense = data.get("decoder_sparse_step", 1), data.get("mlp_only_layers") or []
+    if type(step) is not int or step < 1 or not isinstance(dense, list):
+        raise UserError(
+            f"{path}: decoder_sparse_step = {step!r} must be a number from 1 on, mlp_only_layers = {dense!r} a list"
+        )
+    layers = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
+    if not layers:
+        raise UserError(
+            f"{path}: decoder_sparse_step = {step} and mlp_only_layers = {dense} leave none of {num_layers} layers to "
+            "be a mixture"
+        )
+    return () if len(layers) == num_layers else layers
 
 
 def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:

@@ -220,6 +220,8 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
         fields["attention_bias"] = d.qkv_bias
     if moe := families.DECODERS[family].moe:
         fields |= {theirs: getattr(d.moe, ours) for theirs, ours in moe.items()}
+        if dense := [i for i in range(d.num_hidden_layers) if i not in d.mixtures]:
+            fields["mlp_only_layers"] = dense
     if family == "smollm3":
         fields["no_rope_layers"] = [int(i not in d.layers_without_rope) for i in range(d.num_hidden_layers)]
     default = RopeScalingConfig()

@@ -72,10 +72,10 @@ FIXED = {
     "attention_multiplier": 1.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "clip_qkv": None,
 }
+# Which blocks of a mixture are dense, which Qwen3-MoE alone says.
+FIXED_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
 SIGLIP_DEFAULTS = {
     "image_size": 224,
@@ -274,6 +274,11 @@ def find_family(decoder: DecoderConfig) -> str:
                 raise UserError(
                     f"decoder.moe.{field} = {getattr(d.moe, field)} cannot be exported: {family} has {value}"
                 )
+        if len(d.mixtures) < d.num_hidden_layers and family != "qwen3_moe":
+            raise UserError(
+                f"decoder.moe.layers = {d.moe.layers} cannot be exported: {family} has mixtures alone, and only "
+                "qwen3_moe (qk_norm = head) has dense layers among them"
+            )
         if d.moe.balance == "bias":
             raise UserError(f"decoder.moe.balance = bias cannot be exported: {family} has no bias of experts")
         if family == "olmoe" and d.moe.intermediate_size != d.intermediate_size:

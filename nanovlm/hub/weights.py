@@ -44,15 +44,23 @@ def destinations(places: dict[str, Place], names: dict[str, str | tuple[str, ...
     """Map each of their tensor names to the model tensors that hold its rows: import fills them, export reads them.
 
     `places` are our tensors by name: the model's state dict, or this rank's shards of it. Those that the table does
-    not cover are left out (see `unknown_tensors`).
+    not cover are left out (see `unknown_tensors`). Prefixes of stacked experts are for tensors with three dimensions: a
+    dense layer has matrices of the same names.
     """
     prefixes = _find_prefixes(names)
     found = {}
     for name, tensor in places.items():
-        fitting = [(match, theirs, part) for prefix, theirs, part in prefixes if (match := prefix.match(name))]
+        is_stack = tensor is not None and tensor.ndim == 3
+        fitting = [
+            (match, theirs, part, is_stacked)
+            for prefix, theirs, part in prefixes
+            if (match := prefix.match(name))
+            # One more number: the expert's.
+            and ((is_stacked := theirs.count("{}") > prefix.groups) <= is_stack)
+        ]
         if fitting:
-            match, theirs, part = max(fitting, key=lambda fit: fit[0].end())  # the longest of our prefixes decides
-            is_stacked = theirs.count("{}") > len(match.groups())  # one more number: the expert's
+            # The longest of our prefixes decides.
+            match, theirs, part, is_stacked = max(fitting, key=lambda fit: fit[0].end())
             for *number, slice in [(e, x) for e, x in enumerate(tensor)] if is_stacked else [(tensor,)]:
                 full = theirs.format(*match.groups(), *number) + name[match.end() :]
                 found.setdefault(full, {})[part] = slice

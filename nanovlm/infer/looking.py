@@ -52,7 +52,8 @@ class Look:
     # int64[A, 10], float32[A, 10]: the likeliest tokens at each place and their log-probabilities, likeliest first.
     likeliest_ids: Tensor
     likeliest_logprobs: Tensor
-    # int64[L, A, k], float32[L, A, k]: the experts, best first, and the factors of their outputs; None without mixture.
+    # int64[M, A, k], float32[M, A, k], of the M layers that are mixtures: the experts, best first, and the factors of
+    # their outputs; None without mixture.
     experts: Tensor | None
     expert_weights: Tensor | None
 
@@ -172,7 +173,7 @@ def look_response(
                  weights uint8[L, N, A, P]     attention as shares of the largest weight of a query, 255 for 1
                  peaks   float32[L, N, A]      the largest weight
                  text    float32[L, N, A]      how much attention other tokens have
-    experts    null, or {count, chosen: [A][L][k], weights: [A][L][k]}
+    experts    null, or {count, chosen: [A][L][k], weights: [A][L][k]}, empty lists for a dense layer among mixtures
     ```
 
     `weights` has at most MOST_WEIGHTS bytes: where there are more, they are means over heads, or layers and heads, and
@@ -225,7 +226,10 @@ def choose_means(num_layers: int, num_heads: int, num_weights: int) -> Means:
 def _tell_experts(found: Look, config: VLMConfig) -> dict | None:
     if found.experts is None or found.expert_weights is None or config.decoder.moe is None:
         return None
-    chosen, weights = (rearrange(x, "L A k -> A L k").tolist() for x in (found.experts, found.expert_weights))
+    chosen, weights = ([[[]] * config.decoder.num_hidden_layers for _ in found.answer_ids] for _ in range(2))
+    for i, layer in enumerate(config.decoder.mixtures):
+        for a in range(len(chosen)):
+            chosen[a][layer], weights[a][layer] = found.experts[i, a].tolist(), found.expert_weights[i, a].tolist()
     return {"count": config.decoder.moe.num_experts, "chosen": chosen, "weights": weights}
 
 

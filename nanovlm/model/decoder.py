@@ -78,9 +78,9 @@ class Decoder(nn.Module):
     def update_expert_bias(self, load: Tensor):
         """After a step, update the balance biases from the tokens of each expert fp32[L, E] if the config has them."""
         if self.config.moe is not None and self.config.moe.balance == "bias":
-            for layer, counts in zip(self.layers, load, strict=True):
-                assert isinstance(layer.mlp, MoE)
-                layer.mlp.update_bias(counts)
+            mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+            for mixture, counts in zip(mixtures, load, strict=True):
+                mixture.update_bias(counts)
 
 
 class DecoderBlock(nn.Module):
@@ -89,10 +89,10 @@ class DecoderBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.moe is None:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        else:
+        if config.moe is not None and index in config.mixtures:
             self.mlp = MoE(config.moe, config.hidden_size)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD, rope, mask, cache, is_token) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)

@@ -116,14 +116,13 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
         P = config.num_tile_patches
         projector = num_tiles * count_projector(config.projector, P, v.feature_size, d.hidden_size, sees, projects)
     D, N, K, H = d.hidden_size, d.num_attention_heads, d.num_key_value_heads, d.head_dim
-    if d.moe is None:
-        feed_forward = 3 * D * d.intermediate_size
-    else:
+    feed_forward = (d.num_hidden_layers - len(d.mixtures)) * 3 * D * d.intermediate_size
+    if d.moe is not None:
         width = (d.moe.num_experts_per_tok + d.moe.num_shared_experts) * d.moe.intermediate_size
-        feed_forward = D * d.moe.num_experts + 3 * D * width
-    linear = num_tokens * (2 * D * N * H + 2 * D * K * H + feed_forward)
+        feed_forward += len(d.mixtures) * (D * d.moe.num_experts + 3 * D * width)
+    linear = num_tokens * (d.num_hidden_layers * (2 * D * N * H + 2 * D * K * H) + feed_forward)
     attention = d.num_hidden_layers * 2 * N * H * count_pairs(batch)
-    linear = d.num_hidden_layers * linear + len(batch.trained) * D * d.vocab_size
+    linear += len(batch.trained) * D * d.vocab_size
     # Forward; plus the gradient of a product's input if something before it trains, always so in the decoder, as it
     # starts from embeddings or images; plus the gradient of its weights if they train.
     total = patches * (1 + sees) + vision * (1 + 2 * sees)

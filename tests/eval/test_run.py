@@ -273,7 +273,11 @@ def test_the_picture_of_routing_shows_shares_of_a_row(monkeypatch):
     loads = {"image tokens": torch.tensor([[3.0, 1.0], [1.0, 1.0]]), "color": torch.tensor([[1.0, 3.0], [2.0, 0.0]])}
     draw_routing(loads)
     shown = [[text.get_text() for text in axis.texts] for axis in figures[0].axes]
-    close(figures[0])
+    draw_routing(loads, (1, 4))
+    titles = [[axis.get_title().partition(":")[0] for axis in figure.axes] for figure in figures]
+    assert titles == [["all tokens", "layer 0", "layer 1"], ["all tokens", "layer 1", "layer 4"]]
+    for figure in figures:
+        close(figure)
     assert shown == [["50", "50", "75", "25"], ["75", "25", "25", "75"], ["50", "50", "100", "0"]]
 
 

@@ -43,6 +43,9 @@ BASES = {
     "vlm": OWN,
     "mixtral": mixture(),
     "qwen3_moe": mixture(qk_norm="head"),
+    "qwen3_moe, a dense layer": with_decoder(
+        TEXT_ONLY, head_dim=8, qk_norm="head", moe=dataclasses.replace(MOE, experts="loop", layers=(1,))
+    ),
     "olmoe": mixture(qk_norm="all"),
 }
 
@@ -111,6 +114,10 @@ WRITTEN = {
     "head": ("untied", dataclasses.replace(LORA, train=(r"lm_head",))),
     "mixtral": ("mixtral", LORA),
     "qwen3_moe": ("qwen3_moe", dataclasses.replace(LORA, use_rslora=True)),
+    "qwen3_moe, a dense layer": (
+        "qwen3_moe, a dense layer",
+        dataclasses.replace(LORA, target=r"self_attn\..*_proj$"),
+    ),
     "olmoe": ("olmoe", dataclasses.replace(LORA, target=r"layers.*mlp\.(gate|up|down)_proj$")),
 }
 
@@ -136,6 +143,20 @@ def test_peft_reads_ours(hub, tmp_path, case):
     again = attach(nanovlm.load(hub(base))[0], tmp_path / "adapter")
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+
+
+def test_an_adapter_of_a_dense_layer_among_mixtures_is_for_us(hub, tmp_path):
+    """PEFT would silently leave a part of it out, so it is told that all is missing."""
+    base = hub("qwen3_moe, a dense layer")
+    model, processor = nanovlm.load(base)
+    learned(model, LORA).adapters.base = str(base)
+    save_adapter(tmp_path / "adapter", model)
+    expected = logits_of(model, processor)
+    assert_near(logits_of(attach(nanovlm.load(base)[0], tmp_path / "adapter"), processor), expected, 1e-6)
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.decoder.layers.") for name in names)
+    with pytest.warns(UserWarning, match=r"Found missing adapter keys .*layers\.1\.self_attn\.q_proj"):
+        peft.PeftModel.from_pretrained(read_theirs(base, model.config), tmp_path / "adapter")
 
 
 def test_peft_reads_a_reward_model(hub, tmp_path):

@@ -110,6 +110,10 @@ FAMILIES = {
     ),
     "mixtral": ("MixtralConfig", dict(num_local_experts=3, router_jitter_noise=0.1)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
+    "qwen3_moe, some layers dense": (
+        "Qwen3MoeConfig",
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0, 2]),
+    ),
     "qwen3_moe tied, normalised": (
         "Qwen3MoeConfig",
         dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, head_dim=16),

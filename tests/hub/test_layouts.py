@@ -186,6 +186,8 @@ MODELS = {
     "qwen3 heads": {"family": "qwen3", "head_dim": 20, "tied": True},
     "qwen3 biases": {"family": "qwen3", "attention_bias": True},
     "mixtral of 3": {"family": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 3, "tied": True},
+    "qwen3_moe, every second layer": {"family": "qwen3_moe", "decoder_sparse_step": 2, "num_hidden_layers": 5},
+    "qwen3_moe, a dense first layer": {"family": "qwen3_moe", "mlp_only_layers": [0], "tied": True},
     "qwen3_moe normalised": {"family": "qwen3_moe", "norm_topk_prob": True, "head_dim": 20},
     "olmoe normalised": {"family": "olmoe", "norm_topk_prob": True, "num_key_value_heads": 4},
     **{f"{vlm} of {text}": {"family": vlm, "text": text} for vlm in VLMS for text in DECODERS},

@@ -193,6 +193,14 @@ def test_a_response_says_what_was_found(mixture):
     assert torch.tensor(told["experts"]["weights"]).equal(found.expert_weights.transpose(0, 1))
 
 
+def test_a_dense_layer_among_mixtures_has_no_experts(processor):
+    moe = MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=16, layers=(1,))
+    model = VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))).eval()
+    found, told = look(model, processor.prompt(QUESTION, []), ANSWER), told_of(model, processor, [], ANSWER)["experts"]
+    assert told["chosen"] == [[[], ids] for ids in found.experts[0].tolist()]
+    assert told["weights"] == [[[], shares] for shares in found.expert_weights[0].tolist()]
+
+
 def told_of(model, processor, images, answer):
     prompt = processor.prompt(QUESTION, images)
     return json.loads(json.dumps(look_response(model, processor, prompt, [image.size for image in images], answer)))

@@ -444,15 +444,30 @@ def upcycle(dense, moe, noise=0.0):
     return model.train(dense.training)
 
 
+def test_layers_that_are_no_mixture_are_dense(processor):
+    decoder = dataclasses.replace(TINY.decoder, num_hidden_layers=4, moe=dataclasses.replace(CONFIG, layers=(1, 3)))
+    model = VLM(dataclasses.replace(TINY, decoder=decoder))
+    assert [type(layer.mlp).__name__ for layer in model.decoder.layers] == ["MLP", "MoE", "MLP", "MoE"]
+    assert model.decoder.layers[0].mlp.gate_proj.out_features == TINY.decoder.intermediate_size
+    extras, batch = Extras(), make_batch([make_document(processor, 1, ("what?", "red"))])
+    NextToken().loss(model, batch, extras).backward()
+    assert len(extras.routing) == 2 and extras.load.shape == (2, 5)
+    # Of five experts a token uses two, in two layers.
+    total, active = model.count_parameters()
+    assert total - active == 2 * 3 * (3 * TINY.decoder.hidden_size * 24)
+
+
 @torch.no_grad()
-def test_an_upcycled_model_computes_what_the_dense_one_does(processor):
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_an_upcycled_model_computes_what_the_dense_one_does(processor, layers):
     torch.manual_seed(0)
     dense = VLM(TINY).eval()
     batch = make_batch([make_document(processor, seed, ("what?", "red")) for seed in (1, 2)])
-    moe = dataclasses.replace(CONFIG, intermediate_size=TINY.decoder.intermediate_size)
+    moe = dataclasses.replace(CONFIG, intermediate_size=TINY.decoder.intermediate_size, layers=layers)
     expected = dense.logits(batch)
     same = upcycle(dense, moe)
-    assert not torch.equal(*(layer.mlp.router.weight for layer in same.decoder.layers))
+    routers = [layer.mlp.router.weight for layer in same.decoder.layers if isinstance(layer.mlp, MoE)]
+    assert len(routers) == (len(layers) or 2) and (layers or not torch.equal(*routers))
     assert (same.logits(batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -515,8 +530,9 @@ def test_stacked_experts_are_matrices_of_their_own_for_muon(shape):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(processor):
-    model = moe_model(balance="bias", bias_rate=0.5)
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(processor, layers):
+    model = moe_model(balance="bias", bias_rate=0.5, layers=layers)
     batches = [make_batch([make_document(processor, seed, ("what?", "red"))]) for seed in (1, 2)]
     load = 0
     for batch in batches:
@@ -526,7 +542,7 @@ def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(process
     state = train.TrainState(model, model, make_optimizers(model, config.optim), [], 1, "fp32")
     num_trained = sum(len(batch.trained) for batch in batches)
     train.train_step(state, batches, num_trained, config)
-    for layer, counts in zip(model.decoder.layers, load, strict=True):
+    for layer, counts in zip(model.decoder.layers[-len(load) :], load, strict=True):
         assert torch.equal(layer.mlp.selection_bias, 0.5 * (counts.mean() - counts).sign())
 
 
@@ -535,6 +551,8 @@ def test_a_training_step_updates_the_bias_by_the_load_of_all_its_batches(process
     [
         ({"num_experts_per_tok": 6}, "num_experts_per_tok = 6 must be between 1 and decoder.moe.num_experts = 5"),
         ({"intermediate_size": 0}, "decoder.moe.intermediate_size = 0 must be at least 1"),
+        ({"layers": (2,)}, r"decoder.moe.layers = \(2,\) must be indices of the decoder.num_hidden_layers = 2 blocks"),
+        ({"layers": (1, 0)}, r"decoder.moe.layers = \(1, 0\) must be indices .* each once and the lowest first"),
         ({"jitter": -0.1}, "decoder.moe.jitter = -0.1 must be at least 0"),
         ({"intermediate_size": 20}, "moe.intermediate_size = 20 must be a multiple of 8 for decoder.moe.experts"),
         ({"experts": "fast"}, "decoder.moe.experts = 'fast' is unknown; there are loop, grouped"),

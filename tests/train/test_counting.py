@@ -29,7 +29,9 @@ def test_pairs_are_those_of_the_mask(processor):
     assert count_pairs(batch) == int((mask & (batch.doc_ids >= 0)[:, :, None]).sum())
 
 
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "mixture"])
+@pytest.mark.parametrize(
+    "moe", [None, MOE, dataclasses.replace(MOE, layers=(1,))], ids=["dense", "mixture", "dense, then mixture"]
+)
 @pytest.mark.parametrize(
     "frozen", [(), ("vision",), ("vision", "decoder"), ("decoder",), ("vision", "projector")], ids=" ".join
 )

@@ -91,6 +91,7 @@ function alternative([id, text, logprob], chosen) {
 
 function experts(layer, ids, weights) {
   const item = document.createElement("li");
-  item.textContent = `layer ${layer}: ${ids.map((expert, i) => `${expert} (${percent(weights[i])})`).join(", ")}`;
+  const chosen = ids.map((expert, i) => `${expert} (${percent(weights[i])})`).join(", ");
+  item.textContent = `layer ${layer}: ${chosen || "dense"}`;
   return item;
 }
