@@ -10,6 +10,7 @@
     python generate.py --model runs/scenes/model --image a.png --prompt "..." --show-attention where.png
     python generate.py --model smolvlm-256m --adapter runs/mine/adapter --image a.png --prompt "..."   docs/hub.md
     python generate.py --model owner/large --image a.png --prompt "..." --draft owner/small     the same answer, sooner
+    python generate.py --model smolvlm-256m --image a.png --prompt "..." --prune-image-tokens 0.5    fewer of its tokens
 
 An image belongs to every prompt, and is encoded once. With `--json` one JSON object is printed for each answer.
 """
@@ -54,6 +55,7 @@ from nanovlm.infer.asking import ask
 from nanovlm.infer.engine import Engine, suitable_cache
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
+from nanovlm.infer.prune import answer_pruned
 from nanovlm.infer.request import End, Request, Token, Usage
 from nanovlm.infer.text import TextStream
 from nanovlm.model.inference import prepare
@@ -84,6 +86,11 @@ def main(config: GenerateConfig):
     if not config.prompt:
         return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling, adapter)
     prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
+    if config.prune_image_tokens:
+        for text, prompt in zip(config.prompt, prompts, strict=True):
+            found = answer_pruned(model, prompt, config.prune_image_tokens, config.prune_after, config.sampling)
+            print(*([text] if len(prompts) > 1 else []), harmless(processor.decode(found.ids)), sep="\n  ")
+        return
     num_answers = len(prompts) * config.num_answers
     longest = max(map(len, prompts)) + config.sampling.max_new_tokens
     engine = open_engine(config, model, processor, min(config.num_rows, num_answers), longest)
@@ -225,7 +232,7 @@ def format_routing(model: VLM, processor: Processor, prompt: Document, answer_id
     is_answer = (index >= len(prompt)).to(is_image)
     num_experts = model.config.decoder.moe.num_experts
     lines = ["expert".rjust(18) + "".join(f"{e:>5}" for e in range(num_experts))]
-    for layer, routing in enumerate(extras.routing):
+    for layer, routing in zip(model.config.decoder.mixtures, extras.routing, strict=True):
         for name, where in (("image", is_image), ("question", ~is_image & ~is_answer), ("answer", is_answer)):
             load = expert_load(routing.choice, where, num_experts)
             if load.sum() > 0:

@@ -24,6 +24,7 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.engine import Engine
+from nanovlm.infer.prune import answer_pruned
 from nanovlm.infer.request import End, Request, Token
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
@@ -288,6 +289,21 @@ def test_a_long_prompt_has_room_in_the_usual_cache(folder, processor, monkeypatc
         generate.main(dataclasses.replace(config, sampling=SamplingConfig(max_new_tokens=10**9)))
 
 
+def test_with_fewer_image_tokens(folder, processor, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    sampling, images = SamplingConfig(max_new_tokens=5), (Path("a.png"), Path("b.png"))
+    config = GenerateConfig("model", image=images, prompt=("what?", "why?"), sampling=sampling, precision="fp32")
+    generate.main(dataclasses.replace(config, prune_image_tokens=0.5, prune_after=1, device="cpu"))
+    model, _ = nanovlm.load("model", "cpu")
+    expected = ""
+    for text in config.prompt:
+        prompt = processor.prompt([{"role": "user", "content": text}], [Image.open(path) for path in images])
+        found = answer_pruned(model, prompt, 0.5, 1, sampling)
+        expected += f"{text}\n  {generate.harmless(processor.decode(found.ids))}\n"
+        assert len(found.kept) == len(prompt) - 4
+    assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize("text", ["", "is it?"])
 def test_a_language_model_is_shown_no_pictures(folder, processor, text):
     """Which is said before a chat begins, and where one is added."""
@@ -336,6 +352,8 @@ def user(text):
         (["--prompt", "a", "--num-rows", "0"], "--num-rows 0 must be at least 1"),
         (["--prompt", "a", "--cache-tokens", "-1"], "--cache-tokens -1 must be at least 0"),
         (["--prompt", "a", "--cache-tokens", "64"], "more than the cache holds, 64: raise cache_tokens"),
+        (["--prompt", "a", "--prune-image-tokens", "2"], "--prune-image-tokens 2.0 must be a share from 0 to 1"),
+        (["--prompt", "a", "--prune-image-tokens", "0.5", "--json"], "--prune-image-tokens does not go with --json"),
         (["--prompt", "a", "--draft-tokens", "0"], "--draft-tokens 0 must be at least 1"),
         (["--prompt", "a", "--draft-tokens", "4"], "--draft-tokens says how many tokens a --draft guesses: add it"),
         (["--prompt", "a", "--draft", "nowhere"], "there is no model folder nowhere"),
