@@ -20,7 +20,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import nanovlm
 import train
 from nanovlm import distributed
-from nanovlm.config import EvalConfig, MoEConfig, OptimConfig, ParallelConfig, ParamRule, TrainConfig
+from nanovlm.config import (
+    EvalConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    ParamRule,
+    ProjectorConfig,
+    TrainConfig,
+)
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import NextToken
 from nanovlm.train import checkpoint, parallel
@@ -35,6 +43,11 @@ MIXTURE = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, mo
 SECOND = dataclasses.replace(TINY.vision, patches="convolution", positions="rotary", hidden_size=16)
 VISION = dataclasses.replace(TINY.vision, class_token=True, num_registers=2, layer_scale=True, second=SECOND)
 ENCODERS = dataclasses.replace(TINY, vision=VISION)
+DENSE_FIRST = dataclasses.replace(
+    TINY,
+    projector=ProjectorConfig(type="resampler", num_tokens=4),
+    decoder=dataclasses.replace(TINY.decoder, moe=dataclasses.replace(MOE, layers=(1,))),
+)
 # What is spread how; each must compute what one rank computes.
 LAYOUTS = {
     "ddp": (TINY, ParallelConfig()),
@@ -49,6 +62,7 @@ LAYOUTS = {
     "mixture, fsdp, shared experts": (MIXTURE, ParallelConfig(strategy="fsdp", expert_ranks=2)),
     "two encoders, ddp": (ENCODERS, ParallelConfig()),
     "two encoders, fsdp": (ENCODERS, ParallelConfig(strategy="fsdp")),
+    "dense first, resampler, fsdp": (DENSE_FIRST, ParallelConfig(strategy="fsdp", expert_ranks=2)),
 }
 LAYOUTS_OF_FOUR = {
     "fsdp in pairs": (TINY, ParallelConfig(strategy="fsdp", shard_ranks=2)),
