@@ -10,6 +10,7 @@ from nanovlm.config.fields import differences, from_dict, pick, read_weights
 from nanovlm.config.masked import MaskedConfig
 from nanovlm.config.model import (
     DecoderConfig,
+    FusionConfig,
     MoEConfig,
     ProjectorConfig,
     QuantizationConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "DistillConfig",
     "DualConfig",
     "EvalConfig",
+    "FusionConfig",
     "GroupConfig",
     "InitConfig",
     "MaskedConfig",

@@ -138,6 +138,17 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class FusionConfig:
+    # How the decoder sees pictures, a key of nanovlm.model.fusion.FUSION: sequence (image tokens among those of the
+    # text) or cross_attention (gated layers between its blocks look at them; a tile has one token in the text).
+    type: str = "sequence"
+    # cross_attention: a gated layer stands before every so many-th block.
+    every: int = 1
+    # cross_attention: a token sees only the latest picture before it, not all those of its document before it.
+    only_latest: bool = False
+
+
+@dataclass(frozen=True)
 class TilingConfig:
     # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
@@ -278,6 +289,8 @@ class VLMConfig:
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     # Patch features to image tokens.
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    # How the decoder sees image tokens.
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     # Images to tiles.
     tiling: TilingConfig = field(default_factory=TilingConfig)
     # Language model.
@@ -299,7 +312,14 @@ class VLMConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholder tokens that one tile fills."""
+        """Placeholder tokens that one tile fills; one, where fusion looks at its features beside the sequence."""
+        if self.vision is None:
+            return 0
+        return self.num_image_features if self.fusion.type == "sequence" else 1
+
+    @property
+    def num_image_features(self) -> int:
+        """Features that the projector makes of one tile."""
         if self.vision is None:
             return 0
         return self.projector.num_tokens or self.num_tile_patches // self.projector.scale_factor**2
@@ -326,6 +346,7 @@ class VLMConfig:
         v, d, scale = self.vision, self.decoder, self.projector.scale_factor
         parts = {
             "projector": self.projector,
+            "fusion": self.fusion,
             "tiling": self.tiling,
             "decoder": d,
             "decoder.rope_scaling": d.rope_scaling,
@@ -390,6 +411,17 @@ class VLMConfig:
                 0 <= index < d.num_hidden_layers,
                 f"decoder.layers_without_rope names block {index}, but decoder.num_hidden_layers = "
                 f"{d.num_hidden_layers}",
+            )
+        check(
+            self.fusion.every <= d.num_hidden_layers,
+            f"fusion.every = {self.fusion.every} is above decoder.num_hidden_layers = {d.num_hidden_layers}",
+        )
+        if v is not None and self.fusion.only_latest:
+            most = {"square": 1, "fit": self.tiling.max_tiles}
+            check(
+                most.get(self.tiling.policy, self.tiling.longest_edge / v.image_size) <= 1,
+                "fusion.only_latest = True needs pictures of one tile, but tiling.policy = "
+                f"{self.tiling.policy} may cut them: choose square",
             )
         check(d.rope_scaling.factor >= 1, f"decoder.rope_scaling.factor = {d.rope_scaling.factor} must be at least 1")
         check(

@@ -11,7 +11,7 @@ Row        input_ids, labels, position_ids int64[T]                      data/pa
    |       stack rows, renumber the documents
 Batch      input_ids, labels, position_ids int64[B, T]                   data/loader.py
            doc_ids, branch_ids int32[B, T]
-           pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  grids  trained int64[N]
+           pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  grids  trained int64[N]  row_tiles int64[B, M]
 ```
 
 `doc_ids` is the only grouping: unique in a batch, -1 on padding. A document may be a shared prefix
@@ -124,12 +124,17 @@ class Batch:
     tile_doc_ids: Tensor
     # int64[N]: flat indices of the positions with a label. Computed on creation: on a GPU the host would have to wait.
     trained: Tensor = None  # pyright: ignore[reportAssignmentType]
+    # int64[B, M]: the tiles that each row shows, in order, -1 behind the last. Computed on creation, too: else the host
+    # would have to wait to know M.
+    row_tiles: Tensor = None  # pyright: ignore[reportAssignmentType]
     values: dict[str, Tensor] = field(default_factory=dict)
     grids: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self):
         if self.trained is None:
             self.trained = (self.labels.flatten() != IGNORE).nonzero()[:, 0]
+        if self.row_tiles is None:
+            self.row_tiles = find_row_tiles(self.doc_ids, self.tile_doc_ids)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with every tensor on `device`; a copy to a GPU overlaps with the computation there."""
@@ -171,6 +176,20 @@ class Batch:
 def count_tiles(grids: Sequence[tuple[int, int]]) -> list[int]:
     """Count the tiles up to the end of each picture."""
     return list(itertools.accumulate(rows * columns for rows, columns in grids))
+
+
+def find_row_tiles(doc_ids: Tensor, tile_doc_ids: Tensor) -> Tensor:
+    """Return the tiles of each row, int64[B, M], -1 behind the last, from int32[B, T] and int32[I]."""
+    if not len(tile_doc_ids):
+        return tile_doc_ids.new_empty(len(doc_ids), 0, dtype=torch.int64)
+    row_of = torch.zeros(int(doc_ids.max()) + 2, dtype=torch.int64, device=doc_ids.device)
+    index = torch.arange(len(doc_ids), device=doc_ids.device)
+    row_of[doc_ids.long() + 1] = index[:, None].expand(doc_ids.shape)
+    rows, tiles = row_of[tile_doc_ids.long().clamp(max=len(row_of) - 2) + 1].sort(stable=True)
+    counts = rows.bincount(minlength=len(doc_ids))
+    found = torch.full((len(doc_ids), int(counts.max())), -1, device=doc_ids.device)
+    found[rows, torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]] = tiles
+    return found
 
 
 @functools.cache

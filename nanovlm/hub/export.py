@@ -105,6 +105,11 @@ def check_exportable(processor: Processor):
         return
     families.check_vision(config.vision)
     families.check_projector(config)
+    if config.fusion.type != "sequence":
+        raise UserError(
+            f"fusion.type = {config.fusion.type!r} cannot be exported: Idefics3, the layout of vision-language models, "
+            "has image tokens in the sequence alone; use the model folder of the run as it is"
+        )
     if config.tiling.policy != "idefics3":
         raise UserError(
             f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "

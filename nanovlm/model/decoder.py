@@ -5,6 +5,7 @@ T tokens, D hidden, N query heads, K key/value heads, H head size, F feed-forwar
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -57,20 +58,29 @@ class Decoder(nn.Module):
         cache: CachePass | None = None,
         is_token: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        between: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Embeddings [B, T, D] -> normed hidden states [B, T, D], and the routing of every mixture.
 
         `mask` is as in attention.py, and not looked at with a cache. `is_token` bool[B, T] is False on padding; `rope`
-        is the rows of `rope_table` for position_ids, if they are there already.
+        is the rows of `rope_table` for position_ids, if they are there already. `between(index, x)` runs before
+        each block.
         """
         rope = rope_table(position_ids, self.config) if rope is None else rope
-        if cache is not None and self.compiled is not None and self.compiled.takes(cache, x_BTD.shape[1]):
+        if (
+            cache is not None
+            and between is None
+            and self.compiled is not None
+            and self.compiled.takes(cache, x_BTD.shape[1])
+        ):
             return self.compiled(self, x_BTD, rope, cache), []
-        return self.run_blocks(x_BTD, rope, mask, cache, is_token)
+        return self.run_blocks(x_BTD, rope, mask, cache, is_token, between)
 
-    def run_blocks(self, x_BTD, rope, mask, cache, is_token) -> tuple[Tensor, list[Routing]]:
+    def run_blocks(self, x_BTD, rope, mask, cache, is_token, between=None) -> tuple[Tensor, list[Routing]]:
         routings = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if between is not None:
+                x_BTD = between(index, x_BTD)
             x_BTD, routing = layer(x_BTD, rope, mask, cache, is_token)
             routings += [] if routing is None else [routing]
         return self.norm(x_BTD), routings

@@ -2,8 +2,8 @@
 
 ```
 pixel_values --> vision --> projector --> image tokens
-                                              | written over the placeholders' embeddings
-input_ids ----> embed_tokens -----------------+--> decoder --> hidden states --> logits
+                                              | fusion: written over the placeholders' embeddings,
+input_ids ----> embed_tokens -----------------+ or looked at between blocks --> decoder --> hidden states --> logits
 ```
 """
 
@@ -19,6 +19,7 @@ from nanovlm.data.types import Batch, count_tiles
 from nanovlm.errors import UserError
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
+from nanovlm.model.fusion import FUSION, Between, CrossBlock
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import PatchEmbedding, VisionBlock, VisionEncoder, normalize, whitening_filters
@@ -64,7 +65,7 @@ class VLM(nn.Module):
             make_projector = pick(PROJECTORS, config.projector.type, "projector.type")
             self.projector = make_projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
             makes, patches = self.projector.num_tokens(config.num_tile_patches), config.num_tile_patches
-            if makes != config.num_image_tokens or makes < 1:
+            if makes != config.num_image_features or makes < 1:
                 raise UserError(
                     f"projector.num_tokens = {config.projector.num_tokens} does not fit projector.type = "
                     f"{config.projector.type!r}, which makes {makes} tokens of the {patches} patches of a tile"
@@ -72,6 +73,8 @@ class VLM(nn.Module):
         self.decoder = Decoder(config.decoder)
         if config.has_score_head:
             self.score = nn.Linear(config.decoder.hidden_size, 1, bias=False)
+        if config.vision is not None:
+            self.fusion = pick(FUSION, config.fusion.type, "fusion.type")(config)
         # Run the encoder on batches without images too; parallel.py sets this.
         self.always_sees = False
         # What its adapted layers share, an Adapters of adapters.py, which imports this file.
@@ -83,45 +86,48 @@ class VLM(nn.Module):
     def forward(self, batch: Batch, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D]; `extras` receives the routing of every mixture of experts."""
         mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention)
-        hidden, routing = self.decoder(self.embed(batch), batch.position_ids, mask, None, batch.doc_ids >= 0)
+        x_BTD, between = self.fuse(batch)
+        is_token = batch.doc_ids >= 0
+        hidden, routing = self.decoder(x_BTD, batch.position_ids, mask, None, is_token, between=between)
         if extras is not None:
             extras.routing = routing
         return hidden
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return token embeddings [B, T, D] in which image features replace the placeholders, in order.
+        """Return token embeddings [B, T, D]; in a sequence image features replace the placeholders, in order."""
+        return self.fuse(batch)[0]
+
+    def fuse(self, batch: Batch) -> tuple[Tensor, Between | None]:
+        """Return token embeddings [B, T, D] and what runs before each block of the decoder, as fusion makes them.
 
         On the CPU, raises UserError if the numbers of placeholders and image features differ, or if tiles belong to
         other documents than their placeholders. On a GPU this check would have to wait for the device.
         """
         x_BTD = self.decoder.embed_tokens(batch.input_ids)
         if self.config.vision is None:
-            return x_BTD
+            return x_BTD, None
         is_image = batch.input_ids == self.config.image_token_id
-        num_features = len(batch.pixel_values) * self.config.num_image_tokens
+        num_places = len(batch.pixel_values) * self.config.num_image_tokens
         if self.config.is_native and [0, *count_tiles(batch.grids)][-1] != len(batch.pixel_values):
             raise UserError(f"grids = {batch.grids} are not those of {len(batch.pixel_values)} tiles")
         if not is_image.is_cuda and not torch.compiler.is_compiling():
-            if int(is_image.sum()) != num_features:
+            if int(is_image.sum()) != num_places:
                 raise UserError(
-                    f"{int(is_image.sum())} image placeholders in input_ids, but {num_features} image features "
+                    f"{int(is_image.sum())} image placeholders in input_ids, but {num_places} image features "
                     f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
                 )
             shown_in = batch.tile_doc_ids.repeat_interleave(self.config.num_image_tokens)
             if not torch.equal(shown_in, batch.doc_ids[is_image]):
                 raise UserError("the tiles of the batch are not in the order of the documents that show them")
         pixel_values, grids = batch.pixel_values, batch.grids
-        if num_features == 0:
+        if num_places == 0:
             if not self.always_sees:
-                return x_BTD
+                return x_BTD, None
             pixel_values = pixel_values.new_zeros(1, 3, *[self.config.tile_size] * 2)
             grids = [(1, 1)] if self.config.is_native else []
-        features = self.encode(pixel_values, grids).flatten(0, 1)
-        if num_features == 0:
-            return x_BTD + 0 * features.sum()
-        # The number of features is known here, so neither the forward nor the backward pass waits for a GPU.
-        places = torch.nonzero_static(is_image.flatten(), size=num_features)[:, 0]
-        return x_BTD.flatten(0, 1).index_copy(0, places, features.to(x_BTD.dtype)).view_as(x_BTD)
+        # Their number is known here, so neither the forward nor the backward pass waits for a GPU.
+        places = torch.nonzero_static(is_image.flatten(), size=num_places)[:, 0]
+        return self.fusion(x_BTD, self.encode(pixel_values, grids), batch, places)
 
     def encode(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
         """Tiles uint8 or already normalised floats [I, C, H, W] -> image features [I, P, D], P tokens a tile.
@@ -162,12 +168,12 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     - an untied head: 0.1 / sqrt(hidden size), so that training begins at uniform logits
     - vision positions: 0.5, half the scale of the patches; class token and registers: 1, as the patches; a projector's
       latents or queries: 1, the scale of features
-    Biases and the score head are 0, norm weights and layer scales 1.
+    Biases, the gates of cross-attention and the score head are 0, norm weights and layer scales 1.
     """
     decoder = model.config.decoder
     encoders = {name: module for name, module in model.named_modules() if isinstance(module, VisionEncoder)}
     depth = {name: len(encoder.layers) for name, encoder in encoders.items()} | {"decoder": decoder.num_hidden_layers}
-    depth |= {"projector": model.config.projector.num_layers}
+    depth |= {"projector": model.config.projector.num_layers, "fusion": decoder.num_hidden_layers}
     yield from layer_weights(model, depth)
     yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
     for encoder in encoders.values():
@@ -198,6 +204,8 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
             yield normal(module.down_proj, (W * 2 * depth["decoder"]) ** -0.5)
             if module.config.balance == "bias":
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
+        elif isinstance(module, CrossBlock):
+            yield from ((gate, torch.zeros(1)) for gate in (module.attn_gate, module.mlp_gate))
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             yield module.weight, torch.ones(module.weight.shape)
         elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchEmbedding):

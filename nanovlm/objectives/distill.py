@@ -165,7 +165,7 @@ class Distill:
             same["whether tiling.policy is native"] = teacher.is_native, model.is_native
             same["the side of a tile"] = teacher.tile_size, model.tile_size
             if self.compared or "projector" in self.parts:
-                same["the image tokens of a tile"] = teacher.num_image_tokens, model.num_image_tokens
+                same["the image tokens of a tile"] = teacher.num_image_features, model.num_image_features
             if self.compared:
                 same["image_token_id"] = teacher.image_token_id, model.image_token_id
             if "features" in self.parts:

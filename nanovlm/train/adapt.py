@@ -102,7 +102,7 @@ def check_learning(model: VLM, config: TrainConfig):
             raise UserError(f"adapter.train has a pattern {pattern!r} that holds for no parameter")
     init = config.init
     encoders = ("vision.",) if not init.vision else () if init.second else ("vision.second.",)
-    drawn = () if init.model else ("projector.", *encoders)
+    drawn = () if init.model else ("projector.", "fusion.", *encoders)
     if name := next((name for name in names if name.startswith(drawn) and not learns(name, config.adapter)), None):
         raise UserError(
             f"{name} begins with random values and would keep them: add ^{name.split('.')[0]} to adapter.train"

@@ -14,6 +14,7 @@ from nanovlm import distributed
 from nanovlm.config import DualConfig, ProjectorConfig, VisionConfig, VLMConfig
 from nanovlm.data.types import Batch
 from nanovlm.model.convolution import count_multiplications
+from nanovlm.model.fusion import find_visible
 from nanovlm.model.moe import Routing, expert_load
 from nanovlm.model.projector import PROJECTORS
 
@@ -126,7 +127,29 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
     # Forward; plus the gradient of a product's input if something before it trains, always so in the decoder, as it
     # starts from embeddings or images; plus the gradient of its weights if they train.
     total = patches * (1 + sees) + vision * (1 + 2 * sees)
-    return 2 * (total + linear * (2 + decodes) + attention * 3) + projector
+    total += linear * (2 + decodes) + attention * 3
+    if v is not None and config.fusion.type == "cross_attention":
+        total += count_fusion(config, batch, trains)
+    return 2 * total + projector
+
+
+def count_fusion(config: VLMConfig, batch: Batch, trains: dict[str, bool]) -> int:
+    """Count the multiplications of gated cross-attention: the tokens that see pictures, and the features of tiles.
+
+    That the blocks before the first of its layers need no gradients where the decoder is frozen is left out.
+    """
+    d, P, learns = config.decoder, config.num_image_features, trains.get("fusion", False)
+    if not len(batch.pixel_values):
+        return 0
+    places = (batch.input_ids == config.image_token_id).flatten().nonzero()[:, 0]
+    visible = find_visible(batch, places, config.fusion.only_latest)
+    D, N, K, H = d.hidden_size, d.num_attention_heads, d.num_key_value_heads, d.head_dim
+    linear = int(visible.any(-1).sum()) * (2 * D * N * H + 3 * D * d.intermediate_size)
+    keys_values = len(batch.pixel_values) * P * 2 * D * K * H
+    pairs = 2 * N * H * P * int(visible.sum())
+    has_before = trains.get("vision", False) or trains.get("projector", False)
+    num_layers = d.num_hidden_layers // config.fusion.every
+    return num_layers * (linear * (2 + learns) + keys_values * (1 + has_before + learns) + pairs * 3)
 
 
 @functools.cache

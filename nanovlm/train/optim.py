@@ -22,8 +22,8 @@ def assign_rules(
 ) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    With adapters, all else is frozen but what `adapter.train` names; their magnitudes are always AdamW's,
-    and do not decay.
+    With adapters, all else is frozen but what `adapter.train` names; their magnitudes, and the gates of fusion, are
+    always AdamW's, and do not decay.
 
     `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
     parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
@@ -33,7 +33,8 @@ def assign_rules(
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), None)
         if rule is None:
             raise UserError(f"no rule of optim.rules matches the parameter {name}")
-        if name.endswith(".magnitude"):  # of an adapter; for muon it is no matrix, even where experts' are stacked
+        # Magnitudes of adapters, which for muon are no matrices, even where experts' are stacked; and gates of fusion.
+        if name.endswith((".magnitude", "_gate")):
             rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
         if name in ("logit_scale", "logit_bias"):  # of a dual model: decay would draw them to numbers that mean nothing
             rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)

@@ -32,6 +32,7 @@ from nanovlm.distributed import num_ranks, rank
 from nanovlm.errors import UserError
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.dual import Dual, TextTower
+from nanovlm.model.fusion import CrossAttention
 from nanovlm.model.moe import MoE
 from nanovlm.model.vision import VisionBlock, VisionEncoder
 from nanovlm.model.vlm import VLM
@@ -55,7 +56,9 @@ def parallelize(
     shard_ranks = config.shard_ranks or num_ranks()
     if num_ranks() % shard_ranks:
         raise UserError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
-    parts = [module for module in model.modules() if isinstance(module, VisionEncoder | TextTower | Decoder)]
+    parts = [
+        module for module in model.modules() if isinstance(module, VisionEncoder | TextTower | Decoder | CrossAttention)
+    ]
     blocks = [block for part in parts for block in part.layers]
     experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
     is_native = isinstance(model, VLM) and model.config.is_native
@@ -309,16 +312,17 @@ def finish_gradients(model: VLM | Dual, beside: list[nn.Parameter]):
 
 
 def clear_unused(model: VLM | Dual, num_tiles: int):
-    """Clear the gradients of encoder and projector in a step without images.
+    """Clear the gradients of encoder, projector and fusion in a step without images.
 
-    Every rank runs them, so they may have zero gradients, with which weight decay and momentum would move them.
-    `num_tiles` is this rank's.
+    And those of a head that no reward comes from. Every rank runs them, so they may have zero gradients, with which
+    weight decay and momentum would move them. `num_tiles` is this rank's.
     """
     if isinstance(model, Dual):  # a step without pictures has no pairs
         return
     if model.config.vision is not None and not distributed.add_up({"tiles": num_tiles})["tiles"]:
         model.vision.zero_grad()
         model.projector.zero_grad()
+        model.fusion.zero_grad()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

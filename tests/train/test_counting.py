@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm.config import MoEConfig, ProjectorConfig, TilingConfig
+from nanovlm.config import FusionConfig, MoEConfig, ProjectorConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.records import to_sample
 from nanovlm.model.attention import make_mask
@@ -27,6 +27,28 @@ def test_pairs_are_those_of_the_mask(processor):
     assert (batch.branch_ids > 1).any() and (batch.doc_ids < 0).any()
     mask = make_mask(batch.doc_ids, batch.branch_ids)[:, 0]
     assert count_pairs(batch) == int((mask & (batch.doc_ids >= 0)[:, :, None]).sum())
+
+
+@pytest.mark.parametrize("frozen", [(), ("fusion",), ("vision", "projector"), ("vision",)], ids=" ".join)
+def test_operations_of_cross_attention_are_those_that_torch_counts(processor, frozen):
+    """Of a document that fills its row; torch also computes what tokens before the picture would see."""
+    config = dataclasses.replace(TINY, fusion=FusionConfig("cross_attention", every=2))
+    crossing = Processor(processor.tokenizer, processor.chat_template, config)
+    model, document = VLM(config), make_document(crossing, 0, ("what?", "a red circle"))
+    batch, trains = make_batch([document]), {}
+    for name, part in model.named_children():
+        trains[name] = name not in frozen
+        part.requires_grad_(trains[name])
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        NextToken().loss(model, batch).backward()
+    d, T = config.decoder, len(document)
+    H, before = d.num_attention_heads * d.head_dim, int((document.input_ids == TINY.image_token_id).int().argmax())
+    unseen = before * (
+        (2 * d.hidden_size * H + 3 * d.hidden_size * d.intermediate_size) * (2 + trains["fusion"])
+        + 2 * H * config.num_image_features * 3
+    )
+    masked = 3 * 2 * d.num_hidden_layers * H * (T * T - count_pairs(batch))
+    assert before > 0 and counter.get_total_flops() == count_flops(config, batch, trains) + 2 * (masked + unseen)
 
 
 @pytest.mark.parametrize(
