@@ -156,7 +156,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     total, active = model.count_parameters()
     in_codes = adapters.count(model)[1] - total  # which are no parameters of torch's
     total, active = total + in_codes, active + in_codes
-    parts = {name: adapters.count(part)[1] / 1e6 for name, part in model.named_children() if any(part.parameters())}
+    parts = {name: num / 1e6 for name, part in model.named_children() if (num := adapters.count(part)[1])}
     assign_rules(model, config.optim, config.adapter)
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     optimizers = make_optimizers(model, config.optim, precision, config.adapter, objective.state)

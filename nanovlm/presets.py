@@ -86,7 +86,7 @@ def scenes_moe() -> TrainConfig:
 
 
 def scenes_siglip() -> TrainConfig:
-    """Learn by contrast which caption is a scene's: an image encoder with the shapes of scenes, and a text encoder."""
+    """Learn by contrast which caption is a scene's: an image encoder for scenes, and a text encoder."""
     base = scenes()
     assert base.model.vision is not None
     return TrainConfig(

@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import nanovlm
 import train
-from nanovlm.config import EvalConfig
+from nanovlm.config import EvalConfig, FusionConfig
 from nanovlm.data.loader import Loader
 from nanovlm.data.source import Ref
 from nanovlm.eval.run import evaluate
 from nanovlm.eval.tasks import TASKS, Question, open_task
-from nanovlm.model import projector
+from nanovlm.model import fusion, projector
 from nanovlm.model.vlm import VLM
 from nanovlm.objectives import OBJECTIVES
 from tests.conftest import TINY, make_batch, make_document
+from tests.infer.test_engine import GREEDY, ask, written_out
 from tests.test_train import SMALL, metrics, run
 
 
@@ -130,3 +132,40 @@ def test_another_projector(monkeypatch, processor):
     assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters())
     with pytest.raises(ValueError, match=r"projector\.type = 'maen' is unknown"):
         VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="maen")))
+
+
+class AddedMean(nn.Module):
+    """Each token has the mean of the features of the pictures before it added to its embedding."""
+
+    looks_back = True
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList()
+
+    def forward(self, x, features, batch, places):
+        visible = fusion.find_visible(batch, places, only_latest=False).to(x.dtype)
+        tiles = batch.row_tiles.clamp(min=0) if len(places) else visible.new_zeros(len(x), 1).long()
+        return x + visible @ self.keep(features)[tiles], None
+
+    def keep(self, features):
+        return features.mean(1)
+
+    def see(self, x, views):
+        for view in views:
+            for tile, kept in view.kept.items():
+                first = max(view.places[tile][0] - view.start, 0)
+                x[0, view.offset + first : view.offset + view.num] += kept
+        return x, None
+
+
+def test_a_new_fusion(tmp_path, monkeypatch, processor):
+    """It trains, and answers over a cache as without one."""
+    monkeypatch.setitem(fusion.FUSION, "mean", AddedMean)
+    model = dataclasses.replace(SMALL.model, fusion=FusionConfig("mean"))
+    run(tmp_path, model=model, optim=dataclasses.replace(SMALL.optim, steps=3), eval=EvalConfig())
+    assert metrics(tmp_path)[-1]["loss"] < metrics(tmp_path)[0]["loss"]
+    model, theirs = nanovlm.load(tmp_path)
+    prompts = [ask(theirs, text, *range(num)) for num, text in enumerate(("why?", "what color?", "where is it?"))]
+    found = nanovlm.generate(model, theirs.batch(prompts), GREEDY)
+    assert found == [written_out(model, theirs, prompt)[0] for prompt in prompts]

@@ -461,8 +461,12 @@ class VLMConfig:
         ):
             check(value == needed, f"vision.{name} = {value} must be {needed} for tiling.policy = native")
         check(
-            self.num_image_tokens == 1,
-            f"projector.type = {self.projector.type} makes {self.num_image_tokens} tokens of a tile, but for "
+            self.fusion.type == "sequence",
+            f"fusion.type = {self.fusion.type} must be sequence for tiling.policy = native",
+        )
+        check(
+            self.num_image_features == 1,
+            f"projector.type = {self.projector.type} makes {self.num_image_features} tokens of a tile, but for "
             "tiling.policy = native scale_factor x scale_factor patches must become one",
         )
         check(

@@ -82,6 +82,7 @@ class DraftModel:
             and (own.tile_size, own.num_image_tokens, own.is_native)
             == (config.tile_size, config.num_image_tokens, config.is_native)
             and own.image_token_id == config.image_token_id
+            and not self.model.fusion.looks_back  # of another one it is shown no pictures
         )
         # Without image tokens prompts share their blocks at other places, so each row may need a block more; and the
         # draft computes num_tokens behind the last token, even where an answer may have fewer.
@@ -172,7 +173,7 @@ class DraftModel:
             if self.features.has(own.prompt.digests[i]):
                 continue
             if self.tiles_left == 0:  # stop before it, and for this step
-                num = max(own.prompt.positions_of(i)[0] - own.num_computed, 0)
+                num = max(own.prompt.places[i][0] - own.num_computed, 0)
                 self.tokens_left = num
                 break
             self.tiles_left -= 1

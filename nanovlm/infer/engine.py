@@ -37,6 +37,7 @@ from nanovlm.infer.sampling import choose, find_never, find_stops
 from nanovlm.infer.speculate import Draft, Guess, accept, add_draft, choose_against, join_guesses, rewind
 from nanovlm.model.cache_attention import BLOCK, Span
 from nanovlm.model.decoder import rope_table
+from nanovlm.model.fusion import View
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM
 
@@ -95,6 +96,7 @@ class Engine:
         self.cache = make_cache(self.config.decoder, num_blocks, self.device, weight.dtype)
         self.blocks = Blocks(num_blocks, keeps_prefixes)
         self.features = ImageFeatures(model, feature_bytes)
+        self.looks_back = self.config.vision is not None and model.fusion.looks_back
         self.stops = find_stops(self.config)
         self.never = torch.tensor(find_never(self.config), dtype=torch.int64, device=self.device)
         self.rope = rope_table(torch.arange(self.longest, device=self.device)[None], self.config.decoder)
@@ -240,12 +242,13 @@ class Engine:
             if tokens == 0 or row.is_answering:
                 continue
             num = self._claim(row, tokens)
-            for i in row.prompt.pictures_of(row.num_computed, row.num_computed + num):
+            for i in self._pictures_seen(row, row.num_computed, num):
                 digest = row.prompt.digests[i]
                 if i in row.features or digest in missing or self.features.has(digest):
                     continue
-                if len(missing) == tiles:  # stop before it
-                    num = max(row.prompt.positions_of(i)[0] - row.num_computed, 0)
+                first = row.prompt.places[i][0]
+                if len(missing) >= tiles and (first >= row.num_computed or not self.looks_back):  # stop before it
+                    num = max(first - row.num_computed, 0)
                     break
                 missing.add(digest)
             tokens -= num
@@ -270,13 +273,17 @@ class Engine:
             block.writer = row
         return end - row.num_computed
 
+    def _pictures_seen(self, row: Row, start: int, num: int) -> range:
+        """Return the pictures that the next new tokens of a row need, by their index."""
+        return row.prompt.pictures_of(0 if self.looks_back else start, start + num)
+
     def _encode(self, work: list[tuple[Row, int]]):
-        """Give the rows the features of the pictures that they show next; all new ones are one batch."""
+        """Give the rows what fusion keeps of the pictures that they show next; all new ones are one batch."""
         wanted = [
             (row, i)
             for row, num in work
             if not row.is_answering
-            for i in row.prompt.pictures_of(row.num_computed, row.num_computed + num)
+            for i in self._pictures_seen(row, row.num_computed, num)
             if i not in row.features
         ]
         if wanted:
@@ -299,31 +306,28 @@ class Engine:
         spans = [Span(row.numbers, start, num) for (row, num), start in zip(work, starts, strict=True)]
         now = self.cache.begin(spans)
         rows, lasts, listed, end = [], [], [], 0
-        places, features = [], []
+        views = []
         for i in now.order:
             (row, num), start = work[i], starts[i]
             if ids is None:
                 listed += row.tokens[start : start + num] + row.guess.tokens
-                for picture in row.prompt.pictures_of(start, start + num) if not row.is_answering else ():
-                    positions = row.prompt.positions_of(picture)
-                    inside = [j for j, position in enumerate(positions) if start <= position < start + num]
-                    places += [end + positions[j] - start for j in inside]
-                    features.append(row.features[picture][inside[0] : inside[-1] + 1])
+            if row.features and (self.looks_back or not row.is_answering):
+                shown = {i: row.features[i] for i in self._pictures_seen(row, start, num)}
+                views += [View(end, start, num, row.prompt.places, shown)] if shown else []
             end += num
             if ids is not None or start + num >= len(row.tokens):
                 rows += [row] * (1 + len(row.guess.tokens))
                 lasts += range(end - 1 - len(row.guess.tokens), end)
         if ids is None:
             ids = torch.tensor(listed).to(self.device, non_blocking=True)
-        x_BTD = self.model.decoder.embed_tokens(ids[None])
-        if places:
-            index = torch.tensor(places).to(self.device, non_blocking=True)
-            x_BTD[0].index_copy_(0, index, torch.cat(features).to(x_BTD.dtype))
+        x_BTD, between = self.model.decoder.embed_tokens(ids[None]), None
+        if views:
+            x_BTD, between = self.model.fusion.see(x_BTD, views)
         rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
         with choosing(
             self.model, [work[i][0].request.adapter for i in now.order], [spans[i].num_new for i in now.order]
         ):
-            hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope)
+            hidden, _routing = self.model.decoder(x_BTD, now.position_ids, None, now, rope=rope, between=between)
         if not rows:
             return Chosen([], ids[:0])
         last = hidden[0] if len(lasts) == end else hidden[0, torch.tensor(lasts).to(self.device, non_blocking=True)]
@@ -381,7 +385,7 @@ class Engine:
             block = row.blocks[index]
             self.blocks.name(block, row.keys[index])
             block.is_filled, block.writer = True, None
-        if row.features:
+        if row.features and not self.looks_back:
             left = row.prompt.pictures_of(row.num_computed, row.num_prompt)
             row.features = {i: features for i, features in row.features.items() if i in left}
 

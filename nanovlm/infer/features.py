@@ -1,4 +1,4 @@
-"""Pictures -> image features, each encoded once: features are kept by the digest of the picture, up to a limit."""
+"""Pictures -> what fusion needs of them, each encoded once: it is kept by the digest of the picture, up to a limit."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +19,10 @@ class Picture(NamedTuple):
 
 
 class ImageFeatures:
-    """Features [P, D] of pictures, P image tokens of D numbers; the least recently used go first."""
+    """What fusion keeps of pictures: features [P, D], P image tokens of D numbers, or keys and values of its layers.
+
+    The least recently used go first.
+    """
 
     def __init__(self, model: VLM, most_bytes: int):
         self.model, self.most_bytes, self.num_bytes = model, most_bytes, 0
@@ -39,8 +42,8 @@ class ImageFeatures:
             pixel_values = torch.cat([picture.tiles for picture in asked]).to(device, non_blocking=True)
             x_IPD = self.model.encode(pixel_values, [picture.grid for picture in asked if picture.grid])
             # Copies, as a view would keep the whole batch in memory.
-            pieces = x_IPD.split([len(picture.tiles) for picture in asked])
-            new = {digest: x.flatten(0, 1).clone() for digest, x in zip(missing, pieces, strict=True)}
+            kept = self.model.fusion.keep(x_IPD).split([len(picture.tiles) for picture in asked])
+            new = {digest: x.flatten(0, 1).clone() for digest, x in zip(missing, kept, strict=True)}
         self.num_encoded += len(missing)
         found = [new[digest] if digest in new else self.kept[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):

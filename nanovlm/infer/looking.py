@@ -71,6 +71,11 @@ def look(model: VLM, prompt: Document, answer_ids: list[int], means: Means = "no
     for token in answer_ids:
         if not 0 <= token < config.decoder.vocab_size or token == config.image_token_id:
             raise UserError(f"token {token} cannot stand in an answer of this model")
+    if config.fusion.type != "sequence" and len(prompt.tiles):
+        raise UserError(
+            f"where an answer looked is drawn of image tokens in the sequence, and with fusion.type = "
+            f"{config.fusion.type!r} there are none"
+        )
     if config.projector.num_tokens and len(prompt.tiles):
         raise UserError(
             f"the {config.num_image_tokens} image tokens of projector.type = {config.projector.type!r} are of no place "

@@ -27,13 +27,15 @@ class Prompt:
         self.pictures = [Picture(*picture) for picture in zip(document.tiles.split(sizes), grids, strict=True)]
         # What keys begin with, and what stands before the digests of pictures: those of the adapters that it uses.
         self.root = key_of(model, request.adapter)
-        sees = key_of(model, request.adapter, ("vision.", "projector."))
+        sees = key_of(model, request.adapter, ("vision.", "projector.", "fusion."))
         self.digests = [sees + digest_picture(*picture) for picture in self.pictures]
         # How many image tokens stand before each picture, and how many there are.
         self.starts = [0, *itertools.accumulate(size * config.num_image_tokens for size in sizes)]
         self.image_positions: list[int] = []
         if config.image_token_id is not None:
             self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
+        # Those of each picture.
+        self.places = [self.image_positions[start:end] for start, end in itertools.pairwise(self.starts)]
         # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
         self.keys: list[bytes] = []
         for start in range(0, len(self.ids) - BLOCK, BLOCK):
@@ -48,10 +50,6 @@ class Prompt:
         """Return the indices of the pictures that have image tokens at the positions from `start` to `end`."""
         first, last = (bisect_left(self.image_positions, position) for position in (start, end))
         return range(bisect_right(self.starts, first) - 1, bisect_left(self.starts, last)) if last > first else range(0)
-
-    def positions_of(self, picture: int) -> list[int]:
-        """Return where the image tokens of a picture are."""
-        return self.image_positions[self.starts[picture] : self.starts[picture + 1]]
 
 
 class Row:
@@ -69,7 +67,7 @@ class Row:
         # Whether the prompt is done: all tokens but the one chosen last are in the cache.
         self.is_answering = False
         self.first_token_s = 0.0
-        # Of the pictures that the prompt has yet to show, by their index: [P, D].
+        # What fusion keeps of pictures that the prompt has yet to show, or of all that tokens look back at, by index.
         self.features: dict[int, Tensor] = {}
         # bool[V], the tokens that the repetition penalty applies to.
         self.seen: Tensor | None = None

@@ -47,15 +47,15 @@ Between = Callable[[int, Tensor], Tensor]
 class View(NamedTuple):
     """New tokens of a row in a pass over a cache, with what they see.
 
-    They are [offset, offset + num) of the pass and [start, start + num) of the row. `places` are the positions of all
-    placeholders of the row, in the order of tiles; `kept` has tiles by their index: those with placeholders among these
-    tokens, and where tokens look back, those with placeholders before them.
+    They are [offset, offset + num) of the pass and [start, start + num) of the row. `places` are the positions of the
+    placeholders of each picture of the row; `kept` has pictures by their index: those with placeholders among these
+    tokens, and where tokens look back, those with placeholders before them. A picture is a tile, or a native one.
     """
 
     offset: int
     start: int
     num: int
-    places: Sequence[int]
+    places: Sequence[Sequence[int]]
     kept: Mapping[int, Tensor]
 
 
@@ -82,7 +82,6 @@ class SequenceFusion(nn.Module):
 
     def __init__(self, config: VLMConfig):
         super().__init__()
-        self.num_image_tokens = config.num_image_tokens
         self.layers = nn.ModuleList()
 
     def forward(self, x_BTD: Tensor, features: Tensor, batch: Batch, places: Tensor) -> tuple[Tensor, None]:
@@ -97,8 +96,8 @@ class SequenceFusion(nn.Module):
     def see(self, x_BTD: Tensor, views: Sequence[View]) -> tuple[Tensor, None]:
         places, features = [], []
         for view in views:
-            for tile, kept in view.kept.items():
-                own = view.places[tile * self.num_image_tokens :][: self.num_image_tokens]
+            for picture, kept in view.kept.items():
+                own = view.places[picture]
                 inside = [j for j, position in enumerate(own) if view.start <= position < view.start + view.num]
                 places += [view.offset + own[j] - view.start for j in inside]
                 features.append(kept[inside[0] : inside[-1] + 1])
@@ -132,11 +131,11 @@ class CrossAttention(nn.Module):
         # Who sees nothing looks at everything, as no row of a mask may be empty; what comes of it is not used.
         mask = (visible_BTM | ~sees_BT1).repeat_interleave(P, dim=2)[:, None]
 
-        def look(number, x_BTD):
+        def run_layer(number, x_BTD):
             k, v = (x[tiles_BM].flatten(1, 2) for x in self.keys_values[number](features))
             return self.layers[number](x_BTD, k, v, mask, sees_BT1)
 
-        return x_BTD, self.between(look)
+        return x_BTD, self.between(run_layer)
 
     def keep(self, features: Tensor) -> Tensor:
         """[I, P, D] -> the keys and values of all layers, [I, L, 2, P, K, H]."""
@@ -160,22 +159,22 @@ class CrossAttention(nn.Module):
             rows.append((slice(view.offset, view.offset + view.num), whole, mask))
         sees_BT1 = sees_T[None, :, None].to(x_BTD.device, non_blocking=True)
 
-        def look(number, x_BTD):
+        def run_layer(number, x_BTD):
             k, v = ([whole[number, i][None] for _, whole, _ in rows] for i in (0, 1))
             return self.layers[number](x_BTD, k, v, [(own, mask) for own, _, mask in rows], sees_BT1)
 
-        return x_BTD, self.between(look)
+        return x_BTD, self.between(run_layer)
 
-    def between(self, look: Callable[[int, Tensor], Tensor]) -> Between:
+    def between(self, run_layer: Callable[[int, Tensor], Tensor]) -> Between:
         def run(index: int, x_BTD: Tensor) -> Tensor:
             number, rest = divmod(index + 1, self.every)
-            return x_BTD if rest else look(number - 1, x_BTD)
+            return x_BTD if rest else run_layer(number - 1, x_BTD)
 
         return run
 
     def find_visible_of(self, view: View) -> Tensor:
         """bool[num, tiles in `kept`]: which tiles the new tokens of a row see."""
-        places = torch.tensor([view.places[tile] for tile in view.kept], dtype=torch.int64)
+        places = torch.tensor([view.places[tile][0] for tile in view.kept], dtype=torch.int64)
         visible = places <= torch.arange(view.start, view.start + view.num)[:, None]
         return keep_latest(visible, places) if self.only_latest and len(places) else visible
 
@@ -228,7 +227,7 @@ def look(q: Tensor, k, v, mask) -> Tensor:
         return attend_sdpa(q, k, v, mask)
     out = torch.zeros_like(q)
     for (own, own_mask), own_k, own_v in zip(mask, k, v, strict=True):
-        out[:, own] = attend_sdpa(q[:, own], own_k.to(q.dtype), own_v, own_mask).to(q.dtype)
+        out[:, own] = attend_sdpa(q[:, own], own_k, own_v, own_mask).to(q.dtype)
     return out
 
 

@@ -47,12 +47,17 @@ def prepare(model: VLM, int8_head: bool | None = None, compiles: bool = False) -
         prepare_for_cpu(model, int8_head)
     if compiles and adapted_layers(model.decoder):
         raise UserError("a model with adapters, which may change, cannot be compiled: merge it, or leave --compile out")
+    if compiles and model.config.vision is not None and model.fusion.looks_back:
+        raise UserError(
+            f"fusion.type = {model.config.fusion.type!r} cannot be compiled for inference: leave --compile out"
+        )
     model.decoder.compiled = compile_steps(model.decoder) if compiles else None
     return model
 
 
 def prepare_for_cpu(model: VLM, int8_head: bool | None):
-    for module in model.decoder.modules():
+    fusion = () if model.config.vision is None else model.fusion.modules()
+    for module in (*model.decoder.modules(), *fusion):
         if isinstance(module, Attention):
             module.joined = join(module.joined, module.q_proj, module.k_proj, module.v_proj)
             join(None, module.o_proj)

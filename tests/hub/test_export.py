@@ -16,7 +16,7 @@ pytest.importorskip("tyro")  # of benchmarks/export.py; a machine that is lent f
 import nanovlm
 from benchmarks.export import ask_transformers
 from nanovlm import cli
-from nanovlm.config import MoEConfig, TilingConfig, VLMConfig
+from nanovlm.config import FusionConfig, MoEConfig, TilingConfig, VLMConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.scenes import Scenes
@@ -356,6 +356,7 @@ def vision(**changes):
 
 REFUSED = {
     "tiling.policy = 'fit'": dataclasses.replace(OWN, tiling=TilingConfig("fit")),
+    "fusion.type = 'cross_attention'": dataclasses.replace(OWN, fusion=FusionConfig("cross_attention")),
     "vision.image_size / vision.patch_size = 38": vision(image_size=38, patch_size=1),
     "no family of language models has decoder.qkv_bias = True, o_bias = False, qk_norm = head": other(
         qkv_bias=True, qk_norm="head"

@@ -84,7 +84,7 @@ def test_which_picture_a_token_shows(native):
             shown = sorted({owner for place, owner in zip(places, owners, strict=True) if start <= place < end})
             assert list(prompt.pictures_of(start, end)) == shown
     for i in range(3):
-        assert prompt.positions_of(i) == [p for p, owner in zip(places, owners, strict=True) if owner == i]
+        assert prompt.places[i] == [p for p, owner in zip(places, owners, strict=True) if owner == i]
 
 
 def test_equal_pixels_in_another_grid_are_another_picture(native):
