@@ -40,6 +40,7 @@ def make_branches(processor: Processor, question: Question, options: Sequence[st
         branch_ids=torch.cat([torch.zeros(prefix, dtype=torch.int64), *numbers]).int(),
         tiles=written[0].tiles,
         grids=written[0].grids,
+        span_ids=None if written[0].span_ids is None else written[0].span_ids[:prefix],
     )
 
 

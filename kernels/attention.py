@@ -14,7 +14,8 @@ order that could change, so the same inputs give the same bits, and block sizes 
 
 What a query sees is one of: all keys; causal, the last query sees the last key; or packed documents (`Runs`). Of a
 block of queries the visible keys form at most two ranges, [lo_a, hi_a) and [lo_b, hi_b), which follow from its first
-query: no other key is read, and only blocks at their ends take a mask. For keys in a cache see cache_attention.py.
+query: no other key is read, and only blocks at their ends take a mask. Within spans (SPANS) tokens see each other
+in both directions; they only move the end of the second range. For keys in a cache see cache_attention.py.
 
 On Hopper, forward, the copy engine (TMA) brings the blocks without a mask, as descriptors of keys and values say: one
 thread asks for a block, where otherwise each computes the addresses of its own part. What it does not see is runs: it
@@ -76,18 +77,24 @@ class Runs(NamedTuple):
       where the document begins
     - own: where the token's branch begins; its document, if it is on the prefix
     - until: the same for keys: key s is seen by the tokens of [s, until)
+
+    Where tokens see each other in both directions, last is the last token of each one's span, which it sees, too, and
+    since is the first, by which it is seen, too; both are the token itself outside of spans, and None without any.
     """
 
     first: Tensor
     shared: Tensor
     own: Tensor
     until: Tensor
+    last: Tensor | None = None
+    since: Tensor | None = None
 
 
-def find_runs(doc_ids: Tensor, branch_ids: Tensor) -> Runs:
-    """Find the runs in int32[B, T] twice; a document is contiguous: prefix first, then branch after branch.
+def find_runs(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> Runs:
+    """Find the runs in int32[B, T] each; a document is contiguous: prefix first, then branch after branch.
 
-    Padding counts as one more document. Everything stays on the device.
+    Padding counts as one more document. Everything stays on the device. Tokens of a run with the same span above 0 are
+    contiguous.
     """
     T = doc_ids.shape[1]
     index = torch.arange(T, dtype=torch.int32, device=doc_ids.device).expand_as(doc_ids)
@@ -104,12 +111,18 @@ def find_runs(doc_ids: Tensor, branch_ids: Tensor) -> Runs:
         return torch.where(is_last, index + 1, T).flip(1).cummin(1).values.flip(1)
 
     first = begin(new_doc)
+    spans = []
+    if span_ids is not None:
+        new_span = new_run | (span_ids == 0)
+        new_span[:, 1:] |= span_ids[:, 1:] != span_ids[:, :-1]
+        spans = [end(new_span) - 1, begin(new_span)]
     prefix_end = torch.where(on_prefix, index + 1, 0).cummax(1).values.maximum(first)
     return Runs(
         first,
         torch.where(on_prefix, first, prefix_end),
         begin(new_run),
         torch.where(on_prefix, end(new_doc), end(new_run)),
+        *spans,
     )
 
 
@@ -121,7 +134,8 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None = None, cau
     if causal:
         visible = s <= t + S - T
     if runs is not None:
-        visible = ((s <= t) & (t < runs.until[:, None]))[:, None, None]
+        last = t if runs.last is None else runs.last[:, :, None]
+        visible = ((s <= last) & (t < runs.until[:, None]))[:, None, None]
     q_BTKGH = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k) * (scale or q.shape[3] ** -0.5)
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -218,15 +232,20 @@ def weigh(b_m, b_s, scale_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM: tl.constexpr, MASK: tl.constexpr):
+def find_keys(
+    i_t, T, S, p_first, p_shared, p_own, p_until, p_last, BM: tl.constexpr, MASK: tl.constexpr, SPANS: tl.constexpr
+):
     """Find the two ranges of keys that the queries from i_t on see; all of them see those before all_a and all_b."""
     if MASK == "runs":
         last = tl.minimum(i_t + BM, T) - 1
         lo_a, hi_a, lo_b = tl.load(p_first + i_t), tl.load(p_shared + i_t), tl.load(p_own + i_t)
         # The keys of a run are visible equally far: to all queries here, if one of them is to the last.
         all_a = tl.where(tl.load(p_until + lo_a) > last, hi_a, lo_a)
-        all_b = tl.where(tl.load(p_until + lo_b) > last, i_t + 1, lo_b)
-        return lo_a, hi_a, all_a, lo_b, last + 1, all_b
+        hi_b, to_first = last + 1, i_t + 1
+        if SPANS:
+            hi_b, to_first = tl.load(p_last + last) + 1, tl.load(p_last + i_t) + 1
+        all_b = tl.where(tl.load(p_until + lo_b) > last, to_first, lo_b)
+        return lo_a, hi_a, all_a, lo_b, hi_b, all_b
     elif MASK == "causal":
         hi_b = tl.minimum(tl.maximum(i_t + BM + S - T, 0), S)
         all_b = tl.minimum(tl.maximum(i_t + 1 + S - T, 0), S)
@@ -273,10 +292,10 @@ def forward_step(
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_first, p_shared, p_own, p_until, d_ka, d_kb, d_va, d_vb, scale_log2,
+    p_q, p_k, p_v, p_out, p_lse, p_first, p_shared, p_own, p_until, p_last, d_ka, d_kb, d_va, d_vb, scale_log2,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, N, G,
     UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASK: tl.constexpr, SPANS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(T, BM)
     i = tl.program_id(0)
@@ -286,14 +305,19 @@ def forward_kernel(
     p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
     p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
     p_first, p_shared, p_own, p_until = p_first + i_b * T, p_shared + i_b * T, p_own + i_b * T, p_until + i_b * T
+    p_last += i_b * T
     o_t = i_t + tl.arange(0, BM)
     o_last = o_t + S - T if MASK != "none" else tl.full([BM], S - 1, tl.int32)
+    if SPANS:
+        o_last = tl.load(p_last + o_t, mask=o_t < T, other=T)
     p_q += (i_b * stride_qb + i_n * stride_qn) * UNIT
     q_a, q_b = load_parts(point_to_rows(p_q, i_t, stride_qt, BM, UNIT), o_t < T, H, HA, HB, True)
     b_m, b_l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc_a, acc_b = zero_parts(BM, HA, HB)
 
-    lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM, MASK)
+    lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(
+        i_t, T, S, p_first, p_shared, p_own, p_until, p_last, BM, MASK, SPANS
+    )
     full_a, full_b = tl.maximum(all_a - lo_a, 0) // BN, tl.maximum(all_b - lo_b, 0) // BN
     rest_a, rest_b = tl.cdiv(hi_a - lo_a, BN) - full_a, tl.cdiv(hi_b - lo_b, BN) - full_b
     for j in range(full_a + full_b):
@@ -330,8 +354,8 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
     descriptors = describe_blocks(q, k, v, BN)
     if out.numel():
         forward_kernel[(triton.cdiv(T, BM) * N * B,)](
-            q, k, v, out, lse, *(runs or [lse] * 4), *(descriptors or [None] * 4), scale * LOG2E.value, *strides,
-            T, k.shape[1], N, N // k.shape[2], unit, *split_head(H), name_mask(runs, causal), BM, BN,
+            q, k, v, out, lse, *point_to_runs(runs, lse), *(descriptors or [None] * 4), scale * LOG2E.value, *strides,
+            T, k.shape[1], N, N // k.shape[2], unit, *split_head(H), *name_mask(runs, causal), BM, BN,
             bool(descriptors), **options,
         )  # fmt: skip
     return out, lse
@@ -382,8 +406,15 @@ def choose_blocks(by_class: dict, q: Tensor) -> tuple[int, int, dict]:
     return BM, BN, options
 
 
-def name_mask(runs: Runs | None, causal: bool) -> str:
-    return "causal" if causal else "none" if runs is None else "runs"
+def name_mask(runs: Runs | None, causal: bool) -> tuple[str, bool]:
+    """Return MASK and SPANS."""
+    return "causal" if causal else "none" if runs is None else "runs", runs is not None and runs.last is not None
+
+
+def point_to_runs(runs: Runs | None, otherwise: Tensor, fields: tuple[str, ...] = Runs._fields[:5]) -> list[Tensor]:
+    """Return fields of runs, by default those that queries need; another tensor in place of what is not there."""
+    found = [None if runs is None else getattr(runs, field) for field in fields]
+    return [otherwise if x is None else x for x in found]
 
 
 def describe_blocks(q: Tensor, k: Tensor, v: Tensor, BN: int) -> list[TensorDescriptor | None]:
@@ -434,10 +465,10 @@ def backward_q_step(
 
 @triton.jit
 def backward_q_kernel(
-    p_q, p_k, p_v, p_out, p_grad, p_lse, p_first, p_shared, p_own, p_until, p_delta, p_dq, scale, scale_log2,
+    p_q, p_k, p_v, p_out, p_grad, p_lse, p_first, p_shared, p_own, p_until, p_last, p_delta, p_dq, scale, scale_log2,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, N, G,
     UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASK: tl.constexpr, SPANS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(T, BM)
     i = tl.program_id(0)
@@ -447,9 +478,12 @@ def backward_q_kernel(
     p_k += (i_b * stride_kb + i_k * stride_kn) * UNIT
     p_v += (i_b * stride_vb + i_k * stride_vn) * UNIT
     p_first, p_shared, p_own, p_until = p_first + i_b * T, p_shared + i_b * T, p_own + i_b * T, p_until + i_b * T
+    p_last += i_b * T
     o_t = i_t + tl.arange(0, BM)
     m_t = o_t < T
     o_last = o_t + S - T if MASK != "none" else tl.full([BM], S - 1, tl.int32)
+    if SPANS:
+        o_last = tl.load(p_last + o_t, mask=o_t < T, other=T)
     o_out = ((i_b * T + o_t) * N + i_n) * H
     p_q += (i_b * stride_qb + i_n * stride_qn) * UNIT
     q_a, q_b = load_parts(point_to_rows(p_q, i_t, stride_qt, BM, UNIT), m_t, H, HA, HB, True)
@@ -464,7 +498,9 @@ def backward_q_kernel(
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a query that sees no key: p = 0
     dq_a, dq_b = zero_parts(BM, HA, HB)
 
-    lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(i_t, T, S, p_first, p_shared, p_own, p_until, BM, MASK)
+    lo_a, hi_a, all_a, lo_b, hi_b, all_b = find_keys(
+        i_t, T, S, p_first, p_shared, p_own, p_until, p_last, BM, MASK, SPANS
+    )
     full_a, full_b = tl.maximum(all_a - lo_a, 0) // BN, tl.maximum(all_b - lo_b, 0) // BN
     rest_a, rest_b = tl.cdiv(hi_a - lo_a, BN) - full_a, tl.cdiv(hi_b - lo_b, BN) - full_b
     for j in range(full_a + full_b):
@@ -515,10 +551,10 @@ def backward_kv_step(
 
 @triton.jit
 def backward_kv_kernel(
-    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_until, p_dk, p_dv, scale, scale_log2,
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_until, p_since, p_dk, p_dv, scale, scale_log2,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_ks, stride_kn, stride_vb, stride_vs, stride_vn, T, S, K, G,
     UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASK: tl.constexpr, SPANS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(S, BN)
     i = tl.program_id(0)
@@ -535,12 +571,15 @@ def backward_kv_kernel(
 
     # Queries from lo to hi see keys of this block, and those from lo_all to hi_all see all of them.
     lo, lo_all, hi, hi_all = 0, 0, T, T
-    b_until = o_s
+    b_until, o_since = o_s, o_s
     if MASK == "causal":
         lo, lo_all = tl.maximum(i_s - S + T, 0), tl.maximum(tl.minimum(i_s + BN, S) - 1 - S + T, 0)
     if MASK == "runs":
         b_until = tl.load(p_until + i_b * T + o_s, mask=m_s, other=0)
         lo, lo_all = i_s, tl.minimum(i_s + BN, S) - 1
+        if SPANS:
+            lo, lo_all = tl.load(p_since + i_b * T + lo), tl.load(p_since + i_b * T + lo_all)
+            o_since = tl.load(p_since + i_b * T + o_s, mask=m_s, other=T)
         hi, hi_all = tl.max(b_until), tl.min(tl.where(m_s, b_until, S))
     num = tl.cdiv(tl.maximum(hi - lo, 0), BM)
     num_before = tl.minimum(tl.cdiv(lo_all - lo, BM), num)
@@ -552,13 +591,13 @@ def backward_kv_kernel(
         for j in range(num_full):
             dk_a, dk_b, dv_a, dv_b = backward_kv_step(
                 dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
-                lo + (num_before + j) * BM, hi, S - T, o_s, b_until, scale_log2, UNIT, H, HA, HB, BM, MASK, False,
+                lo + (num_before + j) * BM, hi, S - T, o_since, b_until, scale_log2, UNIT, H, HA, HB, BM, MASK, False,
             )  # fmt: skip
         for j in range(num - num_full):
             i_t = lo + tl.where(j < num_before, j, j + num_full) * BM
             dk_a, dk_b, dv_a, dv_b = backward_kv_step(
                 dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
-                i_t, hi, S - T, o_s, b_until, scale_log2, UNIT, H, HA, HB, BM, MASK, True,
+                i_t, hi, S - T, o_since, b_until, scale_log2, UNIT, H, HA, HB, BM, MASK, True,
             )  # fmt: skip
     o_out = ((i_b * S + o_s) * K + i_k) * H
     store_parts(p_dk + o_out, m_s, dk_a * scale, dk_b * scale, H, HA, HB)
@@ -578,14 +617,14 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g
     BM, BN, options = choose_blocks(BLOCKS["backward_q"], q)
     if dq.numel():
         backward_q_kernel[(triton.cdiv(T, BM) * N * B,)](
-            q, k, v, out, grad, lse, *(runs or [lse] * 4), delta, dq, *scales, *strides, T, S, N, N // K,
-            unit, *split_head(H), mask, BM, BN, **options,
+            q, k, v, out, grad, lse, *point_to_runs(runs, lse), delta, dq, *scales, *strides, T, S, N, N // K,
+            unit, *split_head(H), *mask, BM, BN, **options,
         )  # fmt: skip
     BM, BN, options = choose_blocks(BLOCKS["backward_kv"], q)
     if dk.numel():
         backward_kv_kernel[(triton.cdiv(S, BN) * K * B,)](
-            q, k, v, grad, lse, delta, runs.until if runs else lse, dk, dv, *scales, *strides, T, S, K, N // K,
-            unit, *split_head(H), mask, BM, BN, **options,
+            q, k, v, grad, lse, delta, *point_to_runs(runs, lse, ("until", "since")),
+            dk, dv, *scales, *strides, T, S, K, N // K, unit, *split_head(H), *mask, BM, BN, **options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -593,7 +632,7 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g
 # --- operators, and their autograd ---------------------------------------------------------------------------
 
 
-def fake_forward(q, k, v, first, shared, own, until, causal, scale):
+def fake_forward(q, k, v, first, shared, own, until, last, since, causal, scale):
     B, T, N, _H = q.shape
     return q.new_empty(q.shape), q.new_empty(B, N, T, dtype=torch.float32)
 
@@ -601,25 +640,27 @@ def fake_forward(q, k, v, first, shared, own, until, causal, scale):
 @operator("attention", fake_forward)
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor,
-    first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None, causal: bool, scale: float,
+    first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None,
+    last: Tensor | None, since: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return attend_forward(q, k, v, join_runs(first, shared, own, until), causal, scale)
+    return attend_forward(q, k, v, join_runs(first, shared, own, until, last, since), causal, scale)
 
 
-def fake_backward(q, k, v, out, lse, grad, first, shared, own, until, causal, scale):
+def fake_backward(q, k, v, out, lse, grad, first, shared, own, until, last, since, causal, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 @operator("attention_backward", fake_backward)
 def run_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
-    first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None, causal: bool, scale: float,
+    first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None,
+    last: Tensor | None, since: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return attend_backward(q, k, v, out, lse, grad, join_runs(first, shared, own, until), causal, scale)
+    return attend_backward(q, k, v, out, lse, grad, join_runs(first, shared, own, until, last, since), causal, scale)
 
 
-def join_runs(first: Tensor | None, shared: Tensor | None, own: Tensor | None, until: Tensor | None) -> Runs | None:
-    return None if first is None or shared is None or own is None or until is None else Runs(first, shared, own, until)
+def join_runs(first, shared, own, until, last, since) -> Runs | None:
+    return None if first is None else Runs(first, shared, own, until, last, since)
 
 
 def save(ctx, inputs, output):
@@ -633,7 +674,7 @@ def save(ctx, inputs, output):
 @once_differentiable
 def differentiate(ctx, grad, _grad_lse):
     q, k, v, out, lse, *runs = ctx.saved_tensors
-    return *run_backward(q, k, v, out, lse, grad, *runs, *ctx.options), *[None] * 6
+    return *run_backward(q, k, v, out, lse, grad, *runs, *ctx.options), *[None] * 8
 
 
 run_forward.register_autograd(differentiate, setup_context=save)
@@ -661,5 +702,5 @@ def attention(
             f"runs of shape {list(runs.until.shape)} need as many queries and as many keys, got {q.shape[1]} and "
             f"{k.shape[1]}, and are causal themselves, got causal = {causal}"
         )
-    parts = [None] * 4 if runs is None else [x.contiguous() for x in runs]
+    parts = [None if x is None else x.contiguous() for x in runs or [None] * 6]
     return run_forward(q, k, v, *parts, causal, scale)

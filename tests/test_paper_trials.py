@@ -165,7 +165,7 @@ def test_a_new_fusion(tmp_path, monkeypatch, processor):
     model = dataclasses.replace(SMALL.model, fusion=FusionConfig("mean"))
     run(tmp_path, model=model, optim=dataclasses.replace(SMALL.optim, steps=3), eval=EvalConfig())
     assert metrics(tmp_path)[-1]["loss"] < metrics(tmp_path)[0]["loss"]
-    model, theirs = nanovlm.load(tmp_path)
+    model, theirs = nanovlm.load(tmp_path / "model")
     prompts = [ask(theirs, text, *range(num)) for num, text in enumerate(("why?", "what color?", "where is it?"))]
     found = nanovlm.generate(model, theirs.batch(prompts), GREEDY)
     assert found == [written_out(model, theirs, prompt)[0] for prompt in prompts]

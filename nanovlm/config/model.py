@@ -260,6 +260,9 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     # Use the embedding table as output head.
     tie_word_embeddings: bool = True
+    # Which tokens also see those behind them: none (causal), the image tokens of a picture each other (images), or all
+    # tokens of the first prompt, pictures included, each other (prompt, as in PaliGemma). Answers are always causal.
+    prefix_attention: Literal["causal", "images", "prompt"] = "causal"
     # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa (torch's scaled_dot_product_attention), triton
     # (kernels/attention.py) or flex (torch's flex_attention).
     attention: str = "sdpa"

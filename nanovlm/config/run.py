@@ -248,6 +248,11 @@ class TrainConfig:
             "compares the answers to a question with each other",
         )
         check(
+            d.train_on == "answers" or self.model.decoder.prefix_attention != "prompt",
+            f"data.train_on = {d.train_on} must be answers: with model.decoder.prefix_attention = prompt tokens "
+            "of the prompt see those that they would have to predict",
+        )
+        check(
             self.preference.reference != "records" or d.too_long == "skip",
             f"data.too_long = {d.too_long} must be skip: the log-probabilities of preference.reference = records are "
             "those of all tiles of the images",

@@ -93,12 +93,18 @@ class Processor:
         """
         if [message["role"] for message in sample.messages] == ["text"]:
             return self.text_document(_parts(sample.messages[0]["content"]), sample.images)
-        if not sample.independent:
+        sees_prompt = self.config.decoder.prefix_attention == "prompt"
+        if not sample.independent or (sees_prompt and len(sample.messages) == 2):
             ids, labels = self._trained_tokens(sample.messages, sample.images, train_on)
-            return self._make_document(ids, labels, [0] * len(ids), sample.images)
+            return self._make_document(ids, labels, [0] * len(ids), sample.images, count_prompt(labels))
         roles = [message["role"] for message in sample.messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise UserError("independent questions must be pairs of a user and an assistant message, at least one")
+        if sees_prompt:
+            raise UserError(
+                "independent questions share their images, which cannot see each of them as decoder.prefix_attention = "
+                "prompt asks for: give records with one question each, or choose images"
+            )
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
         branches = [self._trained_tokens(pair, sample.images, train_on) for pair in pairs]
         # All branches begin with the same tokens up to the last image: the prefix.
@@ -146,7 +152,7 @@ class Processor:
             ids, labels = ids + tokens[branch], labels + targets[branch]
             branch_ids += [number] * (end - prefix)
             reference += [total] + [0.0] * (end - prefix - 1)
-        document = self._make_document(ids, labels, branch_ids, sample.images)
+        document = self._make_document(ids, labels, branch_ids, sample.images, min(prefix, count_prompt(chosen[1])))
         document.values = {"ref_logprobs": torch.tensor(reference)}
         return document
 
@@ -179,8 +185,8 @@ class Processor:
             first = next(message for message in messages if message["role"] == "user")
             first["content"] = [{"type": "image"} for _ in images] + first["content"]
         images = [to_rgb(image) for image in images]
-        ids, _labels = self._tokens(self._spans(messages, images, add_generation_prompt=True))
-        return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), images)
+        ids, labels = self._tokens(self._spans(messages, images, add_generation_prompt=True))
+        return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), images, count_prompt(labels))
 
     def text_prompt(self, text: str) -> Document:
         """Turn a plain text into a document that ends where the text does, for a model to go on with.
@@ -221,9 +227,10 @@ class Processor:
         """Return the text of tokens, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _make_document(self, ids, labels, branch_ids, images):
+    def _make_document(self, ids, labels, branch_ids, images, num_prompt=0):
         size, per_tile = self.config.tile_size, self.config.num_image_tokens
         tiles = [make_tiles(image, self.config) for image in images]
+        counts = [len(own) for own in tiles]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if (placeholders := ids.count(self.config.image_token_id)) != per_tile * len(tiles):
             raise UserError(f"{placeholders} image placeholders, but {len(tiles)} tiles of {per_tile} tokens")
@@ -233,7 +240,26 @@ class Processor:
             branch_ids=torch.tensor(branch_ids, dtype=torch.int32),
             tiles=tiles,
             grids=find_grids(images, self.config),
+            span_ids=self._find_spans(ids, counts, num_prompt),
         )
+
+    def _find_spans(self, ids: list[int], counts: list[int], num_prompt: int) -> torch.Tensor | None:
+        """Return the spans of a document whose images have so many tiles, as decoder.prefix_attention says.
+
+        The prompt of `num_prompt` tokens is one without its last token: that sees all of it anyway, and is the first of
+        each branch where answers are branches, which the prompt cannot see.
+        """
+        kind, spans = self.config.decoder.prefix_attention, torch.zeros(len(ids), dtype=torch.int32)
+        if kind == "causal":
+            return None
+        if kind == "prompt":
+            spans[:num_prompt] = 1
+            return spans
+        places = iter([place for place, token in enumerate(ids) if token == self.config.image_token_id])
+        for number, count in enumerate(counts, start=1):
+            own = [next(places) for _ in range(count * self.config.num_image_tokens)]
+            spans[own[0] : own[-1] + 1] = number
+        return spans
 
     def _show(self, width, height, number=None) -> Span:
         """Make the span of an image; `number` is its index if it is one of several."""
@@ -271,6 +297,11 @@ class Processor:
             ids += [token] * (repeats if token == image else 1)
             labels += [token] if is_trained else [IGNORE] * (repeats if token == image else 1)
         return ids, [*labels[1:], IGNORE]
+
+
+def count_prompt(labels: list[int]) -> int:
+    """Count the tokens before the one that predicts the first trained token, or else before the last."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE), len(labels) - 1)
 
 
 def _parts(content):

@@ -49,6 +49,7 @@ def collate(rows: list[Row]) -> Batch:
         tile_doc_ids=torch.cat(tile_doc_ids),
         values={name: torch.stack([r.values[name] for r in rows]) for name in rows[0].values},
         grids=[grid for r in rows for grid in r.grids],
+        span_ids=stack_spans(rows) if any(r.span_ids is not None for r in rows) else None,
     )
 
 
@@ -64,6 +65,11 @@ def join(batches: list[Batch]) -> Batch:
     stacked = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     values = {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values}
     return Batch(**stacked, doc_ids=doc_ids, tile_doc_ids=tile_doc_ids, values=values)
+
+
+def stack_spans(rows: list[Row]) -> torch.Tensor:
+    """Return the spans of rows, int32[B, T], 0 for rows without any."""
+    return torch.stack([torch.zeros_like(r.doc_ids) if r.span_ids is None else r.span_ids for r in rows])
 
 
 class Slot:

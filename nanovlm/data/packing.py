@@ -15,6 +15,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from nanovlm.data.types import IGNORE, Document, Row
 from nanovlm.errors import UserError
@@ -181,6 +182,17 @@ def make_row(documents: list[Document], row_length: int, pad_token_id: int) -> R
         position_ids=join([d.position_ids for d in documents], 0),
         tiles=torch.cat([d.tiles for d in documents]),
         tile_doc_ids=torch.cat([torch.full((len(d.tiles),), i, dtype=torch.int32) for i, d in enumerate(documents)]),
+        span_ids=join([padded_spans(d) for d in documents], 0)
+        if any(d.span_ids is not None for d in documents)
+        else None,
         values={name: join([d.values[name] for d in documents], 0.0) for name in documents[0].values},
         grids=[grid for d in documents for grid in d.grids],
     )
+
+
+def padded_spans(document: Document) -> Tensor:
+    """Return the spans of a document, int32[L], 0 where it says none."""
+    spans = document.input_ids.new_zeros(len(document), dtype=torch.int32)
+    if document.span_ids is not None:
+        spans[: len(document.span_ids)] = document.span_ids
+    return spans

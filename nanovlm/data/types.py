@@ -14,6 +14,10 @@ Batch      input_ids, labels, position_ids int64[B, T]                   data/lo
            pixel_values uint8[I, C, H, W]  tile_doc_ids int32[I]  grids  trained int64[N]  row_tiles int64[B, M]
 ```
 
+All three may have `span_ids` int32, of the shape of input_ids, where the model's decoder asks for them
+(decoder.prefix_attention): tokens of a document with the same number above 0, which are neighbours, see each other,
+also those behind them.
+
 `doc_ids` is the only grouping: unique in a batch, -1 on padding. A document may be a shared prefix
 (`branch_ids` 0) followed by branches (1, 2, ...) that see the prefix and themselves but not each other:
 
@@ -77,6 +81,8 @@ class Document:
     tiles: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
     grids: list[tuple[int, int]] = field(default_factory=list)
+    # int32[at most L], of which 0, no span, is left out at the end.
+    span_ids: Tensor | None = None
 
     def __len__(self):
         return len(self.input_ids)
@@ -109,6 +115,7 @@ class Row:
     tile_doc_ids: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
     grids: list[tuple[int, int]] = field(default_factory=list)
+    span_ids: Tensor | None = None
 
 
 @dataclass
@@ -129,6 +136,7 @@ class Batch:
     row_tiles: Tensor = None  # pyright: ignore[reportAssignmentType]
     values: dict[str, Tensor] = field(default_factory=dict)
     grids: list[tuple[int, int]] = field(default_factory=list)
+    span_ids: Tensor | None = None
 
     def __post_init__(self):
         if self.trained is None:
@@ -168,7 +176,7 @@ class Batch:
 
     def _map(self, function: Callable) -> "Batch":
         """Apply a function to every tensor."""
-        tensors = {name: function(tensor) for name, tensor in vars(self).items() if name not in ("values", "grids")}
+        tensors = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         values = {name: function(tensor) for name, tensor in self.values.items()}
         return Batch(**tensors, values=values, grids=self.grids)
 

@@ -100,6 +100,11 @@ def check_exportable(processor: Processor):
             f"quantization.format = {config.quantization.format!r} cannot be exported: no other program reads it; "
             "export the model that it was made of"
         )
+    if config.decoder.prefix_attention != "causal":
+        raise UserError(
+            f"decoder.prefix_attention = {config.decoder.prefix_attention!r} cannot be exported: in the layouts "
+            "that are written here every token sees those before it alone; use the model folder of the run as it is"
+        )
     find_family(config.decoder)
     if config.vision is None:
         return

@@ -48,4 +48,5 @@ def read_row(batch: Batch, row: int) -> Document:
         branch_ids=batch.branch_ids[row][is_token].cpu(),
         tiles=tiles.cpu(),
         grids=grids,
+        span_ids=None if batch.span_ids is None else batch.span_ids[row][is_token].cpu(),
     )

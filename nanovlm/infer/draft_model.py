@@ -190,7 +190,9 @@ class DraftModel:
             shown = row.request.prompt
             if not self.sees_images:
                 shown = replace(shown, tiles=shown.tiles[:0], grids=[])
-            prompt = Prompt(replace(row.request, prompt=replace(shown, input_ids=ids[is_shown])), self.model)
+            prompt = Prompt(
+                replace(row.request, prompt=replace(shown, input_ids=ids[is_shown], span_ids=None)), self.model
+            )
         most = len(prompt.ids) + row.request.sampling.max_new_tokens
         if not prompt.ids or most > self.model.config.decoder.max_position_embeddings:
             return None

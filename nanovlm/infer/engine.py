@@ -239,16 +239,16 @@ class Engine:
         work = [(row, 1 + len(row.guess.tokens)) for row in self.rows if row.is_answering and not row.is_waiting]
         tokens, tiles, missing = self.chunk, MOST_TILES, set()
         for row in self.rows:
-            if tokens == 0 or row.is_answering:
+            if tokens <= 0 or row.is_answering:
                 continue
-            num = self._claim(row, tokens)
+            num, (_, needed) = self._claim(row, tokens), row.prompt.span_at(row.num_computed)
             for i in self._pictures_seen(row, row.num_computed, num):
                 digest = row.prompt.digests[i]
                 if i in row.features or digest in missing or self.features.has(digest):
                     continue
                 first = row.prompt.places[i][0]
-                if len(missing) >= tiles and (first >= row.num_computed or not self.looks_back):  # stop before it
-                    num = max(first - row.num_computed, 0)
+                if len(missing) >= tiles and first >= needed:  # stop before it
+                    num = max(row.prompt.span_at(first)[0] - row.num_computed, 0)
                     break
                 missing.add(digest)
             tokens -= num
@@ -266,10 +266,12 @@ class Engine:
             row.num_computed += BLOCK
             row.num_cached += BLOCK
         end = min(row.num_computed + most, len(row.tokens))
+        first, last = row.prompt.span_at(end - 1)  # which is not cut
+        end = (first if first > row.num_computed else last) if last > end else end
         for index in range(row.num_computed // BLOCK, (end + BLOCK - 1) // BLOCK):
             block = row.blocks[index]
             if block.writer not in (None, row) or (block.is_filled and index * BLOCK >= row.num_computed):
-                return max(index * BLOCK - row.num_computed, 0)
+                return max(row.prompt.span_at(index * BLOCK)[0] - row.num_computed, 0)
             block.writer = row
         return end - row.num_computed
 
@@ -303,7 +305,10 @@ class Engine:
     def _run(self, work: list[tuple[Row, int]], ids: Tensor | None, number: int) -> Chosen:
         """Run the model over the new tokens; `ids` int64[R] are those of pass `number`, which the host has not read."""
         starts = [row.num_computed + number for row, _ in work]
-        spans = [Span(row.numbers, start, num) for (row, num), start in zip(work, starts, strict=True)]
+        spans = [
+            Span(row.numbers, start, num, None if row.is_answering else row.prompt.lasts(start, num))
+            for (row, num), start in zip(work, starts, strict=True)
+        ]
         now = self.cache.begin(spans)
         rows, lasts, listed, end = [], [], [], 0
         views = []

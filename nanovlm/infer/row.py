@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanovlm.data.types import Document
 from nanovlm.infer.adapters import key_of
 from nanovlm.infer.blocks import Block, block_key, digest_picture
 from nanovlm.infer.features import Picture
@@ -36,20 +37,46 @@ class Prompt:
             self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
         # Those of each picture.
         self.places = [self.image_positions[start:end] for start, end in itertools.pairwise(self.starts)]
+        # First and last + 1 of the tokens that see each other, also those behind them.
+        self.spans = find_spans(document)
         # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
         self.keys: list[bytes] = []
         for start in range(0, len(self.ids) - BLOCK, BLOCK):
             self.keys.append(self.key(self.keys[-1] if start else self.root, self.ids, start))
 
     def key(self, before: bytes, tokens: Sequence[int], start: int) -> bytes:
-        """Return the key of the block of these tokens that begins at `start`."""
+        """Return the key of the block of these tokens that begins at `start`; it says all of a span that it is in."""
         digests = [self.digests[i] for i in self.pictures_of(start, start + BLOCK)]
+        for first, end in self.spans:
+            if first < start + BLOCK < end:
+                pictures = [self.digests[i] for i in self.pictures_of(first, end)]
+                digests.append(block_key(b"span", self.ids[first:end], pictures))
         return block_key(before, tokens[start : start + BLOCK], digests)
 
     def pictures_of(self, start: int, end: int) -> range:
         """Return the indices of the pictures that have image tokens at the positions from `start` to `end`."""
         first, last = (bisect_left(self.image_positions, position) for position in (start, end))
         return range(bisect_right(self.starts, first) - 1, bisect_left(self.starts, last)) if last > first else range(0)
+
+    def span_at(self, position: int) -> tuple[int, int]:
+        """Return the span that a position is in; where it is in none, nothing, (position, position)."""
+        return next(((first, end) for first, end in self.spans if first <= position < end), (position, position))
+
+    def lasts(self, start: int, num: int) -> list[int] | None:
+        """Return the last positions that tokens see; None where each sees no further than itself."""
+        if not any(first < start + num and start < end for first, end in self.spans):
+            return None
+        return [max(self.span_at(position)[1] - 1, position) for position in range(start, start + num)]
+
+
+def find_spans(document: Document) -> list[tuple[int, int]]:
+    """Return first and last + 1 of the tokens of each span."""
+    if document.span_ids is None:
+        return []
+    numbers, lengths = torch.unique_consecutive(document.span_ids, return_counts=True)
+    ends = lengths.cumsum(0)
+    is_span = numbers > 0
+    return list(zip((ends - lengths)[is_span].tolist(), ends[is_span].tolist(), strict=True))
 
 
 class Row:

@@ -17,13 +17,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from nanovlm.errors import UserError
 
 
-def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa"):
+def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa", span_ids: Tensor | None = None):
     """Return which keys a query sees: those up to its own position in its document's prefix and its own branch.
 
-    Takes int32[B, T] twice, returns bool[B, 1, T, T] or the backend's form. Padding (doc_id -1) sees only padding,
-    so no row of the mask is empty; its outputs are never used.
+    And with `span_ids` those of its own span, if that is not 0; a span is on the prefix or on one branch. Takes
+    int32[B, T] each, returns bool[B, 1, T, T] or the backend's form. Padding (doc_id -1) sees only padding, so no row
+    of the mask is empty; its outputs are never used.
     """
-    return MASKS.get(backend, make_dense_mask)(doc_ids, branch_ids)
+    return MASKS.get(backend, make_dense_mask)(doc_ids, branch_ids, *([] if span_ids is None else [span_ids]))
 
 
 # --- sdpa: bool[B, 1, T, S], or on a CPU the documents of the batch --------------------------------------------
@@ -45,7 +46,7 @@ class Place(NamedTuple):
     row: int
     start: int
     end: int
-    has_branches: bool
+    has_branches: bool  # or spans: it needs a mask
 
     def cost(self) -> float:
         """Return the time of attention over the document, in pairs of tokens under a mask."""
@@ -58,14 +59,14 @@ class Place(NamedTuple):
 Piece = tuple[Place, Tensor | None]
 
 
-def make_sdpa_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor | list[Piece]:
+def make_sdpa_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> Tensor | list[Piece]:
     """Return the documents, or a mask where it takes less time or there are none."""
     B, T = doc_ids.shape
     if doc_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        places = find_documents(doc_ids, branch_ids)
+        places = find_documents(doc_ids, branch_ids if span_ids is None else branch_ids.maximum(span_ids))
         if places and sum(place.cost() for place in places) < B * T * T:
-            return add_masks(places, branch_ids)
-    return make_dense_mask(doc_ids, branch_ids)
+            return add_masks(places, branch_ids, span_ids)
+    return make_dense_mask(doc_ids, branch_ids, span_ids)
 
 
 def find_documents(doc_ids: Tensor, branch_ids: Tensor) -> list[Place]:
@@ -83,23 +84,26 @@ def find_documents(doc_ids: Tensor, branch_ids: Tensor) -> list[Place]:
     return list(places.values()) if len(places) == sum(number >= 0 for number in ids) else []
 
 
-def add_masks(places: list[Place], branch_ids: Tensor) -> list[Piece]:
+def add_masks(places: list[Place], branch_ids: Tensor, span_ids: Tensor | None = None) -> list[Piece]:
     """Give each document with branches its mask, float32[1, 1, L, L]: 0 where a query sees a key, else -inf."""
     pieces = []
     for place in places:
         mask = None
         if place.has_branches:
             branches = branch_ids[place.row, place.start : place.end][None]
-            visible = make_dense_mask(torch.zeros_like(branches), branches)
+            spans = None if span_ids is None else span_ids[place.row, place.start : place.end][None]
+            visible = make_dense_mask(torch.zeros_like(branches), branches, spans)
             mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
         pieces.append((place, mask))
     return pieces
 
 
-def make_dense_mask(doc_ids: Tensor, branch_ids: Tensor) -> Tensor:
+def make_dense_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> Tensor:
     T = doc_ids.shape[1]
     same_document = doc_ids[:, :, None] == doc_ids[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
+    if span_ids is not None:
+        causal = causal | ((span_ids[:, :, None] == span_ids[:, None, :]) & (span_ids[:, :, None] > 0))
     key_branch = branch_ids[:, None, :]
     visible_branch = (key_branch == 0) | (key_branch == branch_ids[:, :, None])
     return (same_document & causal & visible_branch)[:, None]
@@ -180,10 +184,12 @@ def _view(x: Tensor, place: Place) -> Tensor:
 # --- flex: a BlockMask, for comparison -----------------------------------------------------------------------
 
 
-def make_flex_mask(doc_ids: Tensor, branch_ids: Tensor) -> BlockMask:
+def make_flex_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> BlockMask:
     def visible(b, _n, t, s):
-        branch = branch_ids[b, s]
-        return (doc_ids[b, t] == doc_ids[b, s]) & (s <= t) & ((branch == 0) | (branch == branch_ids[b, t]))
+        branch, comes_before = branch_ids[b, s], s <= t
+        if span_ids is not None:
+            comes_before = comes_before | ((span_ids[b, t] == span_ids[b, s]) & (span_ids[b, t] > 0))
+        return (doc_ids[b, t] == doc_ids[b, s]) & comes_before & ((branch == 0) | (branch == branch_ids[b, t]))
 
     B, T = doc_ids.shape
     return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
@@ -209,8 +215,8 @@ def compile_flex():
 # --- triton: the runs of the documents -----------------------------------------------------------------------
 
 
-def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor):
-    return load_kernels().find_runs(doc_ids, branch_ids)
+def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None):
+    return load_kernels().find_runs(doc_ids, branch_ids, span_ids)
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:

@@ -2,7 +2,7 @@
 
 A backend is a pair of functions: `prepare(rows, keys)` makes, once for each pass and group, the plan that
 `attend(q [R, t, N, H], keys [S, K, H], values, plan) -> [R, t, N, H]` follows in each layer. The new tokens are in the
-cache already; each sees the positions of its row up to its own.
+cache already; each sees the positions of its row up to its own, or to the end of its span.
 
 On a CPU keys are not copied where it can be avoided. What all queries of some rows see, the blocks that they share or a
 long past of one row, is read where it lies; only the rest of the rows is gathered, and the two results are merged:
@@ -34,11 +34,20 @@ MOST_RUNS = 4  # pieces that a past may lie in to be read where it is
 
 
 class Span(NamedTuple):
-    """Some new tokens of a row: its blocks, the position of the first of them, and how many there are."""
+    """Some new tokens of a row: its blocks, the position of the first of them, and how many there are.
+
+    `lasts` are the last positions that they see, where that is not their own: the ends of spans, which are not cut.
+    """
 
     blocks: Sequence[int]
     start: int
     num_new: int
+    lasts: Sequence[int] | None = None
+
+
+def find_lasts(rows: Sequence[Span]) -> Tensor:
+    """Return the last position that each new token sees, int64[R, t]."""
+    return torch.tensor([row.lasts or list(range(row.start, row.start + row.num_new)) for row in rows])
 
 
 class Group(NamedTuple):
@@ -73,7 +82,7 @@ class Plan(NamedTuple):
 def prepare_sdpa(rows: Sequence[Span], keys: Tensor) -> Plan:
     if keys.device.type != "cpu":
         return gather_rows(rows, [0] * len(rows), keys.device)
-    if len(rows) == 1:
+    if len(rows) == 1 and rows[0].lasts is None:
         return read_one_row(rows[0], keys) or gather_rows(rows, [0], keys.device)
     parts, lengths = [], []
     for _, same in itertools.groupby(rows, key=lambda row: row.blocks[0]):
@@ -127,7 +136,7 @@ def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.devi
     for row, skip in zip(rows, skipped, strict=True):
         own = row.blocks[skip // BLOCK : skip // BLOCK + num]
         blocks += [*own, *[own[0]] * (num - len(own))]
-    last = torch.tensor(starts)[:, None] + torch.arange(num_new)
+    last = find_lasts(rows) - torch.tensor(skipped)[:, None]
     hidden = torch.arange(num * BLOCK) > last[:, :, None]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
     return Plan([], torch.tensor(blocks).to(device, non_blocking=True), mask.to(device, non_blocking=True))
@@ -205,7 +214,7 @@ def prepare_triton(rows: Sequence[Span], keys: Tensor) -> Tables:
     load_kernels()  # or say what is missing
     num = max(row.start + row.num_new + BLOCK - 1 for row in rows) // BLOCK
     blocks = torch.tensor([[*row.blocks, *[-1] * num][:num] for row in rows], dtype=torch.int32)
-    last = torch.tensor([row.start for row in rows])[:, None] + torch.arange(rows[0].num_new)
+    last = find_lasts(rows)
     return Tables(blocks.to(keys.device, non_blocking=True), last.to(keys.device, non_blocking=True))
 
 

@@ -70,7 +70,7 @@ class CachePass:
         positions, slots, self.groups, start = [], [], [], 0
         for num_new, same in itertools.groupby(ordered, key=lambda span: span.num_new):
             rows = list(same)
-            for blocks, first, _ in rows:
+            for blocks, first, *_ in rows:
                 new = range(first, first + num_new)
                 positions += new
                 slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in new]

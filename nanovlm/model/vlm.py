@@ -85,7 +85,7 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D]; `extras` receives the routing of every mixture of experts."""
-        mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention)
+        mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention, batch.span_ids)
         x_BTD, between = self.fuse(batch)
         is_token = batch.doc_ids >= 0
         hidden, routing = self.decoder(x_BTD, batch.position_ids, mask, None, is_token, between=between)

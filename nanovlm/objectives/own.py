@@ -50,6 +50,7 @@ def find_questions(batch: Batch, processor: Processor) -> Iterator[Question]:
         for number in doc_ids[doc_ids >= 0].unique().tolist():
             is_own = doc_ids == number
             ids, labels, branch_ids = (x[row][is_own] for x in (batch.input_ids, batch.labels, batch.branch_ids))
+            spans = None if batch.span_ids is None else batch.span_ids[row][is_own]
             tiles, grids = batch.tiles_of(number)
             for branch in branch_ids[branch_ids > 0].unique().tolist() or [0]:
                 is_seen = (branch_ids == 0) | (branch_ids == branch)
@@ -57,7 +58,8 @@ def find_questions(batch: Batch, processor: Processor) -> Iterator[Question]:
                 if len(trained):
                     # The last run of trained positions is the last answer.
                     start = int(trained[torch.nn.functional.pad(trained.diff() > 1, (1, 0), value=True)][-1])
-                    yield make_question(ids[is_seen], labels[is_seen], start, tiles, processor, grids)
+                    seen_spans = None if spans is None else spans[is_seen][: start + 1]
+                    yield make_question(ids[is_seen], labels[is_seen], start, tiles, processor, grids, seen_spans)
 
 
 def make_question(
@@ -67,6 +69,7 @@ def make_question(
     tiles: Tensor,
     processor: Processor,
     grids: Sequence[tuple[int, int]] = (),
+    spans: Tensor | None = None,
 ) -> Question:
     """Cut a conversation before the answer whose first token is the label at `start`; later images are left out."""
     prompt, config = ids[: start + 1].clone(), processor.config
@@ -79,6 +82,7 @@ def make_question(
         branch_ids=torch.zeros(len(prompt), dtype=torch.int32),
         tiles=tiles.clone(),
         grids=[grid for grid, end in zip(grids, count_tiles(grids), strict=True) if end <= len(tiles)],
+        span_ids=spans,
     )
     return Question(document, processor.decode(prompt.tolist()), processor.decode(answer))
 
@@ -99,6 +103,7 @@ def make_document(question: Question, answers: Sequence[OwnAnswer], **values: Se
         branch_ids=torch.cat((outside, torch.arange(1, len(answers) + 1).repeat_interleave(lengths))).int(),
         tiles=question.prompt.tiles,
         grids=question.prompt.grids,
+        span_ids=question.prompt.span_ids,
         values={
             "old_logprobs": torch.cat((outside, drawn)),
             **{

@@ -210,4 +210,9 @@ def count_pairs(batch: Batch) -> int:
     prefix = torch.zeros(int(docs.max()) + 1 if len(docs) else 0, dtype=torch.int64)
     prefix[docs[branches == 0].long()] = lengths[branches == 0]
     seen_before = torch.where(branches > 0, prefix[docs.long()], 0)
-    return int((lengths * (lengths + 1) // 2 + lengths * seen_before).sum())
+    behind = 0
+    if batch.span_ids is not None:
+        docs_and_spans = torch.stack([batch.doc_ids, batch.span_ids])[:, is_token & (batch.span_ids > 0)]
+        sizes = torch.unique_consecutive(docs_and_spans, dim=1, return_counts=True)[1]
+        behind = int((sizes * (sizes - 1) // 2).sum())
+    return int((lengths * (lengths + 1) // 2 + lengths * seen_before).sum()) + behind

@@ -64,7 +64,7 @@ from nanovlm.train.adapt import base_places, build, draw_adapter
 FREE_OF_VISION = ("attention",)
 FREE_OF_DUAL = ("initial_scale", "resize", "resample")
 FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge", "max_patches")  # how many tiles, not what is in one
-FREE_OF_DECODER = ("attention", "cross_entropy", "max_position_embeddings")
+FREE_OF_DECODER = ("attention", "prefix_attention", "cross_entropy", "max_position_embeddings")
 FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
 SECOND = "vision.second."

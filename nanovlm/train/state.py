@@ -79,7 +79,7 @@ def name_batches(batches: list[Batch]) -> dict[str, torch.Tensor]:
     tensors = {}
     for place, batch in enumerate(batches):
         prefix = f"pending.{distributed.rank() + place * distributed.num_ranks()}."
-        named = {name: x for name, x in vars(batch).items() if name not in ("values", "grids")}
+        named = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
         named |= {"grids": torch.tensor(batch.grids)} if batch.grids else {}
         named |= {f"values.{name}": x for name, x in batch.values.items()}
         tensors |= {prefix + name: x.contiguous().clone() for name, x in named.items()}

@@ -68,19 +68,22 @@ def attention():
     from nanovlm.kernels.attention import Runs, attention
 
     # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3 and Gemma, whose documents are packed; SigLIP So400m; the scenes.
-    for H, N, K, T, is_packed, dtype in (
-        (64, 9, 3, 4096, True, torch.bfloat16),
-        (96, 32, 32, 4096, True, torch.bfloat16),
-        (128, 32, 8, 4096, True, torch.bfloat16),
-        (256, 8, 1, 4096, True, torch.bfloat16),
-        (72, 16, 16, 729, False, torch.bfloat16),
-        (32, 4, 4, 192, True, torch.float16),
-        (32, 4, 4, 192, True, torch.float32),
-        (128, 32, 8, 4096, True, torch.float32),
-        (256, 8, 1, 4096, True, torch.float32),
+    # The fifth number is how many tensors describe the documents: more of them with spans.
+    for H, N, K, T, num, dtype in (
+        (64, 9, 3, 4096, 4, torch.bfloat16),
+        (96, 32, 32, 4096, 4, torch.bfloat16),
+        (128, 32, 8, 4096, 4, torch.bfloat16),
+        (256, 8, 1, 4096, 4, torch.bfloat16),
+        (256, 8, 1, 4096, 6, torch.bfloat16),
+        (72, 16, 16, 729, 0, torch.bfloat16),
+        (32, 4, 4, 192, 4, torch.float16),
+        (32, 4, 4, 192, 4, torch.float32),
+        (32, 4, 4, 192, 6, torch.float32),
+        (128, 32, 8, 4096, 4, torch.float32),
+        (256, 8, 1, 4096, 4, torch.float32),
     ):
         q, k, v = (torch.empty(2, T, heads, H, dtype=dtype, requires_grad=True) for heads in (N, K, K))
-        runs = Runs(*(torch.empty(2, T, dtype=torch.int32) for _ in Runs._fields)) if is_packed else None
+        runs = Runs(*(torch.empty(2, T, dtype=torch.int32) for _ in range(num))) if num else None
         attention(q, k, v, runs)[0].sum().backward()
 
 
