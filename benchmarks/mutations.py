@@ -127,8 +127,28 @@ MUTATIONS = {
         ("earlier blocks of keys dropped", "acc_a = tl.dot(b_p, x_a, acc_a, input", "acc_a = tl.dot(b_p, x_a, input"),
         (
             "whole blocks beyond the run of the last query",
-            "tl.load(p_until + lo_b) > last, i_t + 1, lo_b",
-            "tl.load(p_until + lo_b) > i_t, i_t + 1, lo_b",
+            "tl.load(p_until + lo_b) > last, to_first, lo_b",
+            "tl.load(p_until + lo_b) > i_t, to_first, lo_b",
+        ),
+        (
+            "a span ends with the last query of a block",
+            "hi_b, to_first = tl.load(p_last + last) + 1,",
+            "hi_b, to_first = last + 1,",
+        ),
+        (
+            "whole blocks up to the end of the last query's span",
+            "+ 1, tl.load(p_last + i_t) + 1",
+            "+ 1, tl.load(p_last + last) + 1",
+        ),
+        (
+            "queries before the block of keys do not see it",
+            "lo, lo_all = tl.load(p_since + i_b * T + lo), tl",
+            "lo, lo_all = lo, tl",
+        ),
+        (
+            "a span ends with its run",
+            "new_span[:, 1:] |= span_ids[:, 1:] != span_ids[:, :-1]",
+            "pass",
         ),
         (
             "whole blocks of a prefix beyond the last query's document",

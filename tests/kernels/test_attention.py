@@ -54,12 +54,23 @@ def pack_rows(rows, T, device="cpu"):
     return [torch.stack(ids) for ids in zip(*packed, strict=True)]
 
 
+def draw_spans(doc_ids, seed=0):
+    """int32[B, T]: spans of all lengths, with tokens of none between some of them."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (torch.rand(doc_ids.shape, generator=generator) < 0.15).cumsum(1)
+    is_span = torch.rand(doc_ids.shape[1] + 1, generator=generator) < 0.7
+    return torch.where(is_span[numbers], numbers + 1, 0).int().to(doc_ids.device)
+
+
 def dense(runs: Runs):
     """What the runs say, spelt out, bool[B, T, T]."""
     s = torch.arange(runs.until.shape[1], device=runs.until.device)
     t = s[:, None]
-    by_query = ((runs.first[..., None] <= s) & (s < runs.shared[..., None])) | ((runs.own[..., None] <= s) & (s <= t))
-    by_key = (s <= t) & (t < runs.until[:, None])
+    last, since = (t, s) if runs.last is None else (runs.last[..., None], runs.since[:, None])
+    by_query = ((runs.first[..., None] <= s) & (s < runs.shared[..., None])) | (
+        (runs.own[..., None] <= s) & (s <= last)
+    )
+    by_key = (since <= t) & (t < runs.until[:, None])
     assert torch.equal(by_query, by_key)
     return by_key
 
@@ -146,11 +157,15 @@ DOCUMENTS = {
 }
 
 
+SPANS = [(layout, True) for layout in ("one", "branches")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", DOCUMENTS)
-def test_documents_and_branches(layout, dtype, device):
+@pytest.mark.parametrize("layout, has_spans", [*((layout, False) for layout in DOCUMENTS), *SPANS], ids=str)
+def test_documents_and_branches(layout, has_spans, dtype, device):
     rows, (N, K, H) = DOCUMENTS[layout]
-    runs = find_runs(*pack_rows(rows, 65, device))
+    ids = pack_rows(rows, 65, device)
+    runs = find_runs(*ids, draw_spans(ids[0]) if has_spans else None)
     with blocks_of(32, 16):
         check_all(draw_inputs(len(rows), 65, 65, N, K, H, dtype, device), runs=runs)
 
@@ -184,6 +199,8 @@ def test_runs_are_the_mask(data):
     T = data.draw(st.integers(0, 40))
     ids = pack_rows([data.draw(layouts(T)) for _ in range(data.draw(st.integers(1, 3)))], T)
     assert torch.equal(dense(find_runs(*ids)), make_mask(*ids)[:, 0])
+    spans = draw_spans(ids[0], data.draw(st.integers(0, 999)))
+    assert torch.equal(dense(find_runs(*ids, spans)), make_mask(*ids, span_ids=spans)[:, 0])
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -343,14 +360,15 @@ def test_offsets_beyond_32_bits(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("layout", ["causal", "many", "branches", "no prefix"])
+@pytest.mark.parametrize("layout", ["causal", "many", "branches", "no prefix", "branches with spans"])
 def test_invisible_keys_and_queries_are_not_read(layout, dtype, device):
     """NaN in all keys that no query of a block sees changes nothing there, nor NaN in all queries that see no key."""
     T = 65
     if layout == "causal":
         options, visible = {"causal": True}, torch.ones(1, T, T, dtype=torch.bool).tril()
     else:
-        options = {"runs": find_runs(*pack_rows(DOCUMENTS[layout][0][:1], T, device))}
+        ids = pack_rows(DOCUMENTS[layout.removesuffix(" with spans")][0][:1], T, device)
+        options = {"runs": find_runs(*ids, draw_spans(ids[0]) if layout.endswith("spans") else None)}
         visible = dense(options["runs"]).cpu()
     inputs = draw_inputs(1, T, T, 1, 1, 16, dtype, device)
     grad = inputs.pop("grad")
@@ -384,7 +402,7 @@ def test_the_same_bits_twice_and_in_any_batch(device):
 
     def run(rows):
         leaves = [x[rows].detach().requires_grad_() for x in inputs.values()]
-        out, lse = attention(*leaves, runs=Runs(*(x[rows] for x in runs)))
+        out, lse = attention(*leaves, runs=Runs(*(x[rows] for x in runs[:4])))
         return out, lse, *torch.autograd.grad(out, leaves, grad[rows])
 
     with blocks_of(16, 16):
