@@ -38,7 +38,7 @@ class Prompt:
         # Those of each picture.
         self.places = [self.image_positions[start:end] for start, end in itertools.pairwise(self.starts)]
         # First and last + 1 of the tokens that see each other, also those behind them.
-        self.spans = find_spans(document)
+        self.spans = [] if config.decoder.prefix_attention == "causal" else find_spans(document)
         # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
         self.keys: list[bytes] = []
         for start in range(0, len(self.ids) - BLOCK, BLOCK):

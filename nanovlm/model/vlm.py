@@ -85,7 +85,9 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D]; `extras` receives the routing of every mixture of experts."""
-        mask = make_mask(batch.doc_ids, batch.branch_ids, self.config.decoder.attention, batch.span_ids)
+        d = self.config.decoder
+        spans = None if d.prefix_attention == "causal" else batch.span_ids  # a teacher's student may have some
+        mask = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans)
         x_BTD, between = self.fuse(batch)
         is_token = batch.doc_ids >= 0
         hidden, routing = self.decoder(x_BTD, batch.position_ids, mask, None, is_token, between=between)
