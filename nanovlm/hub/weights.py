@@ -25,6 +25,8 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
     data = read_json(folder / "config.json")
     family = (data if config.vision is None else data.get("text_config") or {}).get("model_type", "llama")
     names = find_names(family, config.vision is not None)
+    if any("embed_tokens.weight" in tensor_names(path) for path in files):  # a model of embeddings, saved without head
+        names = {theirs.removeprefix("model."): ours for theirs, ours in names.items()}
     is_ignored = _ignore(config.decoder)
 
     def fill(places):
