@@ -11,6 +11,7 @@
     python generate.py --model smolvlm-256m --adapter runs/mine/adapter --image a.png --prompt "..."   docs/hub.md
     python generate.py --model owner/large --image a.png --prompt "..." --draft owner/small     the same answer, sooner
     python generate.py --model smolvlm-256m --image a.png --prompt "..." --prune-image-tokens 0.5    fewer of its tokens
+    python generate.py --model smollm2 --prompt "..." --documents INDEX    answered from documents: docs/search.md
 
 An image belongs to every prompt, and is encoded once. With `--json` one JSON object is printed for each answer.
 """
@@ -57,11 +58,12 @@ from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
 from nanovlm.infer.looking import look, split_text
 from nanovlm.infer.prune import answer_pruned
 from nanovlm.infer.request import End, Request, Token, Usage
-from nanovlm.infer.text import TextStream
+from nanovlm.infer.text import TextStream, after_thinking
 from nanovlm.model.inference import prepare
 from nanovlm.model.moe import expert_load
 from nanovlm.model.quantized import quantize
 from nanovlm.model.vlm import VLM, Extras
+from nanovlm.search.documents import Documents, Passage, with_passages
 
 
 def main(config: GenerateConfig):
@@ -71,6 +73,7 @@ def main(config: GenerateConfig):
     images = [open_image(path) for path in config.image]
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
+    sources = find_sources(config, model, processor)  # while the weights are those that an index knows
     if config.quantize != "none":
         quantize(model, QuantizationConfig(config.quantize))
     if config.adapter:
@@ -85,7 +88,8 @@ def main(config: GenerateConfig):
         raise UserError(f"{config.model} is a language model, which sees no pictures: leave --image out")
     if not config.prompt:
         return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling, adapter)
-    prompts = [processor.prompt([{"role": "user", "content": text}], images) for text in config.prompt]
+    asked = [ask_about(text, images, *found) for text, found in zip(config.prompt, sources, strict=True)]
+    prompts = [processor.prompt([{"role": "user", "content": content}], shown) for content, shown in asked]
     if config.prune_image_tokens:
         for text, prompt in zip(config.prompt, prompts, strict=True):
             found = answer_pruned(model, prompt, config.prune_image_tokens, config.prune_after, config.sampling)
@@ -94,17 +98,22 @@ def main(config: GenerateConfig):
     num_answers = len(prompts) * config.num_answers
     longest = max(map(len, prompts)) + config.sampling.max_new_tokens
     engine = open_engine(config, model, processor, min(config.num_rows, num_answers), longest)
-    echo = num_answers == 1 and not config.json
+    echo = num_answers == 1 and not config.json and config.documents is None
     requests = [Request(prompt, config.sampling, config.num_answers, adapter=adapter) for prompt in prompts]
     check_requests(engine, requests, config.prompt)
     start = time.perf_counter()
     said = answer(engine, processor, requests, echo)
+    if config.documents is not None:
+        said = [one._replace(text=after_thinking(one.ids, processor)) for one in said]
     shared = measure(engine, [one.end.usage for one in said], time.perf_counter() - start)
     for one in said:
+        passages, _pictures = sources[one.request]
         if config.json:
-            print(json.dumps({"prompt": config.prompt[one.request], **describe(one), **shared}))
+            found = {"sources": [passage._asdict() for passage in passages]} if config.documents is not None else {}
+            print(json.dumps({"prompt": config.prompt[one.request], **describe(one), **found, **shared}))
         elif not echo:
             print(*([config.prompt[one.request]] if one.answer == 0 else []), f"  {harmless(one.text)}", sep="\n")
+            print(*(f"    [{i}] {passage.describe()}\n" for i, passage in enumerate(passages, start=1)), sep="", end="")
         if config.show_routing and one.end.reason != "error":
             print(format_routing(model, processor, prompts[one.request], one.ids))
     failed = [one for one in said if one.end.reason == "error"]
@@ -113,6 +122,24 @@ def main(config: GenerateConfig):
         raise UserError(f"{len(failed)} of {len(said)} answers failed; {'; '.join(causes)}")
     if config.show_attention is not None:
         write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], said[0]))
+
+
+def find_sources(config: GenerateConfig, model: VLM, processor: Processor) -> list[tuple[list[Passage], list]]:
+    """Find the passages that each prompt is answered from, and read the pictures among them."""
+    if config.documents is None:
+        return [([], [])] * len(config.prompt)
+    documents = Documents(config.documents, find_device(config.device), loaded=(config.model, model, processor))
+    found = [documents.find(text, config.num_passages) for text in config.prompt]
+    return [(some, [documents.open_picture(one) for one in some if one.is_picture]) for some in found]
+
+
+def ask_about(
+    question: str, images: list, passages: Sequence[Passage], pictures: list
+) -> tuple[list[dict] | str, list]:
+    """Return the content of a message that asks a question, and the images that it shows."""
+    if not passages:
+        return question, images
+    return [*({"type": "image"} for _ in images), *with_passages(question, passages)], images + pictures
 
 
 def open_engine(config: GenerateConfig, model: VLM, processor: Processor, num_rows: int, num_tokens: int = 0) -> Engine:

@@ -59,6 +59,11 @@ class GenerateConfig:
     image: tuple[Path, ...] = ()
     # Questions about the images; several are answered at a time. Without any: a chat.
     prompt: tuple[str, ...] = ()
+    # The folder of an index of documents (python -m nanovlm.search index-documents): each prompt is answered from the
+    # passages that are found for it, which are shown beside the answer. What a model thinks first is left out.
+    documents: Path | None = None
+    # How many passages a prompt is answered from.
+    num_passages: int = 3
     # How many answers to each prompt, each drawn with a seed of its own: the seed, the seed + 1, ...
     num_answers: int = 1
     # Print one JSON object for each answer: text, token counts, why it ended, times, speed, memory.
@@ -109,7 +114,10 @@ class GenerateConfig:
             raise UserError("--show-routing prints tables, which have no JSON form: leave it or --json out")
         if self.show_routing and not self.prompt:
             raise UserError("--show-routing needs a --prompt; it shows nothing in a chat")
-        for name, least in (("num_answers", 1), ("num_rows", 1), ("cache_tokens", 0), ("draft_tokens", 1)):
+        if self.documents is not None and not self.prompt:
+            raise UserError("--documents answers a --prompt from documents; a chat does not look for any")
+        least_values = {"num_answers": 1, "num_passages": 1, "num_rows": 1, "cache_tokens": 0, "draft_tokens": 1}
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")

@@ -98,6 +98,14 @@ class TextStream:
         return text[: len(text) - num_held]
 
 
+def after_thinking(ids: Sequence[int], processor: Processor) -> str:
+    """Return the text of an answer behind the end of its thinking, if there is one; the token may be a special one."""
+    end = processor.tokenizer.token_to_id("</think>")
+    if end is not None and end in ids:
+        ids = ids[len(ids) - list(reversed(ids)).index(end) :]
+    return processor.decode([*ids]).rpartition("</think>")[2].strip()
+
+
 def count_begun(text: str, stop: str) -> int:
     """Return how many characters at the end of a text may be the beginning of a stop string."""
     longest = min(len(stop) - 1, len(text))
