@@ -63,7 +63,7 @@ class Index:
             self.vectors = open_vectors(self.folder / "vectors.npy") if has_vectors else None
             self._items = open(self.folder / "items.jsonl", "rb")  # as long as the index is used
             self._files = open(self.folder / "files.jsonl", "rb")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise UserError(f"the index {folder} is damaged: {error}") from error
 
     def __len__(self):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nanovlm.data.source_files import walk
 from nanovlm.data.source_names import read_file
 from nanovlm.errors import UserError, printable
-from nanovlm.files import find_folder, lock
+from nanovlm.files import lock, restore
 from nanovlm.search.index import File, Index, Piece, as_line, open_index, write_index
 
 PART = 256  # items that are embedded and stored together
@@ -56,7 +56,9 @@ def update(folder: Path, out: Path, work: Work) -> dict[str, int]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     with lock(out):
-        old = open_index(out) if find_folder(out / "index").is_dir() else None
+        restore(out / "index")  # which a kill may have left between two names
+        shutil.rmtree(out / ".index.old", ignore_errors=True)
+        old = open_index(out) if (out / "index").is_dir() else None
         if old and (other := differences(old.about, work.about)):
             raise UserError(f"{out} was indexed with {other}: name another folder, or delete this one")
         known = ([old] if old else []) + open_parts(out, work.about)
