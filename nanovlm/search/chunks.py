@@ -48,10 +48,16 @@ def join_headings(text: Text) -> list[Section]:
     joined, first = [], None
     for section, end in zip(text.sections, [*(s.start for s in text.sections[1:]), len(text.text)], strict=True):
         first = section.start if first is None else first
-        if not section.title or len(text.text[section.start : end].strip().splitlines()) > 1:
+        if not is_heading(text.text[section.start : end], section.title):
             joined.append(Section(first, section.title))
             first = None
     return joined if first is None else [*joined, Section(first, text.sections[-1].title)]
+
+
+def is_heading(text: str, title: str) -> bool:
+    """Return whether a section is its heading alone, of which a line under it is part."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip("=- \t")]
+    return bool(title) and len(lines) <= 1 and title.rpartition(" > ")[2] in "".join(lines)
 
 
 def windows(text: Text, places: Places, most: int, overlap: int) -> list[Chunk]:

@@ -12,7 +12,7 @@ from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.errors import UserError
-from nanovlm.infer.text import TextStream
+from nanovlm.infer.text import TextStream, after_thinking
 from tests.conftest import TINY
 from tests.data.chat_templates import byte_level, gemma_style, gpt2_style, llama3_style
 
@@ -193,3 +193,21 @@ def test_the_stop_string_that_is_complete_first_counts(processor):
     for stop in ((" triangle", "ang"), ("ang", " triangle")):
         pieces, stream = pieces_of(processor, ids, stop)
         assert len(ids) == 1 and pieces == [" tri", ""] and stream.stopped == "ang"
+
+
+def test_what_a_model_thought_is_cut_off(processor):
+    """Be the end of thinking a special token, or another one, or written in several."""
+    tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
+    written = Processor(tokenizer, CHAT_TEMPLATE, TINY)
+    for special in (None, False, True):
+        if special is not None:
+            tokenizer = Tokenizer.from_str(tokenizer.to_str())
+            tokenizer.add_tokens([AddedToken("</think>", special=special, normalized=False)])
+            config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, vocab_size=600))
+            written = Processor(tokenizer, CHAT_TEMPLATE, config)
+        for text, answer in (
+            ("<think>a red</think> no</think>\n\na circle ", "a circle"),
+            ("a circle", "a circle"),
+            ("a red</think>", ""),
+        ):
+            assert after_thinking(tokenizer.encode(text).ids, written) == answer

@@ -23,6 +23,10 @@ def test_sections_are_chunks_and_a_heading_alone_joins_the_next():
         ("A > D", "## D"),
     ]
     assert join_headings(Text("# A\n", [Section(0, "A")])) == [Section(0, "A")]
+    pages = Text("a title\n\nwords\n", [Section(0, "page 1"), Section(9, "page 2")])
+    assert join_headings(pages) == pages.sections
+    underlined = Text("A\n==\nB\n--\nwords\n", [Section(0, "A"), Section(5, "A > B")])
+    assert join_headings(underlined) == [Section(0, "A > B")]
 
 
 def test_a_long_section_is_cut_into_windows_that_share_tokens():
