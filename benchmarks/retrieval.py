@@ -290,7 +290,7 @@ def write_tables():
     lines = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
     newest = {(line["subject"], line.get("way") or line.get("side")): line for line in lines}
     rows = [
-        "| SmolLM2-135M answers from | passage found | exact | token F1 | answer contains it |",
+        "| SmolLM2-135M answers from | passage found | exact | token F1 | contains it |",
         "|---|---|---|---|---|",
     ]
     for way, what in WAYS.items():

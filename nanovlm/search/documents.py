@@ -132,7 +132,8 @@ def document_work(config: DocumentsConfig, embedder: Embedder | None) -> Work:
     about |= {"chunk": config.chunk, "chunk_tokens": config.chunk_tokens, "overlap": config.overlap}
     about |= {"model": None, "fingerprint": "", "vector_size": 0} if embedder is None else embedder.about
     suffixes = frozenset(READERS) | (IMAGE_SUFFIXES if sees else frozenset())
-    return Work(about, suffixes, read, embedder and embedder.embed, write_texts)
+    part = 256 if embedder is None else embedder.part
+    return Work(about, suffixes, read, embedder and embedder.embed, write_texts, part)
 
 
 def write_texts(folder: Path):

@@ -47,12 +47,14 @@ class Embedder(NamedTuple):
 
     `about` says which model it is and how it is used, for the index. `prepare` makes of a content what `embed` takes,
     small enough to be kept for many; `embed` returns fp32[n, D] on the CPU. `as_query` writes a text as a query.
-    `tokens` gives the characters of each token of a text, of which `longest` can be read.
+    `tokens` gives the characters of each token of a text, of which `longest` can be read. So many contents as `part`
+    are prepared at a time.
     """
 
     about: dict
     sees: bool
     longest: int
+    part: int
     prepare: Callable[[Content], Any]
     embed: Callable[[list], Tensor]
     as_query: Callable[[str], str]
@@ -151,7 +153,7 @@ def dual_embedder(name: str, model: Dual, processor: DualProcessor) -> Embedder:
 
     about = describe(name, model, model.config.projection_size)
     longest = model.config.text.max_position_embeddings - 2  # beside the tokens at both ends
-    return Embedder(about, True, longest, prepare, embed, lambda text: text, token_places(processor.tokenizer))
+    return Embedder(about, True, longest, 256, prepare, embed, lambda text: text, token_places(processor.tokenizer))
 
 
 def batches(numbers: list[int], size: int) -> list[list[int]]:
@@ -189,7 +191,8 @@ def decoder_embedder(name: str, model: VLM, processor: Processor, pooling: str, 
 
     about = describe(name, model, model.config.decoder.hidden_size, pooling=pooling, instruction=instruction)
     sees, tokens = model.config.vision is not None, token_places(processor.tokenizer)
-    return Embedder(about, sees, longest - 2, prepare, embed, as_query, tokens)
+    part = 32 if sees else 256  # a picture may have many tiles
+    return Embedder(about, sees, longest - 2, part, prepare, embed, as_query, tokens)
 
 
 def pool_last(hidden: Tensor, batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ from nanovlm.search.vectors import open_vectors
 DTYPES = {"fp16": "float16", "fp32": "float32"}  # of vectors
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class File:
     """A file: its name below the folder, size, time of change in ns, hash, items, and why it cannot be read, if so."""
 

@@ -51,7 +51,7 @@ def picture_work(config: PicturesConfig, embedder: Embedder) -> Work:
         return [Item({"width": image.width, "height": image.height}, embedder.prepare(image))]
 
     about = {"kind": "pictures", "folder": str(config.folder.absolute()), "dtype": DTYPES[config.dtype]}
-    return Work(about | embedder.about, IMAGE_SUFFIXES, read, embedder.embed)
+    return Work(about | embedder.about, IMAGE_SUFFIXES, read, embedder.embed, part=embedder.part)
 
 
 def find_pictures(index: Index, embedder: Embedder, query: Content, k: int) -> list[Match]:

@@ -8,7 +8,7 @@ At the end old and new become one index, in the order of the files' names, in pl
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from nanovlm.search.index import File, Index, Piece, as_line, open_index, write_
 PART = 256  # items that are embedded and stored together
 SHOWN = 10  # files that cannot be read, named at the end of a run
 
+Place = tuple[File, Path, int]  # a file, the index that has its items, and the row of the first
+
 
 class Item(NamedTuple):
     """What is to be found: its line in the index, and what the embedder made of the picture or text."""
@@ -37,6 +39,8 @@ class Item(NamedTuple):
 class Work(NamedTuple):
     """What is done with a folder: all that shapes the index, the suffixes of files, and three functions.
 
+    `part` is how many items are prepared, embedded and stored together.
+
     `read` makes the items of a file's bytes and name, or raises UserError. `embed` makes vectors fp32[n, D] of what
     items have prepared. `finish` adds to a new index what else belongs to it.
     """
@@ -46,6 +50,7 @@ class Work(NamedTuple):
     read: Callable[[bytes, str], list[Item]]
     embed: Callable[[list], Tensor] | None = None
     finish: Callable[[Path], None] | None = None
+    part: int = PART
 
 
 def update(folder: Path, out: Path, work: Work) -> dict[str, int]:
@@ -61,8 +66,8 @@ def update(folder: Path, out: Path, work: Work) -> dict[str, int]:
         old = open_index(out) if (out / "index").is_dir() else None
         if old and (other := differences(old.about, work.about)):
             raise UserError(f"{out} was indexed with {other}: name another folder, or delete this one")
-        known = ([old] if old else []) + open_parts(out, work.about)
-        by_name = {file.name: (file, index, row) for index in known for file, row in index.files()}
+        known = ([out / "index"] if old else []) + find_parts(out, work.about)
+        by_name = {file.name: (file, path, row) for path in known for file, row in Index(path).files()}
         by_hash = {found[0].hash: found for found in by_name.values() if found[0].hash}
         before = {file.name for file, _ in old.files()} if old else set()
         here = find_files(folder, out, work.suffixes)
@@ -77,18 +82,18 @@ def update(folder: Path, out: Path, work: Work) -> dict[str, int]:
                 continue
             file, items = read_items(folder, file, by_hash, work.read)
             if file.hash in by_hash:
-                same, index, row = by_hash[file.hash]
-                done[file.name] = replace(file, items=same.items, why=same.why), index, row
+                same, path, row = by_hash[file.hash]
+                done[file.name] = replace(file, items=same.items, why=same.why), path, row
                 counts["as before" if found and found[0].hash == file.hash else "moved"] += 1
                 continue
             counts["changed" if file.name in before else "new"] += 1
             waiting.append((file, items))
-            if sum(len(items) for _, items in waiting) >= PART:
+            if sum(len(items) for _, items in waiting) >= work.part:
                 done |= store(out, work, waiting)
         done |= store(out, work, waiting)
         files = [done[file.name][0] for file in here]
         if old is None or files != [file for file, _ in old.files()]:
-            pieces = (index.piece(file, row) for file, index, row in (done[file.name] for file in files))
+            pieces = read_pieces([done[file.name] for file in files])
             write_index(out / "index", work.about, pieces, sum(file.items for file in files), work.finish)
         shutil.rmtree(out / "parts", ignore_errors=True)
     unreadable = [file for file in files if file.why]
@@ -108,13 +113,13 @@ def differences(old: dict, new: dict) -> str:
     return ", ".join(f"{name} = {old.get(name)!r}, not {new[name]!r}" for name in names)
 
 
-def open_parts(out: Path, about: dict) -> list[Index]:
-    """Open what a killed run has done; if it did something else, remove it."""
-    parts = [Index(out / "parts" / str(number)) for number in part_numbers(out)]
-    if any(differences(part.about, about) for part in parts):
+def find_parts(out: Path, about: dict) -> list[Path]:
+    """Find what a killed run has done; if it did something else, remove it."""
+    paths = [out / "parts" / str(number) for number in part_numbers(out)]
+    if any(differences(Index(path).about, about) for path in paths):
         shutil.rmtree(out / "parts")
         return []
-    return parts
+    return paths
 
 
 def part_numbers(out: Path) -> list[int]:
@@ -151,7 +156,16 @@ def read_items(folder: Path, file: File, by_hash: dict, read) -> tuple[File, lis
     return replace(file, items=len(items)), items
 
 
-def store(out: Path, work: Work, waiting: list[tuple[File, list[Item]]]) -> dict[str, tuple[File, Index, int]]:
+def read_pieces(places: list[Place]) -> Iterator[Piece]:
+    """Yield the files at these places, with one index open at a time: neighbours are mostly of the same."""
+    index = None
+    for file, path, row in places:
+        if index is None or index.folder != path:
+            index = Index(path)
+        yield index.piece(file, row)
+
+
+def store(out: Path, work: Work, waiting: list[tuple[File, list[Item]]]) -> dict[str, Place]:
     """Embed what waits, and write it as the next part; return its files, and where their items are."""
     if not waiting:
         return {}
@@ -167,5 +181,4 @@ def store(out: Path, work: Work, waiting: list[tuple[File, list[Item]]]) -> dict
         row += len(items)
     write_index(part, work.about, pieces, row)
     waiting.clear()
-    index = Index(part)
-    return {file.name: (file, index, row) for file, row in index.files()}
+    return {file.name: (file, part, row) for file, row in Index(part).files()}

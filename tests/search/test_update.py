@@ -1,6 +1,7 @@
 """An index that is brought up to date, after a kill at any moment too, has the bytes of one made from nothing."""
 
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -10,7 +11,6 @@ import torch
 
 from nanovlm import files
 from nanovlm.errors import UserError
-from nanovlm.search import update as updating
 from nanovlm.search.index import Index, open_index
 from nanovlm.search.update import Item, Work, update
 
@@ -22,7 +22,7 @@ class Fake:
 
     def __init__(self, **about):
         self.embedded = []
-        self.work = Work(ABOUT | about, frozenset([".txt"]), self.read, self.embed, self.finish)
+        self.work = Work(ABOUT | about, frozenset([".txt"]), self.read, self.embed, self.finish, part=3)
 
     def read(self, data: bytes, name: str) -> list[Item]:
         if b"bad" in data:
@@ -50,11 +50,6 @@ def write(folder: Path, **texts: str):
 def contents(out: Path) -> dict[str, bytes]:
     assert sorted(path.name for path in out.iterdir()) == ["index"]
     return {path.name: path.read_bytes() for path in (out / "index").iterdir()}
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(updating, "PART", 3)
 
 
 @pytest.fixture
@@ -151,6 +146,18 @@ def test_an_index_made_otherwise_is_not_touched(folder, tmp_path):
     shutil.copytree(tmp_path / "out" / "index", tmp_path / "other" / "parts" / "0")
     update(folder, tmp_path / "other", (fake := Fake(fingerprint="g")).work)
     assert len(fake.embedded) == 8
+
+
+def test_parts_are_not_open_at_a_time(tmp_path):
+    """A run of millions has thousands of parts."""
+    write(tmp_path / "in", **{f"f{i:03d}": f"{i} b c" for i in range(20)})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 16, limits[1]))
+    try:
+        update(tmp_path / "in", tmp_path / "out", Fake().work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(open_index(tmp_path / "out")) == 60
 
 
 def test_links_lead_nowhere_else_and_what_is_no_file_is_tried_again(folder, tmp_path, capsys):
