@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def join(batches: list[Batch]) -> Batch:
     ]
     doc_ids, tile_doc_ids = (torch.cat(parts) for parts in zip(*shifted, strict=True))
     names = ("input_ids", "labels", "branch_ids", "position_ids", "pixel_values")
-    stacked = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    stacked: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     values = {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values}
     return Batch(**stacked, doc_ids=doc_ids, tile_doc_ids=tile_doc_ids, values=values)
 

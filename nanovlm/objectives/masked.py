@@ -41,7 +41,7 @@ class Masked:
         self.num_patches = vision.num_patches
         self.num_masked = config.masked.count(self.num_patches)
         self.decoder = PixelDecoder(vision, config.masked, config.seed).to(device)
-        self.state = dict(self.decoder.named_parameters())
+        self.state: dict[str, Tensor] = dict(self.decoder.named_parameters())
 
     def count(self, batch: Batch) -> int:
         return len(batch.pixel_values) * self.num_masked
