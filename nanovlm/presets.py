@@ -67,7 +67,7 @@ def scenes() -> TrainConfig:
             decay_start=0.45,
             momentum=0.9,
             rules=(
-                ParamRule(r"norm|bias|embed_tokens|position_embedding|class_embedding|registers|layer_scale|lm_head"),
+                ParamRule(r"norm|bias|embed_tokens|position_embedding|lm_head"),
                 ParamRule(r"", lr_scale=2.0, weight_decay=1.0, optimizer="muon"),
             ),
         ),

@@ -16,14 +16,20 @@ from nanovlm.errors import UserError
 from nanovlm.model.adapters import learns
 from nanovlm.train.adamw import AdamW, local_part
 
+# Scales and gates, which decay would draw to numbers that mean nothing, and single tokens: no matrices for Muon, even
+# where several are stacked.
+ALWAYS_ADAMW = re.compile(
+    r"\.magnitude$|_gate$|layer_scale\d$|^logit_(scale|bias)$|class_embedding$|registers$|\.(latents|queries)(\.weight)?$"
+)
+
 
 def assign_rules(
     model: nn.Module, config: OptimConfig, adapter: AdapterConfig = AdapterConfig()
 ) -> dict[ParamRule, list[nn.Parameter]]:
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
-    With adapters, all else is frozen but what `adapter.train` names; their magnitudes, and the gates of fusion, are
-    always AdamW's, and do not decay.
+    With adapters, all else is frozen but what `adapter.train` names. What ALWAYS_ADAMW names never is Muon's and does
+    not decay.
 
     `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
     parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
@@ -33,10 +39,7 @@ def assign_rules(
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), None)
         if rule is None:
             raise UserError(f"no rule of optim.rules matches the parameter {name}")
-        # Magnitudes of adapters, which for muon are no matrices, even where experts' are stacked; and gates of fusion.
-        if name.endswith((".magnitude", "_gate")):
-            rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
-        if name in ("logit_scale", "logit_bias"):  # of a dual model: decay would draw them to numbers that mean nothing
+        if ALWAYS_ADAMW.search(name):
             rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
         if rule.optimizer == "muon" and parameter.ndim < 2:
             raise UserError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
