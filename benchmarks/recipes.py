@@ -335,7 +335,7 @@ def record(name: str, way: str, config: TrainConfig, run: Callable[[], dict], pl
     if any(about.items() <= line.items() for line in read_lines()):
         return
     measured = run()
-    model, processor = adapt.load(Path(config.run_dir), config.adapter, torch.device("cpu"))
+    model, processor = adapt.load(Path(config.run_dir), config, torch.device("cpu"))
     torch.set_num_threads(place.threads)
     measured |= RECIPES[name].measure(model, processor, place)
     environment = describe_environment(torch.device("cpu"), place.threads, measured.pop("precision", "fp32"))
