@@ -96,6 +96,7 @@ def call(place: str, what: str, *command: str):
 GROUPS = {"Animals & Nature": "nature", "Food & Drink": "food", "Travel & Places": "travel", "Activities": "activity"}
 CLOTHES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 KINDS = (*GROUPS.values(), "clothing")
+PHOTOGRAPHS = 0.25  # their share of the records with questions
 
 
 class Thing(NamedTuple):
@@ -202,13 +203,18 @@ def listed(words: list[str]) -> str:
 
 
 def ask(thing: Thing, kinds: dict[str, str], rng: random.Random, is_test: bool) -> list[dict]:
-    """Return a question of each kind with its answer. Wrong names are half of them of the thing's own kind."""
+    """Return a question of each kind with its answer; half of the wrong names are of the thing's own kind.
+
+    The others are drawn as things are, so that a name is asked for as often wrongly as rightly, and no name is likelier
+    than another without the picture.
+    """
 
     def word(wordings: tuple[str, ...], **names) -> str:
         return (wordings[-1] if is_test else rng.choice(wordings[:-1])).format(**names)
 
     own_kind = [name for name, kind in kinds.items() if kind == thing.kind and name != thing.name]
-    others = [name for name in kinds if name != thing.name]
+    is_photograph = rng.random() < PHOTOGRAPHS
+    others = [name for name, kind in kinds.items() if (kind == "clothing") == is_photograph and name != thing.name]
     wrong = rng.choice(own_kind if own_kind and rng.random() < 0.5 else others)
     is_there, options = rng.random() < 0.5, rng.sample(KINDS, len(KINDS))
     pair = rng.sample([thing.name, wrong], 2)
@@ -241,7 +247,7 @@ class RealDataConfig:
     num_variants: int = 8
     # Photographs in records for contrast.
     num_photographs: int = 6000
-    # Records with questions for training, three in four of them of emoji.
+    # Records with questions for training, three of four of them of emoji.
     num_questions: int = 4000
     # Records of each test.
     num_tests: int = 120
@@ -269,6 +275,7 @@ def write(config: RealDataConfig) -> dict[str, Path]:
     unseen = [thing for style, thing in emoji if style == HELD_OUT]
     clothes, clothes_test = read_clothes(packages, "train"), read_clothes(packages, "t10k")
     kinds = kinds | dict.fromkeys(CLOTHES, "clothing")
+    write_file(config.folder / "names.json", json.dumps(kinds))
     random.Random("tests").shuffle(unseen)
     random.Random("tests").shuffle(clothes_test)
 
@@ -278,7 +285,7 @@ def write(config: RealDataConfig) -> dict[str, Path]:
 
     def answers(rng: random.Random) -> Iterator[tuple[Image.Image, list[dict]]]:
         for _ in range(config.num_questions):
-            thing = rng.choice(clothes if rng.random() < 0.25 else seen)
+            thing = rng.choice(clothes if rng.random() < PHOTOGRAPHS else seen)
             yield vary(thing, rng), ask(thing, kinds, rng, is_test=False)
 
     def test(things: list[Thing]) -> Callable[[random.Random], Iterator[tuple[Image.Image, list[dict]]]]:
@@ -310,14 +317,8 @@ def write_tar(path: Path, records: Iterator[tuple[Image.Image, list[dict]]]):
 
 
 def names_of(folder: Path) -> dict[str, str]:
-    """Return the names that training shows, with the kind of each, from the captions."""
-    found = {}
-    with tarfile.open(folder / "answers.tar") as tar:
-        for member in tar:
-            if member.name.endswith(".json"):
-                texts = json.load(tar.extractfile(member))["texts"]  # pyright: ignore[reportArgumentType]
-                found[texts[0]["assistant"]] = texts[1]["assistant"]
-    return dict(sorted(found.items()))
+    """Return the names that training shows, with the kind of each."""
+    return read_json(folder / "names.json")
 
 
 def main(config: RealDataConfig):

@@ -144,7 +144,7 @@ def test_a_name_is_one_word_that_all_styles_have(folder):
         "skis": "activity",
     }  # fmt: skip
     assert set(styles) == set(STYLES) and styles["noto"]["cat"].startswith("<svg ")
-    assert names_of(folder) == dict(sorted((kinds | dict.fromkeys(CLOTHES, "clothing")).items()))
+    assert names_of(folder) == kinds | dict.fromkeys(CLOTHES, "clothing")
 
 
 def test_training_never_sees_the_style_of_the_test(folder):
@@ -175,6 +175,23 @@ def test_answers_are_true_and_tests_have_words_of_their_own(folder, name):
             form = re.escape(wordings[-1]).replace(r"\{options\}", ".+").replace(r"\{name\}", ".+")
             assert bool(re.fullmatch(form, by_kind[kind][0])) == is_test
     assert checks == {"yes", "no"}
+
+
+def test_names_alone_tell_nothing(folder):
+    """Of two names, one of clothes and one of emoji, each is right as often; so is a name that is to be checked."""
+    kinds, rng, right, yes = names_of(folder), random.Random(0), [], []
+    names = [[name for name in kinds if (kinds[name] == "clothing") == is_clothes] for is_clothes in (False, True)]
+    for _ in range(9000):
+        name = rng.choice(names[rng.random() < real_data.PHOTOGRAPHS])
+        turns = real_data.ask(Thing(Image.new("L", (1, 1)), name, kinds[name]), kinds, rng, is_test=True)
+        checked = turns[2]["user"].removeprefix("would you call this ").removesuffix("?")
+        if kinds[checked] == "clothing":
+            yes.append(turns[2]["assistant"] == "yes")
+        pair = turns[3]["user"].removeprefix("do you see ").removesuffix("?").split(" or ")
+        if len({kinds[x] == "clothing" for x in pair}) == 2:
+            right.append(kinds[name] == "clothing")
+    assert len(right) > 700 and len(yes) > 700
+    assert abs(np.mean(right) - 0.5) < 0.05 and abs(np.mean(yes) - 0.5) < 0.05, (np.mean(right), np.mean(yes))
 
 
 def test_answers_have_many_wordings(folder):
