@@ -347,12 +347,13 @@ def run_config(start, run_dir, adapter, **changes):
 def test_a_run_learns_and_leaves_a_model(start, tmp_path, capsys, name):
     """Merged, or the rounded base and its adapter: either computes what the run did at its end."""
     adapter = ADAPTERS[name]
-    train.main(run_config(start, tmp_path, adapter))
+    config = run_config(start, tmp_path, adapter)
+    train.main(config)
     out = capsys.readouterr().out
     assert "parameters learn (" in out
     losses = [line["loss"] for line in metrics(tmp_path)]
     assert losses[-1] < losses[0] - 0.02
-    model, _processor = adapt.load(tmp_path, adapter, torch.device("cpu"))
+    model, _processor = adapt.load(tmp_path, config, torch.device("cpu"))
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
     own = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     prefix = "base_model.model.model"
