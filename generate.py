@@ -121,7 +121,7 @@ def main(config: GenerateConfig):
         causes = [f"to {config.prompt[one.request][:200]!r}: {one.end.message}" for one in failed]
         raise UserError(f"{len(failed)} of {len(said)} answers failed; {'; '.join(causes)}")
     if config.show_attention is not None:
-        write_file(config.show_attention, draw_attention(config, model, processor, images, prompts[0], said[0]))
+        write_file(config.show_attention, draw_attention(config, model, processor, asked[0][1], prompts[0], said[0]))
 
 
 def find_sources(config: GenerateConfig, model: VLM, processor: Processor) -> list[tuple[list[Passage], list]]:

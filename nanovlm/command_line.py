@@ -125,6 +125,7 @@ class GenerateConfig:
             raise UserError(f"--prune-image-tokens {self.prune_image_tokens} must be a share from 0 to 1")
         if self.prune_image_tokens:
             others = {"--json": self.json, "--draft": self.draft, "--compile": self.compile}
+            others |= {"--documents": self.documents is not None}
             others |= {"--num-answers": self.num_answers > 1, "--show-attention": self.show_attention is not None}
             others |= {"--show-routing": self.show_routing, "--adapter": self.adapter, "no --prompt": not self.prompt}
             if names := [name for name, is_given in others.items() if is_given]:

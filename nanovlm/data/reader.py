@@ -147,22 +147,29 @@ def flatten(results: list[Document | Skipped]) -> tuple:
     documents = [result for result in results if isinstance(result, Document)]
     kinds = [type(result) if isinstance(result, Document) else result for result in results]
     if not documents:
-        return kinds, [], [], None, {}, []
+        return kinds, [], [], None, {}, [], None
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     fields = ("input_ids", "labels", "branch_ids", "tiles")
     values = {name: torch.cat([d.values[name] for d in documents]) for name in documents[0].values}
     joined = [torch.cat([getattr(d, name) for d in documents]) for name in fields]
-    return kinds, lengths, num_tiles, joined, values, [d.grids for d in documents]
+    spans = None
+    if any(d.span_ids is not None for d in documents):
+        spans = torch.zeros(sum(lengths), dtype=torch.int32)
+        for own, document in zip(spans.split(lengths), documents, strict=True):
+            if document.span_ids is not None:
+                own[: len(document.span_ids)] = document.span_ids
+    return kinds, lengths, num_tiles, joined, values, [d.grids for d in documents], spans
 
 
 def unflatten(flat: tuple) -> list[Document | Skipped]:
     """Undo `flatten`."""
-    kinds, lengths, num_tiles, joined, values, grids = flat
+    kinds, lengths, num_tiles, joined, values, grids, spans = flat
     if joined is None:
         return kinds
     *texts, tiles = joined
     pieces = [tensor.split(lengths) for tensor in texts]
     named = {name: tensor.split(lengths) for name, tensor in values.items()}
     of_each = [{name: parts[i] for name, parts in named.items()} for i in range(len(lengths))]
-    fields = zip(*pieces, tiles.split(num_tiles), of_each, grids, strict=True)
+    of_spans = [None] * len(lengths) if spans is None else spans.split(lengths)
+    fields = zip(*pieces, tiles.split(num_tiles), of_each, grids, of_spans, strict=True)
     return [kind(*next(fields)) if isinstance(kind, type) else kind for kind in kinds]

@@ -42,7 +42,7 @@ PREFIX = "base_model.model."
 FIELDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 Names = dict[str, str | tuple[str, ...]]
 # Of a base that has no hub layout.
-OWN: Names = {f"{part}.": f"{part}." for part in ("vision", "projector", "decoder", "score")}
+OWN: Names = {f"{part}.": f"{part}." for part in ("vision", "projector", "fusion", "decoder", "score")}
 EMBEDDING = "decoder.embed_tokens.weight"
 # PEFT's names of first weights that leave the base as it is, by ours.
 INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}

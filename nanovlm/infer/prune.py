@@ -80,9 +80,16 @@ def answer_pruned(
 ) -> Pruned:
     """Answer a prompt (`Processor.prompt`), with this share of its image tokens left out after the first blocks.
 
-    Raises UserError for a share outside 0 to 1, or where no block is left that could do without them.
+    Raises UserError for a share outside 0 to 1, where no block is left that could do without them, or where pictures
+    are not seen as tokens that come one after another.
     """
     config, device = model.config, model.decoder.embed_tokens.weight.device
+    for name, value, needed in (
+        ("fusion.type", config.fusion.type, "sequence"),
+        ("decoder.prefix_attention", config.decoder.prefix_attention, "causal"),
+    ):
+        if value != needed:
+            raise UserError(f"{name} = {value} must be {needed} where image tokens are to be left out")
     num_layers, longest = config.decoder.num_hidden_layers, config.decoder.max_position_embeddings
     if not 0 <= share <= 1:
         raise UserError(f"the share of image tokens to leave out, {share}, must be from 0 to 1")

@@ -164,9 +164,12 @@ class Distill:
                 raise UserError(f"{name} is a language model, and the student reads pictures")
             same["whether tiling.policy is native"] = teacher.is_native, model.is_native
             same["the side of a tile"] = teacher.tile_size, model.tile_size
-            if self.compared or "projector" in self.parts:
-                same["the image tokens of a tile"] = teacher.num_image_features, model.num_image_features
+            if "projector" in self.parts:
+                same["the image features of a tile"] = teacher.num_image_features, model.num_image_features
             if self.compared:
+                same["the image tokens of a tile"] = teacher.num_image_tokens, model.num_image_tokens
+                theirs_seen, own_seen = teacher.decoder.prefix_attention, model.decoder.prefix_attention
+                same["decoder.prefix_attention"] = theirs_seen, own_seen
                 same["image_token_id"] = teacher.image_token_id, model.image_token_id
             if "features" in self.parts:
                 same["the patches of a tile"] = teacher.num_tile_patches, model.num_tile_patches
@@ -187,7 +190,7 @@ def find_unreached(losses: Collection[str]) -> tuple[str, ...]:
     """Return the parts of the model that no loss reaches: all that comes after the last that is compared."""
     if set(losses) - PARTS.keys():
         return ()
-    return ("decoder",) if "projector" in losses else ("projector", "decoder")
+    return ("fusion", "decoder") if "projector" in losses else ("projector", "fusion", "decoder")
 
 
 @contextlib.contextmanager

@@ -72,13 +72,15 @@ def check(config: TrainConfig) -> VisionConfig:
     ):
         if value != right:
             raise UserError(f"model.vision.{name} = {value} must be {right}: objective = masked hides patches")
+    if config.model.is_native:
+        raise UserError("tiling.policy = native has no tiles of one size: objective = masked hides patches of those")
     if vision.num_patches < 2:
         raise UserError("objective = masked needs at least two patches, and model.vision has one")
-    for part in ("projector", "decoder"):
+    for part in ("projector", "decoder", *(["fusion"] if config.model.fusion.type != "sequence" else [])):
         if not any(re.search(pattern, f"{part}.") for pattern in freeze):
             raise UserError(
-                f"optim.freeze = {freeze} must have '^(projector|decoder)': objective = masked teaches the image "
-                f"encoder alone, and nothing would reach the {part}"
+                f"optim.freeze = {freeze} must have '^(projector|fusion|decoder)': objective = masked teaches the "
+                f"image encoder alone, and nothing would reach the {part}"
             )
     return vision
 

@@ -90,6 +90,11 @@ def check_fits(name: str, theirs: Processor, ours: Processor):
     for field in ("image_token_id", "tile_size", "num_image_tokens", "is_native"):
         if (one := getattr(theirs.config, field)) != (other := getattr(ours.config, field)):
             raise UserError(f"the reference {name} has {field} = {one}, and the model {other}: they must be equal")
+    one, other = (processor.config.decoder.prefix_attention for processor in (theirs, ours))
+    if one != other:
+        raise UserError(
+            f"the reference {name} has decoder.prefix_attention = {one}, and the model {other}: they must be equal"
+        )
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A dual model puts both into one space. A decoder stands for a text by its hidden state at the last token, which has seen
 all others, or by the mean of all; the recipe of Qwen3-Embedding (arXiv 2506.05176) puts an instruction before a query
-and none before a document. A decoder that was not trained for it finds little by it: docs/search.md has figures.
+and none before a document. A decoder that was not trained for it finds little by it.
 Legend: n contents, D size of a vector.
 """
 

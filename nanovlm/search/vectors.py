@@ -2,7 +2,7 @@
 
 A block of rows is read from the file, made fp32 and multiplied with the queries, so that memory holds a block and not
 the vectors: what the system has cached of the file is read at the speed of memory, the rest at that of the disk. A
-library of nearest neighbours does the same multiplication; docs/search.md has the time of both. Legend: N vectors,
+library of nearest neighbours does the same multiplication. Legend: N vectors,
 Q queries, D their size.
 """
 

@@ -604,7 +604,16 @@ def test_documents_travel_whole():
     for i in (0, 2, 3):
         assert are_same(results[i], back[i]) and results[i].values["weights"].any()
     assert unflatten(flatten([results[1]])) == [results[1]]
-    assert CHUNK > 1
+    assert CHUNK > 1 and back[0].span_ids is None
+
+
+def test_spans_travel_too():
+    """Those of a document may end before it, and one beside it may have none."""
+    results = [numbered(1), numbered(2), numbered(3)]
+    results[1].span_ids = torch.tensor([1, 1], dtype=torch.int32)
+    back = unflatten(flatten(results))
+    for document, spans in zip(back, ([], [1, 1], []), strict=True):
+        assert document.span_ids.tolist() == spans + [0] * (len(document) - len(spans))
 
 
 def test_a_large_batch_of_a_small_source():

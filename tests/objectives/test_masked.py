@@ -211,7 +211,7 @@ def test_a_run_learns_to_predict_and_its_encoder_is_where_another_begins(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim": SMALL.optim}, r"must have '\^\(projector\|decoder\)'.* reach the projector"),
+        ({"optim": SMALL.optim}, r"must have '\^\(projector\|fusion\|decoder\)'.* reach the projector"),
         ({"model": dataclasses.replace(TINY, vision=None, image_token_id=None)}, "model.vision = None"),
         ({"model": dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, second=TINY.vision))}, "second"),
         (
