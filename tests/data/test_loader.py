@@ -127,7 +127,7 @@ def are_same(a, b):
     """Are two batches or documents the same, bit for bit?"""
     plain = [{"values": torch.tensor(len(x.values)), "grids": torch.tensor(x.grids)} for x in (a, b)]
     mine, others = ({**vars(x), **x.values, **more} for x, more in zip((a, b), plain, strict=True))
-    return all(torch.equal(x, others[name]) for name, x in mine.items())
+    return all(torch.equal(x, others[name]) if x is not None else others[name] is None for name, x in mine.items())
 
 
 def same(first, second):
