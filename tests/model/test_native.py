@@ -88,6 +88,15 @@ def test_positions_are_interpolated_as_torch_does(grid, scale):
     assert_close(ours_grad, theirs_grad)
 
 
+@pytest.mark.parametrize("rows", [2, 7, 19])
+def test_positions_of_one_column(rows):
+    """Are those of two columns, where the table's columns are equal: of one alone torch 2.13 makes equal rows."""
+    table = torch.randn(SIDE, 1, 5).expand(-1, SIDE, -1)
+    ours = stretch_positions(table.flatten(0, 1), [(rows, 1)], 1)[:, 0]
+    theirs = F.interpolate(rearrange(table, "y x D -> 1 D y x"), size=(rows, 2), mode="bilinear", antialias=True)
+    assert_close(ours, theirs[0, :, :, 0].T)
+
+
 def test_positions_found_without_gradients_serve_training():
     stretch.cache_clear()
     encoder = make_encoder()

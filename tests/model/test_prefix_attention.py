@@ -129,7 +129,7 @@ def test_changing_a_document_leaves_the_others_bit_equal(model, processors, kind
     else:  # the lower half of the first picture, of which the first image token shows none
         changed.pixel_values[0, :, 8:] = 255 - changed.pixel_values[0, :, 8:]
 
-        def encode(pixels):
+        def encode(pixels, _grids):
             """Of each quarter of the rows the first one's mean."""
             return (pixels.float().mean((1, 3)).unflatten(1, (4, 4))[..., :1] / 99).expand(-1, -1, 32)
 
