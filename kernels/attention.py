@@ -48,7 +48,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # class 120 too where that has none of its own.
 BLOCKS = {
     "forward": {
-        90: {64: (64, 64, 4, 4), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        90: {64: (64, 64, 4, 4), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
         80: {32: (128, 32, 4, 3), 64: (128, 64, 4, 3), 96: (128, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
         120: {64: (128, 32, 4, 3), 96: (128, 32, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
         "hip": {128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
@@ -68,6 +68,8 @@ BLOCKS = {
         "fp32": {256: (16, 16, 4, 1)},
     },
 }
+# With spans a program has the last key of each of its tokens besides, and fewer registers are left.
+BLOCKS["forward, spans"] = BLOCKS["forward"] | {90: BLOCKS["forward"][90] | {256: (128, 32, 8, 2)}}
 
 
 class Runs(NamedTuple):
@@ -350,12 +352,13 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, causal: b
     out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
     unit, strides = divide_strides(q, k, v)
-    BM, BN, options = choose_blocks(BLOCKS["forward"], q)
+    mask, has_spans = name_mask(runs, causal)
+    BM, BN, options = choose_blocks(BLOCKS["forward, spans" if has_spans else "forward"], q)
     descriptors = describe_blocks(q, k, v, BN)
     if out.numel():
         forward_kernel[(triton.cdiv(T, BM) * N * B,)](
             q, k, v, out, lse, *point_to_runs(runs, lse), *(descriptors or [None] * 4), scale * LOG2E.value, *strides,
-            T, k.shape[1], N, N // k.shape[2], unit, *split_head(H), *name_mask(runs, causal), BM, BN,
+            T, k.shape[1], N, N // k.shape[2], unit, *split_head(H), mask, has_spans, BM, BN,
             bool(descriptors), **options,
         )  # fmt: skip
     return out, lse
