@@ -4,11 +4,12 @@ python benchmarks/engine_report.py       write them into the page
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import pages
 from nanovlm.environment import short_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,16 +67,9 @@ MODELS |= {"460m": "460M: 512 px, SmolLM2-360M"}
 
 def main():
     """Write the tables into the page."""
-    text, lines = PAGE.read_text("utf-8"), read_lines()
+    lines = read_lines()
     for name, table in TABLES.items():
-        text = re.sub(
-            pattern(name), lambda found, t=table: found[1] + "\n".join(t(lines)) + "\n" + found[3], text, flags=re.S
-        )
-    PAGE.write_text(text, "utf-8")
-
-
-def pattern(name: str) -> str:
-    return rf"(<!-- {name}: [^>]*-->\n)(.*?)(<!-- {name} end -->)"
+        pages.put(PAGE, name, "engine.py", "\n".join(table(lines)))
 
 
 def read_lines() -> list[dict]:

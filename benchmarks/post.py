@@ -26,7 +26,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import arguments
+from benchmarks import arguments, pages
 from benchmarks.engine_report import where
 from benchmarks.memory import resident
 from benchmarks.speed import append_lines
@@ -49,7 +49,6 @@ from nanovlm.data.packing import make_row
 from nanovlm.data.types import IGNORE, Batch, Document
 from nanovlm.environment import choose_precision, describe_environment
 from nanovlm.errors import UserError
-from nanovlm.files import write_file
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import End, Request
 from nanovlm.model.adapters import adapt
@@ -322,7 +321,6 @@ SUBJECTS = {
 # --- the table ----------------------------------------------------------------------------------------------------
 
 DOCS = cli.PROJECT / "docs" / "post_training.md"
-MARKS = "<!-- post: written by benchmarks/post.py -->", "<!-- post end -->"
 # A side's bars: the most of the other side's seconds and memory, where there is one.
 BARS = {
     "preference, shared": ("a pair on a shared prompt / two documents", 0.65, None),
@@ -348,9 +346,7 @@ def write_table():
         text.append(f"| {what} | {' | '.join(cells)} |")
     for place in dict.fromkeys(map(where, lines)):
         text += ["", f"({place})"]
-    page = DOCS.read_text("utf-8")
-    before, rest = page.split(MARKS[0])
-    write_file(DOCS, f"{before}{MARKS[0]}\n" + "\n".join(text) + f"\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    pages.put(DOCS, "post", "post.py", "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import pages
 from benchmarks.real_data import CLOTHES, HELD_OUT, RealDataConfig, names_of, write
 from benchmarks.recipes import PLAIN, train_apart
 from nanovlm import cli, load
@@ -227,20 +228,15 @@ def measure(config: RealConfig, records: dict[str, Path]) -> dict:
 # --- table ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("accuracy", "blank", "shuffled", "alone", "majority")
-FIRST, LAST = "<!-- real: written by benchmarks/real.py -->", "<!-- real end -->"
 
 
 def write_tables():
     """Put the table of the last line between its marks in docs/real_pictures.md."""
     if not RESULTS.exists():
         raise UserError(f"there is no {RESULTS}: python benchmarks/real.py writes it")
-    text = DOCS.read_text("utf-8")
-    if FIRST not in text or LAST not in text:
-        raise UserError(f"{DOCS} has no {FIRST} with {LAST} after it")
     line = json.loads(RESULTS.read_text("utf-8").splitlines()[-1])
-    before, rest = text.split(FIRST)
     sheet = "\n\n![questions, answers and truth](real_pictures.png)" if DOCS.with_suffix(".png").exists() else ""
-    write_file(DOCS, f"{before}{FIRST}\n{format_table(line)}{sheet}\n{LAST}{rest.split(LAST)[1]}")
+    pages.put(DOCS, "real", "real.py", format_table(line) + sheet)
 
 
 def format_table(line: dict) -> str:

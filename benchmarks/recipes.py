@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
+from benchmarks import pages
 from benchmarks.recipe_data import find_objects, write
 from nanovlm import cli
 from nanovlm.config import (
@@ -412,14 +413,8 @@ NAMES = {
 
 def write_tables():
     """Put the table of every recipe between its marks in docs/post_training.md."""
-    text = DOCS.read_text("utf-8")
     for name in RECIPES:
-        first, last = f"<!-- {name}: written by benchmarks/recipes.py -->", f"<!-- {name} end -->"
-        if first not in text or last not in text:
-            raise UserError(f"{DOCS} has no {first} with {last} after it")
-        before, rest = text.split(first)
-        text = f"{before}{first}\n{format_table(name)}\n{last}{rest.split(last)[1]}"
-    write_file(DOCS, text)
+        pages.put(DOCS, name, "recipes.py", format_table(name))
     draw_rewards(DOCS.parent / "rewards.png")
 
 

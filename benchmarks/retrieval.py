@@ -29,7 +29,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import arguments
+from benchmarks import arguments, pages
 from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import DualConfig, SamplingConfig, TextConfig
@@ -39,7 +39,6 @@ from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.environment import describe_environment
 from nanovlm.errors import UserError
-from nanovlm.files import write_file
 from nanovlm.hub.dual import save_dual
 from nanovlm.hub.read import load
 from nanovlm.infer.asking import answer_all
@@ -59,7 +58,6 @@ from nanovlm.search.vectors import open_vectors, search
 RESULTS = cli.PROJECT / "benchmarks" / "results" / "retrieval.jsonl"
 QUESTIONS = cli.PROJECT / "benchmarks" / "retrieval_questions.json"
 DOCS, PAGE = cli.PROJECT / "docs", cli.PROJECT / "docs" / "search.md"
-MARKS = {name: (f"<!-- {name} -->", f"<!-- end of {name} -->") for name in ("answers", "search")}
 SIZE = 768  # of the vectors, as SigLIP-B has them
 BRIEFLY = " Answer with a number, a name or a few words."
 
@@ -314,17 +312,13 @@ def write_tables():
             f"{line['index_mb']} MB on disk.",
         ]
     tables["search"] = rows
-    page = PAGE.read_text("utf-8")
     for name, rows in tables.items():
         of = [line for (subject, _), line in newest.items() if (subject == "answers") == (name == "answers")]
         for device, threads, commit, date in dict.fromkeys(
             (line["device"], line["threads"], line["commit"][:7], line["date"]) for line in of
         ):
             rows += ["", f"({device}, {threads} threads, commit {commit}, {date})"]
-        begin, end = MARKS[name]
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n" + "\n".join(rows) + f"\n{end}{rest.split(end)[1]}"
-    write_file(PAGE, page)
+        pages.put(PAGE, name, "retrieval.py", "\n".join(rows))
 
 
 SUBJECTS = {"answers": measure_answers, "search": measure_search, "vectors": measure_vectors}

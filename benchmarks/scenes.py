@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -32,18 +31,18 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import pages
 from nanovlm import cli
 from nanovlm.config import TrainConfig, differences
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import open_source
 from nanovlm.environment import git_commit
 from nanovlm.errors import UserError
-from nanovlm.files import read_json, write_file
+from nanovlm.files import read_json
 from nanovlm.presets import PRESETS
 
 RESULTS = cli.PROJECT / "benchmarks" / "results" / "scenes_seeds.jsonl"
-MARKS = "<!-- scenes: written by benchmarks/scenes.py -->", "<!-- scenes end -->"
-MARKS_OF_RUNS = "<!-- runs: written by benchmarks/scenes.py -->", "<!-- runs end -->"
+README = cli.PROJECT / "README.md"
 KINDS = ("color", "shape", "count", "position", "relation", "existence", "digits")
 # What every run is to reach on two CPU cores: percent of exact answers (captions apart), seconds.
 BAR = {"mean": 90, "worst": 75, "compositional": 75, "seconds": 300}
@@ -155,7 +154,7 @@ def run_seeds(config: ScenesConfig) -> int:
             line = run(job, config.run_dir) | {"commit": commit}
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            write_between(MARKS_OF_RUNS, format_runs(read_lines()) + "\n")
+            pages.put(README, "runs", "scenes.py", format_runs(read_lines()))
             progress.update()
             progress.write(json.dumps(line))
     lines = read_lines()
@@ -226,7 +225,7 @@ def compare(line: dict, lines: list[dict]) -> int:
 
 def publish(run_dir: Path, results: dict):
     """Copy the results of a run to where the README shows them."""
-    write_between(MARKS, format_results(results))
+    pages.put(README, "scenes", "scenes.py", format_results(results))
     shutil.copy(run_dir / "eval.json", cli.PROJECT / "benchmarks" / "results" / "scenes.json")
     shutil.copy(run_dir / "samples.png", cli.PROJECT / "docs" / "samples.png")
     draw_curve(run_dir / "metrics.jsonl", cli.PROJECT / "docs" / "curve.png")
@@ -251,13 +250,6 @@ def draw_kinds(lines: list[dict], png: Path):
     plt.close(figure)
 
 
-def write_between(marks: tuple[str, str], text: str):
-    """Put a text between two marks of the README."""
-    readme = cli.PROJECT / "README.md"
-    before, _old, after = re.split("|".join(map(re.escape, marks)), readme.read_text("utf-8"))
-    write_file(readme, "".join([before, marks[0], "\n", text, marks[1], after]))
-
-
 def format_results(results: dict) -> str:
     """Lay out eval.json as Markdown, in percent."""
     e = results["environment"]
@@ -274,7 +266,7 @@ def format_results(results: dict) -> str:
         kinds = [f"{100 * r['kinds'][kind]['accuracy']:.0f}" for kind in KINDS]
         cells = [split, f"**{100 * r['mean']:.1f}**", *means, *kinds, f"{100 * r['caption_exact']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def draw_curve(metrics: Path, png: Path):

@@ -2,17 +2,16 @@
 
 import copy
 import json
-import re
 import sys
 
 import pytest
 import torch
 
 pytest.importorskip("tyro")  # a machine that is lent for minutes may lack it
-from benchmarks import engine, engine_report, turns
+from benchmarks import engine, engine_report, pages, turns
 from benchmarks.engine import measure_memory
 from benchmarks.engine_bench import Bench, compare, decoding_rate, is_alike
-from benchmarks.engine_report import PAGE, TABLES, pattern, read_lines, speed
+from benchmarks.engine_report import PAGE, TABLES, read_lines, speed
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +101,8 @@ def test_turns_alternate():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_the_page_is_that_of_the_results(name):
-    found = re.search(pattern(name), PAGE.read_text(encoding="utf-8"), flags=re.S)
-    assert found and found[2].splitlines() == TABLES[name](read_lines()), "run python benchmarks/engine_report.py"
+    table = pages.find(PAGE, name, "engine.py")[1]
+    assert table.splitlines() == TABLES[name](read_lines()), "run python benchmarks/engine_report.py"
 
 
 def test_the_last_line_counts_and_what_is_missing_says_so(tmp_path, monkeypatch):
@@ -119,7 +118,12 @@ def test_the_last_line_counts_and_what_is_missing_says_so(tmp_path, monkeypatch)
     )
     assert "not measured yet" in second
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    page.write_text("".join(f"<!-- {name}: x -->\nold\n<!-- {name} end -->\nkept\n" for name in TABLES), "utf-8")
+    page.write_text(
+        "".join(
+            f"<!-- {name}: written by benchmarks/engine.py -->\nold\n<!-- {name} end -->\nkept\n" for name in TABLES
+        ),
+        "utf-8",
+    )
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(engine_report, "PAGE", page)
     monkeypatch.setattr(engine_report, "RESULTS", results)

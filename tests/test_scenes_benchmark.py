@@ -71,7 +71,7 @@ def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "JOBS", jobs)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "write_between", lambda marks, text: written.append(text))
+    monkeypatch.setattr(benchmark.pages, "put", lambda page, name, by, text: written.append(text))
     config = ScenesConfig("seeds")
     assert benchmark.main(dataclasses.replace(config, num=1)) == 1 and made == jobs[:1]
     with pytest.raises(ValueError, match="it failed"):
@@ -80,7 +80,7 @@ def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
     made.clear()
     assert benchmark.main(config) == 1  # one run misses the bar
     assert made == jobs[4:]
-    assert len(written) == 5 and written[-1] == format_runs(benchmark.read_lines()) + "\n"
+    assert len(written) == 5 and written[-1] == format_runs(benchmark.read_lines())
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [Job(**line["job"]) for line in lines] == jobs
     # Another recipe has no runs yet.
