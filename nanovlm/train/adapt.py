@@ -11,6 +11,7 @@ save, load      run_dir/adapter in PEFT's layout; run_dir/model, merged, or a qu
 
 import dataclasses
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def build(config: TrainConfig) -> Any:
 
 
 def check_learning(model: VLM, config: TrainConfig):
-    """Raise UserError where `train` names what cannot learn, or leaves out what begins with random values."""
+    """Raise UserError where `train` names what cannot learn, or nothing."""
     patterns, names = config.adapter.train, [name for name, _ in model.named_parameters()]
     quantized = [f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
     targets = {id(getattr(layer, key, None)) for layer, key, _ in find_adapters(model, DEFAULT)}
@@ -100,13 +101,18 @@ def check_learning(model: VLM, config: TrainConfig):
                 raise UserError(f"adapter.train has a pattern {pattern!r} that names {name}, which has {what}")
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"adapter.train has a pattern {pattern!r} that holds for no parameter")
-    init = config.init
-    encoders = ("vision.",) if not init.vision else () if init.second else ("vision.second.",)
-    drawn = () if init.model else ("projector.", "fusion.", *encoders)
-    if name := next((name for name in names if name.startswith(drawn) and not learns(name, config.adapter)), None):
-        raise UserError(
-            f"{name} begins with random values and would keep them: add ^{name.split('.')[0]} to adapter.train"
-        )
+
+
+def check_drawn(config: TrainConfig, filled: Collection[str]):
+    """Raise UserError where what begins with random values would keep them.
+
+    `filled` are the parts beside the decoder that have their weights from files, such as vision and vision.second.
+    """
+    for name, _ in meta_model(config.model).named_parameters():
+        part = "vision.second" if name.startswith("vision.second.") else name.split(".")[0]
+        is_drawn = part in ("projector", "fusion", "vision", "vision.second") and part not in filled
+        if is_drawn and not learns(name, config.adapter):
+            raise UserError(f"{name} begins with random values and would keep them: add ^{part} to adapter.train")
 
 
 # --- first values ---------------------------------------------------------------------------------------------

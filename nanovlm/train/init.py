@@ -58,7 +58,7 @@ from nanovlm.model.dual import initial_weights as dual_weights
 from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM, initial_weights, skip_constructors
 from nanovlm.sharded import Places, Rows, local_part, places, writable
-from nanovlm.train.adapt import base_places, build, draw_adapter
+from nanovlm.train.adapt import base_places, build, check_drawn, draw_adapter
 
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
@@ -99,13 +99,17 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Any, Callable[[A
         return _prepare_dual(config, config.dual, texts)
     if init.model:
         return _prepare_from_model(config)
-    fillers = []
+    fillers, filled = [], set()  # the functions, and the encoders that they fill
     if init.vision:
         assert wanted.vision is not None
-        fillers.append(_open_encoder(init.vision, wanted.vision, "vision.", bool(init.second)))
+        fill_encoder, brings_second = _open_encoder(init.vision, wanted.vision, "vision.", bool(init.second))
+        fillers.append(fill_encoder)
+        filled |= {"vision", "vision.second"} if brings_second else {"vision"}
     if init.second:
         assert wanted.vision is not None and wanted.vision.second is not None
-        fillers.append(_open_encoder(init.second, wanted.vision.second, SECOND, False))
+        fillers.append(_open_encoder(init.second, wanted.vision.second, SECOND, False)[0])
+        filled.add("vision.second")
+    check_drawn(config, filled)
     decoder = find_model(init.decoder) if init.decoder else None
     if decoder is not None:
         _refuse_quantized(init.decoder, decoder.config)
@@ -139,11 +143,13 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Any, Callable[[A
     return processor, fill
 
 
-def _open_encoder(name: str, wanted: VisionConfig, prefix: str, has_other_second: bool) -> Callable[[Places], None]:
+def _open_encoder(
+    name: str, wanted: VisionConfig, prefix: str, has_other_second: bool
+) -> tuple[Callable[[Places], None], bool]:
     """Return a function that fills the encoder at `prefix` from an encoder of the hub, or that of a whole model.
 
-    The second encoder of a whole model comes with it where one is wanted, unless `has_other_second`. The encoder may
-    have fewer blocks than theirs, and no norm after them.
+    The second encoder of a whole model comes with it where one is wanted, unless `has_other_second`: the other value
+    returned. The encoder may have fewer blocks than theirs, and no norm after them.
     """
     theirs, fill_part = _open_vision(name)
     brings_second = theirs.second is not None and wanted.second is not None and not has_other_second
@@ -157,7 +163,7 @@ def _open_encoder(name: str, wanted: VisionConfig, prefix: str, has_other_second
         own = {f"vision.{key.removeprefix(prefix)}": x for key, x in places.items() if key.startswith(prefix)}
         fill_part({key: x for key, x in own.items() if brings_second or not key.startswith(SECOND)})
 
-    return fill
+    return fill, brings_second
 
 
 def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:

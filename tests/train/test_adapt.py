@@ -122,7 +122,7 @@ def test_a_run_of_parts_has_a_random_projector_beside_a_rounded_decoder(tmp_path
     hub = make_hub(tmp_path)
     config = stage(1, hub, tmp_path, adapter=ADAPTERS["QLoRA"], optim=OptimConfig())
     with pytest.raises(UserError, match=r"projector.proj.weight begins with random values .*: add \^projector to adap"):
-        adapt.build(config)
+        init.prepare(config, ())
     adapter = dataclasses.replace(config.adapter, train=("^projector",))
     config = dataclasses.replace(config, adapter=adapter)
     _processor, fill = init.prepare(config, ())

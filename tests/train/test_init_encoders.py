@@ -15,6 +15,7 @@ from nanovlm.config import AdapterConfig, DataConfig, InitConfig, TrainConfig
 from nanovlm.hub.encoders import read_encoder
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vision import convert_pixels, normalize
+from nanovlm.model.vlm import VLM
 from nanovlm.train import init
 from tests.conftest import TINY
 from tests.model.test_parity import randomize
@@ -98,11 +99,29 @@ def test_an_encoder_that_is_not_the_configured_one_is_refused(hub):
         make_config(dataclasses.replace(clip, second=dino), model="a", second="b")
 
 
-def test_a_random_encoder_beside_adapters_must_learn(hub):
+def test_a_random_encoder_beside_adapters_must_learn(hub, tmp_path, processor):
+    """An encoder is random where neither its own files nor those of the encoder beside it have it."""
     clip, dino = read_encoder(hub / "clip"), read_encoder(hub / "dino")
-    config = make_config(dataclasses.replace(clip, second=dino), vision=str(hub / "clip"))
-    adapter = AdapterConfig(rank=2, train=("^projector",))
-    with pytest.raises(ValueError, match=r"vision.second.class_embedding begins with random values"):
-        init.build(dataclasses.replace(config, adapter=adapter))
-    known = dataclasses.replace(config.init, second=str(hub / "dino"))
-    init.build(dataclasses.replace(config, adapter=adapter, init=known))
+    vision = dataclasses.replace(clip, second=dino)
+    config = make_config(vision, vision=str(hub / "clip"), second=str(hub / "dino"))
+    both, language = tmp_path / "both", tmp_path / "language"
+    save_model(both, start(config)[0], processor)
+    save_model(language, VLM(dataclasses.replace(TINY, vision=None, image_token_id=None)), processor)
+
+    def begin(train, **parts):
+        adapter = AdapterConfig(rank=2, train=("^projector", *train))
+        parts = InitConfig(decoder=str(language), **{field: str(folder) for field, folder in parts.items()})
+        init.prepare(dataclasses.replace(config, adapter=adapter, init=parts).validate(), ())
+
+    for train, parts, part in (
+        ([], {"vision": hub / "clip"}, "vision.second"),
+        ([], {"second": hub / "dino"}, "vision"),
+        (["^vision.second"], {}, "vision"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{part}\.\w+ begins with random values .*: add \^{part} to adapter.train"
+        ):
+            begin(train, **parts)
+    begin([], vision=hub / "clip", second=hub / "dino")
+    begin([], vision=both)
+    begin([r"^vision\.(?!second)"], second=hub / "dino")
