@@ -159,6 +159,8 @@ class Distill:
         if self.parts and ours is None:
             raise UserError(f"the student is a language model, which has no {', '.join(self.parts)} to compare")
         same: dict[str, tuple] = {}
+        if self.compared:
+            same["decoder.prefix_attention"] = teacher.decoder.prefix_attention, model.decoder.prefix_attention
         if ours is not None:
             if seen is None:
                 raise UserError(f"{name} is a language model, and the student reads pictures")
@@ -168,14 +170,12 @@ class Distill:
                 same["the image features of a tile"] = teacher.num_image_features, model.num_image_features
             if self.compared:
                 same["the image tokens of a tile"] = teacher.num_image_tokens, model.num_image_tokens
-                theirs_seen, own_seen = teacher.decoder.prefix_attention, model.decoder.prefix_attention
-                same["decoder.prefix_attention"] = theirs_seen, own_seen
                 same["image_token_id"] = teacher.image_token_id, model.image_token_id
             if "features" in self.parts:
                 same["the patches of a tile"] = teacher.num_tile_patches, model.num_tile_patches
         for what, (their, our) in same.items():
             if their != our:
-                raise UserError(f"{what}: {their} of {name}, {our} of the student; both must read the same tiles")
+                raise UserError(f"{what}: {their} of {name}, {our} of the student; both must read the same batches")
         longest, what = config.data.row_length, "data.row_length"
         if config.distill.on_policy:  # an answer follows a prompt of up to a row
             longest = min(longest + config.group.max_completion_length, model.decoder.max_position_embeddings)

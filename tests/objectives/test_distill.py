@@ -281,6 +281,9 @@ def test_a_language_model_teaches_no_one_who_reads_pictures(tmp_path, processor)
     save_model(tmp_path / "model", VLM(text), processor)
     with pytest.raises(ValueError, match="is a language model, and the student reads pictures"):
         make(tmp_path / "model", processor, "forward_kl=1")
+    with pytest.raises(ValueError, match=r"prefix_attention: causal of .*, prompt of the student"):
+        seen = dataclasses.replace(text, decoder=dataclasses.replace(text.decoder, prefix_attention="prompt"))
+        make(tmp_path / "model", processor, "forward_kl=1", model=seen)
     objective = make(tmp_path / "model", processor, "forward_kl=1", model=text)
     batch = make_batch([make_document(processor, 0, ("what?", "that"), images=0)])
     assert float(objective.loss(VLM(text), batch, Extras())) > 0
