@@ -25,7 +25,7 @@ from nanovlm.config import DataConfig, TrainConfig, VLMConfig, from_dict, pick
 from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
 from nanovlm.data.images import marker_tokens
-from nanovlm.data.packing import pack
+from nanovlm.data.packing import image_cost, pack
 from nanovlm.data.packing_baselines import STRATEGIES, pad
 from nanovlm.data.process import make_process
 from nanovlm.data.reader import Reader, Skipped, explain
@@ -189,7 +189,7 @@ def main(config: InspectConfig):
     lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
     if not documents:
         raise UserError(f"no sample of {source.name} could be used, so there is nothing to draw")
-    rows = pack(lengths, num_tiles, data.row_length, data.max_tiles or None)
+    rows = pack(lengths, num_tiles, data.row_length, data.max_tiles or None, [image_cost(d) for d in documents])
     parts = [draw_tiles(document, processor)] if len(document.tiles) else []
     parts += [draw_histogram(lengths), draw_rows(rows, lengths, data.row_length)]
     png = io.BytesIO()

@@ -19,7 +19,7 @@ import torch
 
 from nanovlm.config import DataConfig
 from nanovlm.data.mixture import parts_of
-from nanovlm.data.packing import make_row, pack
+from nanovlm.data.packing import image_cost, make_row, pack
 from nanovlm.data.reader import Reader, Skipped
 from nanovlm.data.source import Ref, Source
 from nanovlm.data.types import Batch, Document, Row, Shrunk
@@ -50,7 +50,7 @@ def collate(rows: list[Row]) -> Batch:
         tile_doc_ids=torch.cat(tile_doc_ids),
         values={name: torch.stack([r.values[name] for r in rows]) for name in rows[0].values},
         grids=[grid for r in rows for grid in r.grids],
-        span_ids=stack_spans(rows) if any(r.span_ids is not None for r in rows) else None,
+        span_ids=fill_spans(torch.stack, rows),
     )
 
 
@@ -65,12 +65,15 @@ def join(batches: list[Batch]) -> Batch:
     names = ("input_ids", "labels", "branch_ids", "position_ids", "pixel_values")
     stacked: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     values = {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values}
-    return Batch(**stacked, doc_ids=doc_ids, tile_doc_ids=tile_doc_ids, values=values)
+    spans, grids = fill_spans(torch.cat, batches), [grid for batch in batches for grid in batch.grids]
+    return Batch(**stacked, doc_ids=doc_ids, tile_doc_ids=tile_doc_ids, values=values, grids=grids, span_ids=spans)
 
 
-def stack_spans(rows: list[Row]) -> torch.Tensor:
-    """Return the spans of rows, int32[B, T], 0 for rows without any."""
-    return torch.stack([torch.zeros_like(r.doc_ids) if r.span_ids is None else r.span_ids for r in rows])
+def fill_spans(put: Callable[[list[torch.Tensor]], torch.Tensor], parts: Sequence[Row | Batch]) -> torch.Tensor | None:
+    """Put together the spans of rows or batches, int32[B, T], 0 for those without any; None where none has any."""
+    if all(part.span_ids is None for part in parts):
+        return None
+    return put([torch.zeros_like(part.doc_ids) if part.span_ids is None else part.span_ids for part in parts])
 
 
 class Slot:
@@ -149,7 +152,8 @@ class Loader:
                 is_over = not self._fill(slot)
             numbers, documents = list(slot.buffer), [document for _name, document in slot.buffer.values()]
             lengths, num_tiles = [len(d) for d in documents], [len(d.tiles) for d in documents]
-            packed = pack(lengths, num_tiles, self.config.row_length, self.config.max_tiles or None)
+            image_costs = [image_cost(d) for d in documents]
+            packed = pack(lengths, num_tiles, self.config.row_length, self.config.max_tiles or None, image_costs)
             if is_over or len(packed) >= self.config.batch_rows:
                 break
             size *= 2

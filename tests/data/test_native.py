@@ -15,12 +15,12 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 from nanovlm.config import DataConfig, ProjectorConfig, TilingConfig, VisionConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import make_tiles, marker_tokens, plan_tiles
-from nanovlm.data.loader import collate, fingerprint
-from nanovlm.data.packing import make_row
+from nanovlm.data.loader import collate, fingerprint, join
+from nanovlm.data.packing import image_cost, make_row, pack
 from nanovlm.data.process import make_process
 from nanovlm.data.reader import flatten, unflatten
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from nanovlm.data.types import Batch, Shrunk
+from nanovlm.data.types import Batch, Document, Shrunk
 from nanovlm.model.vision import normalize
 from tests.conftest import TINY, make_raw, noise
 
@@ -87,9 +87,50 @@ def test_documents_rows_and_batches_carry_the_grids(processor):
         assert ours.grids == back.grids and torch.equal(ours.tiles, back.tiles)
     batch = collate([make_row(documents[:2], 200, 0), make_row(documents[2:], 200, 0)])
     assert batch.grids == grids and batch.to("cpu").grids == grids
+    joined = join([collate([make_row([document], 200, 0)]) for document in documents])
+    assert joined.grids == grids and joined.span_ids is None
     for number, document in enumerate(documents):
-        tiles, own = batch.tiles_of(number)
-        assert torch.equal(tiles, document.tiles) and own == document.grids
+        for tiles, own in (batch.tiles_of(number), joined.tiles_of(number)):
+            assert torch.equal(tiles, document.tiles) and own == document.grids
+
+
+def test_joined_batches_keep_their_spans(processor):
+    """A batch without any beside one that has some."""
+    process = make_process(processor, DataConfig())
+    documents = [process(make_raw(i, ("what is it?", "a cat"))) for i in range(2)]
+    documents[1].span_ids = torch.tensor([0, 1, 1, 0, 2], dtype=torch.int32)
+    joined = join([collate([make_row([document], 200, 0)]) for document in documents])
+    assert joined.span_ids.dtype == torch.int32 and joined.span_ids.shape == (2, 200)
+    assert not joined.span_ids[0].any() and joined.span_ids[1, :6].tolist() == [0, 1, 1, 0, 2, 0]
+
+
+def test_pictures_are_weighed_by_their_own_patches(processor):
+    """P patches of D = 768: 12 D^2 multiplications each in the linear layers, 2 D P in attention, of each block.
+
+    A picture of 24 x 24 patches of 16 pixels costs as much as a tile of as many. One large picture costs more than
+    small ones of as many patches together, so that rows of equally long documents share the large ones.
+    """
+
+    def make(*grids, length=60, side=32):
+        tiles = torch.zeros(sum(rows * columns for rows, columns in grids), 3, side, side, dtype=torch.uint8)
+        document = Document(*(torch.zeros(length, dtype=torch.int64) for _ in range(3)), tiles)
+        return dataclasses.replace(document, grids=list(grids))
+
+    def multiply(document):
+        numbers = [4 * rows * columns for rows, columns in document.grids]
+        return sum(P * (12 * 768**2 + 2 * 768 * P) for P in numbers)
+
+    tile = 576 * (12 * 768**2 + 2 * 768 * 576)
+    whole, large, small = make((12, 12), length=200), make((6, 8)), make(*[(1, 2)] * 24)
+    assert image_cost(whole) == pytest.approx(256) == image_cost(dataclasses.replace(whole, grids=[])) / 144
+    for document in (whole, large, small):
+        assert image_cost(document) == pytest.approx(256 * multiply(document) / tile)
+    assert image_cost(make()) == 0 and image_cost(make((12, 12), side=16)) < 256 / 4
+    documents = [large if i < 8 else small for i in range(16)]
+    costs = [image_cost(document) for document in documents]
+    rows = pack([60] * 16, [48] * 16, 240, None, costs)
+    assert [sum(i < 8 for i in row) for row in rows] == [2] * 4
+    assert [sum(costs[i] for i in row) for row in rows] == [pytest.approx(sum(costs) / 4)] * 4
 
 
 def test_pictures_of_equal_pixels_but_another_grid_have_another_fingerprint(processor):
