@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from nanovlm.config import VisionConfig, from_dict, pick
@@ -64,11 +65,16 @@ class Kind(NamedTuple):
     features: dict
     # What their config must say.
     fixed: dict
+    # How torch's interpolation stretches their positions for pictures of another size, as transformers does.
+    stretch: dict
 
 
-SIGLIP = Kind(SIGLIP_NAMES, SIGLIP_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, {}, {})
+BICUBIC = {"mode": "bicubic"}
+SIGLIP = Kind(SIGLIP_NAMES, SIGLIP_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, {}, {}, BICUBIC)
 # Its table of positions is that of a square picture of so many patches.
-SIGLIP2 = SIGLIP._replace(defaults=SIGLIP.defaults | {"num_patches": 256})
+SIGLIP2 = SIGLIP._replace(
+    defaults=SIGLIP.defaults | {"num_patches": 256}, stretch={"mode": "bilinear", "antialias": True}
+)
 CLIP = Kind(
     SIGLIP_NAMES | {"pre_layrnorm.": "vision.pre_layernorm."},
     SIGLIP_DEFAULTS | {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
@@ -80,14 +86,19 @@ CLIP = Kind(
         "std": (0.26862954, 0.26130258, 0.27577711),
     },
     {},
+    BICUBIC,
 )
 DINOV2 = Kind(
     DINOV2_NAMES,
     SIGLIP_DEFAULTS | {"patch_size": 14, "hidden_act": "gelu", "mlp_ratio": 4},
     {"class_token": True, "layer_scale": True, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     {"use_swiglu_ffn": False, "qkv_bias": True},
+    BICUBIC,
 )
-DINOV2_REGISTERS = DINOV2._replace(defaults=DINOV2.defaults | {"patch_size": 16, "num_register_tokens": 4})
+DINOV2_REGISTERS = DINOV2._replace(
+    defaults=DINOV2.defaults | {"patch_size": 16, "num_register_tokens": 4},
+    stretch=BICUBIC | {"antialias": True},
+)
 # By model_type; of a pair of towers the image tower is read.
 KINDS = {
     "siglip": SIGLIP,
@@ -124,6 +135,17 @@ def read_encoder(folder: Path) -> VisionConfig:
         return from_dict(VisionConfig, fields | read_normalization(folder)).validate()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def stretch_table(table: torch.Tensor, config: VisionConfig, grid_size: int, how: dict) -> torch.Tensor:
+    """Positions [class token and P, D] of an encoder -> those of a grid of so many patches a side.
+
+    That of the class token, which has no place, is kept; `how` is the stretch of a Kind.
+    """
+    first, patches = table[: config.class_token], table[config.class_token :]
+    x_1DGG = rearrange(patches.float(), "(y x) D -> 1 D y x", y=config.grid_size)
+    x_1DGG = F.interpolate(x_1DGG, (grid_size, grid_size), **how)
+    return torch.cat((first, rearrange(x_1DGG, "1 D y x -> (y x) D").to(table.dtype)))
 
 
 def read_kind(folder: Path) -> tuple[dict, Kind, Path]:

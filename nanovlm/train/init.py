@@ -2,7 +2,8 @@
 
 ```
 nothing            random weights, a tokenizer made from the data, or that of a distillation's teacher
-init.vision        the image encoder's weights, one of the hub's or a whole model's; the projector is always random
+init.vision        the image encoder's weights, one of the hub's or a whole model's; the projector is always random.
+                   Learned positions are stretched where the run's image_size is another
 init.second        those of model.vision.second, likewise
 init.decoder       the decoder's weights and tokenizer, both extended by image tokens; a whole model's too
 init.model         everything of another model, such as the one of an earlier stage; a dense decoder becomes a
@@ -13,6 +14,7 @@ init.adapter       adapters of init.model go on from those of another run
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from nanovlm.files import read_json
 from nanovlm.hub.adapters import open_adapter
 from nanovlm.hub.download import find, refuse_adapter
 from nanovlm.hub.dual import fill_image_tower, find_dual
-from nanovlm.hub.encoders import load_encoder, read_encoder
+from nanovlm.hub.encoders import SIGLIP, load_encoder, read_encoder, read_kind, stretch_table
 from nanovlm.hub.families import IDEFICS3_TYPES
 from nanovlm.hub.read import find_model
 from nanovlm.hub.stored import fill_decoder, fill_vision
@@ -67,7 +69,7 @@ FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge", "max_patches")  # how 
 FREE_OF_DECODER = ("attention", "prefix_attention", "cross_entropy", "max_position_embeddings")
 FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
 
-SECOND = "vision.second."
+SECOND, POSITIONS = "vision.second.", "vision.position_embedding.weight"
 # The stacked matrices of a mixture's experts; a dense layer has one of each.
 STACKS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -102,12 +104,14 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Any, Callable[[A
     fillers, filled = [], set()  # the functions, and the encoders that they fill
     if init.vision:
         assert wanted.vision is not None
-        fill_encoder, brings_second = _open_encoder(init.vision, wanted.vision, "vision.", bool(init.second))
+        fill_encoder, brings_second = _open_encoder(
+            init.vision, wanted.vision, "vision.", bool(init.second), wanted.is_native
+        )
         fillers.append(fill_encoder)
         filled |= {"vision", "vision.second"} if brings_second else {"vision"}
     if init.second:
         assert wanted.vision is not None and wanted.vision.second is not None
-        fillers.append(_open_encoder(init.second, wanted.vision.second, SECOND, False)[0])
+        fillers.append(_open_encoder(init.second, wanted.vision.second, SECOND, False, False)[0])
         filled.add("vision.second")
     check_drawn(config, filled)
     decoder = find_model(init.decoder) if init.decoder else None
@@ -144,43 +148,56 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Any, Callable[[A
 
 
 def _open_encoder(
-    name: str, wanted: VisionConfig, prefix: str, has_other_second: bool
+    name: str, wanted: VisionConfig, prefix: str, has_other_second: bool, is_native: bool
 ) -> tuple[Callable[[Places], None], bool]:
     """Return a function that fills the encoder at `prefix` from an encoder of the hub, or that of a whole model.
 
     The second encoder of a whole model comes with it where one is wanted, unless `has_other_second`: the other value
-    returned. The encoder may have fewer blocks than theirs, and no norm after them.
+    returned. The encoder may have fewer blocks than theirs, no norm after them, and, unless it reads pictures at their
+    own size (`is_native`), learned positions of another grid.
     """
-    theirs, fill_part = _open_vision(name)
+    theirs, fill_part, stretch = _open_vision(name)
     brings_second = theirs.second is not None and wanted.second is not None and not has_other_second
     if not brings_second:
         theirs = dataclasses.replace(theirs, second=wanted.second)
     fewer = ("num_hidden_layers",) * (wanted.num_hidden_layers <= theirs.num_hidden_layers)
     without = ("post_layernorm",) * theirs.post_layernorm
-    _check_same(name, _with(theirs, wanted, FREE_OF_VISION + fewer + without), wanted, prefix)
+    size = ("image_size",) * (not is_native)  # else positions are stretched over each picture, from the table as it is
+    _check_same(name, _with(theirs, wanted, FREE_OF_VISION + fewer + without + size), wanted, prefix)
 
     def fill(places):
         own = {f"vision.{key.removeprefix(prefix)}": x for key, x in places.items() if key.startswith(prefix)}
-        fill_part({key: x for key, x in own.items() if brings_second or not key.startswith(SECOND)})
+        own = {key: x for key, x in own.items() if brings_second or not key.startswith(SECOND)}
+        place = own.get(POSITIONS)
+        if place is None or theirs.grid_size == wanted.grid_size:
+            return fill_part(own)
+        table = torch.empty(theirs.class_token + theirs.num_patches, theirs.hidden_size, dtype=place.dtype)
+        fill_part(own | {POSITIONS: table})
+        place.copy_(stretch_table(table, theirs, wanted.grid_size, stretch))
+        a, b = theirs.grid_size, wanted.grid_size
+        print(f"the positions of {name}, {a} x {a}, are stretched to {b} x {b}", file=sys.stderr)
 
     return fill, brings_second
 
 
-def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None]]:
-    """Return the config of an encoder of the hub or of a whole model's, and a function that fills a model's."""
+def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None], dict]:
+    """Return the config of an encoder of the hub or of a whole model's, and a function that fills a model's.
+
+    And how its positions are stretched (hub/encoders.py: Kind).
+    """
     folder = find(name)
     refuse_adapter(folder)
     data = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "image_pooling" in data:  # ours, of a run that trained by contrast
         dual = find_dual(folder)
-        return dual.config.vision, lambda places: fill_image_tower(places, dual)
+        return dual.config.vision, lambda places: fill_image_tower(places, dual), SIGLIP.stretch
     if data.get("model_type") not in (None, *IDEFICS3_TYPES):
-        return read_encoder(folder), lambda places: load_encoder(places, folder)
+        return read_encoder(folder), lambda places: load_encoder(places, folder), read_kind(folder)[1].stretch
     stored = find_model(folder)
     _refuse_quantized(name, stored.config)
     if stored.config.vision is None:
         raise UserError(f"the run cannot take its image encoder from {name}, which is a language model")
-    return stored.config.vision, lambda places: fill_vision(places, stored)
+    return stored.config.vision, lambda places: fill_vision(places, stored), SIGLIP.stretch
 
 
 def _prepare_dual(
@@ -194,7 +211,7 @@ def _prepare_dual(
         _check_same(init.model, theirs, wanted, kind="dual")
         fillers.append(stored.fill)
     if init.vision:
-        theirs, fill_vision_part = _open_vision(init.vision)
+        theirs, fill_vision_part, _ = _open_vision(init.vision)
         _check_same(init.vision, _with(theirs, wanted.vision, FREE_OF_VISION), wanted.vision, "vision.", "dual")
         fillers.append(fill_vision_part)
 

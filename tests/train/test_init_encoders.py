@@ -7,11 +7,15 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
-from nanovlm.config import AdapterConfig, DataConfig, InitConfig, TrainConfig
+from nanovlm.config import AdapterConfig, DataConfig, InitConfig, ProjectorConfig, TrainConfig
 from nanovlm.hub.encoders import read_encoder
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vision import convert_pixels, normalize
@@ -39,8 +43,8 @@ def hub(tmp_path_factory):
     return folder
 
 
-def make_config(encoder, /, **parts):
-    model = dataclasses.replace(TINY, vision=encoder)
+def make_config(encoder, /, scale_factor=2, **parts):
+    model = dataclasses.replace(TINY, vision=encoder, projector=ProjectorConfig(scale_factor=scale_factor))
     return TrainConfig(model=model, data=DataConfig(tokenizer_size=300), init=InitConfig(**parts)).validate()
 
 
@@ -83,12 +87,47 @@ def test_two_encoders_of_the_hub_side_by_side(hub, tmp_path, capsys):
     assert not random.vision.second.layers[0].mlp.fc1.weight.equal(model.vision.second.layers[0].mlp.fc1.weight)
 
 
+STRETCHED = {
+    "clip": (CLIPVisionModel, CLIPVisionConfig(**CLIP)),
+    "dino": (Dinov2Model, Dinov2Config(**DINO)),
+    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**DINO)),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**CLIP, vision_use_head=False)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STRETCHED)
+def test_positions_are_stretched_as_transformers_does(tmp_path, capsys, name):
+    """For pictures of more and of fewer patches; and once more out of a model of ours."""
+    cls, settings = STRETCHED[name]
+    torch.manual_seed(0)
+    encoder = cls(settings).eval()
+    randomize(encoder)
+    encoder.save_pretrained(tmp_path / "hub")
+    own = read_encoder(tmp_path / "hub")
+    asked = {} if name in ("dino", "registers") else {"interpolate_pos_encoding": True}
+    if name == "clip":  # its features are those before the norm
+        own = dataclasses.replace(own, post_layernorm=False)
+    for side in (own.grid_size + 3, own.grid_size - 2):
+        vision = dataclasses.replace(own, image_size=side * own.patch_size)
+        model, processor = start(make_config(vision, vision=str(tmp_path / "hub"), scale_factor=1))
+        pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
+        expected = encoder(pixel_values=pixels, **asked).last_hidden_state[:, -(side**2) :]
+        assert (model.vision(pixels) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert f"4 x 4, are stretched to {side} x {side}" in capsys.readouterr().err
+    save_model(tmp_path / "model", model, processor)
+    model, _ = start(make_config(own, vision=str(tmp_path / "model"), scale_factor=1))
+    assert "2 x 2, are stretched to 4 x 4" in capsys.readouterr().err and all(
+        x.isfinite().all() for x in model.state_dict().values()
+    )
+
+
 def test_an_encoder_that_is_not_the_configured_one_is_refused(hub):
     clip, dino = read_encoder(hub / "clip"), read_encoder(hub / "dino")
     for vision, parts, message in (
         (dataclasses.replace(clip, num_hidden_layers=4), {"vision": "clip"}, "vision.num_hidden_layers: 3 against 4"),
         (dataclasses.replace(clip, mean=(0.5,) * 3), {"vision": "clip"}, r"vision.mean: \(0.481.* against \(0.5, 0.5"),
-        (dataclasses.replace(clip, second=dino), {"second": "clip"}, "vision.second.image_size: 16 against 24"),
+        (dataclasses.replace(clip, second=dino), {"second": "clip"}, "vision.second.patch_size: 4 against 6"),
         (clip, {"vision": "dino"}, "dino, which differs from the config: .*vision.num_registers: 4 against 0"),
     ):
         with pytest.raises(ValueError, match=message):
