@@ -115,7 +115,11 @@ KINDS = {
 def read_encoder(folder: Path) -> VisionConfig:
     """Read the config of an image encoder. Raises UserError that names the file and a field that is not supported."""
     data, kind, path = read_kind(folder)
-    data = data.get("vision_config", data)
+    return make_config(data.get("vision_config", data), kind, path)
+
+
+def make_config(data: dict, kind: Kind, path: Path) -> VisionConfig:
+    """Make our config of that of an encoder of some kind, in the file `path`."""
     if not isinstance(data, dict):
         raise UserError(f"{path}: vision_config must be a JSON object")
     check_fixed(data, kind.fixed | {"num_channels": 3}, path)
@@ -132,7 +136,7 @@ def read_encoder(folder: Path) -> VisionConfig:
     if "num_register_tokens" in data:
         fields["num_registers"] = data["num_register_tokens"]
     try:
-        return from_dict(VisionConfig, fields | read_normalization(folder)).validate()
+        return from_dict(VisionConfig, fields | read_normalization(path.parent)).validate()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -24,6 +24,7 @@ from nanovlm.hub import gguf
 from nanovlm.hub.adapters import attach
 from nanovlm.hub.configs import check_kind, read_config, read_template
 from nanovlm.hub.download import find, holds_adapter, refuse_adapter
+from nanovlm.hub.llava import open_llava
 from nanovlm.hub.model_folder import open_folder
 from nanovlm.hub.nanovlm_layout import open_nanovlm
 from nanovlm.hub.stored import Stored, read_model
@@ -78,6 +79,8 @@ def find_model(name: str | Path) -> Stored:
         return open_nanovlm(folder)
     if "model_type" not in data:
         return open_folder(folder)
+    if data["model_type"] == "llava":
+        return open_llava(folder)
     check_kind(data, folder / "config.json")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)

@@ -191,7 +191,7 @@ def _open_vision(name: str) -> tuple[VisionConfig, Callable[[Places], None], dic
     if "image_pooling" in data:  # ours, of a run that trained by contrast
         dual = find_dual(folder)
         return dual.config.vision, lambda places: fill_image_tower(places, dual), SIGLIP.stretch
-    if data.get("model_type") not in (None, *IDEFICS3_TYPES):
+    if data.get("model_type") not in (None, "llava", *IDEFICS3_TYPES):
         return read_encoder(folder), lambda places: load_encoder(places, folder), read_kind(folder)[1].stretch
     stored = find_model(folder)
     _refuse_quantized(name, stored.config)
