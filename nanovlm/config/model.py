@@ -152,7 +152,8 @@ class FusionConfig:
 class TilingConfig:
     # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
-    # image to one tile; native follows SigLIP 2's NaFlex: the encoder reads each image whole, at its own aspect ratio.
+    # image to one tile; crop cuts one out of its middle, as CLIP and LLaVA 1.5 do; native follows SigLIP 2's NaFlex:
+    # the encoder reads each image whole, at its own aspect ratio.
     policy: str = "fit"
     # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
     max_tiles: int = 1
@@ -420,7 +421,7 @@ class VLMConfig:
             f"fusion.every = {self.fusion.every} is above decoder.num_hidden_layers = {d.num_hidden_layers}",
         )
         if v is not None and self.fusion.only_latest:
-            most = {"square": 1, "fit": self.tiling.max_tiles}
+            most = {"square": 1, "crop": 1, "fit": self.tiling.max_tiles}
             check(
                 most.get(self.tiling.policy, self.tiling.longest_edge / v.image_size) <= 1,
                 "fusion.only_latest = True needs pictures of one tile, but tiling.policy = "

@@ -443,6 +443,23 @@ def markers_square(config: VLMConfig) -> list[str]:
     return []
 
 
+# ---- crop: one tile, the middle of the image, as CLIP and LLaVA 1.5 see it ----
+
+
+def draw_crop(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    """Scale the shorter side to that of a tile and cut the middle out, but compute no pixel of the rest."""
+    [view] = views_crop(*image.size, plan, config)
+    side, across, down = config.tile_size, image.width / view.width, image.height / view.height
+    box = (-view.left * across, -view.top * down, (side - view.left) * across, (side - view.top) * down)
+    return [image.resize((side, side), Image.Resampling.BICUBIC, box)]
+
+
+def views_crop(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
+    side, short = config.tile_size, min(width, height)
+    width, height = int(side * width / short), int(side * height / short)
+    return [View(1, 1, -((width - side) // 2), -((height - side) // 2), width, height)]
+
+
 # ---- native: one picture of any aspect ratio, which the encoder reads whole ----
 
 
@@ -516,5 +533,6 @@ TILING = {
     "idefics3": Tiling(plan_idefics3, draw_idefics3, views_idefics3, layout_idefics3, markers_idefics3),
     "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, views_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
     "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
+    "crop": Tiling(plan_square, draw_crop, views_crop, layout_square, markers_square),
     "native": Tiling(plan_native, draw_native, views_native, layout_native, markers_square),
 }

@@ -6,13 +6,11 @@ multi_modal_projector     linear_1, GELU, linear_2                              
 language_model            any decoder of families.py                               decoder
 ```
 
-Their processor scales a picture until its shorter side fits and cuts the rest off; here the whole picture is stretched
-to the square, so that answers about pictures that are not square differ. Nothing is written in this layout.
+Of a picture its middle is seen (tiling.policy = crop). Nothing is written in this layout.
 """
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,7 +20,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
-from nanovlm.hub.configs import check_fixed, read_decoder, read_special_tokens, read_template
+from nanovlm.hub.configs import check_fixed, read_decoder, read_image_settings, read_special_tokens, read_template
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.encoders import CLIP, make_config
 from nanovlm.hub.families import find_names
@@ -36,6 +34,8 @@ FIXED_LLAVA = {
     "multimodal_projector_bias": True,
     "vision_feature_select_strategy": "default",
 }
+# How pictures are prepared; 3 is bicubic.
+FIXED_IMAGES = {"do_resize": True, "do_center_crop": True, "resample": 3}
 # The encoder of a config.json that says nothing about it: CLIP's ViT-L/14 for pictures of 336 pixels.
 TOWER = {
     "model_type": "clip_vision_model",
@@ -53,7 +53,6 @@ def open_llava(folder: Path) -> Stored:
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_llava(folder, tokenizer)
     processor = Processor(tokenizer, read_template(folder, tokenizer), config)
-    print(f"{folder}: pictures are stretched to a square, not cut to one as LLaVA's are", file=sys.stderr)
     files = find_weights(folder)
     family = (read_json(folder / "config.json").get("text_config") or {}).get("model_type", "llama")
     names, root, head = find_llava_names(family, {key for path in files for key in tensor_names(path)})
@@ -107,11 +106,16 @@ def read_llava(folder: Path, tokenizer: Tokenizer) -> VLMConfig:
         text["tie_word_embeddings"] = True
     fields = {"image_token_id": data.get("image_token_index", data.get("image_token_id", 32000))}
     try:
+        vision = read_tower(data, path)
+        settings, where = read_image_settings(folder)
+        side = vision.image_size
+        check_fixed(settings, {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}, where)
+        check_fixed(settings, FIXED_IMAGES, where)
         return dataclasses.replace(
             from_dict(VLMConfig, fields | read_special_tokens(folder, data | text, tokenizer)),
-            vision=read_tower(data, path),
+            vision=vision,
             projector=ProjectorConfig("mlp", scale_factor=1),
-            tiling=TilingConfig("square"),
+            tiling=TilingConfig("crop"),
             decoder=read_decoder(text, path),
         ).validate()
     except ValueError as error:

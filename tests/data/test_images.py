@@ -281,6 +281,20 @@ def test_idefics3_tiles_are_those_of_transformers(longest_edge, tile):
         assert torch.allclose(expected["pixel_values"][0], normalize(tiles), atol=1e-6), size
 
 
+def test_crop_cuts_as_clip_does():
+    """To the bit but where a pixel lies between two values; of any aspect ratio, without computing what is cut off."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = square(20, policy="crop")
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=20, image_mean=[0] * 3, image_std=[1] * 3)
+    for i, size in enumerate([(20, 20), (40, 40), (64, 30), (31, 100), (7, 9), (300, 7)]):
+        image = noise(i).resize(size)
+        expected = (theirs(image, return_tensors="pt")["pixel_values"] * 255).round()
+        found = make_tiles(image, config)
+        assert found.shape == (1, 3, 20, 20) and (found - expected).abs().max() <= 1, size
+    assert make_tiles(Image.new("RGB", (1, 65535), "red"), config)[0, 0].eq(255).all()
+
+
 @pytest.mark.parametrize("policy", TILING)
 @pytest.mark.parametrize(("tile", "longest_edge"), [(16, 63), (15, 45), (40, 40)])
 def test_markers_are_all_that_layouts_write(policy, tile, longest_edge):
