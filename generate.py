@@ -128,7 +128,7 @@ def find_sources(config: GenerateConfig, model: VLM, processor: Processor) -> li
     """Find the passages that each prompt is answered from, and read the pictures among them."""
     if config.documents is None:
         return [([], [])] * len(config.prompt)
-    documents = Documents(config.documents, find_device(config.device), loaded=(config.model, model, processor))
+    documents = Documents(config.documents, find_device(config.device), loaded=(model, processor))
     found = [documents.find(text, config.num_passages) for text in config.prompt]
     return [(some, [documents.open_picture(one) for one in some if one.is_picture]) for some in found]
 

@@ -101,7 +101,7 @@ def measure_answers(config: RetrievalConfig) -> list[dict]:
         for name, embedder in embedders.items():
             out = Path(folder) / name
             update(DOCS, out, document_work(DocumentsConfig(DOCS, out), embedder))
-            indexes[name] = Documents(out, loaded=(config.model, model, processor))
+            indexes[name] = Documents(out, loaded=(model, processor))
         found = {"none": [[] for _ in questions]}
         for name, documents in indexes.items():
             found[name] = [documents.find(one["question"], 3) for one in questions]

@@ -4,7 +4,6 @@ A passage is found by its words, by its vector, or by both, whose rankings are t
 passages too where the model sees.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +147,9 @@ class Documents:
         folder: Path,
         device: torch.device | str = "cpu",
         model: str = "",
-        loaded: tuple[str, VLM, Processor] | None = None,
+        loaded: tuple[VLM, Processor] | None = None,
     ):
-        """`model` names the model of the index, if it is not where it was; `loaded` is one that is read already.
+        """`model` names the model of the index, if it is not where it was; `loaded` may be that model, read already.
 
         Raises UserError if the index is of another kind, or its model another one.
         """
@@ -158,11 +157,7 @@ class Documents:
         about = self.index.about
         if about.get("kind") != "documents":
             raise UserError(f"{folder} is an index of {about.get('kind')}, not of documents")
-        name = model or about["model"]
-        same = loaded is not None and name is not None and Path(loaded[0]).absolute() == Path(name).absolute()
-        if name is not None and not same:
-            print(f"{folder} is an index by {name}, which is read too", file=sys.stderr)
-        self.embedder = embedder_of(about, device, name or "", loaded[1:] if loaded and same else None)
+        self.embedder = embedder_of(about, device, model, loaded)
         self.words, self.folder = Words(self.index.folder), Path(about["folder"])
 
     def find(self, question: str, k: int) -> list[Passage]:

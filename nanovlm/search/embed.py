@@ -8,6 +8,7 @@ Legend: n contents, D size of a vector.
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,13 +85,16 @@ def open_embedder(
 def embedder_of(
     about: dict, device: torch.device | str, name: str = "", loaded: tuple[VLM, Processor] | None = None
 ) -> Embedder | None:
-    """Read the model of an index, or the one of this name in its place; None for an index without one.
+    """Return the model of an index: `loaded` if it is that one to the bit, else read by its name, or by this one.
 
-    Raises UserError if it is another one.
+    None for an index without a model. Raises UserError if that of the name is another one.
     """
     if not about["vector_size"]:
         return None
     name = name or about["model"]
+    if loaded is not None and fingerprint(loaded[0]) != about["fingerprint"]:
+        loaded = None  # another one, or read in another precision
+        print(f"the index was made by {name}, which is read too", file=sys.stderr)
     embedder = open_embedder(name, device, about.get("pooling", "last"), about.get("instruction", ""), loaded)
     if embedder.about["fingerprint"] != about["fingerprint"]:
         raise UserError(f"{name} is not the model of the index, {about['model']}, or it was trained on: index again")

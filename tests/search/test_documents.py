@@ -1,6 +1,8 @@
 """Documents become passages that say where they are from, are found by words and vectors, and stay plain text."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,21 @@ def test_generate_answers_from_passages_and_shows_them(made, capsys, monkeypatch
     assert printed.err == "" and "    [9] " in printed.out and "picture.png, characters 0 to 0" in printed.out
     assert "shapes.md, Shapes, characters 0 to 27  (score 0." in printed.out
     assert len(seen[-1][1]) == 1  # the picture among the passages
+
+
+def test_an_index_and_an_answer_may_have_two_precisions(made, tmp_path, capsys):
+    """The model is read once more, as the index was made; and only once where it has been moved."""
+    config = GenerateConfig(
+        model=str(made / "model"), prompt=("what is round?",), documents=made / "both", num_passages=20, json=True,
+        sampling=SamplingConfig(max_new_tokens=2), device="cpu",
+    )  # fmt: skip
+    shutil.copytree(made / "model", tmp_path / "moved")
+    told = []
+    for changes in ({}, {"precision": "bf16"}, {"model": str(tmp_path / "moved")}):
+        generate.main(dataclasses.replace(config, **changes))
+        printed = capsys.readouterr()
+        told.append((json.loads(printed.out)["sources"], "which is read too" in printed.err))
+    assert told[0] == told[2] == (told[1][0], False) and told[1][1] and told[0][0][0]["cosine"]
 
 
 def test_a_query_prints_passages(made, capsys):
