@@ -129,7 +129,13 @@ def find_sources(config: GenerateConfig, model: VLM, processor: Processor) -> li
     if config.documents is None:
         return [([], [])] * len(config.prompt)
     documents = Documents(config.documents, find_device(config.device), loaded=(model, processor))
-    found = [documents.find(text, config.num_passages) for text in config.prompt]
+    sees = model.config.vision is not None
+    if not sees and documents.words is None:
+        raise UserError(
+            f"{config.documents} is an index of pictures, and {config.model} is a language model, which sees none: "
+            "name a model that sees, or an index of documents"
+        )
+    found = [documents.find(text, config.num_passages, sees) for text in config.prompt]
     return [(some, [documents.open_picture(one) for one in some if one.is_picture]) for some in found]
 
 

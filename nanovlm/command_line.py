@@ -59,7 +59,7 @@ class GenerateConfig:
     image: tuple[Path, ...] = ()
     # Questions about the images; several are answered at a time. Without any: a chat.
     prompt: tuple[str, ...] = ()
-    # The folder of an index of documents (python -m nanovlm.search index-documents): each prompt is answered from the
+    # The folder of an index of documents or pictures (python -m nanovlm.search): each prompt is answered from the
     # passages that are found for it, which are shown beside the answer. What a model thinks first is left out.
     documents: Path | None = None
     # How many passages a prompt is answered from.

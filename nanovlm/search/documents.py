@@ -4,6 +4,7 @@ A passage is found by its words, by its vector, or by both, whose rankings are t
 passages too where the model sees.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from nanovlm.search.update import Item, Work, update
 from nanovlm.search.vectors import search
 
 CANDIDATES = 100  # passages of each ranking that are fused
+PICTURE = {"section": "", "start": 0, "end": 0, "text": ""}  # what stands for the text of a picture
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def document_work(config: DocumentsConfig, embedder: Embedder | None) -> Work:
     def read(data: bytes, name: str) -> list[Item]:
         if Path(name).suffix.lower() not in READERS:
             picture = decode_image(data, name)
-            return [Item({"section": "", "start": 0, "end": 0, "text": ""}, embedder and embedder.prepare(picture))]
+            return [Item(PICTURE, embedder and embedder.prepare(picture))]
         text = read_document(data, name)
         items = []
         for chunk in split(text, config.chunk, config.chunk_tokens, config.overlap, tokens):
@@ -140,7 +142,7 @@ def write_texts(folder: Path):
 
 
 class Documents:
-    """An open index of documents, and the model that made its vectors."""
+    """An open index of documents or pictures, and the model that made its vectors."""
 
     def __init__(
         self,
@@ -151,27 +153,31 @@ class Documents:
     ):
         """`model` names the model of the index, if it is not where it was; `loaded` may be that model, read already.
 
-        Raises UserError if the index is of another kind, or its model another one.
+        Raises UserError if the model is another one.
         """
         self.index = open_index(folder)
         about = self.index.about
-        if about.get("kind") != "documents":
-            raise UserError(f"{folder} is an index of {about.get('kind')}, not of documents")
         self.embedder = embedder_of(about, device, model, loaded)
-        self.words, self.folder = Words(self.index.folder), Path(about["folder"])
+        self.words = Words(self.index.folder) if about["kind"] == "documents" else None
+        self.folder = Path(about["folder"])
 
-    def find(self, question: str, k: int) -> list[Passage]:
-        """Return the k passages that may answer a question, the likeliest first; fewer where no more have its words."""
-        cosines, scores = {}, dict(self.words.search(question, CANDIDATES))
+    def find(self, question: str, k: int, sees: bool = True) -> list[Passage]:
+        """Return the k passages that may answer a question, the likeliest first; fewer where no more have its words.
+
+        Pictures are left out if who answers does not see them.
+        """
+        cosines, scores = {}, dict(self.words.search(question, CANDIDATES)) if self.words else {}
         if self.embedder is not None and self.index.vectors is not None and len(self.index):
             values, rows = search(self.index.vectors, self.embedder.query(question), CANDIDATES)
             cosines = dict(zip(rows[0].tolist(), values[0].tolist(), strict=True))
-        return list(self._passages(fuse([list(cosines), list(scores)])[:k], cosines, scores))
+        passages = self._passages(fuse([list(cosines), list(scores)]), cosines, scores)
+        return list(itertools.islice((one for one in passages if sees or not one.is_picture), k))
 
     def _passages(self, found, cosines, scores) -> Iterator[Passage]:
         for row, score in found:
             file, item = self.index.read(row)
-            yield Passage(file.name, **item, score=score, cosine=cosines.get(row), bm25=scores.get(row))
+            place = (item.get(name, empty) for name, empty in PICTURE.items())
+            yield Passage(file.name, *place, score, cosines.get(row), scores.get(row))
 
     def open_picture(self, passage: Passage) -> Image.Image:
         """Read the picture that a passage is. Raises UserError if it is gone."""

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import generate
+import nanovlm
 from nanovlm.command_line import GenerateConfig
 from nanovlm.config import SamplingConfig
+from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM
@@ -147,6 +150,40 @@ def test_an_index_and_an_answer_may_have_two_precisions(made, tmp_path, capsys):
     assert told[0] == told[2] == (told[1][0], False) and told[1][1] and told[0][0][0]["cosine"]
 
 
+def test_pictures_are_shown_to_models_that_see_and_to_no_others(made, tmp_path, processor, capsys):
+    """Those of an index of pictures, which a dual model finds, and those among documents."""
+    blind = dataclasses.replace(TINY, vision=None, image_token_id=None)
+    save_model(tmp_path / "blind", VLM(blind), Processor(processor.tokenizer, processor.chat_template, blind))
+    make_dual(tmp_path / "dual", processor)
+    for number in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        noise(number).save(tmp_path / "in" / f"{number}.png")
+    main(["index", str(tmp_path / "in"), str(tmp_path / "pictures"), "--model", str(tmp_path / "dual")])
+    config = GenerateConfig(
+        model=str(made / "model"), prompt=("red?",), documents=tmp_path / "pictures", num_passages=2, json=True,
+        sampling=SamplingConfig(max_new_tokens=2), device="cpu",
+    )  # fmt: skip
+    capsys.readouterr()
+    main(["query", str(tmp_path / "pictures"), "red?", "-k", "2", "--json"])
+    best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    generate.main(config)
+    line = json.loads(capsys.readouterr().out)
+    found = [(one["file"], one["cosine"], one["bm25"], one["text"]) for one in line["sources"]]
+    assert found == [(one["file"], one["score"], None, "") for one in best]
+    _, theirs = nanovlm.load(made / "model")
+    images = [Image.open(tmp_path / "in" / one["file"]) for one in best]
+    passages = [Passage(one["file"], "", 0, 0, "", 0, 0, None) for one in best]
+    asked, _ = generate.ask_about("red?", [], passages, [])
+    prompt = theirs.prompt([{"role": "user", "content": asked}], images)
+    assert line["prompt_tokens"] == len(prompt) and line["text"]
+    with pytest.raises(UserError, match=r"an index of pictures, and .*blind is a language model, which sees none"):
+        generate.main(dataclasses.replace(config, model=str(tmp_path / "blind")))
+    among = dataclasses.replace(config, model=str(tmp_path / "blind"), documents=made / "both", num_passages=20)
+    generate.main(among)
+    files = {one["file"] for one in json.loads(capsys.readouterr().out)["sources"]}
+    assert files == {"shapes.md", "page.html", "print.pdf", "long.txt"}
+
+
 def test_a_query_prints_passages(made, capsys):
     main(["query", str(made / "words"), "what is round?", "-k", "2"])
     printed = capsys.readouterr().out.splitlines()
@@ -170,9 +207,6 @@ def test_mistakes_are_named(made, tmp_path, processor, monkeypatch):
         main(["query", str(made / "words"), "--image", str(made / "in" / "picture.png")])
     with pytest.raises(UserError, match="--documents answers a --prompt"):
         GenerateConfig(model="m", documents=Path("x")).validate()
-    main(["index", source, str(tmp_path / "pictures"), "--model", str(made / "model")])
-    with pytest.raises(UserError, match="is an index of pictures, not of documents"):
-        Documents(tmp_path / "pictures")
     monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
     with pytest.raises(UserError, match=r'documents need the package bm25s: pip install -e ".\[search\]"'):
         main(["index-documents", source, out])
