@@ -55,7 +55,7 @@ from nanovlm.infer.adapters import settle
 from nanovlm.infer.asking import ask
 from nanovlm.infer.engine import Engine, suitable_cache
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_look
-from nanovlm.infer.looking import look, split_text
+from nanovlm.infer.looking import check_places, look, split_text
 from nanovlm.infer.prune import answer_pruned
 from nanovlm.infer.request import End, Request, Token, Usage
 from nanovlm.infer.text import TextStream, after_thinking
@@ -275,7 +275,8 @@ def format_routing(model: VLM, processor: Processor, prompt: Document, answer_id
 
 
 def check_attention(config: GenerateConfig, model: VLM):
-    """Raise UserError if the layer or the head to draw is not in the model."""
+    """Raise UserError if the layer or the head to draw is not in the model, or it looks at no places of a picture."""
+    check_places(model.config)
     counts = {"layer": model.config.decoder.num_hidden_layers, "head": model.config.decoder.num_attention_heads}
     for name, wanted in (("layer", config.attention_layer), ("head", config.attention_head)):
         if wanted is not None and not 0 <= wanted < counts[name]:

@@ -18,7 +18,7 @@ import generate
 import nanovlm
 from generate import Said
 from nanovlm.command_line import GenerateConfig
-from nanovlm.config import MoEConfig, SamplingConfig
+from nanovlm.config import FusionConfig, MoEConfig, ProjectorConfig, SamplingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.errors import UserError
@@ -422,6 +422,24 @@ def test_routing_of_one_answer(folder, processor):
     assert names == [["layer", str(layer), part] for layer in (0, 1) for part in ("question", "answer")]
     refused = call(folder, "--image", "a.png", "--prompt", "what?", "--show-routing")
     assert refused.returncode == 2 and "--show-routing needs a mixture of experts" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fusion": FusionConfig("cross_attention")}, r"with fusion\.type = 'cross_attention' there are none"),
+        ({"projector": ProjectorConfig("resampler", num_tokens=4)}, r"projector\.type = 'resampler' are of no place"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_said_before_it_is_asked(folder, processor, monkeypatch, change, message):
+    model = VLM(dataclasses.replace(TINY, **change))
+    own = Processor(processor.tokenizer, processor.chat_template, model.config)
+    monkeypatch.setattr(nanovlm, "load", lambda *_: (model, own))
+    monkeypatch.setattr(generate, "answer", None)
+    config = GenerateConfig("model", (folder / "a.png",), ("what?",), show_attention=folder / "no.png", device="cpu")
+    with pytest.raises(UserError, match=message):
+        generate.main(config)
 
 
 def test_attention_of_one_answer(folder):

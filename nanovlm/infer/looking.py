@@ -71,16 +71,8 @@ def look(model: VLM, prompt: Document, answer_ids: list[int], means: Means = "no
     for token in answer_ids:
         if not 0 <= token < config.decoder.vocab_size or token == config.image_token_id:
             raise UserError(f"token {token} cannot stand in an answer of this model")
-    if config.fusion.type != "sequence" and len(prompt.tiles):
-        raise UserError(
-            f"where an answer looked is drawn of image tokens in the sequence, and with fusion.type = "
-            f"{config.fusion.type!r} there are none"
-        )
-    if config.projector.num_tokens and len(prompt.tiles):
-        raise UserError(
-            f"the {config.num_image_tokens} image tokens of projector.type = {config.projector.type!r} are of no place "
-            "in the picture, so that it cannot be drawn where an answer looked"
-        )
+    if len(prompt.tiles):
+        check_places(config)
     first, A = len(prompt) - 1, len(answer_ids)
     if first + A > (most := config.decoder.max_position_embeddings):
         raise UserError(f"prompt and answer have {first + 1 + A} tokens, more than the model's {most} positions")
@@ -116,6 +108,20 @@ def look(model: VLM, prompt: Document, answer_ids: list[int], means: Means = "no
         experts = torch.stack([routing.choice[first:] for routing in extras.routing]).cpu()
         weights = torch.stack([routing.weights[first:] for routing in extras.routing]).float().cpu()
     return Look(answer_ids, to_images, to_text, own, indices, values, experts, weights)
+
+
+def check_places(config: VLMConfig):
+    """Raise UserError for a model whose answers look at no places of a picture."""
+    if config.fusion.type != "sequence":
+        raise UserError(
+            f"where an answer looked is drawn of image tokens in the sequence, and with fusion.type = "
+            f"{config.fusion.type!r} there are none"
+        )
+    if config.projector.num_tokens:
+        raise UserError(
+            f"the {config.num_image_tokens} image tokens of projector.type = {config.projector.type!r} are of no place "
+            "in the picture, so that it cannot be drawn where an answer looked"
+        )
 
 
 @contextlib.contextmanager

@@ -146,6 +146,25 @@ def test_answers_that_no_model_gives(processor, answer, message):
         look(VLM(TINY), processor.prompt(QUESTION, [noise(0)]), answer)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["images", "prompt"])
+def test_what_prefix_attention_sees_is_looked_at(processor, kind, monkeypatch):
+    """The values of a layer, by the weights of the queries, are what the layer computes for them."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, prefix_attention=kind))
+    model, theirs = VLM(config).eval(), Processor(processor.tokenizer, CHAT_TEMPLATE, config)
+    prompt, weights, passes = theirs.prompt(QUESTION, [noise(0)]), [], []
+    attention = model.decoder.layers[0].self_attn
+    attend, weigh = attention.attend, looking.attention_weights
+    attention.attend = lambda *args: passes.append((args[2], attend(*args))) or passes[-1][1]
+    monkeypatch.setattr(looking, "attention_weights", lambda *args: weights.append(weigh(*args)) or weights[-1])
+    look(model, prompt, ANSWER)
+    (values, out), of_layer = passes[0], torch.cat(weights[:3], 1)  # three rounds a layer
+    expected = of_layer @ values[0].repeat_interleave(2, 1).transpose(0, 1)
+    torch.testing.assert_close(out[0, len(prompt) - 1 :].transpose(0, 1), expected, rtol=0, atol=1e-5)
+    assert prompt.span_ids is not None and bool(prompt.span_ids.any())
+
+
 # ---- as JSON ----
 
 
