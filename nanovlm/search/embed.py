@@ -37,6 +37,7 @@ from nanovlm.model.vlm import VLM
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 QUERY = "Instruct: {instruction}\nQuery:{query}"
 ROW_LENGTH = 2048  # tokens that are embedded together; a longer text has a row of its own
+ROW_PIXELS = 2**22  # of their pictures, 16 tiles of 512 x 512, or as many as the largest picture has
 SAMPLED = 4096  # numbers of a tensor that a fingerprint looks at
 DUAL_TYPES = ("siglip", "siglip2", "clip")
 
@@ -184,7 +185,9 @@ def decoder_embedder(name: str, model: VLM, processor: Processor, pooling: str, 
     def embed(prepared: list[Document]) -> Tensor:
         vectors = torch.empty(len(prepared), model.config.decoder.hidden_size)
         lengths = [len(document) for document in prepared]
-        for row in pack(lengths, [0] * len(prepared), max([ROW_LENGTH, *lengths])):
+        tiles = [len(document.tiles) for document in prepared]
+        most_tiles = max([ROW_PIXELS // max(1, model.config.tile_size**2), *tiles])
+        for row in pack(lengths, tiles, max([ROW_LENGTH, *lengths]), most_tiles):
             documents = [prepared[i] for i in row]
             batch = collate([make_row(documents, sum(map(len, documents)), processor.config.pad_token_id)]).to(device)
             vectors[row] = F.normalize(pool(model(batch), batch).float(), dim=-1).cpu()

@@ -1,5 +1,6 @@
 """Vectors of decoders equal the published recipe on transformers' model; those of dual models are the model's own."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import processors
 
-from nanovlm.config import DualConfig, TextConfig
+from nanovlm.config import DualConfig, ProjectorConfig, TextConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.dual import DualProcessor
+from nanovlm.data.tokenizer import CHAT_TEMPLATE
 from nanovlm.errors import UserError
 from nanovlm.hub.dual import save_dual
 from nanovlm.hub.model_folder import save_model
@@ -110,6 +112,25 @@ def test_a_vlm_embeds_pictures_beside_texts(tmp_path, processor):
     assert embedder.sees and (together[0] - together[2]).abs().max() > 1e-3
     with pytest.raises(UserError, match="tokens is longer than the"):
         embedder.prepare("red " * 9000)
+
+
+@torch.inference_mode()
+def test_pictures_are_embedded_a_few_tiles_at_a_time(processor, monkeypatch):
+    """However many tokens a row has room for, and also where a picture alone has more tiles."""
+    torch.manual_seed(0)
+    native = dict(tiling=TilingConfig("native", max_patches=40), projector=ProjectorConfig(scale_factor=2))
+    config, seen = dataclasses.replace(TINY, **native), []
+    model = VLM(config).eval()
+    embedder = open_embedder("model", loaded=(model, Processor(processor.tokenizer, CHAT_TEMPLATE, config)))
+    prepared = [embedder.prepare(x) for x in (noise(0), "red", noise(1), noise(2, size=9), "blue", noise(3), noise(4))]
+    assert [len(document.tiles) for document in prepared] == [9, 0, 9, 9, 0, 9, 9]
+    alone = torch.cat([embedder.embed([one]) for one in prepared])
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0].pixel_values)))
+    for pixels, most in ((embed.ROW_PIXELS, 45), (20 * config.tile_size**2, 18), (1, 9)):
+        monkeypatch.setattr(embed, "ROW_PIXELS", pixels)
+        seen.clear()
+        torch.testing.assert_close(embedder.embed(prepared), alone, atol=1e-5, rtol=0)
+        assert sum(seen) == 45 and max(seen) == most
 
 
 def make_dual(folder, processor):
