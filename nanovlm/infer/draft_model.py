@@ -8,6 +8,7 @@ draft's row    [ image tokens | question | answer so far | g1 g2 g3 g4 ]      it
 
 A draft model that takes the same tiles as the engine's model sees the pictures. To any other a prompt is shown without
 image tokens, the engine's and its own. Tokens that the draft's vocabulary lacks are left out of what it is shown, too.
+Where both have the same prefix attention, spans are seen in both directions; a causal draft sees none.
 
 For a greedy request the draft is greedy. For another it draws as the request is drawn, by a generator of its own, and
 tells by which probabilities (speculate.py). What it guesses follows from the row alone, and a drawn answer waits until
@@ -71,6 +72,12 @@ class DraftModel:
 
     def prepare(self, model: VLM, num_rows: int, num_blocks: int):
         own, config, weight = self.model.config, model.config, self.model.decoder.embed_tokens.weight
+        if own.decoder.prefix_attention not in ("causal", config.decoder.prefix_attention):
+            raise UserError(
+                f"the draft model has decoder.prefix_attention = {own.decoder.prefix_attention}, and the model "
+                f"{config.decoder.prefix_attention}: take a draft with the same, or a causal one"
+            )
+        self.has_other_spans = own.decoder.prefix_attention != config.decoder.prefix_attention
         self.vocab_size = config.decoder.vocab_size
         self.num_known = min(self.vocab_size, own.decoder.vocab_size)  # tokens that both models have, the first ones
         self.image_token_id, self.stops = config.image_token_id, frozenset(find_stops(config))
@@ -164,20 +171,28 @@ class DraftModel:
         if self._is_late(row) and (num := self._claim(own, self._count_new(own) - 1)):
             self._run([(own, own.num_computed, num)])
             self._advance(own, num)
+            own.num_computed = min(own.num_computed, len(own.tokens) - 1)  # as above
         return None if self._is_late(row) else own
 
     def _claim(self, own: DraftRow, most: int) -> int:
         """Return how many tokens of a prompt, at most `most`, this step still computes, and spend them."""
-        num = min(most, self.tokens_left)
-        for i in own.prompt.pictures_of(own.num_computed, own.num_computed + num):
+        start, num = own.num_computed, min(most, self.tokens_left)
+        if num == 0:
+            return 0
+        first, last = own.prompt.span_at(start + num - 1)  # which is not cut
+        if last > start + num:
+            num = (first if first > start else last) - start
+        _, needed = own.prompt.span_at(start)
+        for i in own.prompt.pictures_of(start, start + num):
             if self.features.has(own.prompt.digests[i]):
                 continue
-            if self.tiles_left == 0:  # stop before it, and for this step
-                num = max(own.prompt.places[i][0] - own.num_computed, 0)
+            place = own.prompt.places[i][0]
+            if self.tiles_left <= 0 and place >= needed:  # stop before it, and for this step
+                num = max(own.prompt.span_at(place)[0] - start, 0)
                 self.tokens_left = num
                 break
             self.tiles_left -= 1
-        self.tokens_left -= num
+        self.tokens_left = max(self.tokens_left - num, 0)
         return num
 
     def _begin(self, row: Row) -> DraftRow | None:
@@ -186,12 +201,14 @@ class DraftModel:
         for token in (self.image_token_id, self.model.config.image_token_id):
             if not self.sees_images and token is not None:
                 is_shown &= ids != token
-        if not bool(is_shown.all()) or (prompt.digests and not self.sees_images):
-            shown = row.request.prompt
+        if not bool(is_shown.all()) or (prompt.digests and not self.sees_images) or self.has_other_spans:
+            shown, spans = row.request.prompt, row.request.prompt.span_ids
             if not self.sees_images:
                 shown = replace(shown, tiles=shown.tiles[:0], grids=[])
+            if spans is not None:
+                spans = torch.cat((spans, spans.new_zeros(len(ids) - len(spans))))[is_shown]
             prompt = Prompt(
-                replace(row.request, prompt=replace(shown, input_ids=ids[is_shown], span_ids=None)), self.model
+                replace(row.request, prompt=replace(shown, input_ids=ids[is_shown], span_ids=spans)), self.model
             )
         most = len(prompt.ids) + row.request.sampling.max_new_tokens
         if not prompt.ids or most > self.model.config.decoder.max_position_embeddings:
@@ -213,7 +230,9 @@ class DraftModel:
         `ids` int64[R] are the tokens where the host does not know them. Returns the logits behind the last of each row,
         of the tokens that the engine's model knows, too.
         """
-        now = self.cache.begin([Span(row.numbers, start, num) for row, start, num in work])
+        now = self.cache.begin(
+            [Span(row.numbers, start, num, row.prompt.lasts(start, num)) for row, start, num in work]
+        )
         listed, places, features, lasts, end = [], [], [], [0] * len(work), 0
         for i in now.order:
             row, start, num = work[i]

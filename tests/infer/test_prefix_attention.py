@@ -7,6 +7,8 @@ import torch
 
 import nanovlm
 from nanovlm.config import SamplingConfig
+from nanovlm.errors import UserError
+from nanovlm.infer import draft_model
 from nanovlm.infer import engine as engine_module
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
@@ -55,6 +57,34 @@ def test_other_backends_and_a_prepared_model(processors, attention):  # noqa: F8
     pytest.importorskip("triton")
     prompts = [ask(processors["prompt"], text, 3) for text in ASKED[:2]]
     check_answers(model, processors["prompt"], prompts, Engine(prepare(model), chunk=7))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_draft_sees_the_spans_that_the_model_sees(kind, prompts, temperature, monkeypatch):
+    """So all guesses of the model itself are accepted, however small its chunks; a causal draft sees none."""
+    monkeypatch.setattr(draft_model, "MOST_TILES", 1)
+    model, sampling = make_model(kind), SamplingConfig(max_new_tokens=12, temperature=temperature, seed=3)
+
+    def guess(small):
+        draft = draft_model.DraftModel(small, 4, chunk=6)
+        engine, spans = Engine(model, num_rows=3, draft=draft), []
+        begin = draft.cache.begin
+        monkeypatch.setattr(draft.cache, "begin", lambda some: spans.extend(some) or begin(some))
+        numbers = [engine.submit(Request(prompt, sampling)) for prompt in prompts]
+        answers, ends = finish(engine, *numbers)
+        assert draft.blocks.num_free == len(draft.blocks.all)
+        usages = [ends[number, 0].usage for number in numbers]
+        totals = [sum(getattr(usage, f"{name}_tokens") for usage in usages) for name in ("drafted", "accepted")]
+        return [answers[number, 0] for number in numbers], *totals, any(span.lasts for span in spans)
+
+    answers, drafted, accepted, sees = guess(model)
+    assert drafted == accepted > 0 and sees
+    causal = VLM(make_config("causal", model.config))
+    causal.load_state_dict(model.state_dict())
+    found, _, _, sees = guess(causal.eval())
+    assert not sees and (temperature > 0 or found == answers)
+    with pytest.raises(UserError, match=f"prefix_attention = {kind}, and the model causal: take a draft"):
+        Engine(causal, draft=draft_model.DraftModel(model))
 
 
 def test_generate_equals_the_engine(processors, kind, prompts):  # noqa: F811
