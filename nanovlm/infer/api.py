@@ -36,6 +36,7 @@ UNSUPPORTED = {
     "logit_bias": ({},),
     "modalities": (["text"],),
     "presence_penalty": (0,),
+    "prune_image_tokens": (0,),  # prune.py says why
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "suffix": ("",),

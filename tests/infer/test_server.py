@@ -380,6 +380,7 @@ def with_image_url(**fields):
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"prune_image_tokens": 0.5}, "prune_image_tokens is not supported"),
         ({"modalities": ["text", "audio"]}, "modalities is not supported"),
         ({"temperature": -1}, "temperature = -1.0 must be 0 .greedy. or more, and finite"),
         ({"temperature": "hot"}, "temperature must be a number"),
