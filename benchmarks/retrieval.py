@@ -298,12 +298,12 @@ def write_tables():
         )
         rows.append(f"| {what} | {' | '.join(['', *cells[1:]] if way == 'none' else cells)} |")
     tables = {"answers": rows}
-    rows = ["| search of 100,000 vectors | a query, ms | 10 % to 90 % |", "|---|---|---|"]
+    rows = ["| search of vectors | of them | a query, ms | 10 % to 90 % |", "|---|---|---|---|"]
     for (subject, side), line in newest.items():
         if subject in ("vectors", "search"):
             name = side or "pictures, through the index"
             middle, low, high = line["query_ms"]
-            rows.append(f"| {name}, {line['vector_size']} numbers | {middle} | {low} to {high} |")
+            rows.append(f"| {name}, {line['vector_size']} numbers | {line['num']:,} | {middle} | {low} to {high} |")
     if line := newest.get(("search", None)):
         rows += [
             "",
