@@ -124,9 +124,20 @@ class ContrastiveConfig:
     max_scale: float = 100.0
     # Pictures whose products with the texts of a rank are computed at once; 0 for as many as fit into 128 MiB.
     chunk: int = 0
+    # Weight of a captioning loss beside it (CoCa, with 2): how surprised a decoder that sees a picture's patches is by
+    # its caption, the mean over its tokens and then over captions. 0 for none.
+    caption_weight: float = 0.0
+    # Layers of that decoder, which checkpoints have and no model keeps.
+    caption_layers: int = 2
 
     def validate(self) -> "ContrastiveConfig":
         """Return self, or raise UserError with the value of the first contradiction."""
         check(self.max_scale > 0, f"contrastive.max_scale = {self.max_scale} must be positive")
-        check(self.chunk >= 0, f"contrastive.chunk = {self.chunk} must be at least 0")
+        for name, least in (("chunk", 0), ("caption_weight", 0), ("caption_layers", 1)):
+            value = getattr(self, name)
+            check(value >= least, f"contrastive.{name} = {value} must be at least {least}")
+        check(
+            self.caption_weight or self.caption_layers == ContrastiveConfig.caption_layers,
+            f"contrastive.caption_layers = {self.caption_layers} needs contrastive.caption_weight above 0",
+        )
         return self

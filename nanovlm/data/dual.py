@@ -86,6 +86,19 @@ class DualProcessor:
             tiles=self.encode_images(list(images)),
         )
 
+    def find_padding(self, ids: Tensor) -> Tensor:
+        """Return which tokens of texts, int64[J, L], are padding: bool[J, L].
+
+        Where padding and the end of a text are the same token, as in SigLIP, the first of them is the end.
+        """
+        if not self.config.text.is_padded:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        is_padding = (ids == self.config.pad_token_id).flip(1).cumprod(1).flip(1).bool()
+        nothing = self.tokenizer.encode("")
+        if self.config.pad_token_id in nothing.ids[: sum(nothing.attention_mask)]:
+            is_padding &= torch.nn.functional.pad(is_padding, (1, -1))
+        return is_padding
+
     def document(self, sample: Sample) -> Document:
         """Turn a sample of a picture and its caption, the first answer or text in it, into a document."""
         if len(sample.images) != 1:

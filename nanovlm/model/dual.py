@@ -49,29 +49,39 @@ class Dual(nn.Module):
             for tensor, values in initial_weights(self):
                 tensor.copy_(values)
 
-    def forward(self, batch: Batch, num_parts: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, num_parts: int = 1, beside: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """Return the embeddings of the batch's pictures and of its texts, fp32[I, E] and fp32[J, E].
 
         With several parts the activations of one alone are in memory: the backward pass computes each again, with the
-        random numbers of the first time (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+        random numbers of the first time (gradient caching, Gao et al. 2021, arXiv 2101.06983). What `beside` makes of
+        the features of the patches [n, P, D] of pictures and of their indices int64[n] comes third, [I, ...].
         """
         pixel_values = batch.pixel_values
         if not len(pixel_values):  # ranks that exchange gradients must use the same parameters
             pixel_values = pixel_values.new_zeros(1, 3, *[self.config.tile_size] * 2)
-        embed_images, embed_texts = self.embed_images, self._embed_rows
+        see, embed_texts = functools.partial(self._see, beside), self._embed_rows
         if num_parts > 1:
-            embed_images, embed_texts = (functools.partial(recompute, f) for f in (embed_images, embed_texts))
+            see, embed_texts = (functools.partial(recompute, f) for f in (see, embed_texts))
         rows = (x.chunk(num_parts) for x in (batch.input_ids, batch.doc_ids, batch.branch_ids, batch.position_ids))
-        images = torch.cat([embed_images(part) for part in pixel_values.chunk(num_parts)])
+        index = torch.arange(len(pixel_values), device=pixel_values.device)
+        pictures = zip(*(x.chunk(num_parts) for x in (pixel_values, index)), strict=True)
+        seen = zip(*[see(*part) for part in pictures], strict=True)
+        images, *others = (torch.cat(parts)[: len(batch.pixel_values)] for parts in seen)
         texts = torch.cat([embed_texts(*part) for part in zip(*rows, strict=True)])
-        return images[: len(batch.pixel_values)], texts
+        return images, texts, *others
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """Pictures, uint8 or already normalised floats [I, C, H, W] -> fp32[I, E] of length 1."""
+        return self._see(None, pixel_values)[0]
+
+    def _see(self, beside, pixel_values: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values, self.config.vision.mean, self.config.vision.std)
-        x_ID = self.image_pooling(self.vision.forward_all(pixel_values))
-        return F.normalize(self.image_projection(x_ID).float(), dim=-1)
+        x_IPD = self.vision.forward_all(pixel_values)
+        images = F.normalize(self.image_projection(self.image_pooling(x_IPD)).float(), dim=-1)
+        return (images, beside(x_IPD[:, self.config.vision.num_tokens_beside :], index)) if beside else (images,)
 
     def embed_texts(self, batch: Batch) -> Tensor:
         """The documents of a batch, in its order -> fp32[J, E] of length 1."""
@@ -110,7 +120,7 @@ def initial_weights(model: Dual) -> Iterator[tuple[Tensor, Tensor]]:
         yield model.logit_bias, torch.tensor([config.initial_bias])
 
 
-def recompute(embed: Callable[..., Tensor], *part: Tensor) -> Tensor:
+def recompute(embed: Callable[..., Any], *part: Tensor) -> Any:
     return checkpoint(embed, *part, use_reentrant=False)
 
 

@@ -3,17 +3,23 @@
 A unit is a pair. Every picture of a step is compared with every text of it, over all micro-batches and ranks, so that
 the number of pairs in a step decides what is learned; how they are divided does not. Where two captions are equal,
 neither is a wrong answer for the other's picture.
+
+With a weight of captions, each pair's own loss has beside it that weight times the mean over the tokens of its caption
+of what a decoder, which no model keeps, needs to tell it from the picture (captions.py). So the loss of a step is the
+contrastive one plus the weight times the mean of its captions' losses, each of which counts alike, long or short.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nanovlm.config import TrainConfig, pick
-from nanovlm.data.types import Batch
+from nanovlm.data.types import IGNORE, Batch
 from nanovlm.model.dual import find_ends
 from nanovlm.model.vlm import Extras
+from nanovlm.objectives.captions import CaptionDecoder, find_captions
 from nanovlm.objectives.contrastive_losses import sigmoid_loss, softmax_loss
 
 
@@ -22,10 +28,15 @@ class Contrastive:
 
     learns_from: Literal["captions"] = "captions"
 
-    def __init__(self, config: TrainConfig, processor=None, device=None):
+    def __init__(self, config: TrainConfig, processor: Any = None, device: torch.device | None = None):
         self.config, self.batch_rows = config.contrastive, config.data.batch_rows
         self.of_pairs = pick(LOSSES, self.config.loss, "contrastive.loss")
-        self.state = {}
+        self.processor, self.decoder = processor, None
+        self.state: dict[str, Tensor] = {}
+        if self.config.caption_weight:
+            assert config.dual is not None
+            self.decoder = CaptionDecoder(config.dual, self.config.caption_layers, config.seed).to(device)
+            self.state |= self.decoder.named_parameters()
 
     def count(self, batch: Batch) -> int:
         return len(find_ends(batch.doc_ids))
@@ -39,10 +50,15 @@ class Contrastive:
         if model.training:
             with torch.no_grad():
                 model.logit_scale.clamp_(max=torch.tensor(self.config.max_scale).log().item())
-        images, texts = model(batch, num_parts=max(1, len(batch.input_ids) // self.batch_rows))
+        beside = None if self.decoder is None else self.read_captions(self.decoder, model, batch)
+        num_parts = max(1, len(batch.input_ids) // self.batch_rows)
+        images, texts, *captions = model(batch, num_parts=num_parts, beside=beside)
         scale = model.logit_scale.float().exp()
         numbers = number_texts(batch)
         loss = self.of_pairs(images, texts, scale, model.logit_bias, self.config.chunk or None, numbers)
+        for losses in captions:
+            loss = loss + self.config.caption_weight * losses.sum()
+            extras.add("caption_loss", losses.sum(), len(losses))
         with torch.no_grad():
             products = images @ texts.T
             for name, dim in (("accuracy_of_texts", 1), ("accuracy_of_pictures", 0)):
@@ -52,6 +68,12 @@ class Contrastive:
             if model.logit_bias is not None:
                 extras.add("bias", model.logit_bias.float().sum(), 1)
         return loss
+
+    def read_captions(self, decoder: CaptionDecoder, model, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function from features of pictures and their indices to the losses of their captions."""
+        captions = find_captions(batch)
+        captions = captions.masked_fill(self.processor.find_padding(captions), IGNORE)
+        return lambda features, index: decoder(features, captions[index], model.text.token_embedding.weight)
 
 
 def number_texts(batch: Batch) -> Tensor:
