@@ -2,8 +2,8 @@
 
     python benchmarks/fusion.py measure    every projector, fusion and way to tune, on three seeds
     python benchmarks/fusion.py encoder    the preset scenes, from the encoder of scenes_siglip and from nothing
-    python benchmarks/fusion.py table      the tables of docs/architectures.md, from the lines of both
-    python benchmarks/fusion.py draw       docs/fusion.png and docs/from_siglip.png, from the same lines
+    python benchmarks/fusion.py draw       docs/fusion.png and docs/from_siglip.png, from the lines of both
+    python benchmarks/fusion.py table      the tables of docs/architectures.md, with links to the pictures
 
 Does it hold in small what Idefics2 found (Laurençon et al. 2024, arXiv 2405.02246): that cross-attention is better
 where the backbones are frozen, and the sequence where they are tuned? All cells of a seed begin with one image encoder,

@@ -65,12 +65,14 @@ def first_reaches(curve: list[dict], bar: float) -> float | None:
 def write_tables(lines: list[dict]):
     """Put each table between its marks in docs/architectures.md."""
     text = DOCS.read_text("utf-8")
-    for name, (subject, make) in TABLES.items():
+    for name, (subject, make, picture) in TABLES.items():
         first, last = f"<!-- {name}: written by benchmarks/fusion.py -->", f"<!-- {name} end -->"
         if first not in text or last not in text:
             raise UserError(f"{DOCS} has no {first} with {last} after it")
         of_subject = newest(lines, subject)
         table = "\n".join([*make(of_subject), "", describe(of_subject)]) if of_subject else "not measured yet"
+        if picture and (DOCS.parent / picture).exists():
+            table += f"\n\n![{PICTURES[picture]}]({picture})"
         before, rest = text.split(first)
         text = f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}"
     write_file(DOCS, text)
@@ -173,13 +175,17 @@ def make_encoder(lines: list[dict]) -> list[str]:
     return text
 
 
-# A table of the page: what its lines are about, and what lays them out.
+PICTURES = {
+    "fusion.png": "right answers over processor seconds, a panel for each way to tune",
+    "from_siglip.png": "right answers over seconds, from both encoders",
+}
+# A table of the page: what its lines are about, what lays them out, and the picture under it, if any.
 TABLES = {
-    "verdict": ("fusion", make_verdict),
-    "equal steps": ("fusion", accuracy_table("accuracy")),
-    "equal seconds": ("fusion", accuracy_table("at_seconds")),
-    "costs": ("fusion", make_costs),
-    "encoder": ("encoder", make_encoder),
+    "verdict": ("fusion", make_verdict, "fusion.png"),
+    "equal steps": ("fusion", accuracy_table("accuracy"), ""),
+    "equal seconds": ("fusion", accuracy_table("at_seconds"), ""),
+    "costs": ("fusion", make_costs, ""),
+    "encoder": ("encoder", make_encoder, "from_siglip.png"),
 }
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

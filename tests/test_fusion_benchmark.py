@@ -1,6 +1,7 @@
 """The benchmark of projectors and fusions: its whole road in a few steps, and its tables from made-up lines."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -197,8 +198,11 @@ def test_the_tables(tmp_path, monkeypatch):
     assert "| mlp | sequence | frozen | 9 | 9 | 1.50 | 100 (100 to 100) | 0.50 (0.50 to 0.50) |" in text
     assert "| from contrast | 5 (5 to 5) | 9 (9 to 9) | 9, 1 never | 90.0 (85.0 to 95.0) | 9 (9 to 9) |" in text
     assert "2 seeds: mean, lowest to highest; here, 1 thread, bf16; commits 0123456; 2026-01-01" in text
+    assert "![" not in text
     fusion_report.draw(lines, tmp_path)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("fusion.png", "from_siglip.png"))
+    write_tables(lines)
+    assert re.findall(r"!\[.+\]\((.+)\)", page.read_text()) == ["fusion.png", "from_siglip.png"]
     page.write_text("no marks")
     with pytest.raises(UserError, match="has no <!-- verdict"):
         write_tables(lines)
