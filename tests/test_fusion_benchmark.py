@@ -1,15 +1,29 @@
 """The benchmark of projectors and fusions: its whole road in a few steps, and its tables from made-up lines."""
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("tyro")  # a machine that is lent for minutes may lack it
 import train
-from benchmarks import fusion, fusion_report
-from benchmarks.fusion import CELLS, KINDS, Cell, FusionBenchConfig, make_batches, make_cell, put_in_words
+from benchmarks import arguments as arguments_of_benchmarks
+from benchmarks import fusion, fusion_cells, fusion_report
+from benchmarks.fusion_cells import (
+    CELLS,
+    KINDS,
+    Cell,
+    FusionBenchConfig,
+    digest,
+    make_batches,
+    make_cell,
+    put_in_words,
+    score,
+)
 from benchmarks.fusion_report import accuracy_at, first_reaches, read_lines, write_tables
 from nanovlm.command_line import parse_train
 from nanovlm.data.scenes import draw
@@ -32,7 +46,7 @@ TINY = FusionBenchConfig(
 def folder(tmp_path_factory):
     """A folder with the backbones of seed 7, one step each, made in this process."""
     folder, patch = tmp_path_factory.mktemp("fusion"), pytest.MonkeyPatch()
-    patch.setattr(fusion, "NUM_TEXTS", 12)
+    patch.setattr(fusion_cells, "NUM_TEXTS", 12)
     patch.setattr(fusion, "run", run_here)
     config = replace(TINY, folder=folder)
     fusion.train_encoder(config, 7)
@@ -44,8 +58,7 @@ def folder(tmp_path_factory):
 def run_here(script, *arguments):
     """Do in this process what `run` does in another one."""
     if str(script).endswith("fusion.py"):
-        options = json.loads(arguments[1])
-        fusion.work(FusionBenchConfig(**options | {"folder": fusion.Path(options["folder"])}))
+        fusion.main(arguments_of_benchmarks.read(FusionBenchConfig, "", arguments))
     else:
         quick = ["--data.batch-rows", "2", "--data.row-length", "128"]
         train.main(parse_train([*map(str, arguments), *quick], "").validate())
@@ -63,10 +76,10 @@ def test_descriptions_in_words():
 def test_cells_differ_and_what_learns_is_what_they_say(folder):
     assert len(CELLS) == len(set(CELLS)) == 32 and {cell.encoder for cell in CELLS} == {"contrast", "nothing"}
     config = replace(TINY, folder=folder)
-    names = {fusion.digest(config, cell, 7) for cell in CELLS}
-    assert len(names) == 32 and fusion.digest(config, CELLS[0], 8) not in names
-    assert fusion.digest(replace(config, folder=fusion.Path("elsewhere")), CELLS[0], 7) in names
-    assert fusion.digest(replace(config, steps=3), CELLS[0], 7) not in names
+    names = {digest(config, cell, 7) for cell in CELLS}
+    assert len(names) == 32 and digest(config, CELLS[0], 8) not in names
+    assert digest(replace(config, folder=Path("elsewhere")), CELLS[0], 7) in names
+    assert digest(replace(config, steps=3), CELLS[0], 7) not in names
 
 
 def test_every_cell_of_a_step_sees_the_same_questions(folder):
@@ -74,8 +87,8 @@ def test_every_cell_of_a_step_sees_the_same_questions(folder):
     seen = []
     for cell in (Cell("linear", "sequence", "full"), Cell("linear", "cross_attention", "full")):
         settings = make_cell(replace(TINY, folder=folder), cell, 7)
-        processor, _ = fusion.init.prepare(settings, [])
-        process = fusion.make_process(processor, settings.data)
+        processor, _ = fusion_cells.init.prepare(settings, [])
+        process = fusion_cells.make_process(processor, settings.data)
         asked = make_batches(process, "test", 0, 5, 0, rows=1)
         answers = [one.batch.labels.flatten()[one.batch.trained].tolist() for one in asked]
         seen.append((sum(len(one.kinds) for one in asked), sorted(x for row in answers for x in row)))
@@ -86,17 +99,24 @@ def test_every_cell_of_a_step_sees_the_same_questions(folder):
 
 
 def test_right_answers_are_those_of_which_every_token_is(folder):
-    """A model that says the labels is right, one that misses the last token of each is wrong everywhere."""
+    """A model that says the labels is right; one that says only ends and digits right, of digits alone."""
     settings = make_cell(replace(TINY, folder=folder), CELLS[0], 7)
-    model, processor = fusion.init.start(settings, [])
-    asked = make_batches(fusion.make_process(processor, settings.data), "test", 0, 3, 0)
-    state = fusion.TrainState(model, model, {}, None, 1, "fp32")
-    batch, end = asked[0].batch, settings.model.eos_token_id
-    labels = batch.labels.flatten()[batch.trained]
-    for missed, expected in ((-1, 100), (end, 0)):
-        said = fusion.torch.where(labels == missed, 5, labels)
-        model.head = lambda hidden, said=said: fusion.torch.nn.functional.one_hot(said, 512)
-        assert fusion.score(state, asked) == dict.fromkeys((*KINDS, "mean"), expected)
+    model, processor = fusion_cells.init.start(settings, [])
+    asked = make_batches(fusion_cells.make_process(processor, settings.data), "test", 0, 3, 0)
+    state = fusion_cells.TrainState(model, model, {}, None, 1, "fp32")
+    labels = asked[0].batch.labels.flatten()[asked[0].batch.trained]
+    is_end = labels == settings.model.eos_token_id
+    is_digit = torch.tensor([processor.decode([i]).isdigit() for i in labels.tolist()])
+    everything, nothing = (dict.fromkeys((*KINDS, "mean"), x) for x in (100, 0))
+    for known, expected in (
+        (labels >= 0, everything),
+        (~is_end, nothing),
+        (is_end, nothing),
+        (is_end | is_digit, nothing | {"digits": 100, "mean": 25}),
+    ):
+        said = torch.where(known, labels, 5)
+        model.head = lambda hidden, said=said: torch.nn.functional.one_hot(said, 512)
+        assert score(state, asked) == expected
 
 
 def test_cells_are_trained_and_not_run_again(folder, tmp_path, monkeypatch):
@@ -132,7 +152,7 @@ def test_both_ways_of_the_encoder(folder, tmp_path, monkeypatch):
 
     def run(*command):
         commands.append([*map(str, command)])
-        run_dir = fusion.Path(commands[-1][commands[-1].index("--run-dir") + 1])
+        run_dir = Path(commands[-1][commands[-1].index("--run-dir") + 1])
         run_dir.mkdir()
         lines = [{"step": 1, "elapsed_s": 1.0}, {"step": 2, "elapsed_s": 2.0, "accuracy_scenes": 0.5}]
         (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -156,7 +176,7 @@ def test_both_ways_of_the_encoder(folder, tmp_path, monkeypatch):
 
 def line(cell, seed, *points, **more):
     curve = [{"step": i, "seconds": seconds, "accuracy": accuracy} for i, (seconds, accuracy) in enumerate(points)]
-    about = {"subject": "fusion", "cell": fusion.dataclasses.asdict(cell), "seed": seed, "curve": curve}
+    about = {"subject": "fusion", "cell": dataclasses.asdict(cell), "seed": seed, "curve": curve}
     figures = {"image_tokens": 9, "image_features": 9, "trained": 1_500_000, "step_ms": 100.0, "memory_gb": 0.5}
     where = {"device": "here", "threads": 1, "precision": "bf16", "commit": "0123456789", "date": "2026-01-01"}
     return about | {"accuracy": points[-1][1], "blank": 20.0} | figures | where | more
