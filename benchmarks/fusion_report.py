@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import pages
 from nanovlm import cli
 from nanovlm.environment import short_commit
-from nanovlm.errors import UserError
 from nanovlm.files import write_file
 
 DOCS = cli.PROJECT / "docs" / "architectures.md"
@@ -64,18 +64,12 @@ def first_reaches(curve: list[dict], bar: float) -> float | None:
 
 def write_tables(lines: list[dict]):
     """Put each table between its marks in docs/architectures.md."""
-    text = DOCS.read_text("utf-8")
     for name, (subject, make, picture) in TABLES.items():
-        first, last = f"<!-- {name}: written by benchmarks/fusion.py -->", f"<!-- {name} end -->"
-        if first not in text or last not in text:
-            raise UserError(f"{DOCS} has no {first} with {last} after it")
         of_subject = newest(lines, subject)
         table = "\n".join([*make(of_subject), "", describe(of_subject)]) if of_subject else "not measured yet"
         if picture and (DOCS.parent / picture).exists():
             table += f"\n\n![{PICTURES[picture]}]({picture})"
-        before, rest = text.split(first)
-        text = f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}"
-    write_file(DOCS, text)
+        pages.put(DOCS, name, "fusion.py", table)
 
 
 def describe(lines: list[dict]) -> str:

@@ -9,7 +9,7 @@ from nanovlm import cli
 from nanovlm.errors import UserError
 
 PAGES = [cli.PROJECT / "README.md", *sorted((cli.PROJECT / "docs").glob("*.md"))]
-MARKS = re.compile(r"^<!-- (\w+): written by (\S+) -->\n(?:.*\n)*?<!-- \1 end -->$", re.M)
+MARKS = re.compile(r"^<!-- ([\w ]+): written by (\S+) -->\n(?:.*\n)*?<!-- \1 end -->$", re.M)
 
 
 def test_a_table_stands_between_its_marks(tmp_path):

@@ -176,8 +176,8 @@ class Documents:
     def _passages(self, found, cosines, scores) -> Iterator[Passage]:
         for row, score in found:
             file, item = self.index.read(row)
-            place = (item.get(name, empty) for name, empty in PICTURE.items())
-            yield Passage(file.name, *place, score, cosines.get(row), scores.get(row))
+            place = {name: item.get(name, empty) for name, empty in PICTURE.items()}
+            yield Passage(file.name, **place, score=score, cosine=cosines.get(row), bm25=scores.get(row))
 
     def open_picture(self, passage: Passage) -> Image.Image:
         """Read the picture that a passage is. Raises UserError if it is gone."""
