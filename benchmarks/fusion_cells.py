@@ -51,7 +51,7 @@ NUM_TEXTS = 8000  # scenes that the language model reads of
 # A scene has at most four things; with the ground between them, five tokens can tell all of it.
 NUM_TOKENS = {"linear": 0, "mlp": 0, "resampler": 5, "qformer": 5, "merge": 5}
 FUSIONS = ("sequence", "cross_attention")
-# Peak rate by what of the backbones learns, chosen by `measure --seeds 99 --rate ...`: no other seed was looked at.
+# Peak rate by what of the backbones learns: that of the preset scenes for all, none tuned (`--rate` tries another).
 RATES = {"frozen": 4e-3, "lora": 4e-3, "full": 4e-3}
 # As in the preset, but that weights which have learned hardly decay.
 RULES = tuple(replace(rule, weight_decay=min(rule.weight_decay, 0.1)) for rule in scenes().optim.rules)
