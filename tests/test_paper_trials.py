@@ -13,7 +13,7 @@ from torch import nn
 
 import nanovlm
 import train
-from nanovlm.config import EvalConfig, FusionConfig
+from nanovlm.config import EvalConfig, FusionConfig, ParamRule
 from nanovlm.data.loader import Loader
 from nanovlm.data.source import Ref
 from nanovlm.eval.run import evaluate
@@ -132,6 +132,45 @@ def test_another_projector(monkeypatch, processor):
     assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters())
     with pytest.raises(ValueError, match=r"projector\.type = 'maen' is unknown"):
         VLM(dataclasses.replace(TINY, projector=dataclasses.replace(TINY.projector, type="maen")))
+
+
+class Abstractor(nn.Module):
+    """A map, a scale and an offset of its own, and a table that is no parameter."""
+
+    def __init__(self, config, vision_size, decoder_size):
+        super().__init__()
+        self.proj = nn.Linear(vision_size, decoder_size, bias=False)
+        self.scale = nn.Parameter(torch.empty(decoder_size))
+        self.offset = nn.Parameter(torch.empty(1, decoder_size))
+        self.register_buffer("table", torch.empty(decoder_size))
+
+    def initial_weights(self):
+        yield self.scale, torch.ones(self.scale.shape)
+        yield self.offset, torch.zeros(self.offset.shape)
+        yield self.table, torch.linspace(0, 1, len(self.table))
+
+    def num_tokens(self, num_patches):
+        return num_patches
+
+    def forward(self, x_IPD):
+        return self.proj(x_IPD) * self.scale + self.offset + self.table
+
+
+def test_a_projector_with_weights_of_its_own_trains(tmp_path, monkeypatch):
+    """Muon is the preset's for all that no rule names, vectors left out; the table stays, and is saved."""
+    monkeypatch.setitem(projector.PROJECTORS, "abstractor", Abstractor)
+    kind = dataclasses.replace(SMALL.model.projector, type="abstractor", scale_factor=1)
+    rules = (ParamRule("norm|bias|embed_tokens"), ParamRule("", optimizer="muon"))
+    run(
+        tmp_path,
+        model=dataclasses.replace(SMALL.model, projector=kind),
+        optim=dataclasses.replace(SMALL.optim, steps=3, rules=rules),
+        eval=EvalConfig(),
+    )
+    assert metrics(tmp_path)[-1]["loss"] < metrics(tmp_path)[0]["loss"]
+    trained = nanovlm.load(tmp_path / "model")[0].projector
+    assert torch.equal(trained.table, torch.linspace(0, 1, len(trained.table)))
+    assert not torch.equal(trained.scale, torch.ones_like(trained.scale))
 
 
 class AddedMean(nn.Module):

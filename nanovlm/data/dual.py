@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from nanovlm.config import DualConfig
-from nanovlm.data.images import to_rgb
+from nanovlm.data.images import cut_middle, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.tokenizer import SPECIAL_TOKENS, read_tokenizer, train_tokenizer
@@ -130,12 +130,4 @@ def stretch(image: Image.Image, side: int, resample: Image.Resampling) -> Image.
     return image.resize((side, side), resample)
 
 
-def crop(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
-    """Resize until the shorter side fits, and keep the middle of the longer one (CLIP)."""
-    shorter = min(image.size)
-    width, height = (max(side, int(side * length / shorter)) for length in image.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((width, height), resample).crop((left, top, left + side, top + side))
-
-
-RESIZE = {"stretch": stretch, "crop": crop}
+RESIZE = {"stretch": stretch, "crop": cut_middle}

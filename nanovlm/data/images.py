@@ -447,17 +447,32 @@ def markers_square(config: VLMConfig) -> list[str]:
 
 
 def draw_crop(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
-    """Scale the shorter side to that of a tile and cut the middle out, but compute no pixel of the rest."""
-    [view] = views_crop(*image.size, plan, config)
-    side, across, down = config.tile_size, image.width / view.width, image.height / view.height
-    box = (-view.left * across, -view.top * down, (side - view.left) * across, (side - view.top) * down)
-    return [image.resize((side, side), Image.Resampling.BICUBIC, box)]
+    return [cut_middle(image, config.tile_size, Image.Resampling.BICUBIC)]
+
+
+def cut_middle(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    """Scale the shorter side to `side` and cut the middle out, as CLIP does, to the last bit.
+
+    Of a picture as long as a thread no pixel of the rest is computed, which rounds some of the others otherwise.
+    """
+    width, height, left, top = find_middle(*image.size, side)
+    if max(width, height) <= 16 * side:
+        return image.resize((width, height), resample).crop((left, top, left + side, top + side))
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + side) * across, (top + side) * down)
+    return image.resize((side, side), resample, box)
+
+
+def find_middle(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """Return width and height with a shorter side of `side`, and where the middle square begins in them."""
+    shorter = min(width, height)
+    width, height = int(side * width / shorter), int(side * height / shorter)
+    return width, height, (width - side) // 2, (height - side) // 2
 
 
 def views_crop(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
-    side, short = config.tile_size, min(width, height)
-    width, height = int(side * width / short), int(side * height / short)
-    return [View(1, 1, -((width - side) // 2), -((height - side) // 2), width, height)]
+    width, height, left, top = find_middle(width, height, config.tile_size)
+    return [View(1, 1, -left, -top, width, height)]
 
 
 # ---- native: one picture of any aspect ratio, which the encoder reads whole ----

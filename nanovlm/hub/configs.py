@@ -273,9 +273,13 @@ def read_template(folder: Path, tokenizer: Tokenizer | None = None) -> str:
             raise UserError(f"{path}: chat_template = {template!r} must be a text")
         if template:
             return template
-    encoding = tokenizer and tokenizer.encode("a")
-    begin = encoding.tokens[: encoding.special_tokens_mask.index(0)] if encoding else []
-    return "".join(begin) + CONTINUATION_TEMPLATE
+    return (begin_of(tokenizer) if tokenizer else "") + CONTINUATION_TEMPLATE
+
+
+def begin_of(tokenizer: Tokenizer) -> str:
+    """Return the tokens that a tokenizer puts before every text, such as <s>."""
+    encoding = tokenizer.encode("a")
+    return "".join(encoding.tokens[: encoding.special_tokens_mask.index(0)])
 
 
 def _build(cls, data, path):

@@ -20,7 +20,14 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
-from nanovlm.hub.configs import check_fixed, read_decoder, read_image_settings, read_special_tokens, read_template
+from nanovlm.hub.configs import (
+    begin_of,
+    check_fixed,
+    read_decoder,
+    read_image_settings,
+    read_special_tokens,
+    read_template,
+)
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.encoders import CLIP, make_config
 from nanovlm.hub.families import find_names
@@ -52,7 +59,10 @@ def open_llava(folder: Path) -> Stored:
     """Read all but the weights. Raises UserError that names the file and the field that is not supported."""
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_llava(folder, tokenizer)
-    processor = Processor(tokenizer, read_template(folder, tokenizer), config)
+    template, begin = read_template(folder, tokenizer), begin_of(tokenizer)
+    if not template.startswith(begin) and "bos_token" not in template:  # else their processor puts it there
+        template = begin + template
+    processor = Processor(tokenizer, template, config)
     files = find_weights(folder)
     family = (read_json(folder / "config.json").get("text_config") or {}).get("model_type", "llama")
     names, root, head = find_llava_names(family, {key for path in files for key in tensor_names(path)})

@@ -24,11 +24,15 @@ A fusion is a module that takes the config of the model. A new one is a class li
 - `looks_back`: whether tokens behind the placeholders need what is kept, too
 - `see(x, views)`: as `forward`, for some new tokens of rows in a pass over a cache
 
+Parameters and persistent buffers that are not of a linear, norm or convolution layer get their first values from a
+method `initial_weights` of the module that has them (vlm.py: Drawn). Each but `sequence` has one token a tile in the
+text. `train/counting.py` counts the operations of those above.
+
 Legend: B rows, T tokens, I tiles, M tiles of a row, P features of a tile, S features that are seen, D hidden, N query
 heads, K key/value heads, H head size, L layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -207,6 +211,9 @@ class CrossBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.mlp = MLP(D, config.intermediate_size)
         self.mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def initial_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from ((gate, torch.zeros(1)) for gate in (self.attn_gate, self.mlp_gate))
 
     def forward(self, x_BTD, k, v, mask, sees_BT1):
         """Keys, values and mask as in `look`; where sees bool[B, T, 1] is False, tokens stay as they are."""

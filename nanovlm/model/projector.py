@@ -14,8 +14,9 @@ module made from (config, width of the encoder, width of the decoder) with two m
     num_tokens(num_patches) -> int          how many tokens it makes of a tile; checked against the config
     forward(float[I, P, vision D]) -> float[I, tokens, decoder D]
 
-Its `nn.Linear`, `nn.LayerNorm` and `nn.Embedding` get their first weights from vlm.py. Legend: I tiles, P patches,
-Q latents or queries, D width.
+Its `nn.Linear`, `nn.LayerNorm`, `nn.Conv2d` and `nn.Embedding` get their first weights from vlm.py; other parameters
+and persistent buffers from a method `initial_weights` of the module that has them (vlm.py: Drawn).
+Legend: I tiles, P patches, Q latents or queries, D width.
 """
 
 import math

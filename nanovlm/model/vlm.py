@@ -9,7 +9,7 @@ input_ids ----> embed_tokens -----------------+ or looked at between blocks --> 
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from nanovlm.data.types import Batch, count_tiles
 from nanovlm.errors import UserError
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
-from nanovlm.model.fusion import FUSION, Between, CrossBlock
+from nanovlm.model.fusion import FUSION, Between
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import PatchEmbedding, VisionBlock, VisionEncoder, normalize, whitening_filters
@@ -182,6 +182,15 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
         yield from encoder_weights(encoder)
 
 
+@runtime_checkable
+class Drawn(Protocol):
+    """A module with parameters or buffers of its own, beside those of the layers of torch that it consists of."""
+
+    def initial_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each of them and its initial values."""
+        ...
+
+
 def normal(tensor: Tensor, std: float) -> tuple[Tensor, Tensor]:
     """Return a tensor and normal values for it."""
     return tensor, torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=std)
@@ -206,8 +215,8 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
             yield normal(module.down_proj, (W * 2 * depth["decoder"]) ** -0.5)
             if module.config.balance == "bias":
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
-        elif isinstance(module, CrossBlock):
-            yield from ((gate, torch.zeros(1)) for gate in (module.attn_gate, module.mlp_gate))
+        elif isinstance(module, Drawn):
+            yield from module.initial_weights()
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             yield module.weight, torch.ones(module.weight.shape)
         elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchEmbedding):

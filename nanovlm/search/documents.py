@@ -164,14 +164,25 @@ class Documents:
     def find(self, question: str, k: int, sees: bool = True) -> list[Passage]:
         """Return the k passages that may answer a question, the likeliest first; fewer where no more have its words.
 
-        Pictures are left out if who answers does not see them.
+        Pictures are left out, as if the index had none, if who answers does not see them.
         """
-        cosines, scores = {}, dict(self.words.search(question, CANDIDATES)) if self.words else {}
-        if self.embedder is not None and self.index.vectors is not None and len(self.index):
-            values, rows = search(self.index.vectors, self.embedder.query(question), CANDIDATES)
-            cosines = dict(zip(rows[0].tolist(), values[0].tolist(), strict=True))
+        scores = dict(self.words.search(question, CANDIDATES)) if self.words else {}
+        cosines = self._find_nearest(question, CANDIDATES, sees)
         passages = self._passages(fuse([list(cosines), list(scores)]), cosines, scores)
-        return list(itertools.islice((one for one in passages if sees or not one.is_picture), k))
+        return list(itertools.islice(passages, k))
+
+    def _find_nearest(self, question: str, num: int, sees: bool) -> dict[int, float]:
+        """Return the rows of the `num` vectors that are most like a question, and their cosines."""
+        if self.embedder is None or self.index.vectors is None or not len(self.index):
+            return {}
+        query, most = self.embedder.query(question), num
+        while True:
+            values, rows = search(self.index.vectors, query, most)
+            found = zip(rows[0].tolist(), values[0].tolist(), strict=True)
+            kept = {row: value for row, value in found if sees or self.index.read(row)[1].get("text")}
+            if len(kept) >= num or most >= len(self.index):
+                return dict(itertools.islice(kept.items(), num))
+            most *= 4
 
     def _passages(self, found, cosines, scores) -> Iterator[Passage]:
         for row, score in found:

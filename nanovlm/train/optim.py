@@ -29,20 +29,18 @@ def assign_rules(
     """Give every parameter to the first rule whose pattern its name contains; freeze where lr_scale is None.
 
     With adapters, all else is frozen but what `adapter.train` names. What ALWAYS_ADAMW names never is Muon's and does
-    not decay.
+    not decay, nor is a vector.
 
     `freeze` and `lr_scales` of the config change the lr_scale of the rules that are returned. Raises UserError for a
-    parameter without a rule, a pattern without a parameter, and a Muon parameter that is a vector.
+    parameter without a rule, and for a pattern without a parameter.
     """
     groups, used = {}, set()
     for name, parameter in model.named_parameters():
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), None)
         if rule is None:
             raise UserError(f"no rule of optim.rules matches the parameter {name}")
-        if ALWAYS_ADAMW.search(name):
+        if ALWAYS_ADAMW.search(name) or (rule.optimizer == "muon" and parameter.ndim < 2):
             rule = dataclasses.replace(rule, optimizer="adamw", weight_decay=0.0)
-        if rule.optimizer == "muon" and parameter.ndim < 2:
-            raise UserError(f"rule {rule.pattern!r} gives {name} to muon, but it is a vector, not a matrix")
         frozen = [pattern for pattern in config.freeze if re.search(pattern, name)]
         scaled = [(pattern, scale) for pattern, scale in config.lr_scales if re.search(pattern, name)][:1]
         used |= {("rules", rule.pattern), *(("freeze", p) for p in frozen), *(("lr_scales", p) for p, _ in scaled)}

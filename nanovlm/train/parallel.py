@@ -32,7 +32,6 @@ from nanovlm.distributed import num_ranks, rank
 from nanovlm.errors import UserError
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.dual import Dual, TextTower
-from nanovlm.model.fusion import CrossAttention
 from nanovlm.model.moe import MoE
 from nanovlm.model.vision import VisionBlock, VisionEncoder
 from nanovlm.model.vlm import VLM
@@ -56,9 +55,9 @@ def parallelize(
     shard_ranks = config.shard_ranks or num_ranks()
     if num_ranks() % shard_ranks:
         raise UserError(f"ranks = {num_ranks()} cannot form groups of parallel.shard_ranks = {shard_ranks}")
-    parts = [
-        module for module in model.modules() if isinstance(module, VisionEncoder | TextTower | Decoder | CrossAttention)
-    ]
+    parts = [module for module in model.modules() if isinstance(module, VisionEncoder | TextTower | Decoder)]
+    if isinstance(model, VLM) and model.config.vision is not None:
+        parts.append(model.fusion)
     blocks = [block for part in parts for block in part.layers]
     experts = share_experts(model, config.expert_ranks, device) if config.expert_ranks > 1 else set()
     is_native = isinstance(model, VLM) and model.config.is_native

@@ -1,5 +1,6 @@
 """LLaVA 1.5 as transformers writes it and as it was published: equal logits; what is not as in LLaVA 1.5 is named."""
 
+import dataclasses
 import json
 import re
 
@@ -8,12 +9,17 @@ import torch
 import transformers as hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 import nanovlm
+from nanovlm.config import ProjectorConfig
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.hub.export import check_exportable
 from nanovlm.model.vision import normalize
+from nanovlm.model.vlm import VLM
+from nanovlm.sharded import places
 from nanovlm.train.init import _open_vision
+from tests.conftest import TINY
 from tests.model.test_parity import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +39,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["what is it? a cat"] * 9, 280)
+    """One that puts a token before every text, which LLaVA's template leaves to it."""
+    tokenizer = train_tokenizer(["what is it? a cat"] * 9, 280)
+    begin = SPECIAL["pad"]
+    tokenizer.post_processor = TemplateProcessing(f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
+    return tokenizer
 
 
 def make(folder, tokenizer, text="Llama", **settings):
@@ -97,15 +107,25 @@ def test_logits_are_those_of_transformers(tmp_path, tokenizer, is_published, lay
     assert (images["pixel_values"] - pixels).abs().max() < 0.05  # torch's filter and PIL's round otherwise
     ids = batch.input_ids[batch.doc_ids >= 0]
     assert (ids == config.image_token_id).sum() == 16
+    read = hub.AutoTokenizer.from_pretrained(tmp_path)
+    text = read.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ids.tolist() == read(text.replace("<image>", "<image>" * 16)).input_ids
     expected = theirs(input_ids=ids[None], pixel_values=pixels).logits[0]
     found = model.logits(batch)[0, : len(ids)]
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert expected.std() > 0.1
 
 
+@torch.no_grad()
 def test_its_encoder_begins_a_run(tmp_path, tokenizer):
-    make(tmp_path, tokenizer)
-    assert _open_vision(str(tmp_path))[0].num_hidden_layers == 2
+    """With the features that its projector sees."""
+    theirs = make(tmp_path, tokenizer).model.vision_tower
+    vision, fill, _ = _open_vision(str(tmp_path))
+    model = VLM(dataclasses.replace(TINY, vision=vision, projector=ProjectorConfig("mlp", scale_factor=1)))
+    fill({name: x for name, x in places(model).items() if name.startswith("vision.")})
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert (model.vision(pixels) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_what_is_not_as_in_it_is_named(tmp_path, tokenizer):

@@ -18,17 +18,21 @@ from tests.conftest import TINY, noise
 @pytest.mark.parametrize("is_whole", [False, True], ids=["tiles", "whole"])
 @pytest.mark.parametrize("corner", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("size", [(64, 64), (150, 64), (60, 130)], ids=str)
-@pytest.mark.parametrize("policy", sorted({*TILING} - {"crop"}))  # which cuts corners off
+@pytest.mark.parametrize("policy", TILING)
 def test_attention_to_a_marked_corner_lies_on_it(policy, size, corner, is_whole):
-    """The one token whose pixels are white gets all the attention, in a grid of tiles or in the view of the whole."""
+    """The one token whose pixels are white gets all the attention, in a grid of tiles or in the view of the whole.
+
+    The corner is that of what is seen: of the middle, where the rest is cut off.
+    """
     config = dataclasses.replace(TINY, tiling=TilingConfig(policy, max_tiles=12, longest_edge=64))
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
-    x, y = (at * (n - n // 4 - 1) for at, n in zip(corner, size, strict=True))
-    pixels[y : y + size[1] // 4, x : x + size[0] // 4] = 255
+    seen = [min(size)] * 2 if policy == "crop" else size
+    x, y = ((n - m) // 2 + at * (m - m // 4 - 1) for at, n, m in zip(corner, size, seen, strict=True))
+    pixels[y : y + seen[1] // 4, x : x + seen[0] // 4] = 255
     tiles, places = make_tiles(Image.fromarray(pixels), config), place_tiles(*size, config)
     chosen = [i for i, place in enumerate(places) if place.is_whole == is_whole]
     if not chosen:
-        assert policy in ("square", "native") and is_whole
+        assert policy in ("square", "crop", "native") and is_whole
         return
     n = math.isqrt(config.num_image_tokens)
     side = config.tile_size // n
@@ -39,10 +43,11 @@ def test_attention_to_a_marked_corner_lies_on_it(policy, size, corner, is_whole)
     heat = heat_map(weights, [places[i] for i in chosen], size)
     assert heat.shape == size[::-1] and 0 < heat.mean() <= 0.2501
     token = [(end - start) / n for start, end in (places[chosen[0]][0:3:2], places[chosen[0]][1:4:2])]
-    for axis, first, n in ((0, x, size[0]), (1, y, size[1])):
+    for axis, first in ((0, x), (1, y)):
+        n, m = size[axis], seen[axis]
         along = heat.sum(axis)
         center = (along * (torch.arange(n) + 0.5)).sum() / along.sum()
-        assert abs(center - first - n // 4 / 2) <= n // 4 / 2 + token[axis] * n / 2
+        assert abs(center - first - m // 4 / 2) <= m // 4 / 2 + token[axis] * n / 2
 
 
 def test_the_mean_of_a_map_is_what_lies_on_the_picture():

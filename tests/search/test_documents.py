@@ -1,6 +1,7 @@
 """Documents become passages that say where they are from, are found by words and vectors, and stay plain text."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_a_picture_is_a_passage_where_the_model_sees(made):
     documents = Documents(made / "both")
     (picture,) = (passage for passage in documents.find("red", 20) if passage.is_picture)
     assert picture.file == "picture.png" and documents.open_picture(picture).size == (16, 16)
+    # Who sees no picture gets the texts that are behind it, however many pictures are nearer.
+    assert documents._find_nearest("red", 1, sees=False).keys() == {
+        row for row, _ in itertools.islice(documents._find_nearest("red", 99, sees=False).items(), 1)
+    }
+    texts = documents.find("red", 20, sees=False)
+    assert len(texts) == len(documents.find("red", 20)) - 1 and not any(passage.is_picture for passage in texts)
     content = with_passages("what?", [picture, picture])
     assert [part["type"] for part in content].count("image") == 2
     assert not any(passage.is_picture for passage in Documents(made / "words").find("picture", 9))

@@ -48,12 +48,19 @@ def test_frozen_parameters_do_not_change():
     [
         ((ParamRule("norm"),), "no rule of optim.rules matches the parameter body.weight"),
         ((ParamRule("nrom"), ParamRule("")), "pattern 'nrom' that holds for no parameter"),
-        ((ParamRule("", optimizer="muon"),), "gives body.bias to muon, but it is a vector"),
     ],
 )
 def test_mistakes_in_rules_are_named(rules, message):
     with pytest.raises(ValueError, match=message):
         make_optimizers(Net(), OptimConfig(rules=rules))
+
+
+def test_vectors_are_never_muons():
+    net = Net()
+    made = make_optimizers(net, OptimConfig(rules=(ParamRule("", weight_decay=0.1, optimizer="muon"),)))
+    vectors = [group for group in made["adamw"].param_groups if group["params"]]
+    assert {id(p) for group in vectors for p in group["params"]} == {id(p) for p in net.parameters() if p.ndim < 2}
+    assert {group["weight_decay"] for group in vectors} == {0.0}
 
 
 def test_freezing_and_scaling_beside_the_rules():
