@@ -83,7 +83,7 @@ def format_table(lines: list[dict]) -> str:
         of_splits = ([round(100 * share, 1) for share in shares] for shares in found)
         text.append(f"| {name} | {' | '.join(map(summarise, of_splits))} |")
     counts = {f"{lines[0]['found'][f'{spec}, retrieval']['n']} of {split}" for spec, split in dual.SPLITS.items()}
-    seconds = summarise([line["seconds"] for line in lines])
+    seconds = summarise([line["seconds"] for line in lines if line["seconds"]])
     text += ["", f"(percent; scenes: {', '.join(sorted(counts))}; {seconds} processor seconds of training)"]
     return "\n".join([*text, *dict.fromkeys(f"({where(line)})" for line in lines)])
 

@@ -14,6 +14,7 @@ those of --quick stay in its folder.
 
 import json
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +23,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import pages
+from benchmarks.engine_report import where
 from benchmarks.real_data import CLOTHES, HELD_OUT, RealDataConfig, names_of, write
-from benchmarks.recipes import PLAIN, train_apart
+from benchmarks.recipes import PLAIN, digest, train_apart
 from nanovlm import cli, load
 from nanovlm.config import (
     AdapterConfig,
@@ -189,9 +191,13 @@ def main(config: RealConfig):
         results, sheet = config.folder / "real.jsonl", config.folder / "real_pictures.png"
         data = RealDataConfig(config.folder, num_names=3, num_variants=2, num_photographs=100, num_tests=4)
         data = replace(data, num_questions=100)
-    done = config.folder / "measured.json"
+    done, start = config.folder / "measured.json", time.monotonic()
+    is_whole, learned = not (config.folder / "contrast").exists(), make_digest(config)
     line = read_json(done) if done.exists() else measure(config, write(data))
+    if line.setdefault("config", learned) != learned:
+        raise UserError(f"{config.folder} has the results of other settings: name another folder, or delete this one")
     if not done.exists():
+        line["minutes"] = round((time.monotonic() - start) / 60, 1) if is_whole else None
         results.parent.mkdir(parents=True, exist_ok=True)
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -199,6 +205,13 @@ def main(config: RealConfig):
         write_file(done, json.dumps(line))
     print(format_table(line))
     print(f"the line is in {results}, answers are drawn in {sheet}")
+
+
+def make_digest(config: RealConfig) -> str:
+    """Name all that changes what is learned: the settings of both runs."""
+    anywhere = replace(config, folder=Path())
+    records = {name: Path(name) for name in ("contrast", "answers", *TASKS)}
+    return digest(make_contrast(anywhere, records["contrast"])) + digest(make_answers(anywhere, records))
 
 
 def measure(config: RealConfig, records: dict[str, Path]) -> dict:
@@ -254,12 +267,11 @@ def format_table(line: dict) -> str:
         of_task = line["zero_shot"][task]
         cells = f"{percent(of_task.get('top_1'))} | {percent(of_task.get('top_5'))}"
         text.append(f"| {title} | {of_task['names']} | {cells} |")
-    seconds, where = (
-        f"{line['contrast_seconds']:.0f} + {line['answers_seconds']:.0f}",
-        f"{line['device']}, {line['threads']} threads, {line['precision']}",
-    )
-    text += ["", f"(percent; {line['names']} names; {seconds} s of training; {where}; commit {line['commit'][:7]}; "
-             f"{line['date']})"]  # fmt: skip
+    parts = (line["contrast_seconds"], line["answers_seconds"])
+    seconds = " + ".join("?" if part is None else f"{part:.0f}" for part in parts)
+    minutes = f"; {line['minutes']} minutes in all" if line["minutes"] else ""
+    how = f"{line['names']} names; {seconds} processor seconds of training{minutes}"
+    text += ["", f"(percent; {how}; {where(line)})"]
     return "\n".join(text)
 
 

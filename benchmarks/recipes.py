@@ -366,14 +366,20 @@ def train_apart(config: TrainConfig) -> dict:
 
 
 def work(text: str):
-    """Train, and measure processor seconds (which do not grow beside other work), peak memory and the last losses."""
+    """Train, and measure processor seconds (which do not grow beside other work), peak memory and the last losses.
+
+    Of a run that was stopped in between the seconds are not known (None). A run that was measured is left as it is.
+    """
     config = from_dict(TrainConfig, json.loads(text))
+    measured, is_whole = Path(config.run_dir, MEASURED), not Path(config.run_dir, "checkpoints").exists()
+    if measured.exists():
+        return
     results = train.main(config)
     metrics = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
     used, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     said = {
         "steps": len(metrics),
-        "seconds": round(sum(x.ru_utime + x.ru_stime for x in (used, workers)), 1),
+        "seconds": round(sum(x.ru_utime + x.ru_stime for x in (used, workers)), 1) if is_whole else None,
         "memory_gb": round(used.ru_maxrss / 1e6, 3),
         "precision": results["environment"]["precision"],
     }
@@ -381,7 +387,7 @@ def work(text: str):
         said["val_loss"] = round(metrics[-1]["val_loss"], 4)
     if "reward" in metrics[-1]:
         said["rewards"] = [round(line["reward"], 4) for line in metrics]
-    write_file(Path(config.run_dir, MEASURED), json.dumps(said))
+    write_file(measured, json.dumps(said))
 
 
 def read_lines() -> list[dict]:
@@ -452,7 +458,7 @@ def format_table(name: str) -> str:
     for way in ("before", *RECIPES[name].ways):
         of_way = [line for line in lines if line["way"] == way]
         if of_way:
-            cells = [summarise([line[c] for line in of_way if c in line]) for c in columns]
+            cells = [summarise([line[c] for line in of_way if line.get(c) is not None]) for c in columns]
             text.append(f"| {way} | {len(of_way)} | {' | '.join(cells)} |")
     if lines:
         line = lines[-1]

@@ -231,7 +231,7 @@ def test_the_encoder_is_trained_and_measured(folder):
 
 
 LINE = {
-    "names": 163, "contrast_seconds": 100.4, "answers_seconds": 200.2, "device": "a CPU", "threads": 2,
+    "names": 163, "contrast_seconds": 100.4, "answers_seconds": None, "minutes": 21.5, "device": "a CPU", "threads": 2,
     "precision": "bf16", "commit": "0123456789", "date": "2026-11-30",
     "zero_shot": {name: {"top_1": 0.5, "top_5": 0.75, "n": 4, "names": 10} for name in real.TASKS},
     "tasks": {
@@ -253,7 +253,12 @@ def test_the_table_stands_between_its_marks(tmp_path, monkeypatch):
     real.write_tables()
     text = page.read_text()
     assert "| name | 4 | 50.0 | 25.0 | 0.0 | 12.5 |  |" in text and "| 10 | 50.0 | 75.0 |" in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "100 + 200 s" in text
+    assert (
+        text.startswith("before\n")
+        and text.endswith("after\n")
+        and "old" not in text
+        and "100 + ? processor seconds of training; 21.5 minutes in all" in text
+    )
     page.write_text("no marks")
     with pytest.raises(UserError, match="has no <!-- real"):
         real.write_tables()
