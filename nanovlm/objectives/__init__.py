@@ -88,6 +88,9 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
 # Names under which one may look for an objective, and what chooses it here.
 METHODS = {
     "sft": "next_token",
+    "clip": "contrastive --contrastive.loss softmax --dual.initial-bias None",
+    "siglip": "contrastive",
+    "mae": "masked",
     "dpo": "preference",
     **{name: f"preference --preference.losses {name}" for name in ("ipo", "simpo", "bco", "mpo")},
     "reward_model": "reward",
