@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.config import TrainConfig, pick
+from nanovlm.data.spans import boundaries
 from nanovlm.data.types import IGNORE, Batch
 from nanovlm.model.dual import find_ends
 from nanovlm.model.vlm import Extras
@@ -72,7 +73,9 @@ class Contrastive:
     def read_captions(self, decoder: CaptionDecoder, model, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function from features of pictures and their indices to the losses of their captions."""
         captions = find_captions(batch)
-        captions = captions.masked_fill(self.processor.find_padding(captions), IGNORE)
+        given = self.processor.find_padding(captions)
+        given[:, : len(boundaries(self.processor.tokenizer)[0])] = True  # a token before every text tells nothing of it
+        captions = captions.masked_fill(given, IGNORE)
         return lambda features, index: decoder(features, captions[index], model.text.token_embedding.weight)
 
 

@@ -173,7 +173,7 @@ def count_projector(
 def count_dual_flops(config: DualConfig, batch: Batch, trains: dict[str, bool]) -> int:
     """Count those of a dual model as `count_flops` does: those of its blocks, patches and pooling by attention.
 
-    What is done once for a picture or a text is left out, and so are the products of embeddings.
+    What is done once for a picture or a text is left out, and so are the products of embeddings and a captioning loss.
     """
     v, t = config.vision, config.text
     lengths = torch.unique(batch.doc_ids[batch.doc_ids >= 0], return_counts=True)[1]

@@ -175,7 +175,8 @@ def _open_encoder(
         fill_part(own | {POSITIONS: table})
         place.copy_(stretch_table(table, theirs, wanted.grid_size, stretch))
         a, b = theirs.grid_size, wanted.grid_size
-        print(f"the positions of {name}, {a} x {a}, are stretched to {b} x {b}", file=sys.stderr)
+        if distributed.rank() == 0:
+            print(f"the positions of {name}, {a} x {a}, are stretched to {b} x {b}", file=sys.stderr)
 
     return fill, brings_second
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from einops import rearrange
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -11,12 +12,14 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from nanovlm.config import AdapterConfig, DataConfig, InitConfig, ProjectorConfig, TrainConfig
-from nanovlm.hub.encoders import read_encoder
+from nanovlm.hub.encoders import SIGLIP, read_encoder, stretch_table
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vision import convert_pixels, normalize
 from nanovlm.model.vlm import VLM
@@ -27,6 +30,7 @@ from tests.model.test_parity import randomize
 CLIP = dict(
     image_size=16, patch_size=4, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2
 )
+WITHOUT_SIZE = {name: value for name, value in CLIP.items() if name != "image_size"}
 DINO = dict(image_size=24, patch_size=6, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2)
 
 
@@ -92,6 +96,7 @@ STRETCHED = {
     "dino": (Dinov2Model, Dinov2Config(**DINO)),
     "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**DINO)),
     "siglip": (SiglipVisionModel, SiglipVisionConfig(**CLIP, vision_use_head=False)),
+    "naflex": (Siglip2VisionModel, Siglip2VisionConfig(**WITHOUT_SIZE, num_patches=16, vision_use_head=False)),
 }
 
 
@@ -105,21 +110,26 @@ def test_positions_are_stretched_as_transformers_does(tmp_path, capsys, name):
     randomize(encoder)
     encoder.save_pretrained(tmp_path / "hub")
     own = read_encoder(tmp_path / "hub")
-    asked = {} if name in ("dino", "registers") else {"interpolate_pos_encoding": True}
+    asked = {"interpolate_pos_encoding": True} if name in ("clip", "siglip") else {}
     if name == "clip":  # its features are those before the norm
         own = dataclasses.replace(own, post_layernorm=False)
     for side in (own.grid_size + 3, own.grid_size - 2):
         vision = dataclasses.replace(own, image_size=side * own.patch_size)
         model, processor = start(make_config(vision, vision=str(tmp_path / "hub"), scale_factor=1))
         pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
-        expected = encoder(pixel_values=pixels, **asked).last_hidden_state[:, -(side**2) :]
+        theirs = {"pixel_values": pixels} | asked
+        if name == "naflex":  # which is given patches
+            patches = rearrange(pixels, "I C (y a) (x b) -> I (y x) (a b C)", y=side, x=side)
+            theirs = {"pixel_values": patches, "spatial_shapes": torch.tensor([[side, side]] * 2)}
+            theirs["pixel_attention_mask"] = torch.ones(patches.shape[:2])
+        expected = encoder(**theirs).last_hidden_state[:, -(side**2) :]
         assert (model.vision(pixels) - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert f"4 x 4, are stretched to {side} x {side}" in capsys.readouterr().err
     save_model(tmp_path / "model", model, processor)
-    model, _ = start(make_config(own, vision=str(tmp_path / "model"), scale_factor=1))
-    assert "2 x 2, are stretched to 4 x 4" in capsys.readouterr().err and all(
-        x.isfinite().all() for x in model.state_dict().values()
-    )
+    again, _ = start(make_config(own, vision=str(tmp_path / "model"), scale_factor=1))
+    assert "2 x 2, are stretched to 4 x 4" in capsys.readouterr().err
+    small, table = model.vision.position_embedding.weight, again.vision.position_embedding.weight
+    assert table.equal(stretch_table(small, model.config.vision, 4, SIGLIP.stretch))
 
 
 def test_an_encoder_that_is_not_the_configured_one_is_refused(hub):
