@@ -29,12 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import arguments, fusion_report
 from benchmarks.fusion_cells import (
     CELLS,
+    Cell,
     FusionBenchConfig,
     digest,
     encoder_dir,
     language_dir,
     make_language,
+    name_encoder_run,
     train_cell,
+    write_texts,
 )
 from benchmarks.speed import append_lines
 from nanovlm import cli
@@ -78,7 +81,8 @@ def work(config: FusionBenchConfig):
     if config.worker == "language":
         import train
 
-        train.main(make_language(config, seed))
+        run = make_language(config, write_texts(config), seed)
+        train.main(replace(run, run_dir=str(language_dir(config, seed))))
     else:
         cell = next(cell for cell in CELLS if cell.name == config.worker)
         write_file(config.folder / "line.json", json.dumps(train_cell(config, cell, seed)))
@@ -125,7 +129,7 @@ def measure_encoder(config: FusionBenchConfig):
     ways = list(itertools.product(config.seeds, ("nothing", "contrast")))
     for seed, way in tqdm(ways, unit="run"):
         about = {"subject": "encoder", "encoder": way, "seed": seed}
-        about |= {"steps": config.scenes_steps, "threads": config.threads}
+        about |= {"config": name_encoder_run(config), "threads": config.threads}
         if is_done(about, RESULTS):
             continue
         encoder, run_dir = train_encoder(config, seed), config.folder / f"scenes_{way}_{seed}_{config.scenes_steps}"
@@ -144,11 +148,21 @@ def measure_encoder(config: FusionBenchConfig):
         append_lines(RESULTS, [about | said | {"commit": commit}], results["environment"])
 
 
+def read_lines() -> list[dict]:
+    """Return the lines of the benchmark as it is: of what was run with other settings none is in the tables."""
+    base = FusionBenchConfig("measure")
+    names = {
+        "fusion": lambda x: digest(base, Cell(**x["cell"]), x["seed"]),
+        "encoder": lambda x: name_encoder_run(base),
+    }
+    return [line for line in fusion_report.read_lines(RESULTS) if line["config"] == names[line["subject"]](line)]
+
+
 SUBJECTS = {
     "measure": measure,
     "encoder": measure_encoder,
-    "draw": lambda config: fusion_report.draw(fusion_report.read_lines(RESULTS)),
-    "table": lambda config: fusion_report.write_tables(fusion_report.read_lines(RESULTS)),
+    "draw": lambda config: fusion_report.draw(read_lines()),
+    "table": lambda config: fusion_report.write_tables(read_lines()),
 }
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from nanovlm.data.scenes import draw
 from nanovlm.data.types import Batch
 from nanovlm.environment import choose_precision, describe_environment
 from nanovlm.files import write_file
-from nanovlm.presets import scenes
+from nanovlm.presets import scenes, scenes_siglip
 from nanovlm.train import init
 from nanovlm.train.optim import make_optimizers
 from nanovlm.train.state import TrainState
@@ -112,16 +112,12 @@ def make_model(projector: str = "linear", fusion: str = "sequence") -> VLMConfig
     )
 
 
-def make_language(config: FusionBenchConfig, seed: int) -> TrainConfig:
+def make_language(config: FusionBenchConfig, texts: str, seed: int) -> TrainConfig:
     """Return the run of a language model on questions in words, most of them after a description of the scene."""
-    base, texts = scenes(), config.folder / "texts.jsonl"
-    if not texts.exists():
-        config.folder.mkdir(parents=True, exist_ok=True)
-        write_file(texts, "".join(json.dumps(record) + "\n" for i in range(NUM_TEXTS) for record in put_in_words(i)))
+    base = scenes()
     return TrainConfig(
-        run_dir=str(language_dir(config, seed)),
         model=replace(make_model(), vision=None, image_token_id=None),
-        data=replace(base.data, sources=(str(texts),), lessons=(), row_length=ROW_LENGTH),
+        data=replace(base.data, sources=(texts,), lessons=(), row_length=ROW_LENGTH),
         optim=replace(base.optim, steps=config.language_steps),
         eval=EvalConfig(show_every=0),
         seed=seed,
@@ -169,11 +165,18 @@ def make_cell(config: FusionBenchConfig, cell: Cell, seed: int) -> TrainConfig:
 
 
 def encoder_dir(config: FusionBenchConfig, seed: int) -> Path:
-    return config.folder / f"encoder_{seed}_{config.encoder_steps}"
+    return config.folder / f"encoder_{name_backbones(config)}_{seed}"
 
 
 def language_dir(config: FusionBenchConfig, seed: int) -> Path:
-    return config.folder / f"language_{seed}_{config.language_steps}"
+    return config.folder / f"language_{name_backbones(config)}_{seed}"
+
+
+def name_backbones(config: FusionBenchConfig) -> str:
+    """Name what the image encoder and the language model learn by a hash of it."""
+    language = replace(make_language(config, "", 0), threads=0)
+    plain = [dataclasses.asdict(scenes_siglip()), config.encoder_steps, dataclasses.asdict(language), NUM_TEXTS]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:8]
 
 
 # --- data and answers -------------------------------------------------------------------------------------------------
@@ -197,6 +200,21 @@ def make_batches(process, split: str, first: int, num: int, pad_token_id: int, r
         batch = collate([make_row([documents[i] for i in row], ROW_LENGTH, pad_token_id) for row in part])
         made.append(Asked(batch, [[text["kind"] for text in raws[i]["texts"]] for row in part for i in row]))
     return made
+
+
+def write_texts(config: FusionBenchConfig) -> str:
+    """Write what the language model reads, unless it is there; return its file."""
+    texts = config.folder / f"texts_{name_backbones(config)}.jsonl"
+    if not texts.exists():
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_file(texts, "".join(json.dumps(record) + "\n" for i in range(NUM_TEXTS) for record in put_in_words(i)))
+    return str(texts)
+
+
+def name_encoder_run(config: FusionBenchConfig) -> str:
+    """Name what `encoder` runs by a hash of it."""
+    plain = [dataclasses.asdict(scenes()), config.scenes_steps, name_backbones(config)]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
 
 
 def score(state: TrainState, asked: Sequence[Asked], is_blank: bool = False) -> dict[str, float]:

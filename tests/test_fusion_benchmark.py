@@ -45,14 +45,15 @@ TINY = FusionBenchConfig(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the backbones of seed 7, one step each, made in this process."""
-    folder, patch = tmp_path_factory.mktemp("fusion"), pytest.MonkeyPatch()
+    folder, patch, run = tmp_path_factory.mktemp("fusion"), pytest.MonkeyPatch(), fusion.run
     patch.setattr(fusion_cells, "NUM_TEXTS", 12)
     patch.setattr(fusion, "run", run_here)
     config = replace(TINY, folder=folder)
     fusion.train_encoder(config, 7)
     fusion.start(config, 7, "language")
+    patch.setattr(fusion, "run", run)
+    yield folder
     patch.undo()
-    return folder
 
 
 def run_here(script, *arguments):
