@@ -83,7 +83,7 @@ def test_help_shows_every_field_with_its_meaning(capsys):
     for option in options:
         start = max(shown.rfind(f" {option}{end}") for end in (" ", ","))
         assert start >= 0, option
-        assert "(default:" in shown[start : start + 400], option
+        assert "(default:" in shown[start : start + 600], option
     assert "Peak learning rate." in shown and "Side of one square patch, in pixels." in shown
 
 

@@ -80,7 +80,9 @@ def test_the_name_of_a_method_says_by_which_objective_it_is_chosen():
     for name, chosen in METHODS.items():
         with pytest.raises(ValueError, match=f"objective = '{name}' is unknown; that method is --objective {chosen}$"):
             find_objective(name)
-        argv = ["scenes", "--objective", *chosen.split()] + ["--model.has-score-head"] * (chosen == "reward")
+        preset = "scenes_siglip" if chosen.startswith("contrastive") else "scenes"
+        more = {"reward": ["--model.has-score-head"], "clip": ["--dual.initial-bias", "None"]}
+        argv = [preset, "--objective", *chosen.split(), *more.get(name if name in more else chosen, [])]
         assert parse_train(argv, "").validate().objective in OBJECTIVES
     with pytest.raises(ValueError, match=r"objective = 'gropu' is unknown; there are next_token, .*masked$"):
         find_objective("gropu")

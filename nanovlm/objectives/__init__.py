@@ -88,7 +88,7 @@ OBJECTIVES: dict[str, Callable[[TrainConfig, Processor, torch.device], Objective
 # Names under which one may look for an objective, and what chooses it here.
 METHODS = {
     "sft": "next_token",
-    "clip": "contrastive --contrastive.loss softmax --dual.initial-bias None",
+    "clip": "contrastive --contrastive.loss softmax",
     "siglip": "contrastive",
     "mae": "masked",
     "dpo": "preference",

@@ -640,11 +640,11 @@ BAD = {
     ),
     "kind": (
         change_config(model_type="mamba"),
-        r"config.json: model_type = 'mamba' is not a model that we have; there are idefics3, smolvlm, llama, ",
+        r"config.json: model_type = 'mamba' is not a model that we have; there are idefics3, smolvlm, llava, llama, ",
     ),
     "kind before tokenizer": (
         lambda folder: [change_config(model_type=["bert"])(folder), (folder / "tokenizer.json").unlink()],
-        r"config.json: model_type = \['bert'\] is not a model that we have; there are idefics3, smolvlm, llama, ",
+        r"config.json: model_type = \['bert'\] is not a model that we have; there are idefics3, smolvlm, llava, ",
     ),
     "eos token": (
         lambda folder: edit(folder / "tokenizer_config.json", lambda data: data.update(eos_token={"content": 2})),
