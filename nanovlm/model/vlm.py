@@ -66,9 +66,10 @@ class VLM(nn.Module):
             self.projector = make_projector(config.projector, config.vision.feature_size, config.decoder.hidden_size)
             makes, patches = self.projector.num_tokens(config.num_tile_patches), config.num_tile_patches
             if makes != config.num_image_features or makes < 1:
+                right = f"give it {makes}" if makes else "say how many it is to make"
                 raise UserError(
                     f"projector.num_tokens = {config.projector.num_tokens} does not fit projector.type = "
-                    f"{config.projector.type!r}, which makes {makes} tokens of the {patches} patches of a tile"
+                    f"{config.projector.type!r}, which makes {makes} tokens of the {patches} patches of a tile: {right}"
                 )
         self.decoder = Decoder(config.decoder)
         if config.has_score_head:

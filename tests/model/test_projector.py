@@ -52,7 +52,9 @@ def test_another_number_of_tokens_is_refused(name, num_tokens):
     if (name, num_tokens) == ("mlp", 4):
         assert VLM(dataclasses.replace(TINY, projector=ProjectorConfig(name, num_tokens=4)))  # as many as it makes
         return
-    with pytest.raises(UserError, match=rf"projector.num_tokens = {num_tokens} does not fit projector.type = '{name}'"):
+    right = "say how many it is to make" if name == "resampler" else "give it "
+    message = rf"projector.num_tokens = {num_tokens} does not fit projector.type = '{name}', which makes .*: {right}"
+    with pytest.raises(UserError, match=message):
         VLM(dataclasses.replace(TINY, projector=ProjectorConfig(name, num_tokens=num_tokens)))
 
 
