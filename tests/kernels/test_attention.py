@@ -32,7 +32,7 @@ def draw_inputs(B, T, S, N, K, H, dtype=torch.float32, device="cpu"):
 @contextlib.contextmanager
 def blocks_of(BM, BN):
     """Make every kernel use such blocks: small ones, so that few tokens are many blocks."""
-    blocks = {128: (BM, BN, 4, 2)}
+    blocks = {256: (BM, BN, 4, 2)}
     with mock.patch.dict(kernels.BLOCKS, {which: {90: blocks, 80: blocks, "fp32": blocks} for which in kernels.BLOCKS}):
         yield
 
@@ -154,10 +154,11 @@ DOCUMENTS = {
     "padding": ([[[17], [5]], [[1]]], (2, 2, 72)),
     "branches": ([[[20, 7, 1, 15, 22]], [[5, 1, 1, 1], [18, 10, 10], [19]]], (2, 1, 40)),
     "no prefix": ([[[0, 20, 45]]], (1, 1, 96)),
+    "wide heads": ([[[20, 7, 1, 15], [22]]], (2, 1, 160)),
 }
 
 
-SPANS = [(layout, True) for layout in ("one", "branches")]
+SPANS = [(layout, True) for layout in ("one", "branches", "wide heads")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
