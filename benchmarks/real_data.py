@@ -247,15 +247,15 @@ class RealDataConfig:
     num_variants: int = 8
     # Photographs in records for contrast.
     num_photographs: int = 6000
-    # Records with questions for training, three of four of them of emoji.
-    num_questions: int = 4000
+    # Records that ask for the name alone, three of four of them of emoji, and as many records with all questions.
+    num_questions: int = 6000
     # Records of each test.
     num_tests: int = 120
 
 
 def write(config: RealDataConfig) -> dict[str, Path]:
-    """Write what is missing of the four files of records; return them by name."""
-    paths = {x: config.folder / f"{x}.tar" for x in ("contrast", "answers", "emoji_test", "clothes_test")}
+    """Write what is missing of the five files of records; return them by name."""
+    paths = {x: config.folder / f"{x}.tar" for x in ("contrast", "naming", "answers", "emoji_test", "clothes_test")}
     if all(path.exists() for path in paths.values()):
         return paths
     packages = config.folder / "packages"
@@ -288,11 +288,15 @@ def write(config: RealDataConfig) -> dict[str, Path]:
             thing = rng.choice(clothes if rng.random() < PHOTOGRAPHS else seen)
             yield vary(thing, rng), ask(thing, kinds, rng, is_test=False)
 
+    def naming(rng: random.Random) -> Iterator[tuple[Image.Image, list[dict]]]:
+        return ((image, [x for x in asked if x["kind"] == "name"]) for image, asked in answers(rng))
+
     def test(things: list[Thing]) -> Callable[[random.Random], Iterator[tuple[Image.Image, list[dict]]]]:
         return lambda rng: ((show(x), ask(x, kinds, rng, is_test=True)) for x in things[: config.num_tests])
 
     makers = {
         "contrast": contrast,
+        "naming": naming,
         "answers": answers,
         "emoji_test": test(unseen),
         "clothes_test": test(clothes_test),
