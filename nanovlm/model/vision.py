@@ -12,7 +12,7 @@ arXiv 2304.07193; Darcet et al. 2023, arXiv 2309.16588). Legend: I tiles, P patc
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +187,11 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config)
         scales = [nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None for _ in range(2)]
         self.layer_scale1, self.layer_scale2 = scales
+
+    def initial_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for scale in (self.layer_scale1, self.layer_scale2):
+            if scale is not None:
+                yield scale, torch.ones(scale.shape)
 
     def forward(self, x_IPD: Tensor, rope: Rope | None = None, mask=None, groups: Sequence[Group] = ()) -> Tensor:
         """[I, P, D] -> [I, P, D]; `mask` is as in attention.py, `groups` as in attend_groups."""

@@ -22,7 +22,7 @@ from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.fusion import FUSION, Between
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.projector import PROJECTORS
-from nanovlm.model.vision import PatchEmbedding, VisionBlock, VisionEncoder, normalize, whitening_filters
+from nanovlm.model.vision import PatchEmbedding, VisionEncoder, normalize, whitening_filters
 
 
 class Extras:
@@ -222,9 +222,6 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
             yield module.weight, torch.ones(module.weight.shape)
         elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchEmbedding):
             yield normal(module.weight, module.weight[0].numel() ** -0.5)
-        elif isinstance(module, VisionBlock) and module.layer_scale1 is not None and module.layer_scale2 is not None:
-            yield module.layer_scale1, torch.ones(module.layer_scale1.shape)
-            yield module.layer_scale2, torch.ones(module.layer_scale2.shape)
         elif isinstance(module, nn.Embedding) and name.startswith("projector."):
             yield normal(module.weight, 1.0)
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d) and module.bias is not None:

@@ -39,7 +39,7 @@ class Item(NamedTuple):
 class Work(NamedTuple):
     """What is done with a folder: all that shapes the index, the suffixes of files, and three functions.
 
-    `part` is how many items are prepared, embedded and stored together.
+    `part` is how many items are prepared, embedded and stored together; a file without any counts as one.
 
     `read` makes the items of a file's bytes and name, or raises UserError. `embed` makes vectors fp32[n, D] of what
     items have prepared. `finish` adds to a new index what else belongs to it.
@@ -88,7 +88,7 @@ def update(folder: Path, out: Path, work: Work) -> dict[str, int]:
                 continue
             counts["changed" if file.name in before else "new"] += 1
             waiting.append((file, items))
-            if sum(len(items) for _, items in waiting) >= work.part:
+            if sum(max(1, len(items)) for _, items in waiting) >= work.part:
                 done |= store(out, work, waiting)
         done |= store(out, work, waiting)
         files = [done[file.name][0] for file in here]

@@ -1,4 +1,4 @@
-"""200 of the signals of attack.py."""
+"""100 of the signals of attack.py."""
 
 import pytest
 
@@ -14,6 +14,6 @@ def things(tmp_path_factory):
         made.runner.end()
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(100))
 def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(seed, things):
     assert try_one("signals", seed, things) == ""
