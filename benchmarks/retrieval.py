@@ -89,7 +89,10 @@ def main(config: RetrievalConfig):
 
 
 def measure_answers(config: RetrievalConfig) -> list[dict]:
-    """Ask each question without passages, and with three that are found by words, by vectors, and by both."""
+    """Ask each question without passages, and with three that are found by words, by vectors, and by both.
+
+    And with one of 60 tokens at most, found by its words.
+    """
     questions = json.loads(QUESTIONS.read_text())
     model, processor = load(config.model)
     embedders = {"words": None}
@@ -106,6 +109,10 @@ def measure_answers(config: RetrievalConfig) -> list[dict]:
             found[name] = [documents.find(one["question"], 3) for one in questions]
         for pooling in ("last", "mean"):
             found[f"{pooling} alone"] = [by_vectors(indexes[pooling], one["question"]) for one in questions]
+        short = DocumentsConfig(DOCS, Path(folder) / "short", chunk_tokens=60, overlap=10)
+        update(DOCS, short.out, document_work(short, None))
+        documents = Documents(short.out)
+        found["short"] = [documents.find(one["question"], 1) for one in questions]
     prepare(model)
     return [
         score_way(way, questions, passages, ask(model, processor, questions, passages))
@@ -285,7 +292,8 @@ def percentiles(times: list[float]) -> list[float]:
 
 WAYS = {
     "none": "no passages",
-    "words": "three passages by their words (BM25)",
+    "short": "one passage of 60 tokens by its words (BM25)",
+    "words": "three passages of 300 tokens by their words",
     "last alone": "by vectors, last token",
     "mean alone": "by vectors, mean of tokens",
     "last": "words and vectors, last token, fused",
