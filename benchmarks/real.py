@@ -134,7 +134,7 @@ def make_answers(config: RealConfig, records: dict[str, Path]) -> TrainConfig:
         adapter=AdapterConfig(rank=16, alpha=32, target=r"^decoder\..*\.(q|k|v|o)_proj$", train=(r"^projector\.",)),
         data=DataConfig(
             sources=(str(records["naming"]), str(records["answers"])),
-            lessons=(20 if config.quick else 6000,),
+            lessons=(20 if config.quick else RealDataConfig.num_questions,),
             row_length=256 if config.quick else 512,
             batch_rows=1 if config.quick else 2,
             chat_template="chatml",

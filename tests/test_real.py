@@ -149,7 +149,7 @@ def test_a_name_is_one_word_that_all_styles_have(folder):
 
 def test_training_never_sees_the_style_of_the_test(folder):
     assert all(shown.min() == 255 for shown in pictures(folder / "emoji_test.tar"))  # empty, on white
-    for name in ("contrast", "answers"):
+    for name in ("contrast", "naming", "answers"):
         shown = pictures(folder / f"{name}.tar")
         kinds = [record["texts"][-1]["assistant"] for record in read(folder / f"{name}.tar")]
         of_emoji = [x for x, kind in zip(shown, kinds, strict=True) if not any(c in kind for c in CLOTHES)]
@@ -199,6 +199,19 @@ def test_answers_have_many_wordings(folder):
     assert asked == set(NAME[:-1])
 
 
+def test_the_first_lesson_asks_for_names_alone(folder):
+    kinds, records = names_of(folder), read(folder / "naming.tar")
+    assert len(records) == len(read(folder / "answers.tar")) == 120
+    for record in records:
+        [turn] = record["texts"]
+        assert turn["kind"] == "name" and turn["user"] in NAME[:-1] and turn["assistant"] in kinds
+    run = real.make_answers(
+        real.RealConfig(folder), {name: folder / f"{name}.tar" for name in ("naming", "answers", *real.TASKS)}
+    )
+    assert run.data.sources == (str(folder / "naming.tar"), str(folder / "answers.tar"))
+    assert run.data.lessons == (RealDataConfig(folder).num_questions,)
+
+
 def test_things_vary_and_stay_to_be_seen():
     rng = random.Random(0)
     emoji, photograph = (
@@ -214,7 +227,7 @@ def test_things_vary_and_stay_to_be_seen():
 def test_records_that_are_there_stay(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     write(RealDataConfig(folder))
-    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} and len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} and len(before) == 5
 
 
 def test_the_encoder_is_trained_and_measured(folder):
@@ -222,7 +235,7 @@ def test_the_encoder_is_trained_and_measured(folder):
     run = real.make_contrast(config, folder / "contrast.tar")
     tiny = dataclasses.replace(run.optim, steps=2, warmup_steps=1)
     train.main(dataclasses.replace(run, optim=tiny, precision="fp32"))
-    records = {name: folder / f"{name}.tar" for name in ("answers", *real.TASKS)}
+    records = {name: folder / f"{name}.tar" for name in ("naming", "answers", *real.TASKS)}
     found = real.measure_encoder(config, records)
     assert found["clothes_test"]["n"] == 7 and found["clothes_test"]["names"] == 10
     assert found["emoji_test"]["names"] == 7 and 0 <= found["emoji_test"]["top_1"] <= found["emoji_test"]["top_5"] <= 1
