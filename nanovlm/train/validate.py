@@ -59,7 +59,7 @@ class HeldOut:
 
     def refs(self, slots: Sequence[int], num_slots: int, start: Any = None) -> Iterator[Ref]:
         """Yield refs for a single slot, as `first_pass` asks for them; they end with the pass."""
-        passes = [((k, ref) for ref in first_pass(reader.source)) for k, reader in enumerate(self.readers)]
+        passes = [zip(itertools.repeat(k), first_pass(reader.source)) for k, reader in enumerate(self.readers)]
         turns = itertools.chain.from_iterable(itertools.zip_longest(*passes))
         for k, ref in (turn for turn in turns if turn is not None):
             if isinstance(self.readers[k].read(ref.key), Document):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import train
 from nanovlm.config import EvalConfig, MoEConfig
+from nanovlm.data.sources import open_source
 from nanovlm.data.split import _hash, is_below
 from nanovlm.model.vlm import Extras
 from nanovlm.train.curves import draw_curves
@@ -119,6 +120,31 @@ def test_held_out_records_are_a_source_to_ask_about_in_any_layout(tmp_path, layo
     )
     assert all(len(question.images) == 1 for question in questions) and 5 < len(expected) < 30
     assert task.score(questions[0], questions[0].truth) == {"accuracy": 1.0}
+
+
+def test_held_out_records_of_two_sources_are_read_from_their_own(tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in ("birds", "fish")]
+    for path in paths:
+        records = []
+        for i in range(12):
+            Image.new("RGB", (20, 20), (i, len(path.stem), 0)).save(tmp_path / f"{path.stem}{i}.png")
+            records.append(
+                {"images": [f"{path.stem}{i}.png"], "texts": [{"user": "which?", "assistant": f"{path.stem} {i}"}]}
+            )
+        path.write_text("\n".join(map(json.dumps, records)))
+    data = dataclasses.replace(SMALL.data, sources=tuple(map(str, paths)), lessons=(), val_fraction=0.5)
+    config = train.share_micro_batches(dataclasses.replace(SMALL, data=data))
+    _model, processor = train.init.start(config, ["which?"])
+    loaders = {path.stem: train.make_loader(open_source(str(path)), processor, config, "val") for path in paths}
+    [(_task, questions)] = train.ask_held_out(loaders, processor, config)
+    expected = {
+        f"{path.stem} {i}"
+        for path in paths
+        for i in range(12)
+        if is_below(_hash((tmp_path / f"{path.stem}{i}.png").read_bytes()), 0.5)
+    }
+    assert {question.truth for question in questions} == expected and len(questions) == len(expected)
+    assert len({truth.split()[0] for truth in expected}) == 2
 
 
 def test_what_balances_experts_is_no_part_of_the_validation_loss(own):
