@@ -77,9 +77,10 @@ sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 import train
 from tests.test_train import run
+folder = Path({str(run_dir)!r})
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 {hook}
-run({str(run_dir)!r})
+run(folder)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
@@ -89,6 +90,17 @@ KILL_AT_STEP = """
 step = train.train_step
 def train_step(state, *args):
     if state.step == {}: die()
+    return step(state, *args)
+train.train_step = train_step
+"""
+# A checkpoint is written beside the steps, and may take longer than two of them.
+KILL_BEHIND_SAVE_OF_STEP_3 = """
+import time
+step = train.train_step
+def train_step(state, *args):
+    if state.step == 5:
+        while not (folder / "checkpoints" / "step_00000003").exists(): time.sleep(0.01)
+        die()
     return step(state, *args)
 train.train_step = train_step
 """
@@ -295,7 +307,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, unbr
 
 
 def test_a_run_whose_checkpoints_but_the_first_are_damaged_goes_on_from_that_and_is_not_begun_anew(tmp_path, unbroken):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))  # with checkpoints of steps 0 and 3
+    run_and_kill(tmp_path, KILL_BEHIND_SAVE_OF_STEP_3)
     flip_a_bit(tmp_path / "checkpoints" / "step_00000003")
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"seed: .* against 7"):
