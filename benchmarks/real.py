@@ -119,7 +119,7 @@ def make_contrast(config: RealConfig, records: Path) -> TrainConfig:
 def make_answers(config: RealConfig, records: dict[str, Path]) -> TrainConfig:
     """Return the run in which SmolLM2 learns to answer.
 
-    Names first, as a picture with its name is 30 tokens, and with four questions 80.
+    Names first, as a picture with its name is about 30 tokens, and with four questions 80.
     """
     steps = 4 if config.quick else 400
     return TrainConfig(

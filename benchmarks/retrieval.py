@@ -89,10 +89,7 @@ def main(config: RetrievalConfig):
 
 
 def measure_answers(config: RetrievalConfig) -> list[dict]:
-    """Ask each question without passages, and with three that are found by words, by vectors, and by both.
-
-    And with one of 60 tokens at most, found by its words.
-    """
+    """Ask each question without passages, with three found by words, by vectors and by both, and with a short one."""
     questions = json.loads(QUESTIONS.read_text())
     model, processor = load(config.model)
     embedders = {"words": None}

@@ -99,7 +99,8 @@ import time
 step = train.train_step
 def train_step(state, *args):
     if state.step == 5:
-        while not (folder / "checkpoints" / "step_00000003").exists(): time.sleep(0.01)
+        end = time.monotonic() + 60
+        while not (folder / "checkpoints" / "step_00000003").exists() and time.monotonic() < end: time.sleep(0.01)
         die()
     return step(state, *args)
 train.train_step = train_step
