@@ -17,6 +17,7 @@ MOST = {
 }
 MOST_OTHERWISE, MOST_TILES = 2**24, 128  # the latter along one side of an image
 MAY_BE_ZERO = ("projector.num_tokens",)
+NATIVE = ("native", "qwen")  # tilings of which the encoder reads each picture whole
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,25 @@ class VisionConfig:
     class_token: bool = False
     # Learned tokens beside the patches, without positions, in which the blocks can note down what is of no place.
     num_registers: int = 0
-    # Positions: learned, one vector for each patch; or rotary, in attention, rows and columns half of each head.
-    positions: Literal["learned", "rotary"] = "learned"
-    # rotary: base of the frequencies.
+    # Positions: learned, one vector for each patch; rotary, in attention, rows and columns half of each head; or both
+    # (Qwen3-VL).
+    positions: Literal["learned", "rotary", "both"] = "learned"
+    # rotary, both: base of the frequencies.
     rope_theta: float = 10000.0
+    # How the learned positions are stretched over a native picture: centres, as an image is resized (SigLIP 2), or
+    # corners, so that the first and the last position stay what they are (Qwen3-VL).
+    stretch: Literal["centres", "corners"] = "centres"
+    # Native pictures: side in pixels of the squares within which a block attends (Qwen2.5-VL); 0 for whole pictures.
+    window_size: int = 0
+    # window_size: indices of the blocks that attend over whole pictures all the same.
+    full_attention_layers: tuple[int, ...] = ()
+    # Norms of the blocks, a key of nanovlm.model.vision.NORMS: layer, or rms (Qwen2.5-VL).
+    norm: str = "layer"
     # Activation of the feed-forward layers, a key of nanovlm.model.vision.ACTIVATIONS: gelu_tanh (SigLIP), gelu
-    # (DINOv2) or quick_gelu (CLIP).
+    # (DINOv2), quick_gelu (CLIP) or silu (Qwen2.5-VL).
     hidden_act: str = "gelu_tanh"
+    # The feed-forward layers are gated, as SwiGLU (Qwen2.5-VL).
+    gated_mlp: bool = False
     # A layer norm before the first block (CLIP).
     pre_layernorm: bool = False
     # A layer norm after the last block.
@@ -89,7 +102,7 @@ class VisionConfig:
 
     def validate(self, where: str = "vision") -> "VisionConfig":
         """Return self, or raise UserError with both values of the first contradiction; `where` is its name."""
-        least = {"num_registers": 0, "convolution_blocks": 0}
+        least = {"num_registers": 0, "convolution_blocks": 0, "window_size": 0}
         for name, value in integers("", self):
             name = name.removeprefix(".")
             check(value >= least.get(name, 1), f"{where}.{name} = {value} must be at least {least.get(name, 1)}")
@@ -104,7 +117,7 @@ class VisionConfig:
         side, patch = self.image_size, self.patch_size
         check(self.grid_size >= 1, f"{where}.patch_size = {patch} is above {where}.image_size = {side}")
         divides(f"{where}.num_attention_heads", self.num_attention_heads, f"{where}.hidden_size", self.hidden_size)
-        if self.positions == "rotary":
+        if self.positions != "learned":
             head = self.hidden_size // self.num_attention_heads
             divides("4 (rotary halves of rows and columns)", 4, f"{where}.hidden_size / num_attention_heads", head)
         if self.patches == "convolution":
@@ -124,10 +137,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear, mlp, resampler,
-    # qformer or merge.
+    # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear, mlp, merger (of
+    # Qwen's models), resampler, qformer or merge.
     type: str = "linear"
-    # linear, mlp: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle).
+    # linear, mlp, merger: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle).
     scale_factor: int = 2
     # resampler, qformer, merge: image tokens of one tile; 0 where they follow from scale_factor.
     num_tokens: int = 0
@@ -135,6 +148,14 @@ class ProjectorConfig:
     num_layers: int = 2
     # resampler, qformer: number of attention heads.
     num_attention_heads: int = 4
+    # mlp, merger: norm before the linear maps, a key of nanovlm.model.vision.NORMS: none, layer or rms. It is that of a
+    # patch in merger, and in mlp that of the patches of a token together.
+    norm: str = "none"
+    # mlp, merger: epsilon of that norm.
+    norm_eps: float = 1e-6
+    # merger: indices of the blocks of the encoder whose outputs are mapped, too, and added to the image tokens behind
+    # the first blocks of the decoder, one block each (DeepStack).
+    deepstack_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +174,8 @@ class TilingConfig:
     # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
     # image to one tile; crop cuts one out of its middle, as CLIP and LLaVA 1.5 do; native follows SigLIP 2's NaFlex:
-    # the encoder reads each image whole, at its own aspect ratio.
+    # the encoder reads each image whole, at its own aspect ratio; qwen does so, too, at about its own number of pixels
+    # (Qwen2.5-VL and Qwen3-VL).
     policy: str = "fit"
     # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
     max_tiles: int = 1
@@ -166,6 +188,9 @@ class TilingConfig:
     # native: largest number of patches of an image, which is scaled up or down to about as many. A tile is what becomes
     # one image token, scale_factor x scale_factor patches.
     max_patches: int = 256
+    # qwen: least and largest number of pixels of an image; one outside is scaled up or down.
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
 
 
 @dataclass(frozen=True)
@@ -253,6 +278,11 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     # Slower rotary frequencies for longer contexts.
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    # M-RoPE: how many of the frequencies turn with a token's place in time, with the row and with the column of an
+    # image token in a native picture (nanovlm/model/mrope.py); empty for plain rotary positions.
+    rope_sections: tuple[int, ...] = ()
+    # M-RoPE: whether the three take turns from the highest frequency on (Qwen3-VL), or come one after another.
+    rope_interleaved: bool = False
     # Indices of the blocks whose attention has no rotary positions.
     layers_without_rope: tuple[int, ...] = ()
     # Longest document that the positions are made for, in tokens.
@@ -343,7 +373,14 @@ class VLMConfig:
     @property
     def is_native(self) -> bool:
         """Whether the encoder reads pictures at their own size, from tiles of one image token."""
-        return self.vision is not None and self.tiling.policy == "native"
+        return self.vision is not None and self.tiling.policy in NATIVE
+
+    @property
+    def most_native_tiles(self) -> int:
+        """Most tiles, and image tokens, of a picture that the encoder reads at its own size."""
+        if self.tiling.policy == "qwen":
+            return self.tiling.max_pixels // self.tile_size**2
+        return self.tiling.max_patches // self.num_tile_patches
 
     def validate(self) -> "VLMConfig":
         """Return self, or raise UserError with both values of the first contradiction."""
@@ -410,6 +447,17 @@ class VLMConfig:
             "decoder.num_key_value_heads", d.num_key_value_heads, "decoder.num_attention_heads", d.num_attention_heads
         )
         divides("2 (rotary halves)", 2, "decoder.head_dim", d.head_dim)
+        if d.rope_sections:
+            check(
+                len(d.rope_sections) == 3 and sum(d.rope_sections) == d.head_dim // 2 and min(d.rope_sections) >= 0,
+                f"decoder.rope_sections = {d.rope_sections} must be three numbers whose sum is half of "
+                f"decoder.head_dim = {d.head_dim}",
+            )
+            check(
+                v is None or self.is_native,
+                f"decoder.rope_sections = {d.rope_sections} needs the grids of native pictures, but tiling.policy = "
+                f"{self.tiling.policy}",
+            )
         for index in d.layers_without_rope:
             check(
                 0 <= index < d.num_hidden_layers,
@@ -435,7 +483,17 @@ class VLMConfig:
         if v is not None:
             if self.is_native:
                 self.check_native()
-            elif not self.projector.num_tokens:
+            else:
+                for name, value in (
+                    ("vision.window_size", v.window_size),
+                    ("projector.deepstack_layers", self.projector.deepstack_layers),
+                ):
+                    check(
+                        not value,
+                        f"{name} = {value} needs pictures that are read whole, but tiling.policy = "
+                        f"{self.tiling.policy}",
+                    )
+            if not self.is_native and not self.projector.num_tokens:
                 divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             if self.tiling.policy == "nanovlm":
                 divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
@@ -463,16 +521,41 @@ class VLMConfig:
             ("num_registers", v.num_registers, 0),
             ("second", v.second, None),
         ):
-            check(value == needed, f"vision.{name} = {value} must be {needed} for tiling.policy = native")
+            check(value == needed, f"vision.{name} = {value} must be {needed} for tiling.policy = {self.tiling.policy}")
         check(
             self.fusion.type == "sequence",
-            f"fusion.type = {self.fusion.type} must be sequence for tiling.policy = native",
+            f"fusion.type = {self.fusion.type} must be sequence for tiling.policy = {self.tiling.policy}",
         )
         check(
             self.num_image_features == 1,
             f"projector.type = {self.projector.type} makes {self.num_image_features} tokens of a tile, but for "
-            "tiling.policy = native scale_factor x scale_factor patches must become one",
+            f"tiling.policy = {self.tiling.policy} scale_factor x scale_factor patches must become one",
         )
+        layers = self.projector.deepstack_layers
+        check(
+            len(layers) < self.decoder.num_hidden_layers
+            and list(layers) == sorted(set(layers))
+            and all(0 <= i < v.num_hidden_layers for i in layers),
+            f"projector.deepstack_layers = {layers} must be indices of the vision.num_hidden_layers = "
+            f"{v.num_hidden_layers} blocks, lowest first, and fewer than decoder.num_hidden_layers = "
+            f"{self.decoder.num_hidden_layers}",
+        )
+        check(
+            not layers or self.projector.type == "merger",
+            f"projector.type = {self.projector.type} must be merger for projector.deepstack_layers = {layers}",
+        )
+        check(
+            v.window_size % self.tile_size == 0,
+            f"vision.window_size = {v.window_size} must be a multiple of the {self.tile_size} pixels of an image token",
+        )
+        if self.tiling.policy == "qwen":
+            least, most = self.tiling.min_pixels, self.tiling.max_pixels
+            check(
+                self.tile_size**2 <= most and least <= most,
+                f"tiling.max_pixels = {most} must be at least tiling.min_pixels = {least} and the "
+                f"{self.tile_size**2} pixels of one image token",
+            )
+            return
         check(
             self.tiling.max_patches >= scale**2,
             f"tiling.max_patches = {self.tiling.max_patches} is too few for one image token, which takes {scale**2}: "

@@ -281,7 +281,7 @@ class TrainConfig:
         )
         least = self.model.num_image_tokens
         if self.model.is_native and d.too_long == "skip":
-            least = self.model.tiling.max_patches // self.model.num_tile_patches
+            least = self.model.most_native_tiles
         check(
             d.row_length > least,
             f"data.row_length = {d.row_length} leaves no room for text beside one image of {least} tokens",

@@ -12,7 +12,7 @@ fit, small image       fit, several tiles                    idefics3
 ```
 
 Tiles are in reading order, the view of the whole image last (nanovlm: first). The text around them is the policy's
-layout. Of native a tile is one image token, and the encoder reads all tiles of an image as one picture.
+layout. Of native and qwen a tile is one image token, and the encoder reads all tiles of an image as one picture.
 """
 
 import io
@@ -475,7 +475,7 @@ def views_crop(width: int, height: int, plan: TilePlan, config: VLMConfig) -> li
     return [View(1, 1, -left, -top, width, height)]
 
 
-# ---- native: one picture of any aspect ratio, which the encoder reads whole ----
+# ---- native, qwen: one picture of any aspect ratio, which the encoder reads whole ----
 
 
 def plan_native(width: int, height: int, config: VLMConfig) -> TilePlan:
@@ -509,6 +509,25 @@ def views_native(width: int, height: int, plan: TilePlan, config: VLMConfig) -> 
 
 def layout_native(plan: TilePlan, image: str, config: VLMConfig) -> str:
     return image * plan.num_tiles
+
+
+def plan_qwen(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Follow Qwen2VLImageProcessor: both sides rounded to whole tiles, or scaled where pixels are too few or many."""
+    side, least, most = config.tile_size, config.tiling.min_pixels, config.tiling.max_pixels
+    if max(width, height) > 200 * min(width, height):
+        raise UserError(f"an image of {width} x {height} has a side of more than 200 times the other")
+    rows, cols = round(height / side), round(width / side)
+    if rows * cols * side**2 > most:
+        scale = math.sqrt(height * width / most)
+        rows, cols = (max(1, math.floor(length / scale / side)) for length in (height, width))
+    elif rows * cols * side**2 < least:
+        scale = math.sqrt(least / (height * width))
+        rows, cols = (math.ceil(length * scale / side) for length in (height, width))
+    return TilePlan(cols * side, rows * side, rows, cols, False)
+
+
+def draw_qwen(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    return [image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)]
 
 
 def _place(row, col):
@@ -550,4 +569,5 @@ TILING = {
     "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
     "crop": Tiling(plan_square, draw_crop, views_crop, layout_square, markers_square),
     "native": Tiling(plan_native, draw_native, views_native, layout_native, markers_square),
+    "qwen": Tiling(plan_qwen, draw_qwen, views_native, layout_native, markers_square),
 }

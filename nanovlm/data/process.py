@@ -114,6 +114,9 @@ def smaller(tiling: TilingConfig, side: int) -> Iterator[TilingConfig]:
     if tiling.policy == "native":
         for most in range(tiling.max_patches - 1, 0, -1):
             yield dataclasses.replace(tiling, max_patches=most)
+    if tiling.policy == "qwen":
+        for most in range((tiling.max_pixels - 1) // side**2 * side**2, 0, -(side**2)):
+            yield dataclasses.replace(tiling, max_pixels=most, min_pixels=min(most, tiling.min_pixels))
     if tiling.policy in ("idefics3", "nanovlm"):
         for edge in range((tiling.longest_edge - 1) // side * side, 0, -side):
             yield dataclasses.replace(tiling, longest_edge=edge)

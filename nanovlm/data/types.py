@@ -28,9 +28,9 @@ branch 1    all         causal     .
 branch 2    all         .          causal
 ```
 
-Where the encoder reads pictures at their own size (tiling.policy = native), a tile is one image token, and `grids` are
-the rows and columns of tiles of each picture, in order; elsewhere it is empty, as each tile is read by itself. They are
-plain numbers, not a tensor, as the shapes of what is computed follow from them.
+Where the encoder reads pictures at their own size (tiling.policy = native or qwen), a tile is one image token, and
+`grids` are the rows and columns of tiles of each picture, in order; elsewhere it is empty, as each tile is read by
+itself. They are plain numbers, not a tensor, as the shapes of what is computed follow from them.
 
 Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none. What else is
 known about each trained token, such as a weight or the log-probability under a reference, travels beside the labels as

@@ -28,6 +28,7 @@ from nanovlm.hub.families import (
     IDEFICS3_BAD_GRIDS,
     IDEFICS3_TYPES,
     IDEFICS3_VISION_DEFAULTS,
+    OTHER_TYPES,
     ROPE_FIELDS,
     VISION_FIELDS,
 )
@@ -291,7 +292,7 @@ def _build(cls, data, path):
 
 
 def check_kind(data, path):
-    known = [*IDEFICS3_TYPES, "llava", *DECODERS]
+    known = [*IDEFICS3_TYPES, "llava", *OTHER_TYPES, *DECODERS]
     if (kind := data.get("model_type")) not in known:
         raise UserError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
 

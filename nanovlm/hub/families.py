@@ -206,6 +206,8 @@ DECODERS = {
     "olmoe": Family("OlmoeForCausalLM", OLMOE_DEFAULTS, False, "all", QWEN_MOE_NAMES, OLMOE_FIELDS),
 }
 IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
+# Vision-language models that are read by files of their own (read.py).
+OTHER_TYPES = ("qwen2_5_vl", "qwen3_vl")
 
 
 def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
@@ -249,6 +251,11 @@ def find_family(decoder: DecoderConfig) -> str:
     Raises UserError for a combination of features that no family has.
     """
     d = decoder
+    if d.rope_sections:
+        raise UserError(
+            f"decoder.rope_sections = {d.rope_sections} cannot be exported: no layout that is written has M-RoPE; the "
+            "model folder of a run has it"
+        )
     if d.layers_without_rope:
         family = "smollm3"
     elif d.moe is not None:

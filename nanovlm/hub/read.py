@@ -27,6 +27,7 @@ from nanovlm.hub.download import find, holds_adapter, refuse_adapter
 from nanovlm.hub.llava import open_llava
 from nanovlm.hub.model_folder import open_folder
 from nanovlm.hub.nanovlm_layout import open_nanovlm
+from nanovlm.hub.qwen_vl import open_qwen
 from nanovlm.hub.stored import Stored, read_model
 from nanovlm.hub.weights import open_weights
 from nanovlm.model.vlm import VLM
@@ -81,8 +82,14 @@ def find_model(name: str | Path) -> Stored:
         return open_folder(folder)
     if data["model_type"] == "llava":
         return open_llava(folder)
+    if data["model_type"] in OTHERS:
+        return OTHERS[data["model_type"]](folder)
     check_kind(data, folder / "config.json")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)
     processor = Processor(tokenizer, read_template(folder, tokenizer), config)
     return Stored(config, processor, *open_weights(folder, config))
+
+
+# Vision-language models with layouts of their own: model_type -> function that reads all but the weights.
+OTHERS = {"qwen2_5_vl": open_qwen, "qwen3_vl": open_qwen}

@@ -89,6 +89,8 @@ class DraftModel:
             and (own.tile_size, own.num_image_tokens, own.is_native)
             == (config.tile_size, config.num_image_tokens, config.is_native)
             and own.image_token_id == config.image_token_id
+            and not own.decoder.rope_sections
+            and not own.projector.deepstack_layers
             and not self.model.fusion.looks_back  # of another one it is shown no pictures
         )
         # Without image tokens prompts share their blocks at other places, so each row may need a block more; and the

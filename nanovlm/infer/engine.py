@@ -311,9 +311,10 @@ class Engine:
         ]
         now = self.cache.begin(spans)
         rows, lasts, listed, end = [], [], [], 0
-        views = []
+        views, placed = [], []
         for i in now.order:
             (row, num), start = work[i], starts[i]
+            placed += [row.prompt.placed_at(start, num)] if self.config.decoder.rope_sections else []
             if ids is None:
                 listed += row.tokens[start : start + num] + row.guess.tokens
             if row.features and (self.looks_back or not row.is_answering):
@@ -328,7 +329,11 @@ class Engine:
         x_BTD, between = self.model.decoder.embed_tokens(ids[None]), None
         if views:
             x_BTD, between = self.model.fusion.see(x_BTD, views)
-        rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
+        if placed:
+            positions = torch.cat(placed, dim=1)[:, None].to(self.device, non_blocking=True)
+            rope = rope_table(positions, self.config.decoder)
+        else:
+            rope = tuple(table[:, now.position_ids[0]] for table in self.rope)
         with choosing(
             self.model, [work[i][0].request.adapter for i in now.order], [spans[i].num_new for i in now.order]
         ):

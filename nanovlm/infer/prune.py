@@ -87,6 +87,8 @@ def answer_pruned(
     for name, value, needed in (
         ("fusion.type", config.fusion.type, "sequence"),
         ("decoder.prefix_attention", config.decoder.prefix_attention, "causal"),
+        ("decoder.rope_sections", config.decoder.rope_sections, ()),
+        ("projector.deepstack_layers", config.projector.deepstack_layers, ()),
     ):
         if value != needed:
             raise UserError(f"{name} = {value} must be {needed} where image tokens are to be left out")

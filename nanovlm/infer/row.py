@@ -14,6 +14,7 @@ from nanovlm.infer.features import Picture
 from nanovlm.infer.request import Request
 from nanovlm.infer.speculate import Guess
 from nanovlm.model.cache_attention import BLOCK
+from nanovlm.model.mrope import place_tokens
 from nanovlm.model.vlm import VLM
 
 
@@ -39,6 +40,13 @@ class Prompt:
         self.places = [self.image_positions[start:end] for start, end in itertools.pairwise(self.starts)]
         # First and last + 1 of the tokens that see each other, also those behind them.
         self.spans = [] if config.decoder.prefix_attention == "causal" else find_spans(document)
+        # int64[3, L]: where its tokens are in time, row and column (M-RoPE), and how many positions pictures save.
+        self.placed = torch.empty(3, 0, dtype=torch.int64)
+        if config.decoder.rope_sections:
+            positions, branches = document.position_ids[None], document.branch_ids[None]
+            places = torch.tensor(self.image_positions, dtype=torch.int64)
+            self.placed = place_tokens(positions, torch.zeros_like(branches), branches, places, document.grids)[:, 0]
+        self.num_saved = sum(rows * columns - max(rows, columns) for rows, columns in document.grids)
         # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
         self.keys: list[bytes] = []
         for start in range(0, len(self.ids) - BLOCK, BLOCK):
@@ -57,6 +65,12 @@ class Prompt:
         """Return the indices of the pictures that have image tokens at the positions from `start` to `end`."""
         first, last = (bisect_left(self.image_positions, position) for position in (start, end))
         return range(bisect_right(self.starts, first) - 1, bisect_left(self.starts, last)) if last > first else range(0)
+
+    def placed_at(self, start: int, num: int) -> Tensor:
+        """int64[3, num]: where the tokens from `start` on are, those of an answer included."""
+        length = len(self.ids)
+        answer = torch.arange(max(start, length), max(start + num, length)) - self.num_saved
+        return torch.cat((self.placed[:, start : start + num], answer.expand(3, -1)), dim=1)
 
     def span_at(self, position: int) -> tuple[int, int]:
         """Return the span that a position is in; where it is in none, nothing, (position, position)."""

@@ -163,14 +163,26 @@ class RMSNorm(nn.Module):
 def rope_table(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine fp32[B, T, 1, H] of position * theta**(-2i / H) (Su et al. 2021, arXiv 2104.09864).
 
-    Both halves of H hold the same angles; the sine is negative in the first half, as `rotate` needs it.
+    Positions are int64[B, T], or int64[3, B, T] in time, row and column (mrope.py), each of which turns its own of the
+    frequencies. Both halves of H hold the same angles; the sine is negative in the first half, as `rotate` needs it.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
     stretch = pick(ROPE_SCALING, config.rope_scaling.type, "decoder.rope_scaling.type")
     frequencies, amplitude = stretch(1 / config.rope_theta**exponents, config)
-    angles = position_ids[:, :, None, None].float() * frequencies
+    positions = position_ids[..., None]
+    if position_ids.ndim == 3:
+        positions = position_ids[torch.tensor(find_axes(config)).to(position_ids.device)].movedim(0, -1)
+    angles = positions[:, :, None].float() * frequencies
     cos, sin = amplitude * angles.cos(), amplitude * angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def find_axes(config: DecoderConfig) -> list[int]:
+    """Return which of time, row and column turns each frequency."""
+    sections = config.rope_sections
+    if config.rope_interleaved:
+        return [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(config.head_dim // 2)]
+    return [axis for axis, size in enumerate(sections) for _ in range(size)]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

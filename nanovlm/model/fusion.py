@@ -80,7 +80,11 @@ class Fusion(Protocol):
 
 
 class SequenceFusion(nn.Module):
-    """Features replace the embeddings of their placeholders (LLaVA, Idefics3). It has no weights."""
+    """Features replace the embeddings of their placeholders (LLaVA, Idefics3). It has no weights.
+
+    Of features that are several times as wide as the decoder (projector.deepstack_layers), the first part does so, and
+    each other one is added behind a block of the decoder, the first of them behind the first block.
+    """
 
     looks_back = False
 
@@ -88,16 +92,25 @@ class SequenceFusion(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
 
-    def forward(self, x_BTD: Tensor, features: Tensor, batch: Batch, places: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x_BTD: Tensor, features: Tensor, batch: Batch, places: Tensor) -> tuple[Tensor, Between | None]:
         if not len(places):
             return x_BTD + 0 * features.sum(), None
-        features = features.flatten(0, 1).to(x_BTD.dtype)
-        return x_BTD.flatten(0, 1).index_copy(0, places, features).view_as(x_BTD), None
+        features, *levels = features.flatten(0, 1).to(x_BTD.dtype).split(x_BTD.shape[-1], dim=-1)
+        x_BTD = x_BTD.flatten(0, 1).index_copy(0, places, features).view_as(x_BTD)
+        return x_BTD, self.between(levels, places)
+
+    def between(self, levels: Sequence[Tensor], places: Tensor) -> Between | None:
+        def run(index: int, x_BTD: Tensor) -> Tensor:
+            if not 1 <= index <= len(levels):
+                return x_BTD
+            return x_BTD.flatten(0, 1).index_add(0, places, levels[index - 1].to(x_BTD.dtype)).view_as(x_BTD)
+
+        return run if levels else None
 
     def keep(self, features: Tensor) -> Tensor:
         return features
 
-    def see(self, x_BTD: Tensor, views: Sequence[View]) -> tuple[Tensor, None]:
+    def see(self, x_BTD: Tensor, views: Sequence[View]) -> tuple[Tensor, Between | None]:
         places, features = [], []
         for view in views:
             for picture, kept in view.kept.items():
@@ -106,8 +119,9 @@ class SequenceFusion(nn.Module):
                 places += [view.offset + own[j] - view.start for j in inside]
                 features.append(kept[inside[0] : inside[-1] + 1])
         index = torch.tensor(places).to(x_BTD.device, non_blocking=True)
-        x_BTD[0].index_copy_(0, index, torch.cat(features).to(x_BTD.dtype))
-        return x_BTD, None
+        shown, *levels = torch.cat(features).to(x_BTD.dtype).split(x_BTD.shape[-1], dim=-1)
+        x_BTD[0].index_copy_(0, index, shown)
+        return x_BTD, self.between(levels, index)
 
 
 # --- cross-attention ------------------------------------------------------------------------------------------

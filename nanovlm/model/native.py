@@ -55,18 +55,37 @@ def attend_groups(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     return torch.cat(found)[None]
 
 
-def stretch_positions(table: Tensor, grids: Sequence[Grid], num_patches: int) -> Tensor:
+def cut_windows(grids: Sequence[Grid], num_patches: int, side: int) -> tuple[list[int], list[Group]]:
+    """Cut pictures into squares of side x side tiles, from the left upper corner on, at the edges what is left of them.
+
+    Returns the tiles of one square after the other, those of equal size in a picture side by side, and their groups.
+    """
+    order, sizes, start = [], [], 0
+    for rows, columns in grids:
+        windows = [
+            [start + y * columns + x for y in range(rows)[top : top + side] for x in range(columns)[left : left + side]]
+            for top in range(0, rows, side)
+            for left in range(0, columns, side)
+        ]
+        windows.sort(key=len)
+        order += itertools.chain.from_iterable(windows)
+        sizes += map(len, windows)
+        start += rows * columns
+    return order, [(len(list(same)), size * num_patches) for size, same in itertools.groupby(sizes)]
+
+
+def stretch_positions(table: Tensor, grids: Sequence[Grid], num_patches: int, to: str = "centres") -> Tensor:
     """Table [G * G, D] -> [I, P, D], the positions of the patches of each tile, picture after picture.
 
-    As torch's interpolation (bilinear, antialias), but as matrix products: its own gradient on a GPU adds in an order
-    that changes.
+    As torch's interpolation (bilinear, antialias; without it and with align_corners for corners), but as matrix
+    products: its own gradient on a GPU adds in an order that changes.
     """
     side, shrunk = math.isqrt(len(table)), math.isqrt(num_patches)
     table_GGD = table.float().unflatten(0, (side, side))
     found: dict[Grid, Tensor] = {}
     with torch.autocast(table.device.type, enabled=False):
         for rows, columns in dict.fromkeys(grids):
-            down, across = (stretch(number * shrunk, side, table.device) for number in (rows, columns))
+            down, across = (STRETCH[to](number * shrunk, side, table.device) for number in (rows, columns))
             grid = torch.einsum("xg,ygD->yxD", across, torch.einsum("yG,GgD->ygD", down, table_GGD))
             found[rows, columns] = rearrange(grid, "(y a) (x b) D -> (y x) (a b) D", a=shrunk, b=shrunk)
     return torch.cat([found[grid] for grid in grids]).to(table.dtype)
@@ -90,3 +109,14 @@ def stretch(size: int, side: int, device: torch.device) -> Tensor:
         distances = (torch.arange(side, dtype=torch.float64) + 0.5 - centres).abs()
         weights = (1 - distances / max(ratio, 1)).clamp(min=0)
         return (weights / weights.sum(1, keepdim=True)).float().to(device)
+
+
+@functools.lru_cache(1024)
+def stretch_corners(size: int, side: int, device: torch.device) -> Tensor:
+    """The same between the first and the last number, which stay what they are."""
+    with torch.inference_mode(False):
+        places = torch.arange(size, dtype=torch.float32)[:, None] * (side - 1) / max(size - 1, 1)
+        return (1 - (torch.arange(side) - places).abs()).clamp(min=0).to(device)
+
+
+STRETCH = {"centres": stretch, "corners": stretch_corners}

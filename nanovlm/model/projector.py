@@ -3,12 +3,13 @@
 ```
 linear      pixel shuffle, one linear map                                         Idefics3, arXiv 2408.12637
 mlp         pixel shuffle, two linear maps with a GELU between                    LLaVA-1.5, arXiv 2310.03744
+merger      the same with a norm; of several blocks of the encoder                Qwen2.5-VL, arXiv 2502.13923
 resampler   learned latents attend to the features and to themselves              Flamingo, arXiv 2204.14198
 qformer     learned queries attend to themselves, then to the features            BLIP-2, arXiv 2301.12597
 merge       the most alike features become one, a linear map                      ToMe, arXiv 2210.09461
 ```
 
-The first two make P / scale_factor**2 tokens of the P patches of a tile, the others `num_tokens`. A projector is a
+The first three make P / scale_factor**2 tokens of the P patches of a tile, the others `num_tokens`. A projector is a
 module made from (config, width of the encoder, width of the decoder) with two methods:
 
     num_tokens(num_patches) -> int          how many tokens it makes of a tile; checked against the config
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from nanovlm.config import ProjectorConfig
+from nanovlm.config import ProjectorConfig, pick
 from nanovlm.errors import UserError
 from nanovlm.model.attention import attend_sdpa
+from nanovlm.model.vision import NORMS
 
 
 def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
@@ -69,14 +71,58 @@ class MLPProjector(nn.Module):
     def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int):
         super().__init__()
         self.scale_factor = config.scale_factor
-        self.fc1 = nn.Linear(vision_size * config.scale_factor**2, decoder_size)
+        size = vision_size * config.scale_factor**2
+        self.norm = pick(NORMS, config.norm, "projector.norm")(size, config.norm_eps)
+        self.fc1 = nn.Linear(size, decoder_size)
         self.fc2 = nn.Linear(decoder_size, decoder_size)
 
     def num_tokens(self, num_patches: int) -> int:
         return num_patches // self.scale_factor**2
 
     def forward(self, x_IPD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(pixel_shuffle(x_IPD, self.scale_factor))))
+        return self.fc2(F.gelu(self.fc1(self.norm(pixel_shuffle(x_IPD, self.scale_factor)))))
+
+
+class MergerProjector(nn.Module):
+    """Qwen's merger of the last block's features, and one more for each block of `deepstack_layers`.
+
+    What these make is appended to the image tokens, which are then as many times as wide (DeepStack, arXiv 2406.04334).
+    """
+
+    def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int):
+        super().__init__()
+        self.vision_size, self.scale_factor = vision_size, config.scale_factor
+        self.main = Merger(config, vision_size, decoder_size, norm_is_first=True)
+        self.deepstack = nn.ModuleList(
+            Merger(config, vision_size, decoder_size, norm_is_first=False) for _ in config.deepstack_layers
+        )
+
+    def num_tokens(self, num_patches: int) -> int:
+        return num_patches // self.scale_factor**2
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        levels = x_IPD.split(self.vision_size, dim=-1)
+        merged = [merge(x) for merge, x in zip((self.main, *self.deepstack), levels, strict=True)]
+        return torch.cat(merged, dim=-1) if len(merged) > 1 else merged[0]
+
+
+class Merger(nn.Module):
+    """Norm of each patch and pixel shuffle, or the other way round, then two linear maps with a GELU between."""
+
+    def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int, norm_is_first: bool):
+        super().__init__()
+        self.scale_factor, self.norm_is_first = config.scale_factor, norm_is_first
+        size = vision_size * config.scale_factor**2
+        make_norm = pick(NORMS, config.norm, "projector.norm")
+        self.norm = make_norm(vision_size if norm_is_first else size, config.norm_eps)
+        self.fc1, self.fc2 = nn.Linear(size, size), nn.Linear(size, decoder_size)
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        if self.norm_is_first:
+            x_IPD = pixel_shuffle(self.norm(x_IPD), self.scale_factor)
+        else:
+            x_IPD = self.norm(pixel_shuffle(x_IPD, self.scale_factor))
+        return self.fc2(F.gelu(self.fc1(x_IPD)))
 
 
 # --- learned latents that look at the features ----------------------------------------------------------------
@@ -212,6 +258,7 @@ def merge_tokens(x: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 PROJECTORS = {
     "linear": LinearProjector,
     "mlp": MLPProjector,
+    "merger": MergerProjector,
     "resampler": Resampler,
     "qformer": QFormer,
     "merge": MergeProjector,

@@ -12,6 +12,7 @@ arXiv 2304.07193; Darcet et al. 2023, arXiv 2309.16588). Legend: I tiles, P patc
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from nanovlm.config import VisionConfig, pick
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.convolution import ConvolutionStem
-from nanovlm.model.decoder import rotate_both
+from nanovlm.model.decoder import RMSNorm, rotate_both
 from nanovlm.model.native import (
     Grid,
     Group,
     attend_groups,
+    cut_windows,
     group_pictures,
     place_patches,
     sort_tiles,
@@ -55,20 +57,21 @@ class VisionEncoder(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(D)) if config.class_token else None
         self.registers = nn.Parameter(torch.empty(config.num_registers, D)) if config.num_registers else None
         self.position_embedding = None
-        if config.positions == "learned":
+        if config.positions != "rotary":
             self.position_embedding = nn.Embedding(config.class_token + config.num_patches, D)
         self.pre_layernorm = nn.LayerNorm(D, config.layer_norm_eps) if config.pre_layernorm else None
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps) if config.post_layernorm else None
         self.second = VisionEncoder(config.second) if config.second else None
 
-    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = (), deepstack: Sequence[int] = ()) -> Tensor:
         """Normalised float[I, C, H, W] -> [I, P, features], patches row by row; beside D those of a second encoder.
 
-        With `grids` the tiles of each picture, in rows and columns, are read as one (native.py).
+        With `grids` the tiles of each picture, in rows and columns, are read as one (native.py); beside its features
+        are then those behind the blocks of `deepstack`.
         """
         if grids:
-            return self.see_pictures(pixel_values, grids)
+            return self.see_pictures(pixel_values, grids, deepstack)
         x_IPD = self.forward_all(pixel_values)[:, self.config.num_tokens_beside :]
         if self.second is None:
             return x_IPD
@@ -85,7 +88,7 @@ class VisionEncoder(nn.Module):
         rope = None
         if self.position_embedding is not None:
             x_IPD = x_IPD + self.position_embedding.weight
-        else:
+        if config.positions != "learned":
             side = torch.arange(config.grid_size, device=x_IPD.device)
             places = torch.cartesian_prod(side, side)
             # Unturned, as at row and column 0, are class token and registers.
@@ -101,25 +104,32 @@ class VisionEncoder(nn.Module):
             x_IPD = layer(x_IPD, rope)
         return x_IPD if self.post_layernorm is None else self.post_layernorm(x_IPD)
 
-    def see_pictures(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def see_pictures(self, pixel_values: Tensor, grids: Sequence[Grid], deepstack: Sequence[int] = ()) -> Tensor:
         """Tiles [I, C, H, W] of pictures that have so many rows and columns of them -> [I, P, D]."""
-        x_IPD = self.patch_embedding(pixel_values)
-        P, rope = x_IPD.shape[1], None
+        config, x_IPD = self.config, self.patch_embedding(pixel_values)
+        P, rope, levels = x_IPD.shape[1], None, []
         grids, *orders = sort_tiles(grids)
-        groups = group_pictures(grids, P)
+        groups = windows = group_pictures(grids, P)
         there, back = (torch.tensor(order).to(x_IPD.device, non_blocking=True) for order in orders)
         x_IPD = x_IPD.index_select(0, there)
         if self.position_embedding is not None:
-            x_IPD = x_IPD + stretch_positions(self.position_embedding.weight, grids, P)
-        else:
-            rope = rope_table(place_patches(grids, P).to(x_IPD.device, non_blocking=True), self.config)
+            x_IPD = x_IPD + stretch_positions(self.position_embedding.weight, grids, P, config.stretch)
+        if config.positions != "learned":
+            rope = rope_table(place_patches(grids, P).to(x_IPD.device, non_blocking=True), config)
+        if config.window_size:
+            order, windows = cut_windows(grids, P, config.window_size // (config.patch_size * math.isqrt(P)))
+            inner = torch.tensor(order).to(x_IPD.device, non_blocking=True)
+            x_IPD, back = x_IPD.index_select(0, inner), inner.argsort().index_select(0, back)
+            rope = rope and tuple(x.unflatten(1, (-1, P)).index_select(1, inner).flatten(1, 2) for x in rope)
         x_1TD = x_IPD.flatten(0, 1)[None]
         if self.pre_layernorm is not None:
             x_1TD = self.pre_layernorm(x_1TD)
-        for layer in self.layers:
-            x_1TD = layer(x_1TD, rope, None, groups)
+        for index, layer in enumerate(self.layers):
+            x_1TD = layer(x_1TD, rope, None, groups if index in config.full_attention_layers else windows)
+            levels += [x_1TD] if index in deepstack else []
         if self.post_layernorm is not None:
             x_1TD = self.post_layernorm(x_1TD)
+        x_1TD = torch.cat((x_1TD, *levels), dim=-1) if levels else x_1TD
         return x_1TD[0].unflatten(0, (-1, P)).index_select(0, back)
 
 
@@ -181,10 +191,11 @@ class PatchEmbedding(nn.Conv2d):
 class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        make_norm = pick(NORMS, config.norm, "vision.norm")
+        self.layer_norm1 = make_norm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = VisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = VisionMLP(config)
+        self.layer_norm2 = make_norm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = GatedMLP(config) if config.gated_mlp else VisionMLP(config)
         scales = [nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None for _ in range(2)]
         self.layer_scale1, self.layer_scale2 = scales
 
@@ -229,6 +240,20 @@ class VisionMLP(nn.Module):
         return self.fc2(self.act(self.fc1(x_IPD)))
 
 
+class GatedMLP(nn.Module):
+    """As the decoder's, with biases."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.act = pick(ACTIVATIONS, config.hidden_act, "vision.hidden_act")
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x_IPD)) * self.up_proj(x_IPD))
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x), CLIP's approximation (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
     return x * torch.sigmoid(1.702 * x)
@@ -259,4 +284,11 @@ def whitening_filters(num_filters: int, patch_size: int) -> Tensor:
 
 # VisionConfig -> module that makes patches float[I, P, D] of pixels float[I, C, H, W]; it takes pixels of any dtype.
 PATCHES = {"patch": PatchEmbedding, "convolution": ConvolutionStem}
-ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
+# (size, epsilon) -> module; a projector, but no block, may have none.
+NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm, "none": lambda size, eps: nn.Identity()}

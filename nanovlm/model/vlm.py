@@ -21,6 +21,7 @@ from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.fusion import FUSION, Between
 from nanovlm.model.moe import MoE, Routing
+from nanovlm.model.mrope import place_tokens
 from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import PatchEmbedding, VisionEncoder, normalize, whitening_filters
 
@@ -91,10 +92,18 @@ class VLM(nn.Module):
         mask = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans)
         x_BTD, between = self.fuse(batch)
         is_token = batch.doc_ids >= 0
-        hidden, routing = self.decoder(x_BTD, batch.position_ids, mask, None, is_token, between=between)
+        hidden, routing = self.decoder(x_BTD, self.place(batch), mask, None, is_token, between=between)
         if extras is not None:
             extras.routing = routing
         return hidden
+
+    def place(self, batch: Batch) -> Tensor:
+        """Return the positions of tokens, int64[B, T], or with M-RoPE int64[3, B, T]."""
+        if not self.config.decoder.rope_sections or not batch.grids:
+            return batch.position_ids
+        is_image = batch.input_ids == self.config.image_token_id
+        places = torch.nonzero_static(is_image.flatten(), size=len(batch.pixel_values))[:, 0]
+        return place_tokens(batch.position_ids, batch.doc_ids, batch.branch_ids, places, batch.grids)
 
     def embed(self, batch: Batch) -> Tensor:
         """Return token embeddings [B, T, D]; in a sequence image features replace the placeholders, in order."""
@@ -139,7 +148,7 @@ class VLM(nn.Module):
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values, self.vision.config.mean, self.vision.config.std)
-        return self.projector(self.vision(pixel_values, grids))
+        return self.projector(self.vision(pixel_values, grids, self.config.projector.deepstack_layers))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""

@@ -163,7 +163,8 @@ def count_projector(
     no_kernel = sdpa_kernel(SDPBackend.MATH)  # torch does not count those of a CPU
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, no_kernel, torch.enable_grad():
         projector = PROJECTORS[config.type](config, vision_size, decoder_size).requires_grad_(projects)
-        features = torch.empty(1, num_patches, vision_size, requires_grad=sees)
+        width = vision_size * (1 + len(config.deepstack_layers))
+        features = torch.empty(1, num_patches, width, requires_grad=sees)
         out = projector(features)
         if sees or projects:
             out.backward(torch.empty_like(out))
@@ -195,7 +196,10 @@ def count_encoder(config: VisionConfig, num_patches: int | None = None) -> tuple
     """
     D, F, P = config.hidden_size, config.intermediate_size, num_patches or config.num_patches
     T = config.num_tokens_beside + P
-    blocks = config.num_hidden_layers * T * (4 * D * D + 2 * D * F + 2 * T * D)
+    blocks = config.num_hidden_layers * T * (4 * D * D + (2 + config.gated_mlp) * D * F)
+    num_whole = len(config.full_attention_layers) if config.window_size else config.num_hidden_layers
+    window = (config.window_size // config.patch_size) ** 2
+    blocks += 2 * T * D * (num_whole * T + (config.num_hidden_layers - num_whole) * min(T, window))
     if config.patches == "convolution":
         first, rest = count_multiplications(config)
         return first, rest + blocks

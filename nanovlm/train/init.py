@@ -280,7 +280,7 @@ def check_room(processor: Processor, config: TrainConfig):
     data, side = config.data, config.model.tile_size
     if config.model.vision is None or data.too_long == "shrink":
         return
-    fewer = "max_patches" if config.model.is_native else "longest_edge"
+    fewer = {"native": "max_patches", "qwen": "max_pixels"}.get(config.model.tiling.policy, "longest_edge")
     tokens, tiles = processor.num_image_tokens(side, side), plan_tiles(side, side, config.model).num_tiles
     for field, value, least in (
         ("row_length", data.row_length, tokens + 1),

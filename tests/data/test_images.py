@@ -303,6 +303,8 @@ def test_markers_are_all_that_layouts_write(policy, tile, longest_edge):
     config = square(tile, policy=policy, longest_edge=longest_edge, max_tiles=7)
     markers, written = marker_tokens(config), set()
     for width, height in random_sizes(2, 400, 300):
+        if policy == "qwen" and max(width, height) > 200 * min(width, height):  # refused
+            continue
         plan = plan_tiles(width, height, config)
         text = TILING[policy].layout(plan, "@", config)
         assert text.count("@") == plan.num_tiles

@@ -100,9 +100,14 @@ def test_dinov2_with_and_without_registers(num_registers):
 
 def test_activations_are_those_of_transformers():
     x = torch.linspace(-6, 6, 101)
-    for name, theirs in (("gelu_tanh", "gelu_pytorch_tanh"), ("gelu", "gelu"), ("quick_gelu", "quick_gelu")):
+    for name, theirs in (
+        ("gelu_tanh", "gelu_pytorch_tanh"),
+        ("gelu", "gelu"),
+        ("quick_gelu", "quick_gelu"),
+        ("silu", "silu"),
+    ):
         torch.testing.assert_close(ACTIVATIONS[name](x), hub.activations.ACT2FN[theirs](x), rtol=1e-6, atol=1e-6)
-    assert len(ACTIVATIONS) == 3
+    assert len(ACTIVATIONS) == 4
 
 
 def test_rotary_positions_are_those_of_qwen2_vl():
