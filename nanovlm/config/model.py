@@ -151,6 +151,8 @@ class ProjectorConfig:
     # mlp, merger: norm before the linear maps, a key of nanovlm.model.vision.NORMS: none, layer or rms. It is that of a
     # patch in merger, and in mlp that of the patches of a token together.
     norm: str = "none"
+    # mlp: a learned token that ends each row of an anyres picture.
+    has_newline: bool = False
     # mlp, merger: epsilon of that norm.
     norm_eps: float = 1e-6
     # merger: indices of the blocks of the encoder whose outputs are mapped, too, and added to the image tokens behind
@@ -175,11 +177,14 @@ class TilingConfig:
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
     # image to one tile; crop cuts one out of its middle, as CLIP and LLaVA 1.5 do; native follows SigLIP 2's NaFlex:
     # the encoder reads each image whole, at its own aspect ratio; qwen does so, too, at about its own number of pixels
-    # (Qwen2.5-VL and Qwen3-VL).
+    # (Qwen2.5-VL and Qwen3-VL). anyres follows LLaVA-OneVision: the whole image, then the grid of tiles that fits it
+    # best, without the border around it. internvl stretches each image to the grid of its shape (InternVL3).
     policy: str = "fit"
     # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
+    # anyres: of how many tiles an image has at most the image tokens, whatever its grid. internvl: as in fit.
     max_tiles: int = 1
-    # idefics3, nanovlm: the longest side of every image, in pixels, before it is cut (`size.longest_edge`).
+    # idefics3, nanovlm: the longest side of every image, in pixels, before it is cut (`size.longest_edge`); anyres: the
+    # longest side of a grid.
     longest_edge: int = 256
     # nanovlm: also enlarge smaller images to that side.
     enlarge: bool = False
@@ -346,9 +351,14 @@ class VLMConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholder tokens that one tile fills; one, where fusion looks at its features beside the sequence."""
+        """Placeholder tokens that one tile fills; one, where fusion looks at its features beside the sequence.
+
+        Of anyres, whose pictures have as many as data/places.py says, one, too.
+        """
         if self.vision is None:
             return 0
+        if self.tiling.policy == "anyres":
+            return 1
         return self.num_image_features if self.fusion.type == "sequence" else 1
 
     @property
@@ -374,6 +384,11 @@ class VLMConfig:
     def is_native(self) -> bool:
         """Whether the encoder reads pictures at their own size, from tiles of one image token."""
         return self.vision is not None and self.tiling.policy in NATIVE
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether the image tokens of a picture follow from its grid, and not from the number of its tiles."""
+        return self.vision is not None and self.tiling.policy in (*NATIVE, "anyres")
 
     @property
     def most_native_tiles(self) -> int:
@@ -437,7 +452,7 @@ class VLMConfig:
             ("decoder.rope_theta", d.rope_theta),
         ):
             check(value > 0, f"{name} = {value} must be positive")
-        if v is not None and self.tiling.policy in ("idefics3", "nanovlm"):
+        if v is not None and self.tiling.policy in ("idefics3", "nanovlm", "anyres"):
             check(
                 self.tiling.longest_edge <= MOST_TILES * v.image_size,
                 f"tiling.longest_edge = {self.tiling.longest_edge} is more than {MOST_TILES} tiles of "
@@ -469,7 +484,7 @@ class VLMConfig:
             f"fusion.every = {self.fusion.every} is above decoder.num_hidden_layers = {d.num_hidden_layers}",
         )
         if v is not None and self.fusion.only_latest:
-            most = {"square": 1, "crop": 1, "fit": self.tiling.max_tiles}
+            most = {"square": 1, "crop": 1, "fit": self.tiling.max_tiles, "internvl": self.tiling.max_tiles}
             check(
                 most.get(self.tiling.policy, self.tiling.longest_edge / v.image_size) <= 1,
                 "fusion.only_latest = True needs pictures of one tile, but tiling.policy = "
@@ -493,6 +508,18 @@ class VLMConfig:
                         f"{name} = {value} needs pictures that are read whole, but tiling.policy = "
                         f"{self.tiling.policy}",
                     )
+            is_anyres = self.tiling.policy == "anyres"
+            check(
+                self.projector.has_newline == is_anyres and (self.projector.type == "mlp" or not is_anyres),
+                f"projector.type = {self.projector.type} and projector.has_newline = {self.projector.has_newline} do "
+                f"not fit tiling.policy = {self.tiling.policy}: anyres, and it alone, has newlines, and needs mlp",
+            )
+            check(
+                not is_anyres or self.fusion.type == "sequence",
+                f"fusion.type = {self.fusion.type} must be sequence for tiling.policy = anyres",
+            )
+            if is_anyres:
+                divides("vision.image_size", v.image_size, "tiling.longest_edge", self.tiling.longest_edge)
             if not self.is_native and not self.projector.num_tokens:
                 divides("projector.scale_factor", scale, "vision.image_size // vision.patch_size", v.grid_size)
             if self.tiling.policy == "nanovlm":

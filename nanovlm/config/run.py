@@ -280,6 +280,8 @@ class TrainConfig:
             f"{self.model.decoder.max_position_embeddings}",
         )
         least = self.model.num_image_tokens
+        if self.model.tiling.policy == "anyres":
+            least = self.model.num_image_features
         if self.model.is_native and d.too_long == "skip":
             least = self.model.most_native_tiles
         check(

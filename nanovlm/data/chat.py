@@ -19,6 +19,7 @@ from nanovlm.config import VLMConfig
 from nanovlm.data.images import FAKE, find_grids, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
+from nanovlm.data.places import count_places
 from nanovlm.data.rendering import Renderer, check_blocks
 from nanovlm.data.spans import Span, SpanEncoder, boundaries
 from nanovlm.data.tokenizer import read_tokenizer
@@ -229,22 +230,22 @@ class Processor:
 
     def _make_document(self, ids, labels, branch_ids, images, num_prompt=0):
         size, per_tile = self.config.tile_size, self.config.num_image_tokens
-        tiles = [make_tiles(image, self.config) for image in images]
-        counts = [len(own) for own in tiles]
+        tiles, grids = [make_tiles(image, self.config) for image in images], find_grids(images, self.config)
+        counts = count_places(self.config, grids) if grids else [len(own) * per_tile for own in tiles]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        if (placeholders := ids.count(self.config.image_token_id)) != per_tile * len(tiles):
-            raise UserError(f"{placeholders} image placeholders, but {len(tiles)} tiles of {per_tile} tokens")
+        if (placeholders := ids.count(self.config.image_token_id)) != sum(counts):
+            raise UserError(f"{placeholders} image placeholders, but images of {sum(counts)} tokens")
         return Document(
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
             branch_ids=torch.tensor(branch_ids, dtype=torch.int32),
             tiles=tiles,
-            grids=find_grids(images, self.config),
+            grids=grids,
             span_ids=self._find_spans(ids, counts, num_prompt),
         )
 
     def _find_spans(self, ids: list[int], counts: list[int], num_prompt: int) -> torch.Tensor | None:
-        """Return the spans of a document whose images have so many tiles, as decoder.prefix_attention says.
+        """Return the spans of a document whose images have so many tokens, as decoder.prefix_attention says.
 
         The prompt of `num_prompt` tokens is one without its last token: that sees all of it anyway, and is the first of
         each branch where answers are branches, which the prompt cannot see.
@@ -257,7 +258,7 @@ class Processor:
             return spans
         places = iter([place for place, token in enumerate(ids) if token == self.config.image_token_id])
         for number, count in enumerate(counts, start=1):
-            own = [next(places) for _ in range(count * self.config.num_image_tokens)]
+            own = [next(places) for _ in range(count)]
             spans[own[0] : own[-1] + 1] = number
         return spans
 

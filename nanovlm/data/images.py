@@ -32,6 +32,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from nanovlm.config import DataConfig, VLMConfig, pick
+from nanovlm.data.places import count_places
+from nanovlm.data.types import Grid
 from nanovlm.errors import UserError
 
 Image.init()
@@ -59,6 +61,8 @@ class TilePlan(NamedTuple):
     rows: int
     cols: int
     has_global: bool
+    # anyres: rows and columns of the features that show the image.
+    kept: tuple[int, ...] = ()
 
     @property
     def num_tiles(self) -> int:
@@ -205,7 +209,8 @@ def place_tiles(width: int, height: int, config: VLMConfig) -> list[TilePlace]:
     side, patch, places = config.tile_size, config.vision.patch_size, []
     shown = side // patch * patch
     for view in pick(TILING, config.tiling.policy, "tiling.policy").views(width, height, plan, config):
-        is_whole = plan.has_global and (view.rows, view.cols) == (1, 1)
+        is_first = not any(place.is_whole for place in places)  # of anyres, the grid may be of one tile, too
+        is_whole = plan.has_global and (view.rows, view.cols) == (1, 1) and is_first
         for row, col in itertools.product(range(view.rows), range(view.cols)):
             left, top = col * side - view.left, row * side - view.top
             across = (left / view.width, (left + shown) / view.width)
@@ -214,10 +219,14 @@ def place_tiles(width: int, height: int, config: VLMConfig) -> list[TilePlace]:
     return places
 
 
-def find_grids(images: Sequence[Image.Image], config: VLMConfig) -> list[tuple[int, int]]:
-    """Return the rows and columns of tiles of each image that the encoder reads as one picture; else nothing."""
-    plans = [plan_tiles(*image.size, config) for image in images] if config.is_native else []
-    return [(plan.rows, plan.cols) for plan in plans]
+def find_grids(images: Sequence[Image.Image], config: VLMConfig) -> list[Grid]:
+    """Return the grid of each image whose image tokens follow from it; else nothing."""
+    plans = [plan_tiles(*image.size, config) for image in images] if config.has_grids else []
+    return [find_grid(plan) for plan in plans]
+
+
+def find_grid(plan: TilePlan) -> Grid:
+    return (plan.rows, plan.cols, *plan.kept)
 
 
 def layout(plan: TilePlan, image: str, config: VLMConfig, number: int | None = None) -> str:
@@ -530,6 +539,77 @@ def draw_qwen(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Ima
     return [image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)]
 
 
+# ---- internvl: stretched to the grid whose shape is most like its own, then the whole image ----
+
+
+def plan_internvl(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Follow GotOcr2ImageProcessor: of grids of one shape the largest that is less than twice as large as the image."""
+    side, most, best, least = config.tile_size, config.tiling.max_tiles, (1, 1), math.inf
+    grids = [(cols, rows) for cols in range(1, most + 1) for rows in range(1, most // cols + 1)]
+    for cols, rows in sorted(grids, key=math.prod):
+        difference = abs(width / height - cols / rows)
+        if difference < least or (difference == least and width * height > 0.5 * side * side * cols * rows):
+            best, least = (cols, rows), difference
+    cols, rows = best
+    return TilePlan(cols * side, rows * side, rows, cols, rows * cols > 1)
+
+
+def draw_internvl(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    sizes = [(plan.width, plan.height), *([(config.tile_size,) * 2] if plan.has_global else [])]
+    return [image.resize(size, Image.Resampling.BICUBIC) for size in sizes]
+
+
+def layout_internvl(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    begin, end = markers_internvl(config)
+    return f"{begin}{image * plan.num_tiles}{end}"
+
+
+def markers_internvl(config: VLMConfig) -> list[str]:
+    return ["<img>", "</img>"]
+
+
+# ---- anyres: the whole image stretched to a tile, then the grid that fits it best, as in LLaVA-OneVision ----
+
+
+def plan_anyres(width: int, height: int, config: VLMConfig) -> TilePlan:
+    """Choose the grid that keeps most of the image's pixels, of equal ones the smallest; the image fills one side."""
+    side, most = config.tile_size, config.tiling.longest_edge // config.tile_size
+
+    def rate(grid):
+        scale = _scale(width, height, *grid, side)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, -grid[0] * grid[1]
+
+    rows, cols = max(itertools.product(range(1, most + 1), repeat=2), key=rate)
+    across, down = cols * side / width, rows * side / height
+    size = (cols * side, min(math.ceil(height * across), rows * side))
+    if across >= down:
+        size = (min(math.ceil(width * down), cols * side), rows * side)
+    # The border in whole features, from the sides of the image and not of what is drawn: as transformers leaves it out.
+    grid = math.isqrt(config.num_image_features)
+    kept_rows, kept_cols = rows * grid, cols * grid
+    if width / height > kept_cols / kept_rows:
+        kept_rows -= (kept_rows - int(round(height * (kept_cols / width), 7))) // 2 * 2
+    else:
+        kept_cols -= (kept_cols - int(round(width * (kept_rows / height), 7))) // 2 * 2
+    return TilePlan(*size, rows, cols, True, (kept_rows, kept_cols))
+
+
+def draw_anyres(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    whole, view = views_anyres(*image.size, plan, config)
+    canvas = Image.new("RGB", (view.cols * config.tile_size, view.rows * config.tile_size))
+    canvas.paste(image.resize((plan.width, plan.height), Image.Resampling.BICUBIC), (view.left, view.top))
+    return [image.resize((whole.width, whole.height), Image.Resampling.BICUBIC), canvas]
+
+
+def views_anyres(width: int, height: int, plan: TilePlan, config: VLMConfig) -> list[View]:
+    return [_stretch(1, 1, config), _centre(plan.rows, plan.cols, plan.width, plan.height, config.tile_size)]
+
+
+def layout_anyres(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    return image * count_places(config, [find_grid(plan)])[0]
+
+
 def _place(row, col):
     return f"<row_{row}_col_{col}>"
 
@@ -569,5 +649,7 @@ TILING = {
     "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
     "crop": Tiling(plan_square, draw_crop, views_crop, layout_square, markers_square),
     "native": Tiling(plan_native, draw_native, views_native, layout_native, markers_square),
+    "internvl": Tiling(plan_internvl, draw_internvl, views_idefics3, layout_internvl, markers_internvl),
+    "anyres": Tiling(plan_anyres, draw_anyres, views_anyres, layout_anyres, markers_square),
     "qwen": Tiling(plan_qwen, draw_qwen, views_native, layout_native, markers_square),
 }

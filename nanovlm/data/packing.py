@@ -47,10 +47,10 @@ def image_cost(document: Document) -> float:
     A picture that is read at its own size counts by its P patches, in which each sees all: P + P^2 / (6 D), so that one
     of 576 patches costs what a tile of as many does; a patch is taken for one of 16 pixels a side.
     """
-    if not document.grids:
+    if not document.grids or len(document.grids[0]) > 2:  # tiles that are read by themselves
         return document_cost(0, len(document.tiles))
     of_tile = document.tiles[0, 0].numel() / 16**2
-    pictures = [rows * columns * of_tile for rows, columns in document.grids]
+    pictures = [rows * columns * of_tile for rows, columns, *_ in document.grids]
     return 256 * sum(P + P * P / (6 * 768) for P in pictures) / (576 + 576 * 576 / (6 * 768))
 
 

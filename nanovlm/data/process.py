@@ -108,7 +108,7 @@ def shrink(
 
 def smaller(tiling: TilingConfig, side: int) -> Iterator[TilingConfig]:
     """Yield the tilings of a policy that make fewer tiles of `side` pixels than this one, the largest first."""
-    if tiling.policy == "fit":
+    if tiling.policy in ("fit", "internvl"):
         for most in range(tiling.max_tiles - 1, 0, -1):
             yield dataclasses.replace(tiling, max_tiles=most)
     if tiling.policy == "native":

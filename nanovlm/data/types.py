@@ -29,8 +29,8 @@ branch 2    all         .          causal
 ```
 
 Where the encoder reads pictures at their own size (tiling.policy = native or qwen), a tile is one image token, and
-`grids` are the rows and columns of tiles of each picture, in order; elsewhere it is empty, as each tile is read by
-itself. They are plain numbers, not a tensor, as the shapes of what is computed follow from them.
+`grids` are the rows and columns of tiles of each picture, in order (of anyres: places.py); elsewhere it is empty, as
+each tile is read by itself. They are plain numbers, not a tensor, as the shapes of what is computed follow from them.
 
 Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none. What else is
 known about each trained token, such as a weight or the log-probability under a reference, travels beside the labels as
@@ -47,6 +47,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+# Rows and columns of tiles of a picture; of tiling.policy = anyres rows and columns of the features that show it, too.
+Grid = tuple[int, ...]
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Document:
     branch_ids: Tensor
     tiles: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
-    grids: list[tuple[int, int]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     # int32[at most L], of which 0, no span, is left out at the end.
     span_ids: Tensor | None = None
 
@@ -114,7 +116,7 @@ class Row:
     # int32[n]: the document of each tile.
     tile_doc_ids: Tensor
     values: dict[str, Tensor] = field(default_factory=dict)
-    grids: list[tuple[int, int]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     span_ids: Tensor | None = None
 
 
@@ -135,7 +137,7 @@ class Batch:
     # would have to wait to know M.
     row_tiles: Tensor = None  # pyright: ignore[reportAssignmentType]
     values: dict[str, Tensor] = field(default_factory=dict)
-    grids: list[tuple[int, int]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     span_ids: Tensor | None = None
 
     def __post_init__(self):
@@ -166,7 +168,7 @@ class Batch:
             return torch.zeros(len(self.trained), device=self.trained.device)
         return self.values[name].flatten(0, 1)[self.trained]
 
-    def tiles_of(self, number: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    def tiles_of(self, number: int) -> tuple[Tensor, list[Grid]]:
         """Return the tiles of a document, and the grids of its pictures."""
         is_own = self.tile_doc_ids == number
         shown_in = self.tile_doc_ids.tolist() if self.grids else []
@@ -181,9 +183,14 @@ class Batch:
         return Batch(**tensors, values=values, grids=self.grids)
 
 
-def count_tiles(grids: Sequence[tuple[int, int]]) -> list[int]:
+def count_tiles(grids: Sequence[Grid]) -> list[int]:
     """Count the tiles up to the end of each picture."""
-    return list(itertools.accumulate(rows * columns for rows, columns in grids))
+    return list(itertools.accumulate(map(num_tiles, grids)))
+
+
+def num_tiles(grid: Grid) -> int:
+    """Count the tiles of a picture; one of anyres has one more, which shows it whole."""
+    return grid[0] * grid[1] + (len(grid) > 2)
 
 
 def find_row_tiles(doc_ids: Tensor, tile_doc_ids: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ def _build(cls, data, path):
 
 
 def check_kind(data, path):
-    known = [*IDEFICS3_TYPES, "llava", *OTHER_TYPES, *DECODERS]
+    known = [*IDEFICS3_TYPES, *DECODERS, *OTHER_TYPES]
     if (kind := data.get("model_type")) not in known:
         raise UserError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
 

@@ -207,7 +207,7 @@ DECODERS = {
 }
 IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
 # Vision-language models that are read by files of their own (read.py).
-OTHER_TYPES = ("qwen2_5_vl", "qwen3_vl")
+OTHER_TYPES = ("llava", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
 
 
 def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:

@@ -168,6 +168,9 @@ def read_config(folder: Path, data: dict) -> VLMConfig:
         raise UserError(f"{path}: text_config and vision_config must be JSON objects")
     check_fixed(seen, kind.is_fixed | {"in_channels": 3, "in_chans": 3, "temporal_patch_size": 2}, path)
     seen = kind.vision | {"spatial_merge_size": 2} | seen
+    for name in ("patch_size", "spatial_merge_size", "num_position_embeddings"):
+        if type(seen.get(name, 1)) is not int:
+            raise UserError(f"{path}: {name} = {seen[name]!r} must be a number")
     rope, sections, is_interleaved = read_sections(text, path)
     if is_interleaved != (kind.decoder == "qwen3"):
         raise UserError(
@@ -188,7 +191,7 @@ def read_config(folder: Path, data: dict) -> VLMConfig:
     if kind.decoder == "qwen2":
         vision |= {"window_size": seen["window_size"], "full_attention_layers": seen["fullatt_block_indexes"]}
     else:
-        side = math.isqrt(number := seen["num_position_embeddings"])
+        side = math.isqrt(max(number := seen["num_position_embeddings"], 0))
         if side**2 != number:
             raise UserError(f"{path}: num_position_embeddings = {number} must be the square of a number")
         vision |= {"image_size": side * seen["patch_size"]}

@@ -80,10 +80,8 @@ def find_model(name: str | Path) -> Stored:
         return open_nanovlm(folder)
     if "model_type" not in data:
         return open_folder(folder)
-    if data["model_type"] == "llava":
-        return open_llava(folder)
-    if data["model_type"] in OTHERS:
-        return OTHERS[data["model_type"]](folder)
+    if (kind := str(data["model_type"])) in OTHERS:
+        return OTHERS[kind](folder)
     check_kind(data, folder / "config.json")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     config = read_config(folder, tokenizer)
@@ -92,4 +90,10 @@ def find_model(name: str | Path) -> Stored:
 
 
 # Vision-language models with layouts of their own: model_type -> function that reads all but the weights.
-OTHERS = {"qwen2_5_vl": open_qwen, "qwen3_vl": open_qwen}
+OTHERS = {
+    "llava": open_llava,
+    "llava_onevision": open_llava,
+    "internvl": open_llava,
+    "qwen2_5_vl": open_qwen,
+    "qwen3_vl": open_qwen,
+}

@@ -90,6 +90,7 @@ class DraftModel:
             == (config.tile_size, config.num_image_tokens, config.is_native)
             and own.image_token_id == config.image_token_id
             and not own.decoder.rope_sections
+            and "anyres" not in (own.tiling.policy, config.tiling.policy)
             and not own.projector.deepstack_layers
             and not self.model.fusion.looks_back  # of another one it is shown no pictures
         )

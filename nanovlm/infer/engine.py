@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.config import DecoderConfig
+from nanovlm.data.places import count_places
 from nanovlm.data.types import count_tiles
 from nanovlm.errors import UserError
 from nanovlm.infer.adapters import check_adapter, choosing
@@ -151,12 +152,14 @@ class Engine:
                 f"a prompt of {num} tokens and {most} new ones are more than the cache holds, {self.longest}: raise "
                 "cache_tokens, shorten the prompt or lower max_new_tokens"
             )
+        if self.config.has_grids and [0, *count_tiles(prompt.grids)][-1] != len(prompt.tiles):
+            raise UserError(f"grids = {prompt.grids} are not those of {len(prompt.tiles)} tiles of the prompt")
         num_image = int((prompt.input_ids == self.config.image_token_id).sum()) if self.config.vision else 0
         expected = len(prompt.tiles) * self.config.num_image_tokens if self.config.vision else 0
+        if self.config.has_grids:
+            expected = sum(count_places(self.config, prompt.grids))
         if num_image != expected:
             raise UserError(f"{num_image} image placeholders in the prompt, but {expected} image features of its tiles")
-        if self.config.is_native and [0, *count_tiles(prompt.grids)][-1] != len(prompt.tiles):
-            raise UserError(f"grids = {prompt.grids} are not those of {len(prompt.tiles)} tiles of the prompt")
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

@@ -7,15 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovlm.data.places import count_places
+from nanovlm.data.types import Grid
 from nanovlm.model.vlm import VLM
 
 
 class Picture(NamedTuple):
-    """What the encoder reads at once: a tile [1, C, H, W], or the tiles [n, C, H, W] of a native picture."""
+    """What the encoder reads at once: a tile [1, C, H, W], or the tiles [n, C, H, W] of a picture with a grid."""
 
     tiles: Tensor
-    # Rows and columns of the tiles, of a native picture.
-    grid: tuple[int, int] | None
+    grid: Grid | None
 
 
 class ImageFeatures:
@@ -40,9 +41,11 @@ class ImageFeatures:
             device = self.model.decoder.embed_tokens.weight.device
             asked = [pictures[i] for i in missing.values()]
             pixel_values = torch.cat([picture.tiles for picture in asked]).to(device, non_blocking=True)
-            x_IPD = self.model.encode(pixel_values, [picture.grid for picture in asked if picture.grid])
+            grids = [picture.grid for picture in asked if picture.grid]
+            x_IPD = self.model.encode(pixel_values, grids)
             # Copies, as a view would keep the whole batch in memory.
-            kept = self.model.fusion.keep(x_IPD).split([len(picture.tiles) for picture in asked])
+            sizes = count_places(self.model.config, grids) if grids else [len(picture.tiles) for picture in asked]
+            kept = self.model.fusion.keep(x_IPD).split(sizes)
             new = {digest: x.flatten(0, 1).clone() for digest, x in zip(missing, kept, strict=True)}
         self.num_encoded += len(missing)
         found = [new[digest] if digest in new else self.kept[digest] for digest in digests]

@@ -117,6 +117,11 @@ def check_places(config: VLMConfig):
             f"where an answer looked is drawn of image tokens in the sequence, and with fusion.type = "
             f"{config.fusion.type!r} there are none"
         )
+    if config.tiling.policy == "anyres":
+        raise UserError(
+            "it cannot be drawn where an answer looked in pictures of tiling.policy = anyres: their tiles are put "
+            "together, and some have no image tokens of their own"
+        )
     if config.projector.num_tokens:
         raise UserError(
             f"the {config.num_image_tokens} image tokens of projector.type = {config.projector.type!r} are of no place "

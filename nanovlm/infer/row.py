@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanovlm.data.types import Document
+from nanovlm.data.places import count_places
+from nanovlm.data.types import Document, num_tiles
 from nanovlm.infer.adapters import key_of
 from nanovlm.infer.blocks import Block, block_key, digest_picture
 from nanovlm.infer.features import Picture
@@ -24,7 +25,7 @@ class Prompt:
     def __init__(self, request: Request, model: VLM):
         document, config = request.prompt, model.config
         self.ids = document.input_ids.tolist()
-        sizes = [rows * columns for rows, columns in document.grids] or [1] * len(document.tiles)
+        sizes = [num_tiles(grid) for grid in document.grids] or [1] * len(document.tiles)
         grids = document.grids or [None] * len(document.tiles)
         self.pictures = [Picture(*picture) for picture in zip(document.tiles.split(sizes), grids, strict=True)]
         # What keys begin with, and what stands before the digests of pictures: those of the adapters that it uses.
@@ -32,7 +33,8 @@ class Prompt:
         sees = key_of(model, request.adapter, ("vision.", "projector.", "fusion."))
         self.digests = [sees + digest_picture(*picture) for picture in self.pictures]
         # How many image tokens stand before each picture, and how many there are.
-        self.starts = [0, *itertools.accumulate(size * config.num_image_tokens for size in sizes)]
+        counts = count_places(config, document.grids) if document.grids else [config.num_image_tokens] * len(sizes)
+        self.starts = [0, *itertools.accumulate(counts)]
         self.image_positions: list[int] = []
         if config.image_token_id is not None:
             self.image_positions = (document.input_ids == config.image_token_id).nonzero()[:, 0].tolist()
@@ -46,7 +48,7 @@ class Prompt:
             positions, branches = document.position_ids[None], document.branch_ids[None]
             places = torch.tensor(self.image_positions, dtype=torch.int64)
             self.placed = place_tokens(positions, torch.zeros_like(branches), branches, places, document.grids)[:, 0]
-        self.num_saved = sum(rows * columns - max(rows, columns) for rows, columns in document.grids)
+            self.num_saved = sum(rows * columns - max(rows, columns) for rows, columns in document.grids)
         # Of the blocks that may be found; the last token is always computed, as what follows it is to be known.
         self.keys: list[bytes] = []
         for start in range(0, len(self.ids) - BLOCK, BLOCK):

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanovlm.data.types import count_tiles
+from nanovlm.data.types import Grid, count_tiles
 
 
 def place_tokens(
-    position_ids: Tensor, doc_ids: Tensor, branch_ids: Tensor, places: Tensor, grids: Sequence[tuple[int, int]]
+    position_ids: Tensor, doc_ids: Tensor, branch_ids: Tensor, places: Tensor, grids: Sequence[Grid]
 ) -> Tensor:
     """Positions int64[B, T] in the documents -> int64[3, B, T].
 

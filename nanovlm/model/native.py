@@ -21,7 +21,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-Grid = tuple[int, int]  # rows and columns of a picture, in tiles
+from nanovlm.data.types import Grid
+
 Group = tuple[int, int]  # how many neighbouring pictures, and how many patches each of them has
 
 

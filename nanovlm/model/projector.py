@@ -21,6 +21,7 @@ Legend: I tiles, P patches, Q latents or queries, D width.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -75,12 +76,17 @@ class MLPProjector(nn.Module):
         self.norm = pick(NORMS, config.norm, "projector.norm")(size, config.norm_eps)
         self.fc1 = nn.Linear(size, decoder_size)
         self.fc2 = nn.Linear(decoder_size, decoder_size)
+        self.newline = nn.Parameter(torch.empty(decoder_size)) if config.has_newline else None
 
     def num_tokens(self, num_patches: int) -> int:
         return num_patches // self.scale_factor**2
 
     def forward(self, x_IPD: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.norm(pixel_shuffle(x_IPD, self.scale_factor)))))
+
+    def initial_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.newline is not None:
+            yield self.newline, torch.empty(self.newline.shape).normal_(std=len(self.newline) ** -0.5)
 
 
 class MergerProjector(nn.Module):

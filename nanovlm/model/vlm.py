@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig, pick
-from nanovlm.data.types import Batch, count_tiles
+from nanovlm.data.places import count_places
+from nanovlm.data.types import Batch, Grid, count_tiles
 from nanovlm.errors import UserError
+from nanovlm.model.anyres import join_tiles
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.fusion import FUSION, Between
@@ -119,9 +121,12 @@ class VLM(nn.Module):
         if self.config.vision is None:
             return x_BTD, None
         is_image = batch.input_ids == self.config.image_token_id
-        num_places = len(batch.pixel_values) * self.config.num_image_tokens
-        if self.config.is_native and [0, *count_tiles(batch.grids)][-1] != len(batch.pixel_values):
-            raise UserError(f"grids = {batch.grids} are not those of {len(batch.pixel_values)} tiles")
+        num_places, counts = len(batch.pixel_values) * self.config.num_image_tokens, []
+        if self.config.has_grids:
+            if [0, *count_tiles(batch.grids)][-1] != len(batch.pixel_values):
+                raise UserError(f"grids = {batch.grids} are not those of {len(batch.pixel_values)} tiles")
+            counts = count_places(self.config, batch.grids)
+            num_places = sum(counts)
         if not is_image.is_cuda and not torch.compiler.is_compiling():
             if int(is_image.sum()) != num_places:
                 raise UserError(
@@ -129,6 +134,9 @@ class VLM(nn.Module):
                     f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
                 )
             shown_in = batch.tile_doc_ids.repeat_interleave(self.config.num_image_tokens)
+            if counts and not self.config.is_native:
+                lasts = torch.tensor(count_tiles(batch.grids)) - 1
+                shown_in = batch.tile_doc_ids[lasts].repeat_interleave(torch.tensor(counts))
             if not torch.equal(shown_in, batch.doc_ids[is_image]):
                 raise UserError("the tiles of the batch are not in the order of the documents that show them")
         pixel_values, grids = batch.pixel_values, batch.grids
@@ -137,17 +145,23 @@ class VLM(nn.Module):
                 return x_BTD, None
             pixel_values = pixel_values.new_zeros(1, 3, *[self.config.tile_size] * 2)
             grids = [(1, 1)] if self.config.is_native else []
+            if self.config.tiling.policy == "anyres":
+                pixel_values, grids = pixel_values.expand(2, -1, -1, -1), [(1, 1, 1, 1)]
         # Their number is known here, so neither the forward nor the backward pass waits for a GPU.
         places = torch.nonzero_static(is_image.flatten(), size=num_places)[:, 0]
         return self.fusion(x_BTD, self.encode(pixel_values, grids), batch, places)
 
-    def encode(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
+    def encode(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
         """Tiles uint8 or already normalised floats [I, C, H, W] -> image features [I, P, D], P tokens a tile.
 
-        `grids` are the rows and columns of the tiles of each picture, where the encoder reads pictures as a whole.
+        `grids` are those of the pictures, where the encoder reads them whole, or the tiles are put together: then the
+        K image tokens of all pictures are [K, 1, D].
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values, self.vision.config.mean, self.vision.config.std)
+        if self.config.tiling.policy == "anyres":
+            features = self.projector(self.vision(pixel_values))
+            return join_tiles(features, grids, self.projector.newline, self.config) if grids else features
         return self.projector(self.vision(pixel_values, grids, self.config.projector.deepstack_layers))
 
     def head(self, hidden: Tensor) -> Tensor:

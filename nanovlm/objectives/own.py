@@ -10,6 +10,7 @@ Every branch begins with the last token of the prompt, which predicts the first 
 prefix, so that the prompt and its images are computed once, forward and backward.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.chat import Processor
-from nanovlm.data.types import IGNORE, Batch, Document, count_tiles
+from nanovlm.data.places import count_places
+from nanovlm.data.types import IGNORE, Batch, Document, Grid, count_tiles
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,23 @@ def make_question(
     start: int,
     tiles: Tensor,
     processor: Processor,
-    grids: Sequence[tuple[int, int]] = (),
+    grids: Sequence[Grid] = (),
     spans: Tensor | None = None,
 ) -> Question:
     """Cut a conversation before the answer whose first token is the label at `start`; later images are left out."""
     prompt, config = ids[: start + 1].clone(), processor.config
     if config.vision is not None:
-        tiles = tiles[: int((prompt == config.image_token_id).sum()) // config.num_image_tokens]
+        num_places = int((prompt == config.image_token_id).sum())
+        ends = itertools.accumulate(count_places(config, grids) if grids else ())
+        grids = [grid for grid, end in zip(grids, ends, strict=True) if end <= num_places]
+        tiles = tiles[: [0, *count_tiles(grids)][-1] if config.has_grids else num_places // config.num_image_tokens]
     answer = [token for token in labels[start:].tolist() if token != IGNORE and token not in config.stop_token_ids]
     document = Document(
         input_ids=prompt,
         labels=torch.full_like(prompt, IGNORE),
         branch_ids=torch.zeros(len(prompt), dtype=torch.int32),
         tiles=tiles.clone(),
-        grids=[grid for grid, end in zip(grids, count_tiles(grids), strict=True) if end <= len(tiles)],
+        grids=list(grids),
         span_ids=spans,
     )
     return Question(document, processor.decode(prompt.tolist()), processor.decode(answer))

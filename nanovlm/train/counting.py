@@ -107,7 +107,8 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
     num_tokens, num_tiles = int((batch.doc_ids >= 0).sum()), len(batch.pixel_values)
     sees, projects, decodes = (trains.get(name, False) for name in ("vision", "projector", "decoder"))
     vision = patches = projector = 0
-    pictures = [rows * columns * config.num_tile_patches for rows, columns in batch.grids]
+    grids = batch.grids if config.is_native else []
+    pictures = [rows * columns * config.num_tile_patches for rows, columns, *_ in grids]
     for encoder in (v, v.second) if v is not None else ():
         if encoder is not None:
             counted = [count_encoder(encoder, P) for P in pictures] or [count_encoder(encoder)] * num_tiles

@@ -95,7 +95,7 @@ def find_batches(tensors: dict[str, torch.Tensor]) -> list[Batch]:
             continue
         prefix = f"pending.{number}."
         own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        grids = [(rows, columns) for rows, columns in own.pop("grids", torch.empty(0, 2)).tolist()]
+        grids = [tuple(grid) for grid in own.pop("grids", torch.empty(0, 2)).tolist()]
         named = {f.name: own[f.name] for f in fields(Batch) if f.name in own}
         values = {name.removeprefix("values."): x for name, x in own.items() if name.startswith("values.")}
         batches.append(Batch(**named, values=values, grids=grids))
