@@ -10,6 +10,7 @@ What shows only the border around a picture is left out, and large pictures are 
 Legend: I tiles, P features of a tile, K image tokens of all pictures, D hidden.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +27,8 @@ def join_tiles(x: Tensor, grids: Sequence[Grid], newline: Tensor, config: VLMCon
     """Features [I, P, D] of the tiles of pictures with these grids, and newline [D] -> [K, 1, D]."""
     tokens, start = [], 0
     for grid, end in zip(grids, count_tiles(grids), strict=True):
-        (rows, columns, height, width), (whole_PD, *_) = grid, x[start:]
-        side = int(len(whole_PD) ** 0.5)
+        rows, columns, height, width = grid
+        whole_PD, side = x[start], math.isqrt(x.shape[1])
         tiles = x[start + 1 : end].unflatten(1, (side, side))
         x_hwD = rearrange(tiles, "(row column) y x D -> (row y) (column x) D", row=rows)
         top, left = (rows * side - height) // 2, (columns * side - width) // 2

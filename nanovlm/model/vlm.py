@@ -161,6 +161,7 @@ class VLM(nn.Module):
             pixel_values = normalize(pixel_values, self.vision.config.mean, self.vision.config.std)
         if self.config.tiling.policy == "anyres":
             features = self.projector(self.vision(pixel_values))
+            assert isinstance(self.projector, MLPProjector) and self.projector.newline is not None  # as validate says
             return join_tiles(features, grids, self.projector.newline, self.config) if grids else features
         return self.projector(self.vision(pixel_values, grids, self.config.projector.deepstack_layers))
 
