@@ -1,6 +1,7 @@
 """README.md of an exported model: what it is, which programs read it, how it was trained, what it scores."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanovlm.files import read_json
@@ -9,35 +10,49 @@ from nanovlm.hub.families import find_family
 from nanovlm.model.vlm import VLM
 
 
-def model_card(name: str, model: VLM, run: Path | None) -> str:
-    """Return the README.md: the model, programs that read it and, given a run directory, its training and scores."""
+def model_card(name: str, model: VLM, run: Path | None, layout: str = "safetensors", files: Sequence[str] = ()) -> str:
+    """Return the README.md: the model, programs that read it and, given a run directory, its training and scores.
+
+    `layout` is a key of USES, and `files` are the names of the GGUF files.
+    """
     config = model.config
-    sees = config.vision is not None
-    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    library, use = USES[layout]
     lines = [
         "---",
-        "library_name: transformers",
-        f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}",
+        f"library_name: {library}",
+        f"pipeline_tag: {'image-text-to-text' if config.vision is not None else 'text-generation'}",
         "---",
         "",
         f"# {name}",
         "",
         f"{describe(model)[0].upper()}{describe(model)[1:]}, written by nanovlm.",
         "",
+        *use(name, config.vision is not None, files),
+        "",
+        "## Programs",
+        "",
+        *describe_engines(config, model.decoder.embed_tokens.weight.dtype, layout),
+    ]
+    if run is not None:
+        lines += ["", *_describe_run(run)]
+    return "\n".join(lines) + "\n"
+
+
+def _use_transformers(name, sees, _files):
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    return [
         "```python",
         f"from transformers import {auto}, {'AutoProcessor' if sees else 'AutoTokenizer'}",
         "",
         f'model = {auto}.from_pretrained("{name}")',
         f'{"processor = AutoProcessor" if sees else "tokenizer = AutoTokenizer"}.from_pretrained("{name}")',
         "```",
-        "",
-        "## Programs",
-        "",
-        *describe_engines(config, model.decoder.embed_tokens.weight.dtype),
     ]
-    if run is not None:
-        lines += ["", *_describe_run(run)]
-    return "\n".join(lines) + "\n"
+
+
+def _use_llama_cpp(_name, _sees, files):
+    options = [f"{'--mmproj' if name.startswith('mmproj') else '-m'} {name}" for name in sorted(files, reverse=True)]
+    return ["```", f"llama-server {' '.join(sorted(options))}", "```"]
 
 
 def _describe_run(run):
@@ -85,3 +100,7 @@ def describe(model: VLM) -> str:
         f"an Idefics3 with a {family} decoder, {size / 1e6:.2f} M parameters in {dtype}, tiles of "
         f"{config.vision.image_size} pixels and {config.num_image_tokens} tokens"
     )
+
+
+# The library that reads a layout, as the hub calls it, and lines that show how.
+USES = {"safetensors": ("transformers", _use_transformers), "gguf": ("gguf", _use_llama_cpp)}

@@ -18,6 +18,8 @@ from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import merge_numbers
 
+CONTENT_TYPE = "the chat template writes another text beside an image than beside the marker that llama.cpp sets"
+
 
 def check(folder: Path, model: VLM):
     """Compare an exported folder with its model and, if installed, with transformers; print results and known traps.
@@ -52,7 +54,7 @@ def find_traps(processor: Processor, dtype: torch.dtype = torch.float32) -> list
     traps = [f"{engine}: {why}" for engine, why in find_faults(config, dtype)]
     if [tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS):
         traps.append(
-            "llama.cpp's converter knows tokenizers by a hash, and not one made here: name its pre-tokenizer, smollm"
+            "llama.cpp's converter knows tokenizers by a hash, and not one made here: export with --format gguf instead"
         )
     if config.vision is None:
         return traps
@@ -63,8 +65,16 @@ def find_traps(processor: Processor, dtype: torch.dtype = torch.float32) -> list
     if plain:
         traps.append(f"the tokenizer has no tokens for {', '.join(plain)}: they are several tokens of plain text")
     if _depends_on_content_type(processor):
-        traps.append("the chat template writes another text beside an image than beside the marker that llama.cpp sets")
+        traps.append(CONTENT_TYPE)
     return traps
+
+
+def find_llama_cpp_traps(processor: Processor) -> list[str]:
+    """List what llama.cpp reads differently in GGUF files that are written here."""
+    faults = find_faults(processor.config, torch.float32)
+    traps = [f"{engine}: {why}" for engine, why in faults if engine == "llama.cpp"]
+    sees = processor.config.vision is not None
+    return traps + ([CONTENT_TYPE] if sees and _depends_on_content_type(processor) else [])
 
 
 def _depends_on_content_type(processor):

@@ -51,12 +51,13 @@ def find_seen(config: VLMConfig) -> dict[str, str]:
     return SEEN_WITHOUT_PICTURES if config.vision is None else SEEN
 
 
-def describe_engines(config: VLMConfig, dtype: torch.dtype) -> list[str]:
+def describe_engines(config: VLMConfig, dtype: torch.dtype, layout: str = "safetensors") -> list[str]:
     """Return a Markdown table: programs, the versions that were seen right, and what is known against this model."""
     faults: dict[str, list[str]] = {}
     for engine, why in find_faults(config, dtype):
-        faults.setdefault(engine, []).append(why)
-    seen = find_seen(config)
+        if layout == "safetensors" or engine == "llama.cpp":
+            faults.setdefault(engine, []).append(why)
+    seen = find_seen(config) if layout == "safetensors" else {"llama.cpp": SEEN["llama.cpp"]}
     lines = ["| program | versions seen to give the same answers | known against this model |", "|---|---|---|"]
     for engine in dict.fromkeys((*seen, *faults)):
         lines.append(f"| {engine} | {seen.get(engine, 'none')} | {'; '.join(faults.get(engine, [])) or '-'} |")
@@ -125,12 +126,10 @@ VISION_FAULTS = (
     ),
     Fault(
         "llama.cpp",
-        "tiling.longest_edge = {} makes every picture one tile, which it shows twice, as a grid of one and as a whole",
+        "tiling.longest_edge = {} makes every picture one tile, which it shows twice, as a grid of one and as a whole "
+        "(xllamacpp 2026.10.11549; no setting of it changes that)",
         lambda c, _: c.vision is not None and c.tiling.longest_edge <= c.vision.image_size,
         lambda c: c.tiling.longest_edge,
-    ),
-    _other_decoder(
-        "llama.cpp", "its converter reads an Idefics3 with a llama only, another decoder as a model of its own"
     ),
     _other_decoder("vLLM", "it reads an Idefics3 with a llama only, others with --model-impl transformers"),
     _other_decoder("SGLang", "its Idefics3 has a llama only (read in its source, not run)"),

@@ -1,4 +1,4 @@
-"""Model -> folder in a hub layout, which transformers and llama.cpp read (docs/hub.md lists what was tested).
+"""Model -> folder in a hub layout, or GGUF files, which transformers and llama.cpp read (docs/hub.md lists the tests).
 
 ```
 run or model folder --load--> model, processor --check_exportable--> files under a temporary name --> OUT_DIR
@@ -9,6 +9,7 @@ older and newer readers name differently are written under both names. `transfor
 it, if it is installed.
 
     python -m nanovlm.hub.export runs/demo OUT_DIR --check
+    python -m nanovlm.hub.export runs/demo OUT_DIR --format gguf --dtype q8_0
 """
 
 import json
@@ -27,27 +28,33 @@ from nanovlm.errors import UserError
 from nanovlm.files import new_folder
 from nanovlm.hub import families, weights
 from nanovlm.hub.card import describe, model_card
-from nanovlm.hub.check import check
+from nanovlm.hub.check import check, find_llama_cpp_traps
 from nanovlm.hub.families import IDEFICS3_TOKENS, IMAGE, find_family
+from nanovlm.hub.gguf_export import check_gguf, write_gguf
 from nanovlm.hub.read import load
 from nanovlm.infer.sampling import find_stops
 from nanovlm.model.adapters import merge
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import merge_numbers
 
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model in a hub layout: Idefics3, or for a language model that of its family."""
+    """Write a model in a hub layout: Idefics3, or for a language model that of its family; or as GGUF files."""
 
     # Run directory, model folder, or repository on the hub.
     source: str
     # Folder to write; new or empty.
     out: Path
+    # safetensors, which transformers and others read, or gguf, which llama.cpp serves.
+    format: Literal["safetensors", "gguf"] = "safetensors"
     # Read the result again: compare all tensors, and with transformers if installed; list traps of other programs.
     check: bool = False
-    # Precision of the weights; auto keeps that of the source.
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # Precision of the weights: float32, bfloat16, float16, or auto, which keeps that of the source; of GGUF files also
+    # q8_0, q5_1, q5_0, q4_1 or q4_0.
+    dtype: str = "auto"
     # Largest size of a weight file, in GB; a larger model is split into several files.
     shard_size: float = 5.0
 
@@ -58,14 +65,30 @@ def main(args: list[str] | None = None):
 
     options = (tyro.conf.PositionalRequiredArgs,)
     config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export", config=options)
-    model = export(config.source, config.out, config.dtype, int(config.shard_size * 1e9))
+    if config.check and config.format != "safetensors":
+        raise UserError(f"check = True compares what format = safetensors writes, not {config.format}")
+    model, processor = write(config.source, config.out, config.dtype, int(config.shard_size * 1e9), config.format)
     print(f"wrote {config.out}: {describe(model)}")
+    if config.format == "gguf":
+        for note in find_llama_cpp_traps(processor):
+            print(f"note: {note}")
     if config.check:
         check(config.out, model)
 
 
-def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes: int = 5_000_000_000) -> VLM:
-    """Write the model of a run directory, a model folder or a repository to the folder `out`; return it.
+def export(
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "auto",
+    shard_bytes: int = 5_000_000_000,
+    format: str = "safetensors",
+) -> VLM:
+    """Write the model of a run directory, a model folder or a repository to the folder `out`, and return it."""
+    return write(source, out, dtype, shard_bytes, format)[0]
+
+
+def write(source: str | Path, out: str | Path, dtype: str, shard_bytes: int, format: str) -> tuple[VLM, Processor]:
+    """Write the model of a run directory, a model folder or a repository to the folder `out`.
 
     Raises UserError, before anything is written, if `out` is not empty or the layout cannot represent the model.
     """
@@ -74,22 +97,35 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
         raise UserError(f"{out} exists and is not an empty folder: name a new one")
     if shard_bytes < 1:
         raise UserError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
+    if format == "safetensors" and dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}; others need format = gguf")
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
-    model, processor = load(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    model, processor = load(folder, dtype=DTYPES.get(dtype) if format == "safetensors" else None)
     if model.adapters is not None:
         merge(model)
     check_exportable(processor)
+    if format == "gguf":
+        check_gguf(processor, dtype)
     if unknown := weights.unknown_tensors(model, find_layout(model)):
         raise UserError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
     run = folder.resolve().parent if (folder.resolve().parent / "metrics.jsonl").is_file() else None
     with new_folder(out) as temporary:
-        for name, content in make_files(model, processor).items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        (temporary / "README.md").write_text(model_card(out.name, model, run), encoding="utf-8")
-        processor.tokenizer.save(str(temporary / "tokenizer.json"))
-        write_weights(temporary, model, shard_bytes)
-    return model
+        if format == "gguf":
+            write_gguf(temporary, out.name, model, processor, dtype)
+        else:
+            write_safetensors(temporary, model, processor, shard_bytes)
+        files = [path.name for path in temporary.glob("*.gguf")]
+        (temporary / "README.md").write_text(model_card(out.name, model, run, format, files), encoding="utf-8")
+    return model, processor
+
+
+def write_safetensors(folder: Path, model: VLM, processor: Processor, shard_bytes: int):
+    """Write all files of a hub layout but the model card."""
+    for name, content in make_files(model, processor).items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    processor.tokenizer.save(str(folder / "tokenizer.json"))
+    write_weights(folder, model, shard_bytes)
 
 
 def check_exportable(processor: Processor):

@@ -31,7 +31,7 @@ def grid(n):
     return dataclasses.replace(GOOD, vision=vision, tiling=TilingConfig("idefics3", longest_edge=16 * n))
 
 
-OTHER_DECODER = {"llama.cpp", "vLLM", "SGLang", "mlx-vlm"}
+OTHER_DECODER = {"vLLM", "SGLang", "mlx-vlm"}
 # Config, dtype -> the programs that have something against it, beside transformers 4.55 to 4.57, and a word of the why.
 FAULTY = {
     "one token a patch": (
