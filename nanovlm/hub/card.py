@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.engines import describe_engines
 from nanovlm.hub.families import find_family
@@ -28,11 +29,10 @@ def model_card(name: str, model: VLM, run: Path | None, layout: str = "safetenso
         f"{describe(model)[0].upper()}{describe(model)[1:]}, written by nanovlm.",
         "",
         *use(name, config.vision is not None, files),
-        "",
-        "## Programs",
-        "",
-        *describe_engines(config, model.decoder.embed_tokens.weight.dtype, layout),
     ]
+    if layout != "nanovlm":
+        dtype = model.decoder.embed_tokens.weight.dtype
+        lines += ["", "## Programs", "", *describe_engines(config, dtype, layout)]
     if run is not None:
         lines += ["", *_describe_run(run)]
     return "\n".join(lines) + "\n"
@@ -53,6 +53,10 @@ def _use_transformers(name, sees, _files):
 def _use_llama_cpp(_name, _sees, files):
     options = [f"{'--mmproj' if name.startswith('mmproj') else '-m'} {name}" for name in sorted(files, reverse=True)]
     return ["```", f"llama-server {' '.join(sorted(options))}", "```"]
+
+
+def _use_nanovlm(name, _sees, _files):
+    return ["```python", "import nanovlm", "", f'model, processor = nanovlm.load("{name}")', "```"]
 
 
 def _describe_run(run):
@@ -93,7 +97,10 @@ def describe(model: VLM) -> str:
     """Describe a model in one phrase: family, size and dtype."""
     size, config = sum(p.numel() for p in model.parameters()), model.config
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
-    family = find_family(config.decoder)
+    try:
+        family = find_family(config.decoder)
+    except UserError:  # it has features that no published layout has
+        family = "decoder of its own" if config.vision is None else "own"
     if config.vision is None:
         return f"a {family} of {size / 1e6:.2f} M parameters in {dtype}"
     return (
@@ -103,4 +110,8 @@ def describe(model: VLM) -> str:
 
 
 # The library that reads a layout, as the hub calls it, and lines that show how.
-USES = {"safetensors": ("transformers", _use_transformers), "gguf": ("gguf", _use_llama_cpp)}
+USES = {
+    "safetensors": ("transformers", _use_transformers),
+    "gguf": ("gguf", _use_llama_cpp),
+    "nanovlm": ("nanovlm", _use_nanovlm),
+}

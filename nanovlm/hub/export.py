@@ -31,6 +31,7 @@ from nanovlm.hub.card import describe, model_card
 from nanovlm.hub.check import check, find_llama_cpp_traps
 from nanovlm.hub.families import IDEFICS3_TOKENS, IMAGE, find_family
 from nanovlm.hub.gguf_export import check_gguf, write_gguf
+from nanovlm.hub.push import check_name, push
 from nanovlm.hub.read import load
 from nanovlm.infer.sampling import find_stops
 from nanovlm.model.adapters import merge
@@ -55,6 +56,8 @@ class ExportConfig:
     # Precision of the weights: float32, bfloat16, float16, or auto, which keeps that of the source; of GGUF files also
     # q8_0, q5_1, q5_0, q4_1 or q4_0.
     dtype: str = "auto"
+    # Also send it to this repository on the hub, OWNER/NAME, with the token of hf auth login or HF_TOKEN.
+    push: str | None = None
     # Largest size of a weight file, in GB; a larger model is split into several files.
     shard_size: float = 5.0
 
@@ -67,13 +70,19 @@ def main(args: list[str] | None = None):
     config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export", config=options)
     if config.check and config.format != "safetensors":
         raise UserError(f"check = True compares what format = safetensors writes, not {config.format}")
-    model, processor = write(config.source, config.out, config.dtype, int(config.shard_size * 1e9), config.format)
+    if config.push is not None:
+        check_name(config.push)
+    model, processor = write(
+        config.source, config.out, config.dtype, int(config.shard_size * 1e9), config.format, config.push
+    )
     print(f"wrote {config.out}: {describe(model)}")
     if config.format == "gguf":
         for note in find_llama_cpp_traps(processor):
             print(f"note: {note}")
     if config.check:
         check(config.out, model)
+    if config.push is not None:
+        print(f"sent to {push(config.out, config.push)}")
 
 
 def export(
@@ -87,8 +96,10 @@ def export(
     return write(source, out, dtype, shard_bytes, format)[0]
 
 
-def write(source: str | Path, out: str | Path, dtype: str, shard_bytes: int, format: str) -> tuple[VLM, Processor]:
-    """Write the model of a run directory, a model folder or a repository to the folder `out`.
+def write(
+    source: str | Path, out: str | Path, dtype: str, shard_bytes: int, format: str, name: str | None = None
+) -> tuple[VLM, Processor]:
+    """Write the model of a run directory, a model folder or a repository to the folder `out`; the card says `name`.
 
     Raises UserError, before anything is written, if `out` is not empty or the layout cannot represent the model.
     """
@@ -115,7 +126,8 @@ def write(source: str | Path, out: str | Path, dtype: str, shard_bytes: int, for
         else:
             write_safetensors(temporary, model, processor, shard_bytes)
         files = [path.name for path in temporary.glob("*.gguf")]
-        (temporary / "README.md").write_text(model_card(out.name, model, run, format, files), encoding="utf-8")
+        card = model_card(name or out.name, model, run, format, files)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     return model, processor
 
 
