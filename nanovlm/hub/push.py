@@ -107,7 +107,7 @@ def explain(error: Exception, token: str) -> str:
     """Return one line on an error of the client, without the token and without the signatures of addresses."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     advice = {401: "log in with hf auth login", 403: "the token may not write there"}.get(status, "")
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     lines = [str(link).strip().partition("\n")[0] for link in chain]
