@@ -103,10 +103,13 @@ def make_card(folder: Path, repository: str, run: Path | None) -> str:
     return model_card(repository, model, run if is_complete else None, "nanovlm")
 
 
+ADVICE = {401: "log in with hf auth login", 403: "the token may not write there"}
+
+
 def explain(error: Exception, token: str) -> str:
     """Return one line on an error of the client, without the token and without the signatures of addresses."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    advice = {401: "log in with hf auth login", 403: "the token may not write there"}.get(status, "")
+    advice = ADVICE.get(status, "") if status else ""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
