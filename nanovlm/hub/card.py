@@ -11,7 +11,7 @@ from nanovlm.hub.families import find_family
 from nanovlm.model.vlm import VLM
 
 
-def model_card(name: str, model: VLM, run: Path | None, layout: str = "safetensors", files: Sequence[str] = ()) -> str:
+def model_card(name: str, model: VLM, run: Path | None, layout: str = "hub", files: Sequence[str] = ()) -> str:
     """Return the README.md: the model, programs that read it and, given a run directory, its training and scores.
 
     `layout` is a key of USES, and `files` are the names of the GGUF files.
@@ -111,7 +111,7 @@ def describe(model: VLM) -> str:
 
 # The library that reads a layout, as the hub calls it, and lines that show how.
 USES = {
-    "safetensors": ("transformers", _use_transformers),
+    "hub": ("transformers", _use_transformers),
     "gguf": ("gguf", _use_llama_cpp),
     "nanovlm": ("nanovlm", _use_nanovlm),
 }

@@ -51,13 +51,13 @@ def find_seen(config: VLMConfig) -> dict[str, str]:
     return SEEN_WITHOUT_PICTURES if config.vision is None else SEEN
 
 
-def describe_engines(config: VLMConfig, dtype: torch.dtype, layout: str = "safetensors") -> list[str]:
+def describe_engines(config: VLMConfig, dtype: torch.dtype, layout: str = "hub") -> list[str]:
     """Return a Markdown table: programs, the versions that were seen right, and what is known against this model."""
     faults: dict[str, list[str]] = {}
     for engine, why in find_faults(config, dtype):
-        if layout == "safetensors" or engine == "llama.cpp":
+        if layout == "hub" or engine == "llama.cpp":
             faults.setdefault(engine, []).append(why)
-    seen = find_seen(config) if layout == "safetensors" else {"llama.cpp": SEEN["llama.cpp"]}
+    seen = find_seen(config) if layout == "hub" else {"llama.cpp": SEEN["llama.cpp"]}
     lines = ["| program | versions seen to give the same answers | known against this model |", "|---|---|---|"]
     for engine in dict.fromkeys((*seen, *faults)):
         lines.append(f"| {engine} | {seen.get(engine, 'none')} | {'; '.join(faults.get(engine, [])) or '-'} |")

@@ -49,8 +49,8 @@ class ExportConfig:
     source: str
     # Folder to write; new or empty.
     out: Path
-    # safetensors, which transformers and others read, or gguf, which llama.cpp serves.
-    format: Literal["safetensors", "gguf"] = "safetensors"
+    # hub: for transformers and what reads its files; gguf: for llama.cpp.
+    format: Literal["hub", "gguf"] = "hub"
     # Read the result again: compare all tensors, and with transformers if installed; list traps of other programs.
     check: bool = False
     # Precision of the weights: float32, bfloat16, float16, or auto, which keeps that of the source; of GGUF files also
@@ -68,8 +68,8 @@ def main(args: list[str] | None = None):
 
     options = (tyro.conf.PositionalRequiredArgs,)
     config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export", config=options)
-    if config.check and config.format != "safetensors":
-        raise UserError(f"check = True compares what format = safetensors writes, not {config.format}")
+    if config.check and config.format != "hub":
+        raise UserError(f"check = True compares what format = hub writes, not {config.format}")
     if config.push is not None:
         check_name(config.push)
     model, processor = write(
@@ -90,7 +90,7 @@ def export(
     out: str | Path,
     dtype: str = "auto",
     shard_bytes: int = 5_000_000_000,
-    format: str = "safetensors",
+    format: str = "hub",
 ) -> VLM:
     """Write the model of a run directory, a model folder or a repository to the folder `out`, and return it."""
     return write(source, out, dtype, shard_bytes, format)[0]
@@ -108,10 +108,10 @@ def write(
         raise UserError(f"{out} exists and is not an empty folder: name a new one")
     if shard_bytes < 1:
         raise UserError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
-    if format == "safetensors" and dtype not in ("auto", *DTYPES):
+    if format == "hub" and dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}; others need format = gguf")
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
-    model, processor = load(folder, dtype=DTYPES.get(dtype) if format == "safetensors" else None)
+    model, processor = load(folder, dtype=DTYPES.get(dtype) if format == "hub" else None)
     if model.adapters is not None:
         merge(model)
     check_exportable(processor)

@@ -180,7 +180,7 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "wrote " in said and "note: llama.cpp: tiling.longest_edge = 16 makes every picture one tile" in said
     for options, message in (
-        (["--format", "gguf", "--check"], "check = True compares what format = safetensors writes, not gguf"),
+        (["--format", "gguf", "--check"], "check = True compares what format = hub writes, not gguf"),
         (["--dtype", "q4_0"], "dtype = 'q4_0' is not one of auto, float32, bfloat16, float16; others need format"),
         (["--format", "gguf", "--dtype", "q4_k_m"], "let llama.cpp's llama-quantize make them"),
     ):
