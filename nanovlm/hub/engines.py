@@ -127,7 +127,7 @@ VISION_FAULTS = (
     Fault(
         "llama.cpp",
         "tiling.longest_edge = {} makes every picture one tile, which it shows twice, as a grid of one and as a whole "
-        "(xllamacpp 2026.10.11549; no setting of it changes that)",
+        "(xllamacpp 2026.10.11549)",
         lambda c, _: c.vision is not None and c.tiling.longest_edge <= c.vision.image_size,
         lambda c: c.tiling.longest_edge,
     ),
