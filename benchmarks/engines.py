@@ -328,6 +328,9 @@ def main(config: EnginesConfig):
                 try:
                     result = engine.ask(written, place, list(engine.options))
                 except RuntimeError as error:
+                    if "ModuleNotFoundError" in str(error):
+                        print(f"{name}: not installed as a whole ({error})")
+                        continue
                     result = {"failed": str(error)}
                 rows[name] = {"engine": name, "package": f"{engine.package} {version}", **result}
                 rows[name]["environment"] = describe_environment(torch.device("cpu"), 1, "fp32")
