@@ -118,7 +118,7 @@ class MoE(nn.Module):
         """Choose k experts for each of x [R, D], in fp32; ties go to the expert with the lower index."""
         c = self.config
         if is_token is None:
-            is_token = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            is_token = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         x = x.float()
         if self.training and c.jitter:
             x = x * torch.empty_like(x).uniform_(1 - c.jitter, 1 + c.jitter)

@@ -164,7 +164,7 @@ class Resampler(nn.Module):
         return self.latents.num_embeddings
 
     def forward(self, x_IPD: Tensor) -> Tensor:
-        latents_IQD = self.latents.weight.expand(len(x_IPD), -1, -1)
+        latents_IQD = self.latents.weight.expand(x_IPD.shape[0], -1, -1)
         for layer in self.layers:
             latents_IQD = layer(latents_IQD, x_IPD)
         return self.proj(self.norm(latents_IQD))
@@ -197,7 +197,7 @@ class QFormer(nn.Module):
         return self.queries.num_embeddings
 
     def forward(self, x_IPD: Tensor) -> Tensor:
-        q_IQD = self.norm(self.queries.weight).expand(len(x_IPD), -1, -1)
+        q_IQD = self.norm(self.queries.weight).expand(x_IPD.shape[0], -1, -1)
         for layer in self.layers:
             q_IQD = layer(q_IQD, x_IPD)
         return self.proj(q_IQD)
@@ -250,7 +250,7 @@ def merge_tokens(x: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
             similarity, partner = (unit_IPD[:, ::2] @ unit_IPD[:, 1::2].mT).max(-1)
             merged = similarity.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
             # The token that each is part of from now on, itself included, and those that stay, in order.
-            owner_IP = torch.arange(P, device=x.device).repeat(len(x), 1)
+            owner_IP = torch.arange(P, device=x.device).repeat(x.shape[0], 1)
             owner_IP = owner_IP.scatter(1, 2 * merged, 2 * partner.gather(1, merged) + 1)
             is_gone = torch.zeros_like(owner_IP).scatter(1, 2 * merged, 1)
             stays_IQ = is_gone.argsort(dim=-1, stable=True)[:, : P - num_merged]

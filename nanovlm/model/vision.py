@@ -84,7 +84,7 @@ class VisionEncoder(nn.Module):
         """
         config, x_IPD = self.config, self.patch_embedding(pixel_values)
         if self.class_embedding is not None:
-            x_IPD = torch.cat((self.class_embedding.expand(len(x_IPD), 1, -1), x_IPD), dim=1)
+            x_IPD = torch.cat((self.class_embedding.expand(x_IPD.shape[0], 1, -1), x_IPD), dim=1)
         rope = None
         if self.position_embedding is not None:
             x_IPD = x_IPD + self.position_embedding.weight
@@ -95,7 +95,7 @@ class VisionEncoder(nn.Module):
             rope = rope_table(F.pad(places, (0, 0, config.num_tokens_beside, 0)), config)
         if self.registers is not None:
             first, patches = x_IPD[:, : config.class_token], x_IPD[:, config.class_token :]
-            x_IPD = torch.cat((first, self.registers.expand(len(x_IPD), -1, -1), patches), dim=1)
+            x_IPD = torch.cat((first, self.registers.expand(x_IPD.shape[0], -1, -1), patches), dim=1)
         if self.pre_layernorm is not None:
             x_IPD = self.pre_layernorm(x_IPD)
         if kept is not None:
