@@ -1,4 +1,4 @@
-"""Model -> folder in a hub layout, or GGUF files, which transformers and llama.cpp read (docs/hub.md lists the tests).
+"""Model -> folder in a hub layout, GGUF files or ONNX graphs, which transformers, llama.cpp and browsers read (docs/hub.md).
 
 ```
 run or model folder --load--> model, processor --check_exportable--> files under a temporary name --> OUT_DIR
@@ -13,6 +13,7 @@ it, if it is installed.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from nanovlm.hub.card import describe, model_card
 from nanovlm.hub.check import check, find_llama_cpp_traps
 from nanovlm.hub.families import IDEFICS3_TOKENS, IMAGE, find_family
 from nanovlm.hub.gguf_export import check_gguf, write_gguf
+from nanovlm.hub.onnx import LARGEST_FILE, check_onnx, graph_card, make_onnx_config, write_graphs
 from nanovlm.hub.push import check_name, push
 from nanovlm.hub.read import load
 from nanovlm.infer.sampling import find_stops
@@ -49,8 +51,9 @@ class ExportConfig:
     source: str
     # Folder to write; new or empty.
     out: Path
-    # hub: for transformers and what reads its files; gguf: for llama.cpp.
-    format: Literal["hub", "gguf"] = "hub"
+    # hub: for transformers and what reads its files; gguf: for llama.cpp; onnx: for onnxruntime and transformers.js, in
+    # browsers too.
+    format: Literal["hub", "gguf", "onnx"] = "hub"
     # Read the result again: compare all tensors, and with transformers if installed; list traps of other programs.
     check: bool = False
     # Precision of the weights: float32, bfloat16, float16, or auto, which keeps that of the source; of GGUF files also
@@ -60,6 +63,8 @@ class ExportConfig:
     push: str | None = None
     # Largest size of a weight file, in GB; a larger model is split into several files.
     shard_size: float = 5.0
+    # onnx: precisions that are written, each in files of its own; q8 and q4 are weights in 8 and 4 bits.
+    graphs: tuple[Literal["fp32", "q8", "q4"], ...] = ("fp32", "q8", "q4")
 
 
 def main(args: list[str] | None = None):
@@ -72,9 +77,12 @@ def main(args: list[str] | None = None):
         raise UserError(f"check = True compares what format = hub writes, not {config.format}")
     if config.push is not None:
         check_name(config.push)
-    model, processor = write(
-        config.source, config.out, config.dtype, int(config.shard_size * 1e9), config.format, config.push
-    )
+    if config.format == "onnx":
+        model, processor = export_onnx(config.source, config.out, config.graphs)
+    else:
+        model, processor = write(
+            config.source, config.out, config.dtype, int(config.shard_size * 1e9), config.format, config.push
+        )
     print(f"wrote {config.out}: {describe(model)}")
     if config.format == "gguf":
         for note in find_llama_cpp_traps(processor):
@@ -103,17 +111,12 @@ def write(
 
     Raises UserError, before anything is written, if `out` is not empty or the layout cannot represent the model.
     """
-    source, out = Path(source), Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: name a new one")
     if shard_bytes < 1:
         raise UserError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
     if format == "hub" and dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}; others need format = gguf")
-    folder = source / "model" if (source / "model" / "config.json").is_file() else source
-    model, processor = load(folder, dtype=DTYPES.get(dtype) if format == "hub" else None)
-    if model.adapters is not None:
-        merge(model)
+    out = Path(out).resolve()
+    model, processor, folder = read_source(Path(source), out, DTYPES.get(dtype) if format == "hub" else None)
     check_exportable(processor)
     if format == "gguf":
         check_gguf(processor, dtype)
@@ -124,25 +127,55 @@ def write(
         if format == "gguf":
             write_gguf(temporary, out.name, model, processor, dtype)
         else:
-            write_safetensors(temporary, model, processor, shard_bytes)
+            write_files(temporary, make_files(model, processor, make_config(model)), processor)
+            write_weights(temporary, model, shard_bytes)
         files = [path.name for path in temporary.glob("*.gguf")]
         card = model_card(name or out.name, model, run, format, files)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return model, processor
 
 
-def write_safetensors(folder: Path, model: VLM, processor: Processor, shard_bytes: int):
-    """Write all files of a hub layout but the model card."""
-    for name, content in make_files(model, processor).items():
+def export_onnx(
+    source: str | Path, out: str | Path, graphs: Sequence[str] = ("fp32", "q8", "q4"), largest_file: int = LARGEST_FILE
+) -> tuple[VLM, Processor]:
+    """Write the model as ONNX graphs of these precisions to the folder `out`, in transformers.js' layout; return it and its processor.
+
+    Raises UserError, before anything is written, if `out` is not empty or the graphs cannot represent the model.
+    """
+    out = Path(out).resolve()
+    model, processor, _folder = read_source(Path(source), out, torch.float32)
+    check_onnx(processor.config)
+    check_tiling(processor)
+    with new_folder(out) as temporary:
+        (temporary / "onnx").mkdir()
+        beside = write_graphs(temporary / "onnx", model, graphs, largest_file)
+        files = make_files(model, processor, make_onnx_config(processor.config, beside))
+        write_files(temporary, files | {"README.md": graph_card(out.name, model, graphs)}, processor)
+    return model, processor
+
+
+def read_source(source: Path, out: Path, dtype: torch.dtype | None) -> tuple[VLM, Processor, Path]:
+    """Return the model that is exported, its processor and its folder. Raises UserError if `out` is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: name a new one")
+    folder = source / "model" if (source / "model" / "config.json").is_file() else source
+    model, processor = load(folder, dtype=dtype)
+    if model.adapters is not None:
+        merge(model)
+    return model, processor, folder
+
+
+def write_files(folder: Path, files: dict[str, dict | str], processor: Processor):
+    """Write JSON objects and texts by file name, and tokenizer.json."""
+    for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     processor.tokenizer.save(str(folder / "tokenizer.json"))
-    write_weights(folder, model, shard_bytes)
 
 
 def check_exportable(processor: Processor):
     """Raise UserError that names a setting that no hub layout can represent."""
-    config, tokenizer = processor.config, processor.tokenizer
+    config = processor.config
     if config.quantization is not None:
         raise UserError(
             f"quantization.format = {config.quantization.format!r} cannot be exported: no other program reads it; "
@@ -163,15 +196,23 @@ def check_exportable(processor: Processor):
             f"fusion.type = {config.fusion.type!r} cannot be exported: Idefics3, the layout of vision-language models, "
             "has image tokens in the sequence alone; use the model folder of the run as it is"
         )
-    if config.tiling.policy != "idefics3":
-        raise UserError(
-            f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "
-            "train with tiling.policy = idefics3"
-        )
+    check_tiling(processor)
     if config.vision.grid_size in families.IDEFICS3_BAD_GRIDS:
         raise UserError(
             f"vision.image_size / vision.patch_size = {config.vision.grid_size} cannot be exported: Idefics3 gives "
             "some of so many patches a side one position"
+        )
+
+
+def check_tiling(processor: Processor):
+    """Raise UserError unless pictures are shown to the model as Idefics3 shows them."""
+    config, tokenizer = processor.config, processor.tokenizer
+    if config.vision is None:
+        return
+    if config.tiling.policy != "idefics3":
+        raise UserError(
+            f"tiling.policy = {config.tiling.policy!r} cannot be exported: other programs cut images as Idefics3 does; "
+            "train with tiling.policy = idefics3"
         )
     added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
     missing = [token for token in IDEFICS3_TOKENS if token not in added]
@@ -187,14 +228,14 @@ def find_layout(model: VLM) -> dict[str, str | tuple[str, ...]]:
     return families.find_names(find_family(model.config.decoder), model.config.vision is not None)
 
 
-def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
+def make_files(model: VLM, processor: Processor, config_json: dict) -> dict[str, dict | str]:
     """Return all files except weights, tokenizer and model card: JSON objects and texts by file name."""
     config, tokenizer = model.config, processor.tokenizer
-    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     tokens = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
     never = sorted({config.pad_token_id, config.image_token_id} - {*find_stops(config), None})
     template = {} if processor.chat_template == CONTINUATION_TEMPLATE else {"chat_template": processor.chat_template}
-    files = {
+    files: dict[str, dict | str] = {
+        "config.json": config_json,
         "generation_config.json": {f"{name}_token_id": i for name, i in tokens.items()}
         | ({"eos_token_id": find_stops(config)} if config.stop_token_ids else {})
         # Padding and image tokens are never part of an answer, as in sampling.py.
@@ -214,9 +255,7 @@ def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
     if template:
         files["chat_template.jinja"] = processor.chat_template
     if config.vision is None:
-        files["config.json"] = make_text_config(config, dtype)
         return files
-    files["config.json"] = make_idefics3_config(config, dtype)
     files["tokenizer_config.json"] |= {
         "processor_class": "Idefics3Processor",
         "additional_special_tokens": list(IDEFICS3_TOKENS),
@@ -238,11 +277,17 @@ def make_files(model: VLM, processor: Processor) -> dict[str, dict | str]:
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         # With [0, 1] pixels a black tile would be all zeros, which Idefics3 takes for padding and drops.
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
+        "image_mean": list(config.vision.mean),
+        "image_std": list(config.vision.std),
         "do_pad": True,
     }
     return files
+
+
+def make_config(model: VLM) -> dict:
+    """Return the config.json of a model."""
+    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    return (make_text_config if model.config.vision is None else make_idefics3_config)(model.config, dtype)
 
 
 def make_idefics3_config(config: VLMConfig, dtype: str) -> dict:
