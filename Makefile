@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test quick kernels-3.6 serve-test harness other-transformers lint clean
+.PHONY: demo browser test quick kernels-3.6 serve-test browser-test harness other-transformers lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -10,6 +10,24 @@ demo: .venv/installed  ## train the default preset, then answer questions about 
 	$(BIN)/python generate.py --model runs/demo/model --image runs/demo/images/0.png --prompt \
 	  "describe the image." "how many objects are there?"
 	$(BIN)/python benchmarks/scenes.py compare runs/demo
+
+RUN ?= runs/demo
+VENDOR := examples/browser/vendor
+browser: .venv/installed $(VENDOR)/transformers.min.js  ## write a run for the page in examples/browser, and what it needs
+	$(BIN)/pip install -q -c constraints.txt -e ".[onnx]"
+	rm -rf examples/browser/model
+	$(BIN)/python -m nanovlm.hub.export $(RUN) examples/browser/model --format onnx
+
+# transformers.js, and of the onnxruntime that it is built with the WebAssembly.
+$(VENDOR)/transformers.min.js:
+	mkdir -p $(VENDOR)/packages
+	cd $(VENDOR)/packages && npm pack --silent @huggingface/transformers@4.3.2 \
+	  onnxruntime-web@1.31.0-dev.20260914-8d85527a0
+	tar -xzf $(VENDOR)/packages/onnxruntime-web-*.tgz -C $(VENDOR) --strip-components=2 \
+	  package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm
+	tar -xzf $(VENDOR)/packages/huggingface-transformers-*.tgz -C $(VENDOR) --strip-components=2 --touch \
+	  package/dist/transformers.min.js
+	rm -r $(VENDOR)/packages
 
 test: .venv/installed-test  ## every test that needs no GPU, or some: make test TESTS=tests/data
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
@@ -33,6 +51,10 @@ serve-test: .venv/installed-test  ## the server under load, and its page in a br
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/browser playwright==1.65.2 greenlet==3.5.6
 	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load tests/infer
 	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/infer/test_page.py
+
+browser-test: .venv/installed-test $(VENDOR)/transformers.min.js  ## the page in examples/browser answers as the model does
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/browser playwright==1.65.2 greenlet==3.5.6
+	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_browser.py
 
 # lmms-eval, VLMEvalKit as it is on the index, and what of their many requirements the tests load.
 HARNESS := lmms-eval==0.7.3 ms-vlmeval==0.0.20 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrs==26.1.0 \
