@@ -103,10 +103,17 @@ function crop({ width, data }, left, top, side) {
   return tile;
 }
 
-/** Resize by Lanczos' filter, first across, then down; each rounds to bytes. */
+/** Resize by Lanczos' filter, across and down, each of which rounds to bytes, in the order of Pillow 13. */
 function resize({ width, height, data }, newWidth, newHeight) {
-  if (newWidth !== width) data = resample(data, height, width, 3, newWidth);
-  if (newHeight !== height) data = resample(data, 1, height, newWidth * 3, newHeight);
+  const across = (rows) => newWidth !== width && (data = resample(data, rows, width, 3, newWidth));
+  const down = (columns) => newHeight !== height && (data = resample(data, 1, height, columns * 3, newHeight));
+  if (height > newHeight && height - newHeight > 2 * (width - newWidth)) {
+    down(width);
+    across(newHeight);
+  } else {
+    across(height);
+    down(newWidth);
+  }
   return { width: newWidth, height: newHeight, data };
 }
 

@@ -18,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from nanovlm.files import flush
 from nanovlm.hub.onnx_parts import DecoderPart, EmbedPart, TextPart, VisionPart, use_few_bits
 from nanovlm.model.vlm import VLM
 
-OPSET = 23  # has attention and RMSNorm; onnxruntime 1.23 and later run it
+OPSET = 23  # the first with attention and RMSNorm; tests run it in onnxruntime 1.32
 # protobuf has no larger files; weights of a larger graph are in a file beside it.
 LARGEST_FILE = 1_900_000_000
 
@@ -128,7 +129,7 @@ const model = await {kind}.from_pretrained("{name}", {{ dtype: "{formats[0]}" }}
 """
 
 
-def make_graphs(model: VLM, formats: Sequence[str]) -> Iterator[tuple[str, str, object]]:
+def make_graphs(model: VLM, formats: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield the suffix of a format, the name of a graph, and the graph."""
     config = model.config
     for name in formats:

@@ -104,7 +104,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, choice: Tensor, weights: Tensor, *_stacks: Tensor) -> Tensor:
         """As experts_loop of moe.py."""
         y_RD = torch.zeros_like(x)
-        for number, (gate, up, down) in enumerate(self.experts):
+        for number, expert in enumerate(self.experts):
+            gate, up, down = expert.children()
             row, place = (choice == number).nonzero(as_tuple=True)
             x_SD = x[row]
             y_SD = down(F.silu(gate(x_SD)) * up(x_SD))
