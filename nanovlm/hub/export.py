@@ -1,4 +1,4 @@
-"""Model -> folder in a hub layout, GGUF files or ONNX graphs, which transformers, llama.cpp and browsers read (docs/hub.md).
+"""Model -> folder in a hub layout, GGUF files or ONNX graphs, for transformers, llama.cpp and browsers (docs/hub.md).
 
 ```
 run or model folder --load--> model, processor --check_exportable--> files under a temporary name --> OUT_DIR
@@ -138,7 +138,7 @@ def write(
 def export_onnx(
     source: str | Path, out: str | Path, graphs: Sequence[str] = ("fp32", "q8", "q4"), largest_file: int = LARGEST_FILE
 ) -> tuple[VLM, Processor]:
-    """Write the model as ONNX graphs of these precisions to the folder `out`, in transformers.js' layout; return it and its processor.
+    """Write the model as ONNX graphs of these precisions to the folder `out`, in transformers.js' layout.
 
     Raises UserError, before anything is written, if `out` is not empty or the graphs cannot represent the model.
     """
