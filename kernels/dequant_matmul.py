@@ -48,7 +48,7 @@ def load_group(scales, nested_scales, nested_offset, dynamic, o_group, FORMAT: t
         return 1.0, 128
     elif FORMAT == "int4":
         b_group = tl.load(scales + o_group)
-        return (b_group & -65536).to(tl.float32, bitcast=True), b_group & 15
+        return (b_group & -16).to(tl.float32, bitcast=True), b_group & 15
     else:
         b_absmax = tl.load(dynamic + tl.load(scales + o_group).to(tl.int32))
         return b_absmax * tl.load(nested_scales + o_group // 256) + tl.load(nested_offset), 7

@@ -2,7 +2,7 @@
 
 ```
 int8   W = (code - 128) * scale           a scale fp32 for each output
-int4   W = (code - zero) * scale          a scale bf16 and a zero point for each group of 32, 64 or 128 along K
+int4   W = (code - zero) * scale          a scale and a zero point for each group of 32, 64 or 128 along K
 nf4    W = NF4[code] * absmax             absmax = DYNAMIC[scale] * nested_scale + nested_offset for each 64 along K
 ```
 
@@ -40,7 +40,8 @@ class QuantizedWeight(NamedTuple):
     group: int
     # int32[N, words].
     codes: Tensor
-    # int8: fp32[N, 1]; int4: int32[N, G], a bf16 in the upper half and the zero point in the lower; nf4: uint8[N, G].
+    # int8: fp32[N, 1]; int4: int32[N, G], the zero point in the lowest 4 bits of a fp32 (ours are bf16, those of other
+    # tools may be fp16); nf4: uint8[N, G].
     scales: Tensor
     # nf4: fp32[ceil(N G / 256)] and fp32[].
     nested_scales: Tensor | None = None
@@ -64,7 +65,7 @@ def dequantize_ref(w: QuantizedWeight) -> Tensor:
     if w.format == "int8":
         values, scales = codes - 128, w.scales
     elif w.format == "int4":
-        values, scales = codes - (w.scales & 15)[:, group_of], (w.scales & -65536).view(torch.float32)
+        values, scales = codes - (w.scales & 15)[:, group_of], (w.scales & -16).view(torch.float32)
     else:
         assert w.nested_scales is not None and w.nested_offset is not None  # nf4
         table, dynamic = w.tables or make_tables(codes.device)

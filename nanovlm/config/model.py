@@ -320,6 +320,8 @@ class QuantizationConfig:
     group_size: Literal[32, 64, 128] = 64
     # Linear layers in whose names this regular expression is found; the head and routers are never quantised.
     layers: str = r"^decoder\."
+    # int8: what the layers read is rounded to 8 bits, too, with a scale for each token, found as it is computed.
+    activations: Literal["none", "int8"] = "none"
 
 
 @dataclass(frozen=True)

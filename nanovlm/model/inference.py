@@ -110,8 +110,8 @@ def join(joined: Joined | None, *layers: nn.Module) -> Joined | None:
 
 
 def pack_layers(layers: list[QuantizedLinear]) -> PackedWeight | None:
-    """Pack the weights of the layers together, unless they are of different formats or packed already."""
-    if len({(layer.format, layer.group) for layer in layers}) > 1:
+    """Pack the weights of the layers together, unless they are of different formats, packed, or round their inputs."""
+    if len({(layer.format, layer.group) for layer in layers}) > 1 or any(layer.rounds_inputs for layer in layers):
         return None
     packed = layers[0].packed
     if packed is None or any(layer.packed is not packed for layer in layers):

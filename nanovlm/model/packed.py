@@ -90,7 +90,7 @@ def pack_int4(weights: Sequence[QuantizedWeight]) -> tuple[Tensor, Tensor, int]:
     K = codes.shape[1]
     group = math.gcd(weights[0].group, K)  # the operator takes whole groups alone
     scales = scales.repeat_interleave(weights[0].group // group, dim=1)[:, : K // group]
-    scale, zero = (scales & -65536).view(torch.float32), scales & 15
+    scale, zero = (scales & -16).view(torch.float32), scales & 15
     rows = (0, 0, 0, -len(codes) % BLOCK)
     scales = F.pad(torch.stack((scale, (8 - zero) * scale)), rows).bfloat16().permute(2, 1, 0).contiguous()
     return torch._convert_weight_to_int4pack_for_cpu(F.pad(codes, rows), 1), scales, group  # pyright: ignore[reportPrivateImportUsage]

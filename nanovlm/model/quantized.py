@@ -6,7 +6,8 @@ model --quantize--> decoder's linear layers in codes and scales; encoder, projec
 ```
 
 A weight is rounded to the nearest code. With `search` smaller ranges are also tried for each group, which round
-most weights more finely but clip the largest: of 16 ranges the one with the least squared error is taken.
+most weights more finely but clip the largest: of 16 ranges the one with the least squared error is taken. Methods
+that look at what the layers read are in nanovlm/quant.
 """
 
 import dataclasses
@@ -39,11 +40,30 @@ CLIPS = [1 - (step / 22) ** 2 for step in range(16)]
 def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM:
     """Replace the linear layers that the config names, in place, and note the config in the model's own.
 
-    The head, the routers and the experts of a mixture are never replaced; experts are stacked parameters, not linear
+    Raises UserError as `find_layers` does, and for weights that are not finite.
+    """
+    for name, linear in find_layers(model, config).items():
+        try:
+            layer = QuantizedLinear(linear, config, search)
+        except ValueError as error:
+            raise UserError(f"{name} cannot be quantised: {error}") from error
+        replace_layer(model, name, layer)
+    model.config = dataclasses.replace(model.config, quantization=config)
+    return model
+
+
+def find_layers(model: VLM, config: QuantizationConfig) -> dict[str, nn.Linear]:
+    """Return the linear layers that the config names, by their names.
+
+    The head, the routers and the experts of a mixture are never among them; experts are stacked parameters, not linear
     layers. Raises UserError if the model is already quantised or no layer's name matches.
     """
     if done := next((module for module in model.modules() if isinstance(module, QuantizedLinear)), None):
         raise UserError(f"the model is quantised already, to {done.format}")
+    if config.activations != "none" and config.format != "int8":
+        raise UserError(
+            f"quantization.activations = {config.activations!r} is for format int8, not for {config.format!r}"
+        )
     if model.adapters is not None and not model.adapters.merged:
         raise UserError("the model has adapters, which are for its weights as they are: merge them, or quantise before")
     try:
@@ -57,15 +77,12 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
     }
     if not layers:
         raise UserError(f"quantization.layers = {config.layers!r} is found in the name of no linear layer")
-    for name, linear in layers.items():
-        parent, _, child = name.rpartition(".")
-        try:
-            layer = QuantizedLinear(linear, config, search)
-        except ValueError as error:
-            raise UserError(f"{name} cannot be quantised: {error}") from error
-        setattr(model.get_submodule(parent), child, layer)
-    model.config = dataclasses.replace(model.config, quantization=config)
-    return model
+    return layers
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 class QuantizedLinear(nn.Module):
@@ -78,11 +95,16 @@ class QuantizedLinear(nn.Module):
     codes: Tensor | None
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear, config: QuantizationConfig, search: bool = True):
+    def __init__(
+        self, linear: nn.Linear, config: QuantizationConfig, search: bool = True, w: QuantizedWeight | None = None
+    ):
+        """Round the weight of a linear layer, or take `w` for it."""
         super().__init__()
-        w = quantize_weight(linear.weight, config.format, config.group_size, search)
+        if w is None:
+            w = quantize_weight(linear.weight, config.format, config.group_size, search)
         # No buffers, as they are not in a state dict and a model that is built without contents is filled from one.
         self.format, self.shape, self.group, self.tables = w.format, w.shape, w.group, w.tables
+        self.rounds_inputs = config.activations == "int8"
         for name in TENSORS:
             self.register_buffer(name, getattr(w, name))
         self.bias = linear.bias
@@ -95,6 +117,7 @@ class QuantizedLinear(nn.Module):
             y = self.packed(x)
             y = y if len(self.packed.sizes) == 1 else y.split(self.packed.sizes, dim=-1)[self.index]
             return y if self.bias is None else y + self.bias
+        x = round_tokens(x) if self.rounds_inputs else x
         return (load_kernel() if x.is_cuda else dequant_matmul)(x, self.weight(), self.bias)
 
     def weight(self) -> QuantizedWeight:
@@ -133,6 +156,16 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, *args):
         self.unpack()
         super()._load_from_state_dict(*args)
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """Round x [..., K] to the 255 multiples of a 127th of its largest number, for each token; gradients go through.
+
+    The product with int8 weights is then that of integers times two scales, but for the rounding of floats.
+    """
+    scale = positive(x.detach().float().abs().amax(-1, keepdim=True) / 127)
+    rounded = ((x.detach() / scale).round() * scale).to(x.dtype)
+    return rounded + (x - x.detach()) if torch.is_grad_enabled() and x.requires_grad else rounded
 
 
 def load_kernel():
@@ -181,10 +214,14 @@ def is_quantized(name: str) -> bool:
 
 
 @torch.no_grad()
-def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: bool = True) -> QuantizedWeight:
+def quantize_weight(
+    weight: Tensor, format: str, group_size: int = 64, search: bool = True, gram: Tensor | None = None
+) -> QuantizedWeight:
     """Weight float[N, K] -> codes and scales; `group_size` is that of int4.
 
-    Without `search`, nf4 gives the same codes as bitsandbytes. Raises UserError for weights that are not finite.
+    With the `gram` [K, K] of what the layer reads, the search looks for the least squared error of what each group adds
+    to the output instead of the least of its weights. Without `search`, nf4 gives the same codes as bitsandbytes.
+    Raises UserError for weights that are not finite.
     """
     if not weight.is_meta and not weight.isfinite().all():
         raise UserError("it has weights that are not finite")
@@ -192,14 +229,22 @@ def quantize_weight(weight: Tensor, format: str, group_size: int = 64, search: b
     padded = math.ceil(K / 32) * 32
     group = {"int8": padded, "nf4": 64}.get(format, group_size)
     w_NGg = F.pad(weight.float(), (0, -K % group)).view(N, -1, group)
-    codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1])
+    gram_Ggg = None if gram is None else diagonal_blocks(gram.float(), group)
+    codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1], gram_Ggg)
     codes = pack(codes.reshape(N, -1)[:, :padded], NUM_BITS[format])
     tables = make_tables(codes.device) if format == "nf4" else None
     named = dict(zip(TENSORS[1:], scales, strict=False))
     return QuantizedWeight(format, (N, K), group, codes, **named, tables=tables)
 
 
-def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
+def store_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, K], scales and zero points [N, G] -> the tensors `codes` and `scales` of int4."""
+    padding = zero[:, -1:].expand(-1, -codes.shape[1] % 32)  # stands for 0
+    scales = scale.float().contiguous().view(torch.int32) & -16 | zero.int()
+    return pack(torch.cat((codes.int(), padding.int()), dim=1), NUM_BITS["int4"]), scales
+
+
+def quantize_int8(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[Tensor, ...]:
     """Return codes around 128, and a scale for each row of [N, 1, K]."""
 
     def encode(clip):
@@ -207,11 +252,11 @@ def quantize_int8(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
         codes = (w / scale).round().clamp(-127, 127)
         return codes * scale, codes + 128, scale
 
-    codes, scale = least_error(w, encode, clips)
+    codes, scale = least_error(w, encode, clips, gram)
     return codes, scale.squeeze(-1)
 
 
-def quantize_int4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
+def quantize_int4(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[Tensor, ...]:
     """Return codes from 0 to 15, and a bf16 scale and a zero point for each group of [N, G, group]; 0 stays 0."""
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
 
@@ -221,11 +266,11 @@ def quantize_int4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
         codes = ((w / scale).round() + zero).clamp(0, 15)
         return (codes - zero) * scale, codes, scale, zero
 
-    codes, scale, zero = least_error(w, encode, clips)
+    codes, scale, zero = least_error(w, encode, clips, gram)
     return codes, scale.squeeze(-1).view(torch.int32) | zero.squeeze(-1).int()
 
 
-def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
+def quantize_nf4(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[Tensor, ...]:
     """Return NF4 codes for [N, G, 64], each absmax minus the mean in 8 bits, a scale for 256 of these, and the mean."""
     values, table = make_tables(w.device)
 
@@ -237,7 +282,7 @@ def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
         codes = nearest(values, (w * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1))
         return values[codes] * absmax, codes, absmax
 
-    codes, absmax = least_error(w, encode, clips)
+    codes, absmax = least_error(w, encode, clips, gram)
     offset = absmax.mean()
     flat = (absmax - offset).flatten()
     blocks = F.pad(flat, (0, -len(flat) % 256)).view(-1, 256)
@@ -253,15 +298,24 @@ def quantize_nf4(w: Tensor, clips: list[float]) -> tuple[Tensor, ...]:
 QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4, "nf4": quantize_nf4}
 
 
-def least_error(w: Tensor, encode, clips: list[float]) -> list[Tensor]:
+def diagonal_blocks(gram: Tensor, group: int) -> Tensor:
+    """[K, K] -> [G, group, group], the blocks of the groups along K, filled up with zeros."""
+    gram = F.pad(gram, (0, -len(gram) % group, 0, -len(gram) % group))
+    return gram.view(-1, group, len(gram) // group, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def least_error(w: Tensor, encode, clips: list[float], gram: Tensor | None) -> list[Tensor]:
     """Return the result of `encode` for the best clip of each group of w [N, G, group].
 
-    `encode(clip)` returns the dequantised values [N, G, group], then codes and scales.
+    `encode(clip)` returns the dequantised values [N, G, group], then codes and scales. The error of a group is that of
+    its weights, or with `gram` [G, group, group] that of what it adds to the output.
     """
 
     def measure(clip):
         values, *found = encode(clip)
-        return found, (values - w).square().sum(-1, keepdim=True)
+        error = values - w
+        turned = error if gram is None else torch.einsum("ngi,gij->ngj", error, gram)
+        return found, (error * turned).sum(-1, keepdim=True)
 
     best, least = measure(clips[0])
     for clip in clips[1:]:
