@@ -88,8 +88,7 @@ class GenerateConfig:
     device: str = "auto"
     # Precision of the weights; auto takes that of the file.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    # Quantise the decoder's linear layers to this format; `python -m nanovlm.hub.quantize` writes a quantised model
-    # folder.
+    # Quantise the decoder's linear layers to this format; `python -m nanovlm.quant` writes a folder.
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
     # An adapter of the model, in PEFT's layout: a folder, such as the adapter/ of a run, or a repository of the hub.
     adapter: str = ""

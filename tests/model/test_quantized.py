@@ -15,12 +15,12 @@ from nanovlm import cli
 from nanovlm.config import InitConfig, MoEConfig, QuantizationConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.hub import export
-from nanovlm.hub import quantize as quantize_command
 from nanovlm.hub.model_folder import save_model
 from nanovlm.kernels.quantized_weight import NUM_BITS, dequantize_ref, make_tables, unpack
 from nanovlm.model import quantized
 from nanovlm.model.quantized import QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM
+from nanovlm.quant import __main__ as quantize_command
 from nanovlm.train import init
 from tests.conftest import TINY, make_batch, make_document, noise
 
@@ -267,7 +267,7 @@ def test_mistakes_are_one_sentence(processor, tmp_path):
 
 
 def test_command_lines(tmp_path, processor, capsys, monkeypatch):
-    """`generate.py --quantize` answers as the folder does that `python -m nanovlm.hub.quantize` writes."""
+    """`generate.py --quantize` answers as the folder does that `python -m nanovlm.quant` writes."""
     save_model(tmp_path / "model", random_model(), processor)
     noise(0).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -276,7 +276,7 @@ def test_command_lines(tmp_path, processor, capsys, monkeypatch):
         generate.main(generate.GenerateConfig(model, (cli.Path("a.png"),), ("what?",), device="cpu", **options))
         return capsys.readouterr().out
 
-    command = ["-m", "nanovlm.hub.quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "int8"]
+    command = ["-m", "nanovlm.quant", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "int8"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cli.PROJECT)
     assert done.returncode == 0 and "MB, before" in done.stdout, done.stderr
     assert ask("out") == ask("model", quantize="int8")
@@ -284,6 +284,5 @@ def test_command_lines(tmp_path, processor, capsys, monkeypatch):
         assert ask("model", quantize=format)
     with pytest.raises(ValueError, match="quantised already"):
         ask("out", quantize="int4")
-    monkeypatch.setattr(sys, "argv", ["", "model", "out"])
     with pytest.raises(ValueError, match="out exists and is not an empty folder"):
-        quantize_command.main()
+        quantize_command.main(quantize_command.QuantizeConfig("model", cli.Path("out")))
