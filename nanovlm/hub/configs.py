@@ -32,6 +32,7 @@ from nanovlm.hub.families import (
     ROPE_FIELDS,
     VISION_FIELDS,
 )
+from nanovlm.hub.published import read_quantization
 
 
 def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
@@ -61,11 +62,13 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
         }
         image = data.get("image_token_id", 128257)
     else:
-        text, parts, image = data, {"vision": None}, None
+        text = {key: value for key, value in data.items() if key != "quantization_config"}
+        parts, image = {"vision": None}, None
+    quantization = read_quantization(data, path)
     decoder = read_decoder(text, path)
     tokens = _build(VLMConfig, {"image_token_id": image} | read_special_tokens(folder, text, tokenizer), path)
     try:
-        return dataclasses.replace(tokens, decoder=decoder, **parts).validate()
+        return dataclasses.replace(tokens, decoder=decoder, quantization=quantization, **parts).validate()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

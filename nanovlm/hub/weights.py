@@ -10,8 +10,10 @@ import torch
 from nanovlm.config import VLMConfig
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
+from nanovlm.hub import published
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.families import HEAD, find_names
+from nanovlm.model.quantized import is_quantized
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, Rows
 from nanovlm.tensor_files import copy_tensors, file_dtype, open_tensors
@@ -27,14 +29,20 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
     names = find_names(family, config.vision is not None)
     if any("embed_tokens.weight" in tensor_names(path) for path in files):  # a model of embeddings, saved without head
         names = {theirs.removeprefix("model."): ours for theirs, ours in names.items()}
-    is_ignored = _ignore(config.decoder)
+    is_ignored, settings = _ignore(config.decoder), data.get("quantization_config")
+    is_other = is_ignored if settings is None else lambda name: is_ignored(name) or published.is_part(name)
 
     def fill(places):
-        copy_tensors(destinations(places, names), files, is_ignored)
+        found, spare = destinations(places, names), set()
+        if settings is not None:
+            quantized = {name: found.pop(name) for name in list(found) if is_quantized(name)}
+            published.fill_quantized(quantized, files, settings)
+            spare = published.find_zero_biases(quantized, found, files)
+        copy_tensors(found, files, lambda name: is_other(name) or name in spare)
         if config.decoder.tie_word_embeddings and not places["decoder.embed_tokens.weight"].is_meta:
             check_tied_head(places["decoder.embed_tokens.weight"], files, HEAD)
 
-    return file_dtype(files, is_ignored), fill
+    return file_dtype(files, is_other), fill
 
 
 def _ignore(config):

@@ -680,8 +680,8 @@ BAD = {
         r"config.json: layer_types has other layers than full_attention, which we do not have",
     ),
     "quantized": (
-        change_config(quantization_config={"quant_method": "gptq"}),
-        r"config.json: quantization_config = \{'quant_method': 'gptq'\} is not supported; it must be None",
+        change_config(quantization_config={"quant_method": "bitsandbytes"}),
+        r"config.json: quantization_config.quant_method = 'bitsandbytes' is not supported; there are gptq, awq",
     ),
     "activation": (change_config(hidden_act="gelu"), r"hidden_act = 'gelu' is not supported; it must be 'silu'"),
     "dynamic": (
