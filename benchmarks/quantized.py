@@ -73,7 +73,9 @@ WAYS = {
     "int4 gptq": Way("int4", "gptq"),
     "int4 awq": Way("int4", "awq"),
     "nf4": Way("nf4"),
+    "fp8": Way("fp8"),
 }
+MARKUP = ("|", "!", "<", "#")  # with which tables, pictures, comments and headings begin
 # What a small model of real weights is asked, and the word that a right answer has.
 QUESTIONS = {
     "What is the capital of France?": "Paris",
@@ -229,11 +231,12 @@ def read_pages(is_asked: bool, length: int) -> list[str]:
     texts = []
     for number, path in enumerate(sorted((cli.PROJECT / "docs").glob("*.md"))):
         if (number % 3 == 2) == is_asked:
-            plain = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
-            parts = [" ".join(part.split()) for part in plain.split("\n\n") if part[0] not in "|!<#\n"]
+            plain = re.sub(r"```.*?```", "", path.read_text("utf-8").replace("<image>", "image"), flags=re.DOTALL)
+            parts = [" ".join(part.split()) for part in plain.split("\n\n") if not part.strip().startswith(MARKUP)]
+            parts = [part for part in parts if part]
             text = ""
             for part in parts:
-                if text and len(text) + len(part) > 3 * length:  # a token of this text has about 4 characters
+                if text and len(text) + len(part) > 2 * length:  # a token has 2 characters and more
                     texts.append(text)
                     text = ""
                 text += part + "\n\n"

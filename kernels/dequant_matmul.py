@@ -12,7 +12,7 @@ How x [M, K] is multiplied depends on M alone; measured on a GPU: not yet.
     M = 1            gemv: every weight is decoded in registers and multiplied in fp32
     M <= 256         matmul: tiles of 64 outputs are decoded and multiplied by tensor cores with 16, 32 or 64 rows of x;
                      K is split over programs where there are few, whose sums in fp32 a last kernel adds up in order
-    otherwise        the weight is written out once in the dtype of x, and torch multiplies
+    otherwise, fp8   the weight is written out once in the dtype of x, and torch multiplies
 
 Nothing is saved for the backward pass but W itself: dx = dy @ dequant(W), through a weight that is written out.
 Legend: M rows, N outputs, K inputs; G groups a row. `run` and the other choices depend on shapes alone, and nothing is
@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovlm.kernels.gpu import device_class
-from nanovlm.kernels.quantized_weight import NF4, NUM_BITS, QuantizedWeight, make_tables, run_length
+from nanovlm.kernels.quantized_weight import NF4, NUM_BITS, QuantizedWeight, dequantize_ref, make_tables, run_length
 from nanovlm.kernels.register import autocast, is_interpreted, operator
 
 MAX_FUSED_ROWS = 256
@@ -275,7 +275,7 @@ def dequantize_kernel(
 def forward(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N], by the method that suits the number of rows."""
     (M, K), N = x.shape, w.shape[0]
-    if M > MAX_FUSED_ROWS:
+    if M > MAX_FUSED_ROWS or w.format == "fp8":
         return F.linear(x, dequantize(w, x.dtype), bias)
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
@@ -357,6 +357,8 @@ def split_k(programs: int, steps: int) -> int:
 
 def dequantize(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Dequantise the weight, [N, K]."""
+    if w.format == "fp8":
+        return dequantize_ref(w).to(dtype)
     (N, K), shape = w.shape, _layout(w)
     out = torch.empty(N, K, dtype=dtype, device=w.codes.device)
     BN, BT = 8, max(1, 128 // shape["RUN"])

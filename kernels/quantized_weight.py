@@ -2,6 +2,7 @@
 
 ```
 int8   W = (code - 128) * scale           a scale fp32 for each output
+fp8    W = E4M3[code] * scale             the same; 4 bits of exponent, 3 of mantissa (arXiv 2209.05433)
 int4   W = (code - zero) * scale          a scale and a zero point for each group of 32, 64 or 128 along K
 nf4    W = NF4[code] * absmax             absmax = DYNAMIC[scale] * nested_scale + nested_offset for each 64 along K
 ```
@@ -29,19 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUM_BITS = {"int8": 8, "int4": 4, "nf4": 4}
+NUM_BITS = {"int8": 8, "int4": 4, "nf4": 4, "fp8": 8}
 
 
 class QuantizedWeight(NamedTuple):
-    """A matrix [N, K] in few bits. G groups of `group` weights a row; nf4 has groups of 64, int8 one of K."""
+    """A matrix [N, K] in few bits. G groups of `group` weights a row; nf4 has groups of 64, int8 and fp8 one of K."""
 
     format: str
     shape: tuple[int, int]
     group: int
     # int32[N, words].
     codes: Tensor
-    # int8: fp32[N, 1]; int4: int32[N, G], the zero point in the lowest 4 bits of a fp32 (ours are bf16, those of other
-    # tools may be fp16); nf4: uint8[N, G].
+    # int8, fp8: fp32[N, 1]; int4: int32[N, G], the zero point in the lowest 4 bits of a fp32 (ours are bf16, those of
+    # other tools may be fp16); nf4: uint8[N, G].
     scales: Tensor
     # nf4: fp32[ceil(N G / 256)] and fp32[].
     nested_scales: Tensor | None = None
@@ -64,6 +65,8 @@ def dequantize_ref(w: QuantizedWeight) -> Tensor:
     group_of = torch.arange(codes.shape[1], device=codes.device) // w.group
     if w.format == "int8":
         values, scales = codes - 128, w.scales
+    elif w.format == "fp8":
+        values, scales = codes.to(torch.uint8).view(torch.float8_e4m3fn).float(), w.scales
     elif w.format == "int4":
         values, scales = codes - (w.scales & 15)[:, group_of], (w.scales & -16).view(torch.float32)
     else:

@@ -89,7 +89,7 @@ class GenerateConfig:
     # Precision of the weights; auto takes that of the file.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Quantise the decoder's linear layers to this format; `python -m nanovlm.quant` writes a folder.
-    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     # An adapter of the model, in PEFT's layout: a folder, such as the adapter/ of a run, or a repository of the hub.
     adapter: str = ""
     # Compile the steps that make a token of each answer, which takes a minute: worth it for many tokens.

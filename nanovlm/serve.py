@@ -51,7 +51,7 @@ class ServeConfig:
     # Precision of the weights; auto takes that of the file.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Quantise the decoder's linear layers to this format.
-    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     # Adapters of the model in PEFT's layout, each as name=FOLDER: clients call the model with an adapter by this name.
     adapter: tuple[str, ...] = ()
     # Compile the steps that make a token of each answer, before the first request; this takes a minute.

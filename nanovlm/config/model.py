@@ -314,8 +314,9 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    # Weights as int8 (a scale for each output), int4 (a scale and a zero point for each group) or nf4 (QLoRA's).
-    format: Literal["int8", "int4", "nf4"] = "int4"
+    # Weights as int8 or fp8 (e4m3; a scale for each output), int4 (a scale and a zero point for each group) or nf4
+    # (QLoRA's).
+    format: Literal["int8", "int4", "nf4", "fp8"] = "int4"
     # int4: weights in a group.
     group_size: Literal[32, 64, 128] = 64
     # Linear layers in whose names this regular expression is found; the head and routers are never quantised.

@@ -25,7 +25,7 @@ from nanovlm.model.compiled import compile_steps
 from nanovlm.model.decoder import Attention, Decoder, RMSNorm
 from nanovlm.model.joined import Joined
 from nanovlm.model.moe import MLP
-from nanovlm.model.packed import PackedWeight
+from nanovlm.model.packed import PACK, PackedWeight
 from nanovlm.model.quantized import QuantizedLinear, quantize_weight
 from nanovlm.model.vlm import VLM
 
@@ -110,8 +110,13 @@ def join(joined: Joined | None, *layers: nn.Module) -> Joined | None:
 
 
 def pack_layers(layers: list[QuantizedLinear]) -> PackedWeight | None:
-    """Pack the weights of the layers together, unless they are of different formats, packed, or round their inputs."""
-    if len({(layer.format, layer.group) for layer in layers}) > 1 or any(layer.rounds_inputs for layer in layers):
+    """Pack the weights of the layers together, unless they are packed already.
+
+    Those of different formats, and fp8 and layers that round their inputs, are not packed.
+    """
+    if len({(layer.format, layer.group) for layer in layers}) > 1 or layers[0].format not in PACK:
+        return None
+    if any(layer.rounds_inputs for layer in layers):
         return None
     packed = layers[0].packed
     if packed is None or any(layer.packed is not packed for layer in layers):

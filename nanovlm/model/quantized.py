@@ -227,7 +227,7 @@ def quantize_weight(
         raise UserError("it has weights that are not finite")
     N, K = weight.shape
     padded = math.ceil(K / 32) * 32
-    group = {"int8": padded, "nf4": 64}.get(format, group_size)
+    group = {"int8": padded, "fp8": padded, "nf4": 64}.get(format, group_size)
     w_NGg = F.pad(weight.float(), (0, -K % group)).view(N, -1, group)
     gram_Ggg = None if gram is None else diagonal_blocks(gram.float(), group)
     codes, *scales = QUANTIZERS[format](w_NGg, CLIPS if search else CLIPS[:1], gram_Ggg)
@@ -251,6 +251,18 @@ def quantize_int8(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[T
         scale = positive(clip * w.abs().amax(-1, keepdim=True) / 127)
         codes = (w / scale).round().clamp(-127, 127)
         return codes * scale, codes + 128, scale
+
+    codes, scale = least_error(w, encode, clips, gram)
+    return codes, scale.squeeze(-1)
+
+
+def quantize_fp8(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the bytes of e4m3 numbers, and a scale for each row of [N, 1, K] that makes its largest 448."""
+
+    def encode(clip):
+        scale = positive(clip * w.abs().amax(-1, keepdim=True) / 448)
+        rounded = (w / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return rounded.float() * scale, rounded.view(torch.uint8), scale
 
     codes, scale = least_error(w, encode, clips, gram)
     return codes, scale.squeeze(-1)
@@ -295,7 +307,7 @@ def quantize_nf4(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[Te
     return codes, nested, scales.flatten(), offset
 
 
-QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4, "nf4": quantize_nf4}
+QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4, "nf4": quantize_nf4, "fp8": quantize_fp8}
 
 
 def diagonal_blocks(gram: Tensor, group: int) -> Tensor:

@@ -31,7 +31,7 @@ from nanovlm.model.quantized import quantize
 from nanovlm.quant.calibrate import calibrate
 
 # The formats that a method makes.
-FORMATS = {"round": ("int8", "int4", "nf4"), "gptq": ("int4",), "awq": ("int4",), "smooth": ("int8",)}
+FORMATS = {"round": ("int8", "int4", "nf4", "fp8"), "gptq": ("int4",), "awq": ("int4",), "smooth": ("int8",)}
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ import nanovlm
 from nanovlm import cli
 from nanovlm.config import MoEConfig, QuantizationConfig
 from nanovlm.hub.model_folder import save_model
-from nanovlm.kernels.quantized_weight import NUM_BITS, dequantize_ref
+from nanovlm.kernels.quantized_weight import dequantize_ref
 from nanovlm.model.inference import prepare
 from nanovlm.model.joined import Joined
-from nanovlm.model.packed import PRODUCTS, PackedWeight
+from nanovlm.model.packed import PACK, PRODUCTS, PackedWeight
 from nanovlm.model.quantized import QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, make_batch, make_document
 
-FORMATS = sorted(NUM_BITS)
+FORMATS = sorted(PACK)
 DECODERS = {
     "plain": {},
     "biases": dict(qkv_bias=True, o_bias=True),

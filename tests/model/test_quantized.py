@@ -56,6 +56,17 @@ def test_int8_rounds_to_the_nearest_code():
     assert unpack(w).min() >= 1 and unpack(w).max() == 255  # symmetric: -127 to 127 around 128
 
 
+def test_fp8_is_torch_e4m3():
+    """Weight by weight what torch's conversion gives; the largest of a row is kept."""
+    weight = random_weight(6, 70)
+    w = quantize_weight(weight, "fp8", search=False)
+    assert torch.equal(w.scales, weight.abs().amax(1, keepdim=True) / 448)
+    expected = (weight / w.scales).to(torch.float8_e4m3fn).float() * w.scales
+    assert torch.equal(dequantize_ref(w), expected) and dequantize_ref(w).isfinite().all()
+    assert ((expected - weight).abs() <= weight.abs() / 16 + w.scales * 2**-10).all()
+    assert torch.allclose(expected.abs().amax(1), weight.abs().amax(1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_int4_covers_the_range_of_each_group_and_zero(group):
     weight = random_weight(6, 256)
@@ -92,12 +103,12 @@ def test_search_lowers_the_error_of_every_group(format):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     near, searched = (
         (dequantize_ref(quantize_weight(weight, format, search=s)) - weight).view(
-            64, -1, 256 if format == "int8" else 64
+            64, -1, 64 if format in ("int4", "nf4") else 256
         )
         for s in (False, True)
     )
     near, searched = near.square().sum(-1), searched.square().sum(-1)
-    assert searched.sum() < {"int8": 0.99, "int4": 0.93, "nf4": 0.9}[format] * near.sum()
+    assert searched.sum() < {"int8": 0.99, "int4": 0.93, "nf4": 0.9, "fp8": 1}[format] * near.sum()
     if format != "nf4":  # whose groups share the rounding of their absmax
         assert (searched <= near).all()
 
@@ -110,7 +121,7 @@ def test_weights_that_are_extreme(format):
         weight = size * random_weight(1, 64)
         error = (dequantize_ref(quantize_weight(weight, format)).double() / weight - 1).mul(weight / size).norm()
         error = error / (weight / size).norm()
-        assert error < {"int8": 0.03, "int4": 0.25, "nf4": 0.25}[format], size
+        assert error < {"int8": 0.03, "int4": 0.25, "nf4": 0.25, "fp8": 0.04}[format], size
     weight = torch.zeros(1, 70)
     weight[0, 69] = -2
     assert dequantize_ref(quantize_weight(weight, format, search=False))[0, 69] == pytest.approx(-2, rel=0.01)
@@ -157,7 +168,7 @@ def test_a_quantised_model_is_one_with_rounded_weights(processor, format):
     after = model.logits(batch)
     assert torch.equal(after, rounded.logits(batch))
     error = ((after - before).square().mean() / before.square().mean()).sqrt()
-    assert 0 < error < {"int8": 0.05, "int4": 0.3, "nf4": 0.3}[format]
+    assert 0 < error < {"int8": 0.05, "int4": 0.3, "nf4": 0.3, "fp8": 0.1}[format]
     assert len(nanovlm.generate(model, batch, max_new_tokens=3)) == 1
 
 
@@ -212,7 +223,9 @@ def test_a_folder_has_all_that_it_needs(tmp_path, processor, format, dtype):
     assert torch.equal(model.logits(batch), loaded.logits(batch))
     sizes = [(tmp_path / x / "model.safetensors").stat().st_size for x in ("before", "model")]
     weights = sum(m.shape[0] * m.shape[1] for m in model.modules() if isinstance(m, QuantizedLinear))
-    per_weight = {"int8": 1.13, "int4": 0.63, "nf4": 0.6}[format]  # of layers so small that scales are no trifle
+    per_weight = {"int8": 1.13, "fp8": 1.13, "int4": 0.63, "nf4": 0.6}[
+        format
+    ]  # of layers so small that scales are no trifle
     assert sizes[1] < sizes[0] - (dtype.itemsize - per_weight) * weights + 14 * 300  # and names and offsets
     cast, _ = nanovlm.load(tmp_path / "model", dtype=torch.float16)
     for name, tensor in cast.state_dict().items():
