@@ -156,7 +156,8 @@ def open_engine(config: GenerateConfig, model: VLM, processor: Processor, num_ro
     draft = open_draft(config.draft, config.draft_tokens, model, processor)
     usual = suitable_cache(model.config.decoder, num_rows)
     needed = min(num_tokens, model.config.decoder.max_position_embeddings)
-    return Engine(model, num_rows, config.cache_tokens or max(usual, needed), draft=draft)
+    room = config.cache_tokens or max(usual, needed)
+    return Engine(model, num_rows, room, draft=draft, cache_format=config.cache_format)
 
 
 def check_requests(engine: Engine, requests: list[Request], prompts: Sequence[str]):

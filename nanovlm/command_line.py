@@ -98,6 +98,9 @@ class GenerateConfig:
     num_rows: int = 16
     # How many tokens, prompts included, the cache has room for; 0 for what suits num_rows.
     cache_tokens: int = 0
+    # What the cache keeps of each number of keys and values: itself, or a code of 8 or 4 bits, in a fraction of the
+    # memory and nearly, in 4 bits not always, with the same answers.
+    cache_format: Literal["float", "int8", "int4"] = "float"
     # Who guesses the next tokens, so that one pass gives several; no greedy token changes. `lookup` guesses what
     # followed the same words before; else a smaller model with the same tokenizer, as for --model. Empty for nobody.
     draft: str = ""
@@ -127,6 +130,7 @@ class GenerateConfig:
             others |= {"--documents": self.documents is not None}
             others |= {"--num-answers": self.num_answers > 1, "--show-attention": self.show_attention is not None}
             others |= {"--show-routing": self.show_routing, "--adapter": self.adapter, "no --prompt": not self.prompt}
+            others |= {"--cache-format": self.cache_format != "float"}
             if names := [name for name, is_given in others.items() if is_given]:
                 raise UserError(f"--prune-image-tokens does not go with {', '.join(names)}")
         if self.draft_tokens is not None and not self.draft:

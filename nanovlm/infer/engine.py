@@ -62,9 +62,10 @@ class Engine:
     """Answers many requests at once. Not thread-safe: one thread calls all of it.
 
     The model is in eval mode, as `nanovlm.load` returns it; `prepare` (model/inference.py) makes it faster on a CPU.
-    `num_rows` answers at a time; a cache of `cache_tokens` tokens, 0 for what suits num_rows; `chunk` tokens of prompts
-    a pass; at most `feature_bytes` of image features are kept. With `read_every` k the host reads the tokens of k
-    passes at once and a GPU waits for nothing in between; 0 for 8 on a GPU, and 1 on a CPU and with a `draft`.
+    `num_rows` answers at a time; a cache of `cache_tokens` tokens, 0 for what suits num_rows, in one of CACHE_FORMATS
+    (model/cache_codes.py); `chunk` tokens of prompts a pass; at most `feature_bytes` of image features are kept. With
+    `read_every` k the host reads the tokens of k passes at once and a GPU waits for nothing in between; 0 for 8 on a
+    GPU, and 1 on a CPU and with a `draft`.
 
     What `draft` guesses (speculate.py, draft_model.py) is checked in the pass that would give one token. Where memory
     runs out, guessing ends before any request does.
@@ -80,6 +81,7 @@ class Engine:
         keeps_prefixes: bool = True,
         read_every: int = 0,
         draft: Draft | None = None,
+        cache_format: str = "float",
     ):
         for name, value, least in (
             *(("num_rows", num_rows, 1), ("cache_tokens", cache_tokens, 0), ("chunk", chunk, 1)),
@@ -94,7 +96,7 @@ class Engine:
         self.read_every = read_every or (1 if self.device.type == "cpu" else 8)
         num_blocks = ((cache_tokens or suitable_cache(self.config.decoder, num_rows)) + BLOCK - 1) // BLOCK
         self.longest = min(positions, num_blocks * BLOCK)  # a prompt with its answer
-        self.cache = make_cache(self.config.decoder, num_blocks, self.device, weight.dtype)
+        self.cache = make_cache(self.config.decoder, num_blocks, self.device, weight.dtype, cache_format)
         self.blocks = Blocks(num_blocks, keeps_prefixes)
         self.features = ImageFeatures(model, feature_bytes)
         self.looks_back = self.config.vision is not None and model.fusion.looks_back
@@ -478,14 +480,16 @@ def suitable_cache(config: DecoderConfig, num_rows: int) -> int:
     return max(min(positions, 8192), num_rows * min(positions, 1024))
 
 
-def make_cache(config: DecoderConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+def make_cache(
+    config: DecoderConfig, num_blocks: int, device: torch.device, dtype: torch.dtype, format: str = "float"
+) -> KVCache:
     """Raise UserError where the device has too little memory for the cache."""
     try:
-        return KVCache(config, num_blocks, device, dtype)
+        return KVCache(config, num_blocks, device, dtype, format)
     except OUT_OF_MEMORY as error:
         if not is_out_of_memory(error):
             raise
-        num, size = num_blocks * BLOCK, KVCache(config, 0, device, dtype).bytes_per_token
+        num, size = num_blocks * BLOCK, KVCache(config, 0, device, dtype, format).bytes_per_token
         raise UserError(
             f"a cache of {num} tokens takes {num * size / 1e9:.3g} GB, more than there is: lower cache_tokens"
         ) from error

@@ -2,7 +2,8 @@
 
 A backend is a pair of functions: `prepare(rows, keys)` makes, once for each pass and group, the plan that
 `attend(q [R, t, N, H], keys [S, K, H], values, plan) -> [R, t, N, H]` follows in each layer. The new tokens are in the
-cache already; each sees the positions of its row up to its own, or to the end of its span.
+cache already; each sees the positions of its row up to its own, or to the end of its span. Keys and values may be Codes
+(cache_codes.py): where they would be read, they are dequantised.
 
 On a CPU keys are not copied where it can be avoided. What all queries of some rows see, the blocks that they share or a
 long past of one row, is read where it lies; only the rest of the rows is gathered, and the two results are merged:
@@ -26,6 +27,7 @@ from einops import rearrange
 from torch import Tensor
 
 from nanovlm.model.attention import load_kernels
+from nanovlm.model.cache_codes import Codes
 
 BLOCK = 16  # slots
 # What one more call costs, in numbers that could be gathered meanwhile: about 30 microseconds.
@@ -79,7 +81,7 @@ class Plan(NamedTuple):
     new: tuple[int, int] | None = None
 
 
-def prepare_sdpa(rows: Sequence[Span], keys: Tensor) -> Plan:
+def prepare_sdpa(rows: Sequence[Span], keys: Tensor | Codes) -> Plan:
     if keys.device.type != "cpu":
         return gather_rows(rows, [0] * len(rows), keys.device)
     if len(rows) == 1 and rows[0].lasts is None:
@@ -95,7 +97,7 @@ def prepare_sdpa(rows: Sequence[Span], keys: Tensor) -> Plan:
     return gather_rows(rows, lengths, keys.device)._replace(parts=parts)
 
 
-def read_one_row(row: Span, keys: Tensor) -> Plan | None:
+def read_one_row(row: Span, keys: Tensor | Codes) -> Plan | None:
     """Plan to gather nothing; None where the row lies in too many pieces."""
     is_one = row.num_new == 1
     past = find_runs(row.blocks, row.start + is_one)
@@ -142,7 +144,7 @@ def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.devi
     return Plan([], torch.tensor(blocks).to(device, non_blocking=True), mask.to(device, non_blocking=True))
 
 
-def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+def attend_sdpa(q: Tensor, keys: Tensor | Codes, values: Tensor | Codes, plan: Plan) -> Tensor:
     """torch's scaled_dot_product_attention; on a CPU what it runs there, which also returns the sums to merge by."""
     q = q.transpose(1, 2)
     if plan.blocks is None:
@@ -167,7 +169,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=q.shape[1] != k.shape[1])
 
 
-def attend_one_row(q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+def attend_one_row(q: Tensor, keys: Tensor | Codes, values: Tensor | Codes, plan: Plan) -> Tensor:
     """Attend from the queries [1, N, t, H] of one row to slots where they lie."""
     found = [run(q, view(keys, first, last), view(values, first, last)) for _, first, last in plan.parts]
     if plan.new is not None:
@@ -183,14 +185,18 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: 
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
 
 
-def view(x: Tensor, first: int, last: int) -> Tensor:
+def view(x: Tensor | Codes, first: int, last: int) -> Tensor:
     """[S, K, H], contiguous -> [1, K, last - first, H]."""
+    if isinstance(x, Codes):
+        return x.read(first, last).transpose(0, 1)[None]
     _, K, H = x.shape
     return x.as_strided((1, K, last - first, H), (x.numel(), H, K * H, 1), first * K * H)
 
 
-def gather(x: Tensor, blocks: Tensor, num_rows: int) -> Tensor:
+def gather(x: Tensor | Codes, blocks: Tensor, num_rows: int) -> Tensor:
     """[S, K, H] -> [R, K, n * BLOCK, H]: the blocks int64[R * n] of each row."""
+    if isinstance(x, Codes):
+        return x.read_blocks(blocks, BLOCK).view(num_rows, -1, *x.shape[1:]).transpose(1, 2)
     found = x.view(-1, BLOCK * x.shape[1] * x.shape[2]).index_select(0, blocks)
     return found.view(num_rows, -1, *x.shape[1:]).transpose(1, 2)
 
@@ -210,7 +216,7 @@ class Tables(NamedTuple):
     last: Tensor
 
 
-def prepare_triton(rows: Sequence[Span], keys: Tensor) -> Tables:
+def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes) -> Tables:
     load_kernels()  # or say what is missing
     num = max(row.start + row.num_new + BLOCK - 1 for row in rows) // BLOCK
     blocks = torch.tensor([[*row.blocks, *[-1] * num][:num] for row in rows], dtype=torch.int32)

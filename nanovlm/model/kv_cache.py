@@ -14,29 +14,43 @@ group, t new tokens of each, N query heads, K key/value heads, H head size, S sl
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nanovlm.config import DecoderConfig, pick
+from nanovlm.errors import UserError
 from nanovlm.model.cache_attention import BLOCK, CACHE_ATTENTION, Group, Span
+from nanovlm.model.cache_codes import CACHE_FORMATS, write
 
 
 class KVCache:
-    """Buffers [S, K, H] for each layer, allocated once; on a CPU always fp32, as torch attends in bf16 8 times slower.
+    """Slots [S, K, H] for each layer, allocated once, in one of CACHE_FORMATS (cache_codes.py).
 
-    One query and 1,024 keys, 9 heads of 64: 812 microseconds in bf16, 98 in fp32 (AMD EPYC, torch 2.13, one thread,
-    2026-11-29).
+    On a CPU numbers are always fp32, as torch attends in bf16 8 times slower: one query and 1,024 keys, 9 heads of 64
+    take 812 microseconds in bf16, 98 in fp32 (AMD EPYC, torch 2.13, one thread, 2026-11-29).
     """
 
-    def __init__(self, config: DecoderConfig, num_blocks: int, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        format: str = "float",
+    ):
         device = torch.device(device)
-        dtype = cache_dtype(device, dtype)
+        self.dtype = cache_dtype(device, dtype)
         shape = (num_blocks * BLOCK, config.num_key_value_heads, config.head_dim)
-        self.keys = [allocate(shape, device, dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [allocate(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        allocate, count_bytes = pick(CACHE_FORMATS, format, "cache_format")
+        if format != "float" and config.attention == "triton":
+            raise UserError(
+                f"cache_format = {format!r} is not read by decoder.attention = 'triton': choose 'sdpa', or 'float'"
+            )
+        self.keys = [allocate(shape, device, self.dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [allocate(shape, device, self.dtype) for _ in range(config.num_hidden_layers)]
         self.prepare, self.attend = pick(CACHE_ATTENTION, config.attention, "decoder.attention")
-        self.bytes_per_token = 2 * config.num_hidden_layers * shape[1] * shape[2] * dtype.itemsize
+        a_head = count_bytes(config.head_dim, self.dtype)
+        self.bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * a_head
 
     def begin(self, spans: Sequence[Span]) -> "CachePass":
         """Prepare a forward pass over the new tokens of these rows."""
@@ -46,13 +60,6 @@ class KVCache:
 def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the cache of a model whose weights are of this one."""
     return torch.float32 if device.type == "cpu" else dtype
-
-
-def allocate(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return zeros; on a CPU the system gives the memory when it is first written to, as it does not to torch.zeros."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape, dtype=np.float32))
-    return torch.zeros(shape, device=device, dtype=dtype)
 
 
 class CachePass:
@@ -82,15 +89,15 @@ class CachePass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v [1, T, K, H] into a layer; return what q [1, T, N, H] attends to, [1, T, N, H] like v."""
-        dtype = self.cache.keys[layer].dtype
+        dtype = self.cache.dtype
         out = self.attend_rows(layer, q[0].to(dtype), k[0].to(dtype), v[0].to(dtype))
         return out[None].to(v.dtype)
 
     def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same for q [T, N, H], k and v [T, K, H] in the dtype of the cache."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, self.slots, k)
-        values.index_copy_(0, self.slots, v)
+        write(keys, self.slots, k)
+        write(values, self.slots, v)
         outs = []
         for group, after in itertools.zip_longest(self.groups, self.groups[1:]):
             end = None if after is None else after.start
