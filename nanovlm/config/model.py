@@ -323,6 +323,8 @@ class QuantizationConfig:
     layers: str = r"^decoder\."
     # int8: what the layers read is rounded to 8 bits, too, with a scale for each token, found as it is computed.
     activations: Literal["none", "int8"] = "none"
+    # Also the experts of mixtures, where it is found in the names of all three of their stacked matrices.
+    experts: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class AdapterConfig:
     train: tuple[str, ...] = ()
     # Round the decoder's linear layers to this format when the run starts (QLoRA); if empty, they stay as stored.
     base: Literal["", "int8", "int4", "nf4"] = ""
+    # Round the experts of its mixtures, too.
+    base_experts: bool = False
 
     @property
     def scale(self) -> float:
@@ -38,6 +40,7 @@ class AdapterConfig:
 
     def validate(self) -> "AdapterConfig":
         """Return self, or raise UserError with the value of the first contradiction."""
+        check(not self.base_experts or self.base != "", "adapter.base_experts = True needs an adapter.base")
         check(self.rank >= 0, f"adapter.rank = {self.rank} must be at least 0")
         check(self.alpha > 0, f"adapter.alpha = {self.alpha} must be positive")
         check(0 <= self.dropout < 1, f"adapter.dropout = {self.dropout} must be at least 0 and below 1")

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from nanovlm.config import AdapterConfig
 from nanovlm.model.moe import MoE
 from nanovlm.model.quantized import QuantizedLinear
-
-STACKS = ("gate_proj", "up_proj", "down_proj")  # the parameters of a mixture, each a matrix for every expert
+from nanovlm.model.quantized_experts import STACKS, QuantizedStack
 
 
 class Adapters:
@@ -162,7 +161,13 @@ class AdaptedMoE(MoE):
 
     def changed_experts(self, names: Sequence[str]) -> list[Tensor]:
         """Return the three stacks as they are with these adapters."""
-        return [with_adapters(getattr(self, stack), of_stack(self, stack, names)) for stack in STACKS]
+        return [with_adapters(whole_stack(self, stack), of_stack(self, stack, names)) for stack in STACKS]
+
+
+def whole_stack(layer: MoE, stack: str) -> Tensor:
+    """Return one of the stacks of a mixture; a quantised one is written out in the dtype of the router."""
+    weight = getattr(layer, stack)
+    return weight.dequantize().to(layer.router.weight.dtype) if isinstance(weight, QuantizedStack) else weight
 
 
 def of_stack(layer: AdaptedMoE, stack: str, names: Sequence[str]) -> list[Adapter]:

@@ -37,6 +37,7 @@ from nanovlm.model.adapted import (
 )
 from nanovlm.model.moe import MoE
 from nanovlm.model.quantized import QuantizedLinear
+from nanovlm.model.quantized_experts import QuantizedStack
 from nanovlm.model.vlm import VLM
 
 DEFAULT = "default"  # the name of the adapter that a run trains, as in PEFT
@@ -132,7 +133,14 @@ def find_targets(model: VLM, config: AdapterConfig) -> list[tuple[str, str]]:
         raise UserError(
             f"adapter.dropout = {config.dropout} cannot be applied to {stacked}, stacked experts: set it to 0"
         )
-    quantized = next((path for path, _ in found if isinstance(model.get_submodule(path), QuantizedLinear)), None)
+    quantized = next(
+        (
+            path
+            for path, stack in found
+            if is_coded(model.get_submodule(path)) or (stack and is_coded(getattr(model.get_submodule(path), stack)))
+        ),
+        None,
+    )
     if config.init == "pissa" and quantized:
         raise UserError(f"adapter.init = pissa changes the base, but {quantized} is quantised: choose another init")
     for path, stack in found if config.init == "pissa" else ():
@@ -151,6 +159,11 @@ def as_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     new = cls.__new__(cls)
     vars(new).update({name: copy.copy(x) if isinstance(x, dict) else x for name, x in vars(module).items()})
     return new
+
+
+def is_coded(module) -> bool:
+    """Whether weights, of a layer or of stacked experts, are quantised."""
+    return isinstance(module, QuantizedLinear | QuantizedStack)
 
 
 def weight_shape(layer: AdaptedLinear | AdaptedQuantizedLinear) -> tuple[int, int]:
@@ -234,7 +247,7 @@ def is_adapter(name: str) -> bool:
 def count(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters learn, and how many there are, with quantised weights."""
     parameters = list(model.parameters())
-    quantized = [math.prod(module.shape) for module in model.modules() if isinstance(module, QuantizedLinear)]
+    quantized = [math.prod(module.shape) for module in model.modules() if is_coded(module)]
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     return learning, sum(p.numel() for p in parameters) + sum(quantized)
 
@@ -279,7 +292,7 @@ def merged_tensors(model: VLM, tensors: dict[str, Tensor] | None = None) -> dict
     """Return the state dict of the merged model. `tensors`, if given, replace the model's own, which may be sharded."""
     tensors = dict(model.state_dict() if tensors is None else tensors)
     for path, layer in adapted_layers(model):
-        if isinstance(layer, AdaptedQuantizedLinear):
+        if isinstance(layer, AdaptedQuantizedLinear) or is_coded(getattr(layer, STACKS[0], None)):
             raise UserError(f"{path} is quantised: merged, it would be rounded again; keep the adapter beside it")
         for stack in ("weight",) if isinstance(layer, AdaptedLinear) else STACKS:
             weight, adapters = tensors[f"{path}.{stack}"], []

@@ -1,8 +1,8 @@
 """Linear layers -> the same layers with weights in 8 or 4 bits (formats: kernels/quantized_weight.py).
 
 ```
-model --quantize--> decoder's linear layers in codes and scales; encoder, projector, router, experts, norms, embeddings
-                    and head as they were
+model --quantize--> decoder's linear layers in codes and scales, and if asked for the experts of its mixtures
+                    (quantized_experts.py); encoder, projector, router, norms, embeddings and head as they were
 ```
 
 A weight is rounded to the nearest code. With `search` smaller ranges are also tried for each group, which round
@@ -29,7 +29,9 @@ from nanovlm.kernels.quantized_weight import (
     make_tables,
     pack,
 )
+from nanovlm.model.moe import MoE
 from nanovlm.model.packed import PackedWeight
+from nanovlm.model.quantized_experts import STACKS, QuantizedStack, replace_experts
 from nanovlm.model.vlm import VLM
 
 # Fractions of a group's range to try, from 1 down to about a half, closer together near 1. On normal weights, 40 evenly
@@ -48,6 +50,8 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
         except ValueError as error:
             raise UserError(f"{name} cannot be quantised: {error}") from error
         replace_layer(model, name, layer)
+    for name, mixture in find_mixtures(model, config).items():
+        round_experts(name, mixture, config, search)
     model.config = dataclasses.replace(model.config, quantization=config)
     return model
 
@@ -55,10 +59,10 @@ def quantize(model: VLM, config: QuantizationConfig, search: bool = True) -> VLM
 def find_layers(model: VLM, config: QuantizationConfig) -> dict[str, nn.Linear]:
     """Return the linear layers that the config names, by their names.
 
-    The head, the routers and the experts of a mixture are never among them; experts are stacked parameters, not linear
-    layers. Raises UserError if the model is already quantised or no layer's name matches.
+    The head and the routers are never among them, nor are the experts of a mixture, which are stacked parameters
+    (`find_mixtures`). Raises UserError if the model is already quantised or no name matches.
     """
-    if done := next((module for module in model.modules() if isinstance(module, QuantizedLinear)), None):
+    if done := next((x for x in model.modules() if isinstance(x, QuantizedLinear | QuantizedStack)), None):
         raise UserError(f"the model is quantised already, to {done.format}")
     if config.activations != "none" and config.format != "int8":
         raise UserError(
@@ -75,9 +79,28 @@ def find_layers(model: VLM, config: QuantizationConfig) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and pattern.search(name) and not name.endswith(("lm_head", "router"))
     }
-    if not layers:
+    if not layers and not find_mixtures(model, config):
         raise UserError(f"quantization.layers = {config.layers!r} is found in the name of no linear layer")
     return layers
+
+
+def find_mixtures(model: VLM, config: QuantizationConfig) -> dict[str, MoE]:
+    """Return the mixtures whose experts the config names, by their names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if config.experts
+        and isinstance(module, MoE)
+        and all(re.search(config.layers, f"{name}.{stack}") for stack in STACKS)
+    }
+
+
+def round_experts(name: str, mixture: MoE, config: QuantizationConfig, search: bool):
+    """Put codes in the place of a mixture's experts. Raises UserError for weights that are not finite."""
+    try:
+        replace_experts(mixture, lambda w: quantize_weight(w, config.format, config.group_size, search))
+    except ValueError as error:
+        raise UserError(f"experts of {name} cannot be quantised: {error}") from error
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module):

@@ -178,7 +178,8 @@ class VLM(nn.Module):
         total = active = sum(p.numel() for p in self.parameters())
         for module in self.modules():
             if isinstance(module, MoE):
-                experts = sum(w.numel() for w in (module.gate_proj, module.up_proj, module.down_proj))
+                stacks = (module.gate_proj, module.up_proj, module.down_proj)
+                experts = sum(w.numel() for w in stacks if isinstance(w, Tensor))  # codes are no parameters
                 active -= experts - experts * module.config.num_experts_per_tok // module.config.num_experts
         return total, active
 
@@ -235,9 +236,10 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
             yield normal(module.weight, std)
         elif isinstance(module, MoE):
             D, W = module.gate_proj.shape[2], module.gate_proj.shape[1]
-            yield normal(module.gate_proj, D**-0.5)
-            yield normal(module.up_proj, D**-0.5)
-            yield normal(module.down_proj, (W * 2 * depth["decoder"]) ** -0.5)
+            if isinstance(module.gate_proj, Tensor):
+                yield normal(module.gate_proj, D**-0.5)
+                yield normal(module.up_proj, D**-0.5)
+                yield normal(module.down_proj, (W * 2 * depth["decoder"]) ** -0.5)
             if module.config.balance == "bias":
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
         elif isinstance(module, Drawn):

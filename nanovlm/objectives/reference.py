@@ -59,7 +59,7 @@ def make_reference(
     check_fits(name or init.model, theirs, processor)
     state["frozen.reference"] = fingerprint(frozen.state_dict())  # not of what a device makes of it
     if not name and adapter.base:
-        quantize(frozen, QuantizationConfig(adapter.base), search=False)
+        quantize(frozen, QuantizationConfig(adapter.base, experts=adapter.base_experts), search=False)
     if not name and init.adapter:
         attach(frozen, init.adapter)
         own = {key: x for key, x in frozen.state_dict().items() if is_adapter(key)}

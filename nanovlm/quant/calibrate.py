@@ -26,7 +26,14 @@ from nanovlm.kernels.quantized_weight import QuantizedWeight
 from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import DecoderBlock, rope_table
 from nanovlm.model.fusion import Between
-from nanovlm.model.quantized import QuantizedLinear, find_layers, quantize_weight, replace_layer
+from nanovlm.model.quantized import (
+    QuantizedLinear,
+    find_layers,
+    find_mixtures,
+    quantize_weight,
+    replace_layer,
+    round_experts,
+)
 from nanovlm.model.vlm import VLM
 from nanovlm.quant.gptq import round_in_order
 from nanovlm.quant.scales import Seen, Stage, find_awq_scales, find_smooth_scales, fold, list_stages
@@ -63,6 +70,7 @@ def calibrate(
         if not linear.weight.isfinite().all():
             raise UserError(f"{name} cannot be quantised: it has weights that are not finite")
     names = {module: name for name, module in layers.items()}
+    mixtures = {module: name for name, module in find_mixtures(model, config).items()}
     kept = [read(model, batch) for batch in batches]
     for index, block in enumerate(tqdm(blocks, desc=method, unit="block", disable=None)):
         dtype = block.input_layernorm.weight.dtype
@@ -72,6 +80,8 @@ def calibrate(
         stages = [s for s in list_stages(block) if any(reader in names for reader in s.readers)]
         for linear, w in METHODS[method](stages, names, observe(block, stages, kept), config, search):
             replace_layer(model, names[linear], QuantizedLinear(linear, config, w=w))
+        if block.mlp in mixtures:  # rounded to nearest
+            round_experts(mixtures[block.mlp], block.mlp, config, search)
         for i, inputs in enumerate(kept):  # one at a time, as each is as large as what it replaces
             kept[i] = inputs._replace(x=run(block, inputs))
         block.to(dtype)

@@ -38,6 +38,7 @@ from nanovlm.model.adapters import (
 from nanovlm.model.build import meta_dual, meta_model
 from nanovlm.model.dual import Dual
 from nanovlm.model.quantized import TENSORS, QuantizedLinear, quantize, quantize_weight
+from nanovlm.model.quantized_experts import QuantizedStack
 from nanovlm.model.vlm import VLM
 from nanovlm.sharded import Places, places, writable
 from nanovlm.train.resume import read_config, steps_taken
@@ -77,10 +78,15 @@ def build(config: TrainConfig) -> Any:
         return meta_dual(config.dual)
     model, adapter = meta_model(config.model), config.adapter
     if adapter.base:
-        quantize(model, QuantizationConfig(adapter.base), search=False)
+        quantize(model, QuantizationConfig(adapter.base, experts=adapter.base_experts), search=False)
     if adapter.rank:
         adapt(model, adapter).adapters.base = config.init.model
         check_learning(model, config)
+    if config.parallel.expert_ranks > 1 and any(isinstance(layer, QuantizedStack) for layer in model.modules()):
+        raise UserError(
+            f"parallel.expert_ranks = {config.parallel.expert_ranks} must be 1 where experts are quantised: "
+            "leave adapter.base_experts out"
+        )
     if config.parallel.expert_ranks > 1 and any(isinstance(layer, AdaptedMoE) for _, layer in adapted_layers(model)):
         raise UserError(
             f"parallel.expert_ranks = {config.parallel.expert_ranks} must be 1 where experts have adapters: "
@@ -93,6 +99,7 @@ def check_learning(model: VLM, config: TrainConfig):
     """Raise UserError where `train` names what cannot learn, or nothing."""
     patterns, names = config.adapter.train, [name for name, _ in model.named_parameters()]
     quantized = [f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    quantized += [path for path, layer in model.named_modules() if isinstance(layer, QuantizedStack)]
     targets = {id(getattr(layer, key, None)) for layer, key, _ in find_adapters(model, DEFAULT)}
     adapted = [name for name, parameter in model.named_parameters() if id(parameter) in targets]
     for pattern in patterns:
@@ -121,27 +128,38 @@ def check_drawn(config: TrainConfig, filled: Collection[str]):
 class Rounded:
     """A place (sharded.py) for a whole weight matrix, which is quantised as it is copied, to the nearest codes.
 
-    Adapters learn around the rounding; nf4 has the codes of bitsandbytes.
+    Adapters learn around the rounding; nf4 has the codes of bitsandbytes. Of stacked experts it is a place for all
+    matrices, and each row, those of one expert, is one for a matrix.
     """
 
-    def __init__(self, layer: QuantizedLinear):
-        self.layer, self.shape, self.ndim, self.dtype = layer, torch.Size(layer.shape), 2, torch.float32
-        self.is_meta = layer.scales.is_meta
+    def __init__(self, layer: QuantizedLinear | QuantizedStack, expert: int | None = None):
+        self.layer, self.expert, self.dtype = layer, expert, torch.float32
+        self.shape = torch.Size(layer.shape if expert is None else layer.shape[1:])
+        self.ndim, self.is_meta = len(self.shape), layer.scales.is_meta
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __getitem__(self, expert: int) -> "Rounded":
+        if expert >= len(self):
+            raise IndexError(expert)
+        return Rounded(self.layer, expert)
 
     def is_floating_point(self) -> bool:
         return True
 
     def copy_(self, whole: Tensor):
+        if self.ndim == 3:
+            for place, matrix in zip(self, whole, strict=True):
+                place.copy_(matrix)
+            return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # means depend on the threads, and a run on more ranks must have the same codes
         weight = quantize_weight(whole.to(self.layer.scales.device), self.layer.format, self.layer.group, search=False)
         torch.set_num_threads(threads)
         for name in TENSORS:
             if (tensor := getattr(self.layer, name)) is not None:
-                tensor.copy_(getattr(weight, name))
+                (tensor if self.expert is None else tensor[self.expert]).copy_(getattr(weight, name))
 
 
 def base_places(model: VLM, config: AdapterConfig) -> Places:
@@ -149,10 +167,11 @@ def base_places(model: VLM, config: AdapterConfig) -> Places:
     found = {name: place for name, place in places(model).items() if not is_adapter(name)}
     if config.base:
         for path, layer in model.named_modules():
-            if isinstance(layer, QuantizedLinear):
+            if isinstance(layer, QuantizedLinear | QuantizedStack):
                 for name in TENSORS:
                     found.pop(f"{path}.{name}", None)
-                found[f"{path}.weight"] = Rounded(layer)  # pyright: ignore[reportArgumentType]
+                weight = f"{path}.weight" if isinstance(layer, QuantizedLinear) else path
+                found[weight] = Rounded(layer)  # pyright: ignore[reportArgumentType]
     return found
 
 
@@ -188,7 +207,8 @@ def part_ranks(config: TrainConfig):
 
 def whole_base(layer: torch.nn.Module, name: str) -> Tensor:
     """Return a layer's own weight, dequantised, of all ranks."""
-    weight = layer.dequantize() if isinstance(layer, QuantizedLinear) else getattr(layer, name).detach()
+    weight = layer if isinstance(layer, QuantizedLinear) else getattr(layer, name)
+    weight = weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 

@@ -349,6 +349,11 @@ def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0, adap
     sees other tokens. `noise` is the standard deviation of the noise added to each expert matrix, relative to that of
     the matrix.
     """
+    if adapter.base_experts:
+        raise UserError(
+            "adapter.base_experts = True rounds experts that are stored, and those of an upcycled model are made of "
+            "dense layers: leave it out"
+        )
     draw(model)
     mixture = base_places(model, adapter)
     stacks = {name: place for name, place in mixture.items() if name.endswith(STACKS)}

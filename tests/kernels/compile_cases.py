@@ -41,16 +41,39 @@ def grouped_gemm():
 
 
 def multiply(format, M, N, K, dtype=torch.bfloat16, group=64):
-    """Multiply x [M, K] with a weight [N, K] of few bits; nf4 has groups of 64."""
+    """Multiply x [M, K] with a weight [N, K] of few bits."""
     from nanovlm.kernels.dequant_matmul import dequant_matmul
+
+    dequant_matmul(torch.empty(M, K, dtype=dtype), make_weight(format, N, K, group))
+
+
+def make_weight(format, N, K, group=64, *experts):
+    """A weight [N, K] of few bits, or a stack of them; nf4 has groups of 64."""
     from nanovlm.kernels.quantized_weight import NUM_BITS, QuantizedWeight
 
     num_groups = 1 if format == "int8" else (K + group - 1) // group
     scale = {"int8": torch.float32, "int4": torch.int32, "nf4": torch.uint8}[format]
-    codes = torch.empty(N, (K + 31) // 32 * NUM_BITS[format], dtype=torch.int32)
-    nested = (torch.empty((N * num_groups + 255) // 256), torch.empty(())) if format == "nf4" else ()
-    scales = torch.empty(N, num_groups, dtype=scale)
-    dequant_matmul(torch.empty(M, K, dtype=dtype), QuantizedWeight(format, (N, K), group, codes, scales, *nested))
+    codes = torch.empty(*experts, N, (K + 31) // 32 * NUM_BITS[format], dtype=torch.int32)
+    nested = ()
+    if format == "nf4":
+        nested = torch.empty(*experts, (N * num_groups + 255) // 256), torch.empty(experts)
+    scales = torch.empty(*experts, N, num_groups, dtype=scale)
+    return QuantizedWeight(format, (N, K), group, codes, scales, *nested)
+
+
+def quantized_experts():
+    from nanovlm.kernels.quantized_experts import quantized_experts
+
+    # Qwen3-MoE with few and some tokens for an expert; a small mixture in fp32.
+    for R, k, E, D, W, formats, dtype in (
+        (4, 8, 128, 2048, 768, ("int8", "int4", "nf4"), torch.bfloat16),
+        (512, 8, 128, 2048, 768, ("int8", "int4", "nf4"), torch.bfloat16),
+        (4, 2, 8, 192, 144, ("int8", "nf4"), torch.float32),
+    ):
+        for format in formats:
+            gate, up, down = (make_weight(format, N, K, 64, E) for N, K in ((W, D), (W, D), (D, W)))
+            x, weights = torch.empty(R, D, dtype=dtype, requires_grad=True), torch.empty(R, k, dtype=dtype)
+            quantized_experts(x, torch.empty(R, k, dtype=torch.int64), weights, gate, up, down)
 
 
 def dequant_matmul():
@@ -115,6 +138,7 @@ CASES = {
     "cross_entropy": cross_entropy,
     "grouped_gemm": grouped_gemm,
     "dequant_matmul": dequant_matmul,
+    "quantized_experts": quantized_experts,
 }
 
 # Kernels whose matrix products are meant for the tensor cores, by name: how many columns wgmma should have at least, 0
@@ -150,6 +174,10 @@ TENSOR_CORES = {
     "backward_kv_kernel": of_backward_kv,
     **dict.fromkeys(
         ("gate_up_kernel", "scatter_kernel", "through_down_kernel", "matrix_grad_kernel"), of_64_rows("BN")
+    ),
+    **dict.fromkeys(
+        ("decoded_gate_up_kernel", "decoded_scatter_kernel"),
+        lambda compiled: 0 if compiled.config["BN"] < 64 else width(compiled.config["BM"]),
     ),
     "matmul_kernel": lambda compiled: 0 if compiled.dtypes["x"] == "torch.float32" else width(compiled.config["BM"]),
 }

@@ -1,0 +1,180 @@
+"""Experts of a mixture in 8 and 4 bits: as if they were written out, in a folder, and under adapters."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import nanovlm
+from nanovlm.config import AdapterConfig, InitConfig, MoEConfig, ParallelConfig, QuantizationConfig, TrainConfig
+from nanovlm.errors import UserError
+from nanovlm.hub.model_folder import save_model
+from nanovlm.kernels.quantized_weight import dequantize_ref
+from nanovlm.model.adapters import adapt, disabled, merge
+from nanovlm.model.moe import EXPERTS, MoE
+from nanovlm.model.quantized import QuantizedLinear, quantize, quantize_weight
+from nanovlm.model.quantized_experts import QUANTIZED_EXPERTS, STACKS, QuantizedStack
+from nanovlm.model.vlm import VLM
+from nanovlm.train import adapt as train_adapt
+from tests.conftest import TINY
+
+FORMATS = ("int8", "int4", "nf4")
+MIXTURE = dataclasses.replace(
+    TINY,
+    decoder=dataclasses.replace(
+        TINY.decoder, moe=MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=24, num_shared_experts=1)
+    ),
+)
+
+
+def stacks(E, W, D, format):
+    """Random matrices, and the same in codes, each expert's by itself."""
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(E, *shape, generator=generator) / 6 for shape in ((W, D), (W, D), (D, W))]
+    coded = [QuantizedStack([quantize_weight(w, format, 32, search=False) for w in stack]) for stack in whole]
+    return whole, coded
+
+
+def random_mixture():
+    torch.manual_seed(0)
+    return VLM(MIXTURE).eval()
+
+
+def written_out(model):
+    """A copy whose experts are plain again, with the values that their codes stand for."""
+    model = copy.deepcopy(model)
+    for mixture in [module for module in model.modules() if isinstance(module, MoE)]:
+        for name in STACKS:
+            stack = getattr(mixture, name)
+            delattr(mixture, name)
+            weight = torch.stack([dequantize_ref(stack[e]) for e in range(len(stack))])
+            setattr(mixture, name, torch.nn.Parameter(weight))
+        mixture.run_experts = EXPERTS["loop"]
+    return model
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_equals_the_loop_over_what_is_dequantised(format, backend):
+    """Outputs and gradients; one expert has no token."""
+    R, k, E, D, W = 17, 2, 4, 72, 40
+    whole, coded = stacks(E, W, D, format)
+    torch.manual_seed(1)
+    choice = torch.rand(R, E - 1).argsort(-1)[:, :k]
+    inputs = [torch.randn(R, D), torch.rand(R, k)]
+    results = []
+    for run, experts in (
+        (QUANTIZED_EXPERTS[backend], coded),
+        (EXPERTS["loop"], [stack.dequantize() for stack in coded]),
+        (EXPERTS["loop"], whole),
+    ):
+        x, weights = (t.clone().requires_grad_() for t in inputs)
+        y = run(x, choice, weights, *experts)
+        results.append((y, *torch.autograd.grad((y * torch.linspace(-1, 1, D)).sum(), (x, weights))))
+    for ours, expected, before in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(ours, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_and_its_folder(format, processor, tmp_path):
+    """Codes are those of each matrix alone; they stay when a model is cast, and when it is loaded again."""
+    plain = random_mixture()
+    model = quantize(random_mixture(), QuantizationConfig(format, 32, experts=True), search=False)
+    for name in STACKS:
+        stack = getattr(model.decoder.layers[1].mlp, name)
+        for e, matrix in enumerate(getattr(plain.decoder.layers[1].mlp, name)):
+            for ours, expected in zip(
+                stack[e][3:7], quantize_weight(matrix, format, 32, search=False)[3:7], strict=True
+            ):
+                assert (ours is expected is None) or torch.equal(ours, expected)
+    batch = processor.batch([processor.prompt([{"role": "user", "content": "why?"}], [])])
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(batch), written_out(model).logits(batch), rtol=1e-4, atol=1e-5)
+        codes = {name: x for name, x in model.state_dict().items() if ".mlp.gate_proj." in name}
+        model.bfloat16()
+        assert all(torch.equal(x, model.state_dict()[name]) for name, x in codes.items())
+        assert torch.isfinite(model.logits(batch)).all()
+    save_model(tmp_path / "model", model, processor)
+    loaded, _ = nanovlm.load(tmp_path / "model")
+    for name, x in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x), name
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(batch), model.logits(batch))
+    assert loaded.count_parameters() == model.count_parameters() and loaded.count_parameters()[0] > 0
+
+
+def test_experts_stay_as_they_are_unless_asked_for():
+    model = quantize(random_mixture(), QuantizationConfig("int8"))
+    assert isinstance(model.decoder.layers[0].mlp.gate_proj, torch.nn.Parameter)
+    alone = quantize(random_mixture(), QuantizationConfig("int8", layers=r"\.mlp\.(gate|up|down)_proj$", experts=True))
+    assert isinstance(alone.decoder.layers[0].mlp.gate_proj, QuantizedStack)
+    assert not any(isinstance(module, QuantizedLinear) for module in alone.modules())
+    with pytest.raises(UserError, match="the model is quantised already, to int8"):
+        quantize(alone, QuantizationConfig("int8"))
+    with pytest.raises(UserError, match="is found in the name of no linear layer"):
+        quantize(random_mixture(), QuantizationConfig("int8", layers=r"\.mlp\.gate_proj$", experts=True))
+    broken = random_mixture()
+    with torch.no_grad():
+        broken.decoder.layers[1].mlp.up_proj[2, 0, 0] = torch.inf
+    with pytest.raises(UserError, match=r"experts of decoder.layers.1.mlp cannot be quantised: it has weights that"):
+        quantize(broken, QuantizationConfig("int8", experts=True))
+
+
+# --- adapters (QLoRA) ------------------------------------------------------------------------------------------
+
+
+def test_adapters_learn_beside_codes(processor):
+    """As beside the same weights written out; the base is left alone by gradients and by disabling."""
+    base = quantize(random_mixture(), QuantizationConfig("nf4", layers=r"_proj$", experts=True), search=False)
+    batch = processor.batch([processor.prompt([{"role": "user", "content": "why?"}], [])])
+    config, found = AdapterConfig(rank=2, target=r"\.mlp\.(gate|down)_proj$"), []
+    expected = base.logits(batch)
+    for model in (copy.deepcopy(base), written_out(base)):
+        adapt(model, config)
+        generator = torch.Generator().manual_seed(4)
+        own = {name: p for name, p in model.named_parameters() if ".adapters." in name}
+        with torch.no_grad():
+            for parameter in own.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+        logits = model.logits(batch)
+        gradients = torch.autograd.grad(logits.square().sum(), list(own.values()))
+        with disabled(model):
+            torch.testing.assert_close(model.logits(batch), expected, rtol=1e-4, atol=1e-5)
+        found.append((logits, *gradients))
+    assert len(found[0]) == 1 + 2 * 2 * len(base.decoder.layers)
+    for ours, written in zip(*found, strict=True):
+        torch.testing.assert_close(ours, written, rtol=1e-4, atol=1e-4 * written.abs().max().item())
+    assert not torch.allclose(found[0][0], expected, atol=1e-2)
+
+
+def test_what_adapters_cannot_do_with_codes():
+    model = quantize(random_mixture(), QuantizationConfig("int8", experts=True))
+    with pytest.raises(UserError, match=r"pissa changes the base, but .*mlp is quantised"):
+        adapt(model, AdapterConfig(rank=1, init="pissa", target=r"\.mlp\.up_proj$"))
+    adapt(model, AdapterConfig(rank=1, target=r"\.mlp\.up_proj$"))
+    with pytest.raises(UserError, match="is quantised: merged, it would be rounded again"):
+        merge(model)
+
+
+def test_a_run_rounds_experts_as_they_come():
+    """Whole stacks, as our own folders have them, and one expert after the other, as files of the hub do."""
+    adapter = AdapterConfig(rank=2, base="nf4", base_experts=True)
+    config = TrainConfig(model=MIXTURE, init=InitConfig(model="somewhere"), adapter=adapter)
+    plain = random_mixture()
+    expected = quantize(random_mixture(), QuantizationConfig("nf4", experts=True), search=False).state_dict()
+    for by_expert in (False, True):
+        model = train_adapt.build(config).to_empty(device="cpu")
+        places = train_adapt.base_places(model, adapter)
+        for name, tensor in plain.state_dict().items():
+            if by_expert and tensor.ndim == 3:
+                for place, matrix in zip(places[name], tensor, strict=True):
+                    place.copy_(matrix)
+            else:
+                places[name].copy_(tensor)
+        ours = model.state_dict()
+        assert all(torch.equal(ours[name], x) for name, x in expected.items())
+    parallel = ParallelConfig(expert_ranks=3)
+    with pytest.raises(UserError, match="expert_ranks = 3 must be 1 where experts are quantised"):
+        train_adapt.build(dataclasses.replace(config, parallel=parallel))
