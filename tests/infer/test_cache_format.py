@@ -85,11 +85,11 @@ def test_neighbours_change_no_bit(random_model, processor, format):
 
 @pytest.mark.parametrize("format", BITS)
 def test_evicted_blocks_are_written_anew(random_model, processor, format):
-    """A prompt that has to be computed again has the same bits in blocks that others have used meanwhile."""
+    """A prompt has the same bits in blocks that others have used, and once it has to be computed again."""
     first, second = ("red circle " * 20, "blue cross " * 20)
-    engine = Engine(random_model, num_rows=1, cache_tokens=64, cache_format=format)
+    engine, fresh = (Engine(random_model, num_rows=1, cache_tokens=64, cache_format=format) for _ in range(2))
 
-    def answer(text):
+    def answer(text, engine=engine):
         prompt = ask(processor, text)
         assert 32 < len(prompt) < 58
         found, cached = run(engine, Request(prompt, SamplingConfig(max_new_tokens=64 - len(prompt)), num_logprobs=0))
@@ -97,5 +97,5 @@ def test_evicted_blocks_are_written_anew(random_model, processor, format):
 
     before, other, again = answer(first), answer(second), answer(first)
     assert before[1] == other[1] == again[1] == 0
-    assert before[0] == again[0] != other[0]
+    assert before[0] == again[0] != other[0] == answer(second, fresh)[0]
     assert answer(first)[1] >= 16
