@@ -32,7 +32,7 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATES
 from nanovlm.eval.tasks import TASKS
 from nanovlm.model.attention import ATTENTION
 from nanovlm.model.decoder import ROPE_SCALING
-from nanovlm.model.moe import EXPERTS
+from nanovlm.model.moe import EXPERTS, GATES
 from nanovlm.model.projector import PROJECTORS
 from nanovlm.model.vision import ACTIVATIONS, PATCHES
 from nanovlm.objectives import OBJECTIVES
@@ -121,6 +121,7 @@ def test_help_fits_on_a_screen(capsys):
     [
         (DecoderConfig, "attention", ATTENTION),
         (DecoderConfig, "cross_entropy", CROSS_ENTROPY),
+        (DecoderConfig, "hidden_act", GATES),
         (MoEConfig, "experts", EXPERTS),
         (VisionConfig, "patches", PATCHES),
         (VisionConfig, "hidden_act", ACTIVATIONS),

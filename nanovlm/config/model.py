@@ -16,7 +16,7 @@ MOST = {
     "image_size": 2**14,
 }
 MOST_OTHERWISE, MOST_TILES = 2**24, 128  # the latter along one side of an image
-MAY_BE_ZERO = ("projector.num_tokens",)
+MAY_BE_ZERO = ("projector.num_tokens", "decoder.sliding_window")
 NATIVE = ("native", "qwen")  # tilings of which the encoder reads each picture whole
 
 
@@ -138,9 +138,10 @@ class VisionConfig:
 @dataclass(frozen=True)
 class ProjectorConfig:
     # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear, mlp, merger (of
-    # Qwen's models), resampler, qformer or merge.
+    # Qwen's models), pool (Gemma-3), resampler, qformer or merge.
     type: str = "linear"
-    # linear, mlp, merger: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle).
+    # linear, mlp, merger: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle); pool:
+    # their mean does.
     scale_factor: int = 2
     # resampler, qformer, merge: image tokens of one tile; 0 where they follow from scale_factor.
     num_tokens: int = 0
@@ -175,10 +176,11 @@ class FusionConfig:
 class TilingConfig:
     # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
-    # image to one tile; crop cuts one out of its middle, as CLIP and LLaVA 1.5 do; native follows SigLIP 2's NaFlex:
-    # the encoder reads each image whole, at its own aspect ratio; qwen does so, too, at about its own number of pixels
-    # (Qwen2.5-VL and Qwen3-VL). anyres follows LLaVA-OneVision: the whole image, then the grid of tiles that fits it
-    # best, without the border around it. internvl stretches each image to the grid of its shape (InternVL3).
+    # image to one tile; gemma does so, too, between Gemma-3's markers; crop cuts one out of its middle, as CLIP and
+    # LLaVA 1.5 do; native follows SigLIP 2's NaFlex: the encoder reads each image whole, at its own aspect ratio; qwen
+    # does so, too, at about its own number of pixels (Qwen2.5-VL and Qwen3-VL). anyres follows LLaVA-OneVision: the
+    # whole image, then the grid of tiles that fits it best, without the border around it. internvl stretches each image
+    # to the grid of its shape (InternVL3).
     policy: str = "fit"
     # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
     # anyres: of how many tiles an image has at most the image tokens, whatever its grid. internvl: as in fit.
@@ -273,12 +275,27 @@ class DecoderConfig:
     num_key_value_heads: int = 2
     # Width of one head.
     head_dim: int = 32
+    # Activation of the feed-forward layers' gate, a key of nanovlm.model.moe.GATES: silu (SwiGLU) or gelu_tanh (Gemma).
+    hidden_act: str = "silu"
     # Biases in the query, key and value projections.
     qkv_bias: bool = False
     # Bias in the output projection of attention.
     o_bias: bool = False
     # RMS norm of queries and keys: none, head (each by itself, as in Qwen3) or all (together, as in OLMoE).
     qk_norm: Literal["none", "head", "all"] = "none"
+    # Sliding window: how many tokens of its document a query sees up to its own, which counts; 0 for all of them.
+    sliding_window: int = 0
+    # sliding_window: indices of the blocks that see whole documents all the same.
+    full_attention_layers: tuple[int, ...] = ()
+    # sliding_window: base of the rotary frequencies in blocks with a window, which rope_scaling leaves as they are
+    # (Gemma-3); 0 for the frequencies of all other blocks.
+    window_rope_theta: float = 0.0
+    # Factor of the scores of attention; 0 for 1 / sqrt(head_dim).
+    attention_scale: float = 0.0
+    # Scores become softcap * tanh(score / softcap) (Gemma-2), with attention = plain; 0 for none.
+    attention_softcap: float = 0.0
+    # A learned score of each head for looking at nothing (gpt-oss), with attention = plain.
+    attention_sinks: bool = False
     # Base of the rotary position frequencies.
     rope_theta: float = 10000.0
     # Slower rotary frequencies for longer contexts.
@@ -294,13 +311,23 @@ class DecoderConfig:
     max_position_embeddings: int = 8192
     # Epsilon of the RMS norms.
     rms_norm_eps: float = 1e-5
+    # What is added to the weights of the RMS norms: 1 in Gemma, whose weights begin at 0.
+    norm_offset: float = 0.0
+    # RMS norms also of what attention and the feed-forward layer add to the residual stream (Gemma).
+    sandwich_norms: bool = False
+    # Factor of token embeddings: sqrt(hidden_size) in Gemma.
+    embedding_scale: float = 1.0
+    # Factor of what attention and the feed-forward layer add to the residual stream (Granite).
+    residual_scale: float = 1.0
+    # Factor of the logits (Granite).
+    logit_scale: float = 1.0
     # Use the embedding table as output head.
     tie_word_embeddings: bool = True
     # Which tokens also see those behind them: none (causal), the image tokens of a picture each other (images), or all
     # tokens of the first prompt, pictures included, each other (prompt, as in PaliGemma). Answers are always causal.
     prefix_attention: Literal["causal", "images", "prompt"] = "causal"
     # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa (torch's scaled_dot_product_attention), triton
-    # (kernels/attention.py) or flex (torch's flex_attention).
+    # (kernels/attention.py), flex (torch's flex_attention) or plain (scores written out).
     attention: str = "sdpa"
     # Backend of the output head with its loss, a key of nanovlm.objectives.losses.CROSS_ENTROPY: torch or triton
     # (kernels/cross_entropy.py).
@@ -310,6 +337,12 @@ class DecoderConfig:
     def mixtures(self) -> tuple[int, ...]:
         """Indices of the blocks that have a mixture of experts in place of the dense feed-forward layer."""
         return () if self.moe is None else self.moe.layers or tuple(range(self.num_hidden_layers))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each block, 0 where it has none."""
+        full = self.full_attention_layers
+        return tuple(0 if i in full else self.sliding_window for i in range(self.num_hidden_layers))
 
 
 @dataclass(frozen=True)
@@ -484,12 +517,14 @@ class VLMConfig:
                 f"decoder.layers_without_rope names block {index}, but decoder.num_hidden_layers = "
                 f"{d.num_hidden_layers}",
             )
+        check_attention(d)
         check(
             self.fusion.every <= d.num_hidden_layers,
             f"fusion.every = {self.fusion.every} is above decoder.num_hidden_layers = {d.num_hidden_layers}",
         )
         if v is not None and self.fusion.only_latest:
-            most = {"square": 1, "crop": 1, "fit": self.tiling.max_tiles, "internvl": self.tiling.max_tiles}
+            most = {"fit": self.tiling.max_tiles, "internvl": self.tiling.max_tiles}
+            most |= dict.fromkeys(("square", "gemma", "crop"), 1)
             check(
                 most.get(self.tiling.policy, self.tiling.longest_edge / v.image_size) <= 1,
                 "fusion.only_latest = True needs pictures of one tile, but tiling.policy = "
@@ -593,3 +628,30 @@ class VLMConfig:
             f"tiling.max_patches = {self.tiling.max_patches} is too few for one image token, which takes {scale**2}: "
             f"the square of projector.scale_factor = {scale}",
         )
+
+
+def check_attention(d: DecoderConfig):
+    """Raise UserError for a window, sinks or a softcap that do not go with the rest of a decoder."""
+    check(
+        list(d.full_attention_layers) == sorted(set(d.full_attention_layers) & set(range(d.num_hidden_layers))),
+        f"decoder.full_attention_layers = {d.full_attention_layers} must be indices of the decoder.num_hidden_layers = "
+        f"{d.num_hidden_layers} blocks, each once and the lowest first",
+    )
+    for name in ("full_attention_layers", "window_rope_theta"):
+        check(
+            not getattr(d, name) or d.sliding_window > 0,
+            f"decoder.{name} = {getattr(d, name)} is for decoder.sliding_window, which is 0",
+        )
+    for name in ("embedding_scale", "residual_scale", "logit_scale"):
+        check(getattr(d, name) > 0, f"decoder.{name} = {getattr(d, name)} must be positive")
+    for name in ("window_rope_theta", "attention_scale", "attention_softcap"):
+        check(getattr(d, name) >= 0, f"decoder.{name} = {getattr(d, name)} must be at least 0")
+    for name in ("attention_softcap", "attention_sinks"):
+        check(
+            not getattr(d, name) or d.attention == "plain",
+            f"decoder.attention = {d.attention} must be plain for decoder.{name} = {getattr(d, name)}",
+        )
+    check(
+        not any(d.windows) or d.attention != "triton",
+        f"decoder.attention = triton has no decoder.sliding_window = {d.sliding_window}: choose sdpa",
+    )

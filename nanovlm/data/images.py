@@ -452,6 +452,18 @@ def markers_square(config: VLMConfig) -> list[str]:
     return []
 
 
+# ---- gemma: the same, between markers ----
+
+
+def layout_gemma(plan: TilePlan, image: str, config: VLMConfig) -> str:
+    begin, end = markers_gemma(config)
+    return f"\n\n{begin}{image}{end}\n\n"
+
+
+def markers_gemma(config: VLMConfig) -> list[str]:
+    return ["<start_of_image>", "<end_of_image>"]
+
+
 # ---- crop: one tile, the middle of the image, as CLIP and LLaVA 1.5 see it ----
 
 
@@ -647,6 +659,7 @@ TILING = {
     "idefics3": Tiling(plan_idefics3, draw_idefics3, views_idefics3, layout_idefics3, markers_idefics3),
     "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, views_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
     "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
+    "gemma": Tiling(plan_square, draw_square, views_square, layout_gemma, markers_gemma),
     "crop": Tiling(plan_square, draw_crop, views_crop, layout_square, markers_square),
     "native": Tiling(plan_native, draw_native, views_native, layout_native, markers_square),
     "internvl": Tiling(plan_internvl, draw_internvl, views_idefics3, layout_internvl, markers_internvl),

@@ -1,6 +1,7 @@
 """config.json and the files beside it, in a folder in a hub layout -> our configs."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from nanovlm.config import (
     from_dict,
     pick,
 )
+from nanovlm.config.model import MOST
 from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
@@ -25,12 +27,16 @@ from nanovlm.hub.families import (
     FIXED,
     FIXED_LAYERS,
     FIXED_VISION,
+    FULL,
     IDEFICS3_BAD_GRIDS,
     IDEFICS3_TYPES,
     IDEFICS3_VISION_DEFAULTS,
     OTHER_TYPES,
+    REFUSED,
     ROPE_FIELDS,
+    SLIDING,
     VISION_FIELDS,
+    Family,
 )
 from nanovlm.hub.published import read_quantization
 
@@ -84,22 +90,27 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
     """Read the config of a language model."""
     family = pick(DECODERS, str(data.get("model_type")), f"{path}: model_type")
     has_dense = data.get("model_type") == "qwen3_moe"
-    check_fixed(data, FIXED if has_dense else FIXED | FIXED_LAYERS, path)
-    if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
-        raise UserError(f"{path}: layer_types has other layers than full_attention, which we do not have")
-    if data.get("model_type") in ("mistral", "mixtral"):
-        check_window(family.defaults | data, path)
+    fixed = FIXED if has_dense else FIXED | FIXED_LAYERS
+    fixed = {field: value for field, value in fixed.items() if field not in family.defaults} | (family.fixed or {})
+    check_fixed(data, fixed, path)
     if "num_experts" in family.defaults and "num_local_experts" in data:  # two names for one field
         data = {"num_experts": data["num_local_experts"]} | data
-    derived = ("head_dim", "num_key_value_heads")  # null means that other fields determine the value
+    # Null means that other fields determine the value, or that there is no window.
+    derived = ("head_dim", "num_key_value_heads", "sliding_window")
     data = family.defaults | {key: value for key, value in data.items() if value is not None or key in derived}
+    data, special = SPECIAL.get(data["model_type"], read_nothing)(data, path)
     fields = {field: data[field] for field in DECODER_FIELDS if data.get(field) is not None}
     config = _build(DecoderConfig, fields | {"o_bias": data.get("attention_bias", False)}, path)
     theta, scaling = read_rope(data, path)
+    special = read_windows(data, family, config.num_hidden_layers, path) | special
+    if not special.get("sliding_window"):
+        special.pop("window_rope_theta", None)
     moe = None
     if family.moe:
-        layers = read_mixtures(data, config.num_hidden_layers, path) if has_dense else ()
-        moe = _build(MoEConfig, {ours: data[theirs] for theirs, ours in family.moe.items()} | {"layers": layers}, path)
+        find_layers = MIXTURES.get(data["model_type"])
+        layers = find_layers(data, config.num_hidden_layers, path) if find_layers else ()
+        own = {ours: data[theirs] for theirs, ours in family.moe.items()}
+        moe = _build(MoEConfig, own | (family.moe_features or {}) | {"layers": layers}, path)
     return dataclasses.replace(
         config,
         head_dim=fields.get("head_dim", config.hidden_size // max(1, config.num_attention_heads)),
@@ -110,17 +121,85 @@ def read_decoder(data: dict, path: Path) -> DecoderConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         layers_without_rope=read_layers_without_rope(data, config.num_hidden_layers, path),
+        **(family.features or {}),
+        **special,
     )
 
 
-def check_window(data: dict, path: Path):
-    """Raise UserError for a sliding window in which some token would not see the first of its document."""
+def read_windows(data: dict, family: Family, num_layers: int, path: Path) -> dict:
+    """Read the sliding window, and which blocks have none; a window that hides nothing is none."""
     window, longest = data.get("sliding_window"), data["max_position_embeddings"]
-    if window is not None and not (isinstance(window, int) and isinstance(longest, int) and window >= longest):
+    if num_layers > MOST["num_hidden_layers"]:
+        return {}  # which is refused later
+    kinds = data.get("layer_types") or [family.layer_types[i % len(family.layer_types)] for i in range(num_layers)]
+    known = [FULL, SLIDING] if SLIDING in family.layer_types else [FULL]
+    if not isinstance(kinds, list) or len(kinds) < num_layers or not all(kind in known for kind in kinds):
         raise UserError(
-            f"{path}: sliding_window = {window!r} is not supported; it must be null, or at least "
-            f"max_position_embeddings = {longest!r}"
+            f"{path}: layer_types = {kinds!r} must say {' or '.join(known)} for each of {num_layers} layers"
         )
+    full = tuple(i for i in range(num_layers) if kinds[i] == FULL)
+    if len(full) == num_layers or window is None:
+        return {}
+    if type(window) is not int or window < 1:
+        raise UserError(f"{path}: sliding_window = {window!r} must be null or a number from 1 on")
+    hides_nothing = window >= longest and not full
+    return {} if hides_nothing else {"sliding_window": window, "full_attention_layers": full}
+
+
+def read_nothing(data: dict, path: Path) -> tuple[dict, dict]:
+    return data, {}
+
+
+def read_gemma3(data: dict, path: Path) -> tuple[dict, dict]:
+    """Read what Gemma-3 alone has; return what is left to read, and fields of DecoderConfig."""
+    rope, pattern = data.get("rope_parameters") or {}, data["sliding_window_pattern"]
+    local = data["rope_local_base_freq"]
+    if isinstance(rope, dict) and {FULL, SLIDING} & rope.keys():
+        near = rope.get(SLIDING) or {}
+        if not isinstance(near, dict) or near.get("rope_type", "default") != "default":
+            raise UserError(f"{path}: {SLIDING} = {near!r} of rope_parameters must have rope_type 'default'")
+        local = near.get("rope_theta", local)
+        data = data | {"rope_parameters": rope.get(FULL)}
+    if data.get("layer_types") is None:
+        if type(pattern) is not int or pattern < 1:
+            raise UserError(f"{path}: sliding_window_pattern = {pattern!r} must be a number from 1 on")
+        num_layers = data["num_hidden_layers"] if type(data["num_hidden_layers"]) is int else 0
+        kinds = [SLIDING if (i + 1) % pattern else FULL for i in range(min(num_layers, MOST["num_hidden_layers"]))]
+        data = data | {"layer_types": kinds}
+    return data, {
+        "window_rope_theta": _build(DecoderConfig, {"window_rope_theta": local}, path).window_rope_theta,
+        "attention_scale": read_factor(data, "query_pre_attn_scalar", path) ** -0.5,
+        "embedding_scale": read_factor(data, "hidden_size", path) ** 0.5,
+    }
+
+
+def read_dots1(data: dict, path: Path) -> tuple[dict, dict]:
+    """Read from which layer on there is a window, where the config does not name the layers."""
+    first, num_layers = data["max_window_layers"], data["num_hidden_layers"]
+    if data.get("layer_types") is None and type(first) is int and type(num_layers) is int:
+        kinds = [SLIDING if i >= first else FULL for i in range(min(num_layers, MOST["num_hidden_layers"]))]
+        data = data | {"layer_types": kinds}
+    return data, {}
+
+
+def read_granite(data: dict, path: Path) -> tuple[dict, dict]:
+    """Read Granite's multipliers; the last one divides the logits."""
+    return data, {
+        "embedding_scale": read_factor(data, "embedding_multiplier", path),
+        "residual_scale": read_factor(data, "residual_multiplier", path),
+        "attention_scale": read_factor(data, "attention_multiplier", path),
+        "logit_scale": 1 / read_factor(data, "logits_scaling", path),
+    }
+
+
+def read_factor(data: dict, name: str, path: Path) -> float:
+    value = data[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {name} = {value!r} must be a number above 0")
+    return float(value)
+
+
+SPECIAL = {"gemma3_text": read_gemma3, "granite": read_granite, "dots1": read_dots1}
 
 
 def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
@@ -147,6 +226,17 @@ def read_mixtures(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
             "be a mixture"
         )
     return () if len(layers) == num_layers else layers
+
+
+def read_dense_first(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
+    """Read which layers are mixtures: all but the first first_k_dense_replace; () for all."""
+    dense = data["first_k_dense_replace"]
+    if type(dense) is not int or not 0 <= dense < num_layers:
+        raise UserError(f"{path}: first_k_dense_replace = {dense!r} must leave some of {num_layers} layers")
+    return tuple(range(dense, num_layers)) if dense else ()
+
+
+MIXTURES = {"qwen3_moe": read_mixtures, "dots1": read_dense_first}
 
 
 def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
@@ -296,7 +386,9 @@ def _build(cls, data, path):
 
 def check_kind(data, path):
     known = [*IDEFICS3_TYPES, *DECODERS, *OTHER_TYPES]
-    if (kind := data.get("model_type")) not in known:
+    if (kind := data.get("model_type")) in REFUSED:
+        raise UserError(f"{path}: model_type = {kind!r} is not read: {REFUSED[kind]}")
+    if kind not in known:
         raise UserError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")
 
 

@@ -96,6 +96,10 @@ IDEFICS3_BAD_GRIDS = (
 # fmt: on
 
 
+# Kinds of layers, as configs name them.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 class Family(NamedTuple):
     """A family of language models: its class, the defaults of what its config.json leaves out, and its features."""
 
@@ -106,6 +110,13 @@ class Family(NamedTuple):
     # For a mixture: its additional name table, and its config fields -> those of MoEConfig.
     names: dict | None = None
     moe: dict | None = None
+    # Which layers see whole documents, where the config does not say: in turn from the first on.
+    layer_types: tuple[str, ...] = (FULL,)
+    # What all models of the family have, as fields of DecoderConfig, and what their configs must say.
+    features: dict | None = None
+    fixed: dict | None = None
+    # What all its mixtures have, as fields of MoEConfig.
+    moe_features: dict | None = None
 
 
 LLAMA_DEFAULTS = {
@@ -177,6 +188,56 @@ OLMOE_DEFAULTS = LLAMA_DEFAULTS | {
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.01,
 }
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "rope_local_base_freq": 1e4,
+}
+# Their norm behind attention is of what it adds, and the one before the feed-forward layer is ours behind attention.
+GEMMA3_NAMES = {
+    "model.layers.{}.post_attention_layernorm.": "decoder.layers.{}.attn_out_norm.",
+    "model.layers.{}.pre_feedforward_layernorm.": "decoder.layers.{}.post_attention_layernorm.",
+    "model.layers.{}.post_feedforward_layernorm.": "decoder.layers.{}.mlp_out_norm.",
+}
+# A router with a bias for the choice alone and experts that every token sees, as in DeepSeek-V3.
+DOTS1_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 152064,
+    "hidden_size": 4608,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 32,
+    "n_routed_experts": 0,
+    "n_shared_experts": 0,
+    "num_experts_per_tok": 0,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "sliding_window": 4096,
+    "max_window_layers": 62,
+}
+DOTS1_NAMES = QWEN_MOE_NAMES | {
+    "model.layers.{}.mlp.gate.e_score_correction_bias": "decoder.layers.{}.mlp.selection_bias",
+    "model.layers.{}.mlp.shared_experts.": "decoder.layers.{}.mlp.shared.",
+}
+GRANITE_DEFAULTS = LLAMA_DEFAULTS | {
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
 # Their config fields of a mixture -> those of MoEConfig.
 MIXTRAL_FIELDS = {
     "num_local_experts": "num_experts",
@@ -192,22 +253,66 @@ QWEN3_MOE_FIELDS = {
     "router_aux_loss_coef": "balance_weight",
     "norm_topk_prob": "norm_topk_prob",
 }
+DOTS1_FIELDS = {
+    "n_routed_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "intermediate_size",
+    "n_shared_experts": "num_shared_experts",
+    "norm_topk_prob": "norm_topk_prob",
+    "routed_scaling_factor": "routed_scaling_factor",
+}
 OLMOE_FIELDS = {theirs.removeprefix("moe_"): ours for theirs, ours in QWEN3_MOE_FIELDS.items()}
 DECODERS = {
     "llama": Family("LlamaForCausalLM", LLAMA_DEFAULTS),
-    "mistral": Family("MistralForCausalLM", MISTRAL_DEFAULTS),
+    "mistral": Family("MistralForCausalLM", MISTRAL_DEFAULTS, layer_types=(SLIDING,)),
     "smollm3": Family("SmolLM3ForCausalLM", SMOLLM3_DEFAULTS),
     "qwen2": Family("Qwen2ForCausalLM", QWEN_DEFAULTS, qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", QWEN_DEFAULTS | {"head_dim": 128}, qk_norm="head"),
-    "mixtral": Family("MixtralForCausalLM", MIXTRAL_DEFAULTS, False, "none", MIXTRAL_NAMES, MIXTRAL_FIELDS),
+    "mixtral": Family(
+        "MixtralForCausalLM", MIXTRAL_DEFAULTS, names=MIXTRAL_NAMES, moe=MIXTRAL_FIELDS, layer_types=(SLIDING,)
+    ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", QWEN3_MOE_DEFAULTS, qk_norm="head", names=QWEN_MOE_NAMES, moe=QWEN3_MOE_FIELDS
     ),
     "olmoe": Family("OlmoeForCausalLM", OLMOE_DEFAULTS, False, "all", QWEN_MOE_NAMES, OLMOE_FIELDS),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        GEMMA3_DEFAULTS,
+        qk_norm="head",
+        names=GEMMA3_NAMES,
+        layer_types=(*[SLIDING] * 5, FULL),
+        features={"hidden_act": "gelu_tanh", "norm_offset": 1.0, "sandwich_norms": True},
+        fixed={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+    ),
+    "granite": Family("GraniteForCausalLM", GRANITE_DEFAULTS),
+    "dots1": Family(
+        "Dots1ForCausalLM",
+        DOTS1_DEFAULTS,
+        qk_norm="head",
+        names=DOTS1_NAMES,
+        moe=DOTS1_FIELDS,
+        layer_types=(FULL, SLIDING),
+        fixed={"n_group": 1, "topk_group": 1},
+        moe_features={"scores": "sigmoid", "balance": "bias"},
+    ),
 }
+# Fields of DecoderConfig in which what is written has the defaults.
+NOT_WRITTEN = (
+    "rope_sections",
+    *("hidden_act", "sliding_window", "attention_scale", "attention_softcap", "attention_sinks", "norm_offset"),
+    *("sandwich_norms", "embedding_scale", "residual_scale", "logit_scale"),
+)
+# Language models that are not read, and why.
+LATENT = "its attention keeps latent vectors (MLA), which we do not have; of its kind of mixtures dots1 is read"
+REFUSED = {"deepseek_v2": LATENT, "deepseek_v3": LATENT}
 IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
 # Vision-language models that are read by files of their own (read.py).
-OTHER_TYPES = ("llava", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
+OTHER_TYPES = ("llava", "gemma3", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
 
 
 def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
@@ -251,11 +356,12 @@ def find_family(decoder: DecoderConfig) -> str:
     Raises UserError for a combination of features that no family has.
     """
     d = decoder
-    if d.rope_sections:
-        raise UserError(
-            f"decoder.rope_sections = {d.rope_sections} cannot be exported: no layout that is written has M-RoPE; the "
-            "model folder of a run has it"
-        )
+    for name in NOT_WRITTEN:
+        if getattr(d, name) != getattr(DecoderConfig, name):
+            raise UserError(
+                f"decoder.{name} = {getattr(d, name)} cannot be exported: no layout that is written has it; the model "
+                "folder of a run has it"
+            )
     if d.layers_without_rope:
         family = "smollm3"
     elif d.moe is not None:

@@ -24,6 +24,7 @@ from nanovlm.hub import gguf
 from nanovlm.hub.adapters import attach
 from nanovlm.hub.configs import check_kind, read_config, read_template
 from nanovlm.hub.download import find, holds_adapter, refuse_adapter
+from nanovlm.hub.gemma3 import open_gemma3
 from nanovlm.hub.llava import open_llava
 from nanovlm.hub.model_folder import open_folder
 from nanovlm.hub.nanovlm_layout import open_nanovlm
@@ -92,6 +93,7 @@ def find_model(name: str | Path) -> Stored:
 # Vision-language models with layouts of their own: model_type -> function that reads all but the weights.
 OTHERS = {
     "llava": open_llava,
+    "gemma3": open_gemma3,
     "llava_onevision": open_llava,
     "internvl": open_llava,
     "qwen2_5_vl": open_qwen,

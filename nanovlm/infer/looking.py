@@ -71,6 +71,8 @@ def look(model: VLM, prompt: Document, answer_ids: list[int], means: Means = "no
     for token in answer_ids:
         if not 0 <= token < config.decoder.vocab_size or token == config.image_token_id:
             raise UserError(f"token {token} cannot stand in an answer of this model")
+    if config.decoder.attention_sinks or config.decoder.attention_softcap:
+        raise UserError("where an answer looked is not drawn for attention with sinks or a softcap")
     if len(prompt.tiles):
         check_places(config)
     first, A = len(prompt) - 1, len(answer_ids)
@@ -137,14 +139,15 @@ def watch_attention(model: VLM, num_queries: int, see: Callable[[int, int, Tenso
     layers compute stays as it is.
     """
     attentions = [module for module in model.decoder.modules() if isinstance(module, Attention)]
-    backends = [attention.attend for attention in attentions]
+    backends, windows = [attention.attend for attention in attentions], model.config.decoder.windows
 
     def watch(layer, attend):
         def attend_watched(q, k, v, mask):
             first = q.shape[1] - num_queries
             for start in range(0, num_queries, ROWS):
                 place = first + start
-                see(layer, start, attention_weights(q[0, place : first + min(start + ROWS, num_queries)], k[0], place))
+                queries = q[0, place : first + min(start + ROWS, num_queries)]
+                see(layer, start, attention_weights(queries, k[0], place, windows[layer]))
             return attend(q, k, v, mask)
 
         return attend_watched
@@ -158,16 +161,18 @@ def watch_attention(model: VLM, num_queries: int, see: Callable[[int, int, Tenso
             attention.attend = attend
 
 
-def attention_weights(q: Tensor, k: Tensor, first: int) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, first: int, window: int = 0) -> Tensor:
     """Return the weights fp32[N, A, S] of queries [A, N, H] at the positions from `first` on for keys [S, K, H].
 
-    A query sees the keys up to its position; softmax(q k / sqrt(H)) is in fp32 whatever the dtypes are.
+    A query sees the keys up to its position, as many as a window has if that is not 0; softmax(q k / sqrt(H)) is in
+    fp32 whatever the dtypes are.
     """
     q_KGAH = rearrange(q.float(), "A (K G) H -> K G A H", K=k.shape[1])
     scores = torch.einsum("kgah, skh -> kgas", q_KGAH, k.float()) / math.sqrt(q.shape[-1])
     positions = torch.arange(len(k), device=k.device)
-    is_later = positions > positions[first : first + len(q), None]
-    return scores.masked_fill(is_later, -torch.inf).softmax(-1).flatten(0, 1)
+    own = positions[first : first + len(q), None]
+    is_hidden = (positions > own) | (positions <= own - (window or len(k)))
+    return scores.masked_fill(is_hidden, -torch.inf).softmax(-1).flatten(0, 1)
 
 
 # --- as JSON, for the page ------------------------------------------------------------------------------------

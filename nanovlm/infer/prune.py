@@ -89,6 +89,10 @@ def answer_pruned(
         ("decoder.prefix_attention", config.decoder.prefix_attention, "causal"),
         ("decoder.rope_sections", config.decoder.rope_sections, ()),
         ("projector.deepstack_layers", config.projector.deepstack_layers, ()),
+        ("decoder.sliding_window", config.decoder.sliding_window, 0),
+        ("decoder.attention_softcap", config.decoder.attention_softcap, 0),
+        ("decoder.attention_sinks", config.decoder.attention_sinks, False),
+        ("decoder.logit_scale", config.decoder.logit_scale, 1),
     ):
         if value != needed:
             raise UserError(f"{name} = {value} must be {needed} where image tokens are to be left out")

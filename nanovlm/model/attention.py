@@ -17,14 +17,28 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from nanovlm.errors import UserError
 
 
-def make_mask(doc_ids: Tensor, branch_ids: Tensor, backend: str = "sdpa", span_ids: Tensor | None = None):
+class Window(NamedTuple):
+    """A sliding window: a query sees no key before the last `size` positions, of which its own is one."""
+
+    size: int
+    position_ids: Tensor  # int64[B, T]
+
+
+def make_mask(
+    doc_ids: Tensor,
+    branch_ids: Tensor,
+    backend: str = "sdpa",
+    span_ids: Tensor | None = None,
+    window: Window | None = None,
+):
     """Return which keys a query sees: those up to its own position in its document's prefix and its own branch.
 
-    And with `span_ids` those of its own span, if that is not 0; a span is on the prefix or on one branch. Takes
-    int32[B, T] each, returns bool[B, 1, T, T] or the backend's form. Padding (doc_id -1) sees only padding, so no row
-    of the mask is empty; its outputs are never used.
+    And with `span_ids` those of its own span, if that is not 0; a span is on the prefix or on one branch. Of all these
+    only those that its window leaves, if there is one. Takes int32[B, T] each, returns bool[B, 1, T, T] or the
+    backend's form. Padding (doc_id -1) sees only padding, so no row of the mask is empty; its outputs are never used.
     """
-    return MASKS.get(backend, make_dense_mask)(doc_ids, branch_ids, *([] if span_ids is None else [span_ids]))
+    more = [span_ids, window] if window is not None else [] if span_ids is None else [span_ids]
+    return MASKS.get(backend, make_dense_mask)(doc_ids, branch_ids, *more)
 
 
 # --- sdpa: bool[B, 1, T, S], or on a CPU the documents of the batch --------------------------------------------
@@ -46,7 +60,7 @@ class Place(NamedTuple):
     row: int
     start: int
     end: int
-    has_branches: bool  # or spans: it needs a mask
+    has_branches: bool  # or spans, or more tokens than a window: it needs a mask
 
     def cost(self) -> float:
         """Return the time of attention over the document, in pairs of tokens under a mask."""
@@ -59,14 +73,18 @@ class Place(NamedTuple):
 Piece = tuple[Place, Tensor | None]
 
 
-def make_sdpa_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> Tensor | list[Piece]:
+def make_sdpa_mask(
+    doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None, window: Window | None = None
+) -> Tensor | list[Piece]:
     """Return the documents, or a mask where it takes less time or there are none."""
     B, T = doc_ids.shape
     if doc_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         places = find_documents(doc_ids, branch_ids if span_ids is None else branch_ids.maximum(span_ids))
+        if window is not None:
+            places = [x._replace(has_branches=x.has_branches or x.end - x.start > window.size) for x in places]
         if places and sum(place.cost() for place in places) < B * T * T:
-            return add_masks(places, branch_ids, span_ids)
-    return make_dense_mask(doc_ids, branch_ids, span_ids)
+            return add_masks(places, branch_ids, span_ids, window)
+    return make_dense_mask(doc_ids, branch_ids, span_ids, window)
 
 
 def find_documents(doc_ids: Tensor, branch_ids: Tensor) -> list[Place]:
@@ -84,26 +102,33 @@ def find_documents(doc_ids: Tensor, branch_ids: Tensor) -> list[Place]:
     return list(places.values()) if len(places) == sum(number >= 0 for number in ids) else []
 
 
-def add_masks(places: list[Place], branch_ids: Tensor, span_ids: Tensor | None = None) -> list[Piece]:
+def add_masks(
+    places: list[Place], branch_ids: Tensor, span_ids: Tensor | None = None, window: Window | None = None
+) -> list[Piece]:
     """Give each document with branches its mask, float32[1, 1, L, L]: 0 where a query sees a key, else -inf."""
     pieces = []
     for place in places:
         mask = None
         if place.has_branches:
-            branches = branch_ids[place.row, place.start : place.end][None]
-            spans = None if span_ids is None else span_ids[place.row, place.start : place.end][None]
-            visible = make_dense_mask(torch.zeros_like(branches), branches, spans)
+            here = slice(place.row, place.row + 1), slice(place.start, place.end)
+            branches, spans = branch_ids[here], None if span_ids is None else span_ids[here]
+            near = None if window is None else window._replace(position_ids=window.position_ids[here])
+            visible = make_dense_mask(torch.zeros_like(branches), branches, spans, near)
             mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
         pieces.append((place, mask))
     return pieces
 
 
-def make_dense_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> Tensor:
+def make_dense_mask(
+    doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None, window: Window | None = None
+) -> Tensor:
     T = doc_ids.shape[1]
     same_document = doc_ids[:, :, None] == doc_ids[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
     if span_ids is not None:
         causal = causal | ((span_ids[:, :, None] == span_ids[:, None, :]) & (span_ids[:, :, None] > 0))
+    if window is not None:
+        causal = causal & (window.position_ids[:, None, :] > window.position_ids[:, :, None] - window.size)
     key_branch = branch_ids[:, None, :]
     visible_branch = (key_branch == 0) | (key_branch == branch_ids[:, :, None])
     return (same_document & causal & visible_branch)[:, None]
@@ -184,11 +209,15 @@ def _view(x: Tensor, place: Place) -> Tensor:
 # --- flex: a BlockMask, for comparison -----------------------------------------------------------------------
 
 
-def make_flex_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None) -> BlockMask:
+def make_flex_mask(
+    doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None, window: Window | None = None
+) -> BlockMask:
     def visible(b, _n, t, s):
         branch, comes_before = branch_ids[b, s], s <= t
         if span_ids is not None:
             comes_before = comes_before | ((span_ids[b, t] == span_ids[b, s]) & (span_ids[b, t] > 0))
+        if window is not None:
+            comes_before = comes_before & (window.position_ids[b, s] > window.position_ids[b, t] - window.size)
         return (doc_ids[b, t] == doc_ids[b, s]) & comes_before & ((branch == 0) | (branch == branch_ids[b, t]))
 
     B, T = doc_ids.shape
@@ -212,10 +241,39 @@ def compile_flex():
     return torch.compile(flex_attention)
 
 
+# --- plain: scores written out, with what no other backend computes --------------------------------------------
+
+
+def attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
+    """Attend in fp32, the scores of all queries and keys at once in memory.
+
+    A score s becomes softcap * tanh(s / softcap), where softcap is not 0 (Gemma-2, arXiv 2408.00118). `sinks` [N] are
+    scores of one more key for each head, whose value is 0 (gpt-oss, arXiv 2508.10925).
+    """
+    dtype, K = v.dtype, k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        q_BTKGH = q.float().unflatten(2, (K, -1)) * q.shape[-1] ** -0.5
+        scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k.float())
+        if softcap:
+            scores_BKGTS = softcap * (scores_BKGTS / softcap).tanh()
+        if mask is not None:
+            scores_BKGTS = scores_BKGTS.masked_fill(~mask[:, None], -torch.inf)
+        if sinks is not None:
+            sink = sinks.float().view(1, K, -1, 1, 1).expand(*scores_BKGTS.shape[:-1], 1)
+            weights_BKGTS = torch.cat((scores_BKGTS, sink), dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights_BKGTS = scores_BKGTS.softmax(-1)
+        return torch.einsum("bkgts,bskh->btkgh", weights_BKGTS, v.float()).flatten(2, 3).to(dtype)
+
+
 # --- triton: the runs of the documents -----------------------------------------------------------------------
 
 
-def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None):
+def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None, window: Window | None = None):
+    if window is not None:
+        raise UserError("attention = 'triton' has no sliding window: choose sdpa")
     return load_kernels().find_runs(doc_ids, branch_ids, span_ids)
 
 
@@ -234,7 +292,7 @@ def load_kernels():
     return attention
 
 
-ATTENTION = {"sdpa": attend_sdpa, "flex": attend_flex, "triton": attend_triton}
+ATTENTION = {"sdpa": attend_sdpa, "flex": attend_flex, "triton": attend_triton, "plain": attend_plain}
 
 # Makers of masks, for backends whose masks are not bool[B, 1, T, T].
 MASKS = {"sdpa": make_sdpa_mask, "flex": make_flex_mask, "triton": make_triton_mask}

@@ -1,9 +1,10 @@
 """Attention of new tokens over a cache in blocks: the backends.
 
-A backend is a pair of functions: `prepare(rows, keys)` makes, once for each pass and group, the plan that
+A backend is a pair of functions: `prepare(rows, keys, window)` makes, once for each pass and group, the plan that
 `attend(q [R, t, N, H], keys [S, K, H], values, plan) -> [R, t, N, H]` follows in each layer. The new tokens are in the
-cache already; each sees the positions of its row up to its own, or to the end of its span. Keys and values may be Codes
-(cache_codes.py): where they would be read, they are dequantised.
+cache already; each sees the positions of its row up to its own, or to the end of its span. With a window other than 0
+it sees none before the last so many up to its own. Keys and values may be Codes (cache_codes.py): where they would be
+read, they are dequantised.
 
 On a CPU keys are not copied where it can be avoided. What all queries of some rows see, the blocks that they share or a
 long past of one row, is read where it lies; only the rest of the rows is gathered, and the two results are merged:
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from nanovlm.model.attention import load_kernels
+from nanovlm.model.attention import attend_plain, load_kernels
 from nanovlm.model.cache_codes import Codes
 
 BLOCK = 16  # slots
@@ -53,11 +54,11 @@ def find_lasts(rows: Sequence[Span]) -> Tensor:
 
 
 class Group(NamedTuple):
-    """Rows with equally many new tokens: the first of them in the pass, their number in each row, and the plan."""
+    """Rows with equally many new tokens: the first of them in the pass, their number in each row, a plan a window."""
 
     start: int
     num_new: int
-    plan: Any
+    plans: dict[int, Any]
 
 
 # --- sdpa -----------------------------------------------------------------------------------------------------
@@ -81,7 +82,9 @@ class Plan(NamedTuple):
     new: tuple[int, int] | None = None
 
 
-def prepare_sdpa(rows: Sequence[Span], keys: Tensor | Codes) -> Plan:
+def prepare_sdpa(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Plan:
+    if any(row.start + row.num_new > window for row in rows) and window:
+        return prepare_gathered(rows, keys, window)
     if keys.device.type != "cpu":
         return gather_rows(rows, [0] * len(rows), keys.device)
     if len(rows) == 1 and rows[0].lasts is None:
@@ -130,7 +133,13 @@ def common_run(rows: Sequence[Span]) -> tuple[int, int]:
     return blocks[0] * BLOCK, (blocks[0] + min(num, most)) * BLOCK
 
 
-def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.device) -> Plan:
+def prepare_gathered(rows: Sequence[Span], keys: Tensor, window: int = 0) -> Plan:
+    """Plan to gather all that a row sees, with a window no blocks before it."""
+    skipped = [max(row.start + 1 - window, 0) // BLOCK * BLOCK if window else 0 for row in rows]
+    return gather_rows(rows, skipped, keys.device, window)
+
+
+def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.device, window: int = 0) -> Plan:
     """Plan to gather the slots of each row, but for its first `skipped` positions, which are whole blocks."""
     num_new = rows[0].num_new
     starts = [row.start - skip for row, skip in zip(rows, skipped, strict=True)]
@@ -139,7 +148,11 @@ def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.devi
         own = row.blocks[skip // BLOCK : skip // BLOCK + num]
         blocks += [*own, *[own[0]] * (num - len(own))]
     last = find_lasts(rows) - torch.tensor(skipped)[:, None]
-    hidden = torch.arange(num * BLOCK) > last[:, :, None]
+    slots = torch.arange(num * BLOCK)
+    hidden = slots > last[:, :, None]
+    if window:
+        own = torch.tensor(starts)[:, None] + torch.arange(num_new)
+        hidden |= slots <= own[:, :, None] - window
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]
     return Plan([], torch.tensor(blocks).to(device, non_blocking=True), mask.to(device, non_blocking=True))
 
@@ -206,6 +219,17 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     return torch.lerp(out, other, (other_lse - lse).sigmoid()[..., None]), torch.logaddexp(lse, other_lse)
 
 
+# --- plain ----------------------------------------------------------------------------------------------------
+
+
+def attend_plain_gathered(
+    q: Tensor, keys: Tensor, values: Tensor, plan: Plan, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
+    assert plan.blocks is not None and plan.mask is not None
+    k, v = (gather(x, plan.blocks, len(q)).transpose(1, 2) for x in (keys, values))
+    return attend_plain(q, k, v, plan.mask == 0, softcap, sinks)
+
+
 # --- triton ---------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +240,8 @@ class Tables(NamedTuple):
     last: Tensor
 
 
-def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes) -> Tables:
+def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Tables:
+    assert not window  # which the config refuses
     load_kernels()  # or say what is missing
     num = max(row.start + row.num_new + BLOCK - 1 for row in rows) // BLOCK
     blocks = torch.tensor([[*row.blocks, *[-1] * num][:num] for row in rows], dtype=torch.int32)
@@ -234,4 +259,5 @@ CACHE_ATTENTION = {
     "sdpa": (prepare_sdpa, attend_sdpa),
     "flex": (prepare_sdpa, attend_sdpa),  # compiled for documents alone
     "triton": (prepare_triton, attend_triton),
+    "plain": (prepare_gathered, attend_plain_gathered),
 }

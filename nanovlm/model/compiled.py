@@ -115,12 +115,16 @@ def compile_steps(decoder: Decoder) -> CompiledSteps:
 
     if decoder.config.moe is not None:
         raise UserError("a mixture of experts cannot be compiled for inference: leave --compile out")
+    if decoder.config.attention_softcap or decoder.config.attention_sinks:
+        raise UserError("attention with sinks or a softcap cannot be compiled for inference: leave --compile out")
     steps, weight = CompiledSteps(decoder), decoder.embed_tokens.weight
     if weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         raise UserError("torch cannot compile for a CPU without AVX2: leave --compile out")
     for num_rows in (1, 2):
         x_BTD = torch.zeros(1, num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        cos, sin = (torch.zeros(1, num_rows, 1, decoder.config.head_dim, device=weight.device) for _ in range(2))
+        num_tables = 2 if decoder.config.window_rope_theta else 1
+        shape = (1, num_rows, num_tables, decoder.config.head_dim)
+        cos, sin = (torch.zeros(shape, device=weight.device) for _ in range(2))
         if num_rows > 1:
             for tensor in (x_BTD, cos, sin):
                 torch._dynamo.mark_dynamic(tensor, 1, min=2, max=MOST_ROWS)

@@ -51,6 +51,7 @@ class KVCache:
         self.prepare, self.attend = pick(CACHE_ATTENTION, config.attention, "decoder.attention")
         a_head = count_bytes(config.head_dim, self.dtype)
         self.bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * a_head
+        self.windows = config.windows
 
     def begin(self, spans: Sequence[Span]) -> "CachePass":
         """Prepare a forward pass over the new tokens of these rows."""
@@ -81,19 +82,23 @@ class CachePass:
                 new = range(first, first + num_new)
                 positions += new
                 slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in new]
-            self.groups.append(Group(start, num_new, cache.prepare(rows, cache.keys[0])))
+            plans = {window: cache.prepare(rows, cache.keys[0], window) for window in set(cache.windows)}
+            self.groups.append(Group(start, num_new, plans))
             start += num_new * len(rows)
         self.num_new = self.groups[-1].num_new
         both = torch.tensor([positions, slots]).to(device, non_blocking=True)
         self.position_ids, self.slots = both[:1], both[1]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v [1, T, K, H] into a layer; return what q [1, T, N, H] attends to, [1, T, N, H] like v."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *extra) -> Tensor:
+        """Write k and v [1, T, K, H] into a layer; return what q [1, T, N, H] attends to, [1, T, N, H] like v.
+
+        `extra` are what attend_plain takes behind the mask.
+        """
         dtype = self.cache.dtype
-        out = self.attend_rows(layer, q[0].to(dtype), k[0].to(dtype), v[0].to(dtype))
+        out = self.attend_rows(layer, q[0].to(dtype), k[0].to(dtype), v[0].to(dtype), *extra)
         return out[None].to(v.dtype)
 
-    def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *extra) -> Tensor:
         """The same for q [T, N, H], k and v [T, K, H] in the dtype of the cache."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         write(keys, self.slots, k)
@@ -103,5 +108,6 @@ class CachePass:
             end = None if after is None else after.start
             own = q if len(self.groups) == 1 else q[group.start : end]
             rows = own[:, None] if group.num_new == 1 else own.unflatten(0, (-1, group.num_new))
-            outs.append(self.cache.attend(rows, keys, values, group.plan).flatten(0, 1))
+            plan = group.plans[self.cache.windows[layer]]
+            outs.append(self.cache.attend(rows, keys, values, plan, *extra).flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -28,10 +28,11 @@ from nanovlm.model.joined import Joined, project
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """SwiGLU, or GEGLU (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str = "silu"):
         super().__init__()
+        self.act = pick(GATES, hidden_act, "decoder.hidden_act")
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -39,7 +40,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.joined, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.act(gate, up))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -47,6 +48,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return F.silu(gate) * up
     return SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, of one shape, with the tanh form of GELU."""
+    return F.gelu(gate, approximate="tanh") * up
 
 
 class SwiGLU(torch.autograd.Function):
@@ -227,4 +233,5 @@ def experts_triton(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up:
     return grouped_experts(x.to(dtype), choice, weights, gate, up, down).to(x.dtype)
 
 
+GATES = {"silu": swiglu, "gelu_tanh": geglu}
 EXPERTS = {"loop": experts_loop, "grouped": experts_grouped, "triton": experts_triton}

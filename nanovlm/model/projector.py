@@ -4,6 +4,7 @@
 linear      pixel shuffle, one linear map                                         Idefics3, arXiv 2408.12637
 mlp         pixel shuffle, two linear maps with a GELU between                    LLaVA-1.5, arXiv 2310.03744
 merger      the same with a norm; of several blocks of the encoder                Qwen2.5-VL, arXiv 2502.13923
+pool        the mean of neighbouring patches, RMS norm, one linear map            Gemma-3, arXiv 2503.19786
 resampler   learned latents attend to the features and to themselves              Flamingo, arXiv 2204.14198
 qformer     learned queries attend to themselves, then to the features            BLIP-2, arXiv 2301.12597
 merge       the most alike features become one, a linear map                      ToMe, arXiv 2210.09461
@@ -25,12 +26,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from nanovlm.config import ProjectorConfig, pick
 from nanovlm.errors import UserError
 from nanovlm.model.attention import attend_sdpa
+from nanovlm.model.decoder import RMSNorm
 from nanovlm.model.vision import NORMS
 
 
@@ -129,6 +131,24 @@ class Merger(nn.Module):
         else:
             x_IPD = self.norm(pixel_shuffle(x_IPD, self.scale_factor))
         return self.fc2(F.gelu(self.fc1(x_IPD)))
+
+
+class PoolProjector(nn.Module):
+    """Gemma-3's: the norm's weights begin at 0, to which 1 is added."""
+
+    def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int):
+        super().__init__()
+        self.scale_factor = config.scale_factor
+        self.norm = RMSNorm(vision_size, 1e-6, offset=1.0)
+        self.proj = nn.Linear(vision_size, decoder_size, bias=False)
+
+    def num_tokens(self, num_patches: int) -> int:
+        return num_patches // self.scale_factor**2
+
+    def forward(self, x_IPD: Tensor) -> Tensor:
+        rows, scale = math.isqrt(x_IPD.shape[1]) // self.scale_factor, self.scale_factor
+        x_IPD = reduce(x_IPD, "I (y a x b) D -> I (y x) D", "mean", y=rows, x=rows, a=scale, b=scale)
+        return self.proj(self.norm(x_IPD))
 
 
 # --- learned latents that look at the features ----------------------------------------------------------------
@@ -268,4 +288,5 @@ PROJECTORS = {
     "resampler": Resampler,
     "qformer": QFormer,
     "merge": MergeProjector,
+    "pool": PoolProjector,
 }

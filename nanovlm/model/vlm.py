@@ -19,7 +19,7 @@ from nanovlm.data.places import count_places
 from nanovlm.data.types import Batch, Grid, count_tiles
 from nanovlm.errors import UserError
 from nanovlm.model.anyres import join_tiles
-from nanovlm.model.attention import make_mask
+from nanovlm.model.attention import Window, make_mask
 from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.fusion import FUSION, Between
 from nanovlm.model.moe import MoE, Routing
@@ -91,10 +91,13 @@ class VLM(nn.Module):
         """Return normed hidden states [B, T, D]; `extras` receives the routing of every mixture of experts."""
         d = self.config.decoder
         spans = None if d.prefix_attention == "causal" else batch.span_ids  # a teacher's student may have some
-        mask = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans)
+        masks = {}
+        for size in set(d.windows):
+            window = Window(size, batch.position_ids) if size else None
+            masks[size] = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans, window)
         x_BTD, between = self.fuse(batch)
         is_token = batch.doc_ids >= 0
-        hidden, routing = self.decoder(x_BTD, self.place(batch), mask, None, is_token, between=between)
+        hidden, routing = self.decoder(x_BTD, self.place(batch), masks, None, is_token, between=between)
         if extras is not None:
             extras.routing = routing
         return hidden
@@ -203,7 +206,8 @@ def initial_weights(model: VLM) -> Iterator[tuple[Tensor, Tensor]]:
     depth = {name: len(encoder.layers) for name, encoder in encoders.items()} | {"decoder": decoder.num_hidden_layers}
     depth |= {"projector": model.config.projector.num_layers, "fusion": decoder.num_hidden_layers}
     yield from layer_weights(model, depth)
-    yield normal(model.decoder.embed_tokens.weight, decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1.0)
+    std = decoder.hidden_size**-0.5 if decoder.tie_word_embeddings else 1 / decoder.embedding_scale
+    yield normal(model.decoder.embed_tokens.weight, std)
     for encoder in encoders.values():
         yield from encoder_weights(encoder)
 
@@ -244,7 +248,9 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
         elif isinstance(module, Drawn):
             yield from module.initial_weights()
-        elif isinstance(module, RMSNorm | nn.LayerNorm):
+        elif isinstance(module, RMSNorm):
+            yield module.weight, torch.full(module.weight.shape, 1 - module.offset)
+        elif isinstance(module, nn.LayerNorm):
             yield module.weight, torch.ones(module.weight.shape)
         elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchEmbedding):
             yield normal(module.weight, module.weight[0].numel() ** -0.5)

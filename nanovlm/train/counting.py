@@ -123,7 +123,8 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
         width = (d.moe.num_experts_per_tok + d.moe.num_shared_experts) * d.moe.intermediate_size
         feed_forward += len(d.mixtures) * (D * d.moe.num_experts + 3 * D * width)
     linear = num_tokens * (d.num_hidden_layers * (2 * D * N * H + 2 * D * K * H) + feed_forward)
-    attention = d.num_hidden_layers * 2 * N * H * count_pairs(batch)
+    pairs = {window: count_pairs(batch, window) for window in set(d.windows)}
+    attention = 2 * N * H * sum(pairs[window] for window in d.windows)
     linear += len(batch.trained) * D * d.vocab_size
     # Forward; plus the gradient of a product's input if something before it trains, always so in the decoder, as it
     # starts from embeddings or images; plus the gradient of its weights if they train.
@@ -207,7 +208,7 @@ def count_encoder(config: VisionConfig, num_patches: int | None = None) -> tuple
     return P * 3 * config.patch_size**2 * D, blocks
 
 
-def count_pairs(batch: Batch) -> int:
+def count_pairs(batch: Batch, window: int = 0) -> int:
     """Count the pairs of a query and a key that it sees, itself included: `make_mask` without padding."""
     is_token = batch.doc_ids >= 0
     parts = torch.stack([batch.doc_ids[is_token], batch.branch_ids[is_token]])
@@ -220,4 +221,6 @@ def count_pairs(batch: Batch) -> int:
         docs_and_spans = torch.stack([batch.doc_ids, batch.span_ids])[:, is_token & (batch.span_ids > 0)]
         sizes = torch.unique_consecutive(docs_and_spans, dim=1, return_counts=True)[1]
         behind = int((sizes * (sizes - 1) // 2).sum())
+    if window:
+        return int((batch.position_ids[is_token] + 1).clamp(max=window).sum()) + behind
     return int((lengths * (lengths + 1) // 2 + lengths * seen_before).sum()) + behind

@@ -402,8 +402,7 @@ def write_json(folder, **files):
 @pytest.mark.parametrize("family", DECODERS)
 def test_what_a_config_leaves_out_is_what_transformers_takes(family, tmp_path):
     theirs = getattr(hub, DECODERS[family] + "Config")
-    shared = {"sliding_window": None} if family == "mistral" else {}  # its default is refused
-    for given in (shared, shared | {"num_attention_heads": 8, "num_key_value_heads": None, "head_dim": None}):
+    for given in ({}, {"num_attention_heads": 8, "num_key_value_heads": None, "head_dim": None}):
         if family == "qwen3":
             given.pop("head_dim", None)
         if family in ("mistral", "mixtral", "qwen3_moe"):
@@ -663,21 +662,17 @@ BAD = {
     "groups": (change_config(num_key_value_heads=3), r"num_key_value_heads = 3 must divide .*num_attention_heads = 4"),
     "ends": (change_config(eos_token_id=["2"]), r"eos_token_id = '2' must be a number"),
     "window of Mistral": (
-        change_config(model_type="mistral", sliding_window=511),
-        r"json: sliding_window = 511 is not supported; it must be null, or at least max_position_embeddings = 512$",
-    ),
-    "default window of Mistral": (
-        change_config(model_type="mistral", max_position_embeddings=4097),
-        r"sliding_window = 4096 is not supported; it must be null, or at least max_position_embeddings = 4097",
+        change_config(model_type="mistral", sliding_window=0),
+        r"config.json: sliding_window = 0 must be null or a number from 1 on$",
     ),
     "window of Mixtral": (
         change_config(model_type="mixtral", sliding_window="4"),
-        r"sliding_window = '4' is not supported; it must be null, or",
+        r"sliding_window = '4' must be null or a number from 1 on",
     ),
     "window": (change_config(use_sliding_window=True), r"use_sliding_window = True is not supported; it must be False"),
     "layer types": (
         change_config(layer_types=["full_attention", "sliding_attention"]),
-        r"config.json: layer_types has other layers than full_attention, which we do not have",
+        r"config.json: layer_types = \['full_attention', 'sliding_attention'\] must say full_attention for each of 3 ",
     ),
     "quantized": (
         change_config(quantization_config={"quant_method": "bitsandbytes"}),

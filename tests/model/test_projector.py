@@ -21,7 +21,7 @@ from tests.conftest import TINY, noise
 from tests.model.test_parity import assert_close, randomize
 from tests.test_train import SMALL, metrics, run
 
-IN_SQUARES = ("linear", "mlp", "merger")
+IN_SQUARES = ("linear", "mlp", "merger", "pool")
 
 
 def config_of(name, num_tokens=3, **settings):
