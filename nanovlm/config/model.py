@@ -140,8 +140,8 @@ class ProjectorConfig:
     # What maps patch features to image tokens, a key of nanovlm.model.projector.PROJECTORS: linear, mlp, merger (of
     # Qwen's models), pool (Gemma-3), resampler, qformer or merge.
     type: str = "linear"
-    # linear, mlp, merger: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle); pool:
-    # their mean does.
+    # linear, mlp, merger: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle);
+    # pool: their mean does.
     scale_factor: int = 2
     # resampler, qformer, merge: image tokens of one tile; 0 where they follow from scale_factor.
     num_tokens: int = 0
@@ -219,6 +219,8 @@ class RopeScalingConfig:
     beta_slow: float = 1.0
     # yarn: factor that scales queries and keys; null (None) for 0.1 ln(factor) + 1.
     attention_factor: float | None = None
+    # yarn: the frequencies between the two begin and end at whole ones (not in gpt-oss).
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,10 @@ class MoEConfig:
     norm_topk_prob: bool = True
     # Factor that the weights are multiplied by.
     routed_scaling_factor: float = 1.0
+    # Biases of the router and of the experts, and a clamped gate (gpt-oss), with experts = loop.
+    has_bias: bool = False
+    # has_bias: the largest input of a gate, and of what it multiplies the largest size.
+    swiglu_limit: float = 7.0
     # In training, the router's input is multiplied by random numbers from 1 - jitter to 1 + jitter.
     jitter: float = 0.0
     # In training, the most tokens an expert takes, as a multiple of its fair share; 0 drops nothing.
@@ -470,6 +476,11 @@ class VLMConfig:
             ):
                 value = getattr(d.moe, name)
                 check(value >= least, f"decoder.moe.{name} = {value} must be at least {least}")
+            check(
+                not d.moe.has_bias or d.moe.experts == "loop",
+                f"decoder.moe.experts = {d.moe.experts} must be loop for decoder.moe.has_bias = True",
+            )
+            check(d.moe.swiglu_limit > 0, f"decoder.moe.swiglu_limit = {d.moe.swiglu_limit} must be positive")
             for name, width in (("hidden_size", d.hidden_size), ("moe.intermediate_size", d.moe.intermediate_size)):
                 check(
                     d.moe.experts != "grouped" or width % 8 == 0,  # torch needs rows of a multiple of 16 bytes

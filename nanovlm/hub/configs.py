@@ -28,6 +28,7 @@ from nanovlm.hub.families import (
     FIXED_LAYERS,
     FIXED_VISION,
     FULL,
+    GPT_OSS_ROPE,
     IDEFICS3_BAD_GRIDS,
     IDEFICS3_TYPES,
     IDEFICS3_VISION_DEFAULTS,
@@ -173,6 +174,11 @@ def read_gemma3(data: dict, path: Path) -> tuple[dict, dict]:
     }
 
 
+def read_gpt_oss(data: dict, path: Path) -> tuple[dict, dict]:
+    """Read the rotary positions of a config that says nothing about them."""
+    return data if data.get("rope_scaling") else {"rope_parameters": GPT_OSS_ROPE} | data, {}
+
+
 def read_dots1(data: dict, path: Path) -> tuple[dict, dict]:
     """Read from which layer on there is a window, where the config does not name the layers."""
     first, num_layers = data["max_window_layers"], data["num_hidden_layers"]
@@ -199,7 +205,7 @@ def read_factor(data: dict, name: str, path: Path) -> float:
     return float(value)
 
 
-SPECIAL = {"gemma3_text": read_gemma3, "granite": read_granite, "dots1": read_dots1}
+SPECIAL = {"gemma3_text": read_gemma3, "gpt_oss": read_gpt_oss, "granite": read_granite, "dots1": read_dots1}
 
 
 def read_layers_without_rope(data: dict, num_layers: int, path: Path) -> tuple[int, ...]:
@@ -251,7 +257,7 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
         known = ", ".join(key for key in ROPE_FIELDS if key != "none")
         raise UserError(f"{path}: rope_type = {kind!r} is not supported{reason}; there are {known}")
     known = {"rope_theta", "rope_type", "type", *ROPE_FIELDS[kind]}
-    harmless = {"partial_rotary_factor": 1.0, "truncate": True} | ({"mscale": 1.0} if kind == "none" else {})
+    harmless = {"partial_rotary_factor": 1.0} | ({"mscale": 1.0} if kind == "none" else {})
     for field, value in rope.items():
         if field not in known and value is not None and value != harmless.get(field):
             raise UserError(f"{path}: {field} = {value!r} of rope_type {kind!r} is not supported")

@@ -62,7 +62,7 @@ ROPE_FIELDS = {  # the fields of RopeScalingConfig that each type uses
     "none": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings", "truncate"),
 }
 # What our modules compute; a config with other values is rejected.
 FIXED = {
@@ -232,6 +232,37 @@ DOTS1_NAMES = QWEN_MOE_NAMES | {
     "model.layers.{}.mlp.gate.e_score_correction_bias": "decoder.layers.{}.mlp.selection_bias",
     "model.layers.{}.mlp.shared_experts.": "decoder.layers.{}.mlp.shared.",
 }
+GPT_OSS_DEFAULTS = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "router_aux_loss_coef": 0.001,
+    "swiglu_limit": 7.0,
+}
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+# The experts' matrices are stored in another layout (weights.py).
+GPT_OSS_NAMES = {
+    "model.layers.{}.mlp.experts.down_proj_bias": "decoder.layers.{}.mlp.down_bias",
+}
 GRANITE_DEFAULTS = LLAMA_DEFAULTS | {
     "embedding_multiplier": 1.0,
     "attention_multiplier": 1.0,
@@ -261,6 +292,13 @@ DOTS1_FIELDS = {
     "norm_topk_prob": "norm_topk_prob",
     "routed_scaling_factor": "routed_scaling_factor",
 }
+GPT_OSS_FIELDS = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "intermediate_size": "intermediate_size",
+    "router_aux_loss_coef": "balance_weight",
+    "swiglu_limit": "swiglu_limit",
+}
 OLMOE_FIELDS = {theirs.removeprefix("moe_"): ours for theirs, ours in QWEN3_MOE_FIELDS.items()}
 DECODERS = {
     "llama": Family("LlamaForCausalLM", LLAMA_DEFAULTS),
@@ -288,6 +326,16 @@ DECODERS = {
             "attn_logit_softcapping": None,
             "use_bidirectional_attention": False,
         },
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        GPT_OSS_DEFAULTS,
+        names=GPT_OSS_NAMES,
+        moe=GPT_OSS_FIELDS,
+        layer_types=(SLIDING, FULL),
+        features={"attention": "plain", "attention_sinks": True},
+        fixed={"swiglu_alpha": 1.702},
+        moe_features={"has_bias": True, "experts": "loop"},
     ),
     "granite": Family("GraniteForCausalLM", GRANITE_DEFAULTS),
     "dots1": Family(

@@ -31,9 +31,12 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
         names = {theirs.removeprefix("model."): ours for theirs, ours in names.items()}
     is_ignored, settings = _ignore(config.decoder), data.get("quantization_config")
     is_other = is_ignored if settings is None else lambda name: is_ignored(name) or published.is_part(name)
+    is_gpt_oss = config.decoder.moe is not None and config.decoder.moe.has_bias
 
     def fill(places):
         found, spare = destinations(places, names), set()
+        if is_gpt_oss:
+            found = join_experts(places, found, config.decoder.num_hidden_layers)
         if settings is not None:
             quantized = {name: found.pop(name) for name in list(found) if is_quantized(name)}
             published.fill_quantized(quantized, files, settings)
@@ -75,6 +78,47 @@ def destinations(places: dict[str, Place], names: dict[str, str | tuple[str, ...
                 full = theirs.format(*match.groups(), *number) + name[match.end() :]
                 found.setdefault(full, {})[part] = slice
     return {name: [parts[part] for part in sorted(parts)] for name, parts in found.items()}
+
+
+class Converted:
+    """A destination for a tensor of a file in another layout: `convert` makes of it what each of our places holds.
+
+    It has the tensor methods that are needed to fill it (see Rows).
+    """
+
+    def __init__(self, places: list, shape: tuple[int, ...], convert: Callable):
+        self.places, self.shape, self.convert = places, torch.Size(shape), convert
+        self.ndim, self.dtype, self.is_meta = len(shape), places[0].dtype, places[0].is_meta
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def copy_(self, whole: torch.Tensor):
+        for place, part in zip(self.places, self.convert(whole), strict=True):
+            place.copy_(part)
+
+
+def join_experts(places: Places, wanted: dict, num_layers: int) -> dict:
+    """Return the destinations of gpt-oss: gate and up take turns in one tensor, and matrices are transposed."""
+    ours = ("gate_proj", "up_proj", "gate_bias", "up_bias", "down_proj")
+    wanted = {name: parts for name, parts in wanted.items() if not name.split(".mlp.")[-1].startswith(ours)}
+    for i in range(num_layers):
+        theirs = f"model.layers.{i}.mlp.experts."
+        gate, up, gate_bias, up_bias, down = (places[f"decoder.layers.{i}.mlp.{name}"] for name in ours)
+        E, W, D = gate.shape
+        wanted |= {
+            f"{theirs}gate_up_proj": [
+                Converted([gate, up], (E, D, 2 * W), lambda x: (x[..., ::2].mT, x[..., 1::2].mT))
+            ],
+            f"{theirs}gate_up_proj_bias": [
+                Converted([gate_bias, up_bias], (E, 2 * W), lambda x: (x[:, ::2], x[:, 1::2]))
+            ],
+            f"{theirs}down_proj": [Converted([down], (E, W, D), lambda x: (x.mT,))],
+        }
+    return wanted
 
 
 def unknown_tensors(model: VLM, names: dict[str, str | tuple[str, ...]]) -> list[str]:

@@ -275,7 +275,10 @@ def scale_yarn(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, floa
         """Return the index of the frequency that makes this many turns in the original context."""
         return H * math.log(c.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = max(math.floor(index(c.beta_fast)), 0), min(math.ceil(index(c.beta_slow)), H - 1)
+    low, high = index(c.beta_fast), index(c.beta_slow)
+    if c.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
     ramp = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32)
     slowed = ((ramp - low) / max(high - low, 0.001)).clamp(0, 1)
     amplitude = 0.1 * math.log(c.factor) + 1 if c.attention_factor is None else c.attention_factor

@@ -97,11 +97,16 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.run_experts = pick(EXPERTS, config.experts, "decoder.moe.experts")
+        if config.has_bias:
+            self.run_experts = self.run_biased
         E, W, D = config.num_experts, config.intermediate_size, hidden_size
-        self.router = nn.Linear(D, E, bias=False)
+        self.router = nn.Linear(D, E, bias=config.has_bias)
         self.gate_proj = nn.Parameter(torch.empty(E, W, D))
         self.up_proj = nn.Parameter(torch.empty(E, W, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, W))
+        if config.has_bias:
+            self.gate_bias, self.up_bias = (nn.Parameter(torch.empty(E, W)) for _ in range(2))
+            self.down_bias = nn.Parameter(torch.empty(E, D))
         self.shared = MLP(D, config.num_shared_experts * W) if config.num_shared_experts else None
         if config.balance == "bias":
             self.register_buffer("selection_bias", torch.zeros(E))
@@ -120,6 +125,17 @@ class MoE(nn.Module):
         """Return the weighted sum of what each token's experts compute (see EXPERTS)."""
         return self.run_experts(x, choice, weights, self.gate_proj, self.up_proj, self.down_proj)
 
+    def run_biased(self, x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Do what `experts_loop` does for experts with biases and a clamped gate (gpt-oss, arXiv 2508.10925)."""
+        y, limit = torch.zeros_like(x), self.config.swiglu_limit
+        for e in range(len(gate)):
+            row, place = (choice == e).nonzero(as_tuple=True)
+            g = F.linear(x[row], gate[e], self.gate_bias[e]).clamp(max=limit)
+            u = F.linear(x[row], up[e], self.up_bias[e]).clamp(-limit, limit)
+            out = F.linear(g * (1.702 * g).sigmoid() * (u + 1), down[e], self.down_bias[e])
+            y = y.index_add(0, row, (weights[row, place, None] * out).to(y.dtype))
+        return y
+
     def route(self, x: Tensor, is_token: Tensor | None = None) -> Routing:
         """Choose k experts for each of x [R, D], in fp32; ties go to the expert with the lower index."""
         c = self.config
@@ -129,7 +145,8 @@ class MoE(nn.Module):
         if self.training and c.jitter:
             x = x * torch.empty_like(x).uniform_(1 - c.jitter, 1 + c.jitter)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x, self.router.weight.float())
+            bias = self.router.bias
+            logits = F.linear(x, self.router.weight.float(), None if bias is None else bias.float())
         scores = logits.softmax(-1) if c.scores == "softmax" else logits.sigmoid()
         ranked = scores + self.selection_bias if c.balance == "bias" else scores
         choice = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : c.num_experts_per_tok]

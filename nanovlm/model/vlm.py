@@ -244,6 +244,9 @@ def layer_weights(model: nn.Module, depth: dict[str, int]) -> Iterator[tuple[Ten
                 yield normal(module.gate_proj, D**-0.5)
                 yield normal(module.up_proj, D**-0.5)
                 yield normal(module.down_proj, (W * 2 * depth["decoder"]) ** -0.5)
+            if module.config.has_bias:
+                yield from ((bias, torch.zeros(bias.shape)) for bias in (module.gate_bias, module.up_bias))
+                yield module.down_bias, torch.zeros(module.down_bias.shape)
             if module.config.balance == "bias":
                 yield module.selection_bias, torch.zeros(module.selection_bias.shape)
         elif isinstance(module, Drawn):

@@ -265,6 +265,8 @@ def share_experts(model: VLM | Dual, expert_ranks: int, device: torch.device) ->
         raise UserError(
             f"decoder.moe.num_experts = {num_experts} cannot be divided by parallel.expert_ranks = {expert_ranks}"
         )
+    if mixtures[0].config.has_bias:
+        raise UserError(f"parallel.expert_ranks = {expert_ranks} must be 1 for decoder.moe.has_bias = True")
     shape = (num_ranks() // expert_ranks, expert_ranks)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts"))
     experts = set()

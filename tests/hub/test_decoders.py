@@ -40,6 +40,12 @@ MODELS |= {
     "dots1": ("Dots1", DOTS1 | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}),
     "dots1, windows": ("Dots1", DOTS1 | {"sliding_window": 9, "max_window_layers": 2}),
 }
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 11}
+GPT_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+MODELS |= {
+    "gpt_oss": ("GptOss", GPT_OSS),
+    "gpt_oss, clamped": ("GptOss", GPT_OSS | {"swiglu_limit": 0.5, "rope_parameters": GPT_ROPE | {"truncate": False}}),
+}
 CLASSES = {"Gemma3Text": "Gemma3"}
 
 
@@ -68,7 +74,7 @@ def test_nothing_of_it_is_written(tmp_path):
             find_family(ours.config.decoder)
 
 
-@pytest.mark.parametrize("kind", ["Gemma3Text", "Granite"])
+@pytest.mark.parametrize("kind", ["Gemma3Text", "Granite", "GptOss"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(kind, tmp_path):
     full = getattr(hub, f"{kind}Config")().to_dict()
     assert configs.read_decoder({"model_type": full["model_type"]}, tmp_path) == configs.read_decoder(full, tmp_path)
@@ -78,6 +84,8 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(kind, tmp_path):
     ("kind", "changes", "message"),
     [
         ("DeepseekV3", {}, r"model_type = 'deepseek_v3' is not read: its attention keeps latent vectors \(MLA\)"),
+        ("GptOss", {"quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config = \{.* is not supported"),
+        ("GptOss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5 is not supported; it must be 1.702"),
         ("Granite", {"logits_scaling": 0.0}, "logits_scaling = 0.0 must be a number above 0"),
         ("Dots1", DOTS1 | {"n_group": 2}, "n_group = 2 is not supported; it must be 1"),
         ("Dots1", DOTS1 | {"first_k_dense_replace": 3}, "first_k_dense_replace = 3 must leave some of 3 layers"),
