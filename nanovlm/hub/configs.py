@@ -391,8 +391,8 @@ def _build(cls, data, path):
 
 
 def check_kind(data, path):
-    known = [*IDEFICS3_TYPES, *DECODERS, *OTHER_TYPES]
-    if (kind := data.get("model_type")) in REFUSED:
+    known = [*IDEFICS3_TYPES, *OTHER_TYPES, *DECODERS]
+    if (kind := data.get("model_type")) in [*REFUSED]:  # it may be of any type
         raise UserError(f"{path}: model_type = {kind!r} is not read: {REFUSED[kind]}")
     if kind not in known:
         raise UserError(f"{path}: model_type = {kind!r} is not a model that we have; there are {', '.join(known)}")

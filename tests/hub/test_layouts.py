@@ -639,7 +639,7 @@ BAD = {
     ),
     "kind": (
         change_config(model_type="mamba"),
-        r"config.json: model_type = 'mamba' is not a model that we have; there are idefics3, smolvlm, llava, llama, ",
+        r"config.json: model_type = 'mamba' is not a model that we have; there are idefics3, smolvlm, llava, ",
     ),
     "kind before tokenizer": (
         lambda folder: [change_config(model_type=["bert"])(folder), (folder / "tokenizer.json").unlink()],
@@ -672,7 +672,7 @@ BAD = {
     "window": (change_config(use_sliding_window=True), r"use_sliding_window = True is not supported; it must be False"),
     "layer types": (
         change_config(layer_types=["full_attention", "sliding_attention"]),
-        r"config.json: layer_types = \['full_attention', 'sliding_attention'\] must say full_attention for each of 3 ",
+        r"config.json: layer_types = \['full_attention', 'sliding_attention'\] must say full_attention for each of 2 ",
     ),
     "quantized": (
         change_config(quantization_config={"quant_method": "bitsandbytes"}),
