@@ -27,7 +27,7 @@ from nanovlm.config import (
     VisionConfig,
 )
 from nanovlm.config.fields import comments
-from nanovlm.data.images import TILING
+from nanovlm.data.tilings import TILING
 from nanovlm.data.tokenizer import CHAT_TEMPLATES
 from nanovlm.eval.tasks import TASKS
 from nanovlm.model.attention import ATTENTION

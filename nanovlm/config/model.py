@@ -174,7 +174,7 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    # How images become tiles, a key of nanovlm.data.images.TILING: fit keeps the aspect ratio and takes as few tiles as
+    # How images become tiles, a key of nanovlm.data.tilings.TILING: fit keeps the aspect ratio, with as few tiles as
     # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
     # image to one tile; gemma does so, too, between Gemma-3's markers; crop cuts one out of its middle, as CLIP and
     # LLaVA 1.5 do; native follows SigLIP 2's NaFlex: the encoder reads each image whole, at its own aspect ratio; qwen

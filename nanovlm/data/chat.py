@@ -16,12 +16,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from nanovlm.config import VLMConfig
-from nanovlm.data.images import FAKE, find_grids, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
+from nanovlm.data.images import find_grids, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.places import count_places
 from nanovlm.data.rendering import Renderer, check_blocks
 from nanovlm.data.spans import Span, SpanEncoder, boundaries
+from nanovlm.data.tilings import FAKE
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document, Sample
 from nanovlm.errors import UserError

@@ -15,9 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from nanovlm.config import DualConfig
-from nanovlm.data.images import cut_middle, to_rgb
+from nanovlm.data.images import to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
+from nanovlm.data.tilings import cut_middle
 from nanovlm.data.tokenizer import SPECIAL_TOKENS, read_tokenizer, train_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document, Sample
 from nanovlm.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanovlm.data.images import FAKE
+from nanovlm.data.tilings import FAKE
 from nanovlm.errors import UserError
 
 IMAGE_TOKEN = "<image>"

@@ -3,7 +3,7 @@
 ```
 vision_tower              SigLIP                                                    vision
 multi_modal_projector     the mean of neighbouring patches, a norm, a linear map    projector (type pool)
-language_model            gemma3_text of families.py                                decoder
+language_model            gemma3_text of decoders.py                                decoder
 ```
 
 Every picture is stretched to one tile (tiling.policy = gemma), whose image tokens see each other. Nothing is written in

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanovlm.config import DecoderConfig, RopeScalingConfig, VLMConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import FAKE
+from nanovlm.data.tilings import FAKE
 from nanovlm.errors import UserError
 from nanovlm.hub.families import find_family
 from nanovlm.hub.gguf import CONTROL, FIELDS, NAMES, USER_DEFINED

@@ -5,7 +5,7 @@
 vision_tower             CLIP                        SigLIP                          InternViT
 multi_modal_projector    linear_1, GELU, linear_2    the same                        pixel shuffle, norm, the same
 image_newline            none                        ends rows of features           none
-language_model           any decoder of families.py
+language_model           any decoder of decoders.py
 tiling.policy            crop                        anyres                          internvl
 ```
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from nanovlm.config import VLMConfig, from_dict
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import NANOVLM_GLOBAL
+from nanovlm.data.tilings import NANOVLM_GLOBAL
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json

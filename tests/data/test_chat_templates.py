@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nanovlm.config import TilingConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import TILING, marker_tokens, plan_tiles
+from nanovlm.data.images import marker_tokens, plan_tiles
+from nanovlm.data.tilings import TILING
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Sample
 from tests.conftest import TINY, make_document, noise

@@ -11,7 +11,8 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
 from nanovlm.config import TilingConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import TILING, marker_tokens
+from nanovlm.data.images import marker_tokens
+from nanovlm.data.tilings import TILING
 from nanovlm.data.types import IGNORE, Sample
 from tests.conftest import TINY, make_document, noise
 from tests.data.chat_templates import FAMILIES, gemma_style, llama3_style

@@ -12,11 +12,7 @@ from PIL import Image
 from nanovlm.config import TilingConfig
 from nanovlm.data import images
 from nanovlm.data.images import (
-    TILING,
-    TilePlan,
-    _resize,
     decode_image,
-    find_grid,
     make_tiles,
     marker_tokens,
     open_image,
@@ -25,6 +21,8 @@ from nanovlm.data.images import (
     to_rgb,
 )
 from nanovlm.data.places import count_places
+from nanovlm.data.tile_plan import TilePlan, find_grid
+from nanovlm.data.tilings import TILING, _resize
 from nanovlm.model.vision import normalize
 from tests.conftest import TINY, noise
 

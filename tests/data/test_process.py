@@ -11,13 +11,14 @@ from PIL import Image
 import train
 from nanovlm.config import DataConfig, EvalConfig, TilingConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import TILING, marker_tokens
+from nanovlm.data.images import marker_tokens
 from nanovlm.data.loader import Loader
 from nanovlm.data.packing import make_row
 from nanovlm.data.process import make_process, smaller
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
+from nanovlm.data.tilings import TILING
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Shrunk
 from tests.conftest import TINY, noise

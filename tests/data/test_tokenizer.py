@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanovlm.data.images import FAKE
+from nanovlm.data.tilings import FAKE
 from nanovlm.data.tokenizer import SPECIAL_TOKENS, read_tokenizer, train_tokenizer
 from tests.conftest import TINY
 

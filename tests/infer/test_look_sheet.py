@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from nanovlm.config import TilingConfig
-from nanovlm.data.images import TILING, TilePlace, make_tiles, place_tiles
+from nanovlm.data.images import TilePlace, make_tiles, place_tiles
+from nanovlm.data.tilings import TILING
 from nanovlm.infer.look_sheet import MOST_TOKENS, draw_heat, draw_look, heat_map
 from tests.conftest import TINY, noise
 
