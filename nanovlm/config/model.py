@@ -143,6 +143,8 @@ class ProjectorConfig:
     # linear, mlp, merger: scale_factor x scale_factor neighbouring patches become one image token (pixel shuffle);
     # pool: their mean does.
     scale_factor: int = 2
+    # linear: a bias in the linear map (PaliGemma).
+    bias: bool = False
     # resampler, qformer, merge: image tokens of one tile; 0 where they follow from scale_factor.
     num_tokens: int = 0
     # resampler, qformer: number of blocks.
@@ -174,13 +176,11 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    # How images become tiles, a key of nanovlm.data.tilings.TILING: fit keeps the aspect ratio, with as few tiles as
-    # carry the image's detail; idefics3 follows Idefics3 and SmolVLM; nanovlm follows nanoVLM; square stretches every
-    # image to one tile; gemma does so, too, between Gemma-3's markers; crop cuts one out of its middle, as CLIP and
-    # LLaVA 1.5 do; native follows SigLIP 2's NaFlex: the encoder reads each image whole, at its own aspect ratio; qwen
-    # does so, too, at about its own number of pixels (Qwen2.5-VL and Qwen3-VL). anyres follows LLaVA-OneVision: the
-    # whole image, then the grid of tiles that fits it best, without the border around it. internvl stretches each image
-    # to the grid of its shape (InternVL3).
+    # How images become tiles, a key of nanovlm.data.tilings.TILING. fit: aspect ratio kept, as few tiles as carry the
+    # image's detail; square: one tile, to which it is stretched; gemma, paligemma: likewise, as these models do; crop:
+    # one tile, its middle, as CLIP and LLaVA 1.5 do; idefics3, nanovlm, internvl: a grid to which it is stretched, as
+    # these models do; anyres: the whole image, then the grid that fits it best (LLaVA-OneVision); native (SigLIP 2's
+    # NaFlex), qwen (Qwen2.5-VL, Qwen3-VL): the encoder reads it whole, at its own aspect ratio.
     policy: str = "fit"
     # fit: largest number of tiles per image, not counting the view of the whole image that follows several tiles.
     # anyres: of how many tiles an image has at most the image tokens, whatever its grid. internvl: as in fit.
@@ -330,8 +330,10 @@ class DecoderConfig:
     # Use the embedding table as output head.
     tie_word_embeddings: bool = True
     # Which tokens also see those behind them: none (causal), the image tokens of a picture each other (images), or all
-    # tokens of the first prompt, pictures included, each other (prompt, as in PaliGemma). Answers are always causal.
-    prefix_attention: Literal["causal", "images", "prompt"] = "causal"
+    # tokens of the first prompt, pictures included, each other: without its last one, with which each of several
+    # answers begins (prompt), or all, for one answer to a prompt (whole_prompt, as in PaliGemma). Answers are always
+    # causal.
+    prefix_attention: Literal["causal", "images", "prompt", "whole_prompt"] = "causal"
     # Attention backend, a key of nanovlm.model.attention.ATTENTION: sdpa (torch's scaled_dot_product_attention), triton
     # (kernels/attention.py), flex (torch's flex_attention) or plain (scores written out).
     attention: str = "sdpa"
@@ -343,6 +345,11 @@ class DecoderConfig:
     def mixtures(self) -> tuple[int, ...]:
         """Indices of the blocks that have a mixture of experts in place of the dense feed-forward layer."""
         return () if self.moe is None else self.moe.layers or tuple(range(self.num_hidden_layers))
+
+    @property
+    def sees_prompt(self) -> bool:
+        """Whether tokens of the first prompt also see those behind them."""
+        return self.prefix_attention in ("prompt", "whole_prompt")
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -535,7 +542,7 @@ class VLMConfig:
         )
         if v is not None and self.fusion.only_latest:
             most = {"fit": self.tiling.max_tiles, "internvl": self.tiling.max_tiles}
-            most |= dict.fromkeys(("square", "gemma", "crop"), 1)
+            most |= dict.fromkeys(("square", "gemma", "paligemma", "crop"), 1)
             check(
                 most.get(self.tiling.policy, self.tiling.longest_edge / v.image_size) <= 1,
                 "fusion.only_latest = True needs pictures of one tile, but tiling.policy = "

@@ -248,9 +248,9 @@ class TrainConfig:
             "compares the answers to a question with each other",
         )
         check(
-            d.train_on == "answers" or self.model.decoder.prefix_attention != "prompt",
-            f"data.train_on = {d.train_on} must be answers: with model.decoder.prefix_attention = prompt tokens "
-            "of the prompt see those that they would have to predict",
+            d.train_on == "answers" or not self.model.decoder.sees_prompt,
+            f"data.train_on = {d.train_on} must be answers: with model.decoder.prefix_attention = "
+            f"{self.model.decoder.prefix_attention} tokens of the prompt see those that they would have to predict",
         )
         check(
             self.preference.reference != "records" or d.too_long == "skip",

@@ -95,7 +95,7 @@ class Processor:
         """
         if [message["role"] for message in sample.messages] == ["text"]:
             return self.text_document(_parts(sample.messages[0]["content"]), sample.images)
-        sees_prompt = self.config.decoder.prefix_attention == "prompt"
+        sees_prompt = self.config.decoder.sees_prompt
         if not sample.independent or (sees_prompt and len(sample.messages) == 2):
             ids, labels = self._trained_tokens(sample.messages, sample.images, train_on)
             return self._make_document(ids, labels, [0] * len(ids), sample.images, count_prompt(labels))
@@ -104,8 +104,9 @@ class Processor:
             raise UserError("independent questions must be pairs of a user and an assistant message, at least one")
         if sees_prompt:
             raise UserError(
-                "independent questions share their images, which cannot see each of them as decoder.prefix_attention = "
-                "prompt asks for: give records with one question each, or choose images"
+                "independent questions share their images, which cannot see each of them as decoder.prefix_attention "
+                f"= {self.config.decoder.prefix_attention} asks for: give records with one question each, or choose "
+                "images"
             )
         pairs = list(zip(sample.messages[::2], sample.messages[1::2], strict=True))
         branches = [self._trained_tokens(pair, sample.images, train_on) for pair in pairs]
@@ -249,13 +250,13 @@ class Processor:
         """Return the spans of a document whose images have so many tokens, as decoder.prefix_attention says.
 
         The prompt of `num_prompt` tokens is one without its last token: that sees all of it anyway, and is the first of
-        each branch where answers are branches, which the prompt cannot see.
+        each branch where answers are branches, which the prompt cannot see. A whole_prompt has it, too.
         """
         kind, spans = self.config.decoder.prefix_attention, torch.zeros(len(ids), dtype=torch.int32)
         if kind == "causal":
             return None
-        if kind == "prompt":
-            spans[:num_prompt] = 1
+        if self.config.decoder.sees_prompt:
+            spans[: num_prompt + (kind == "whole_prompt")] = 1
             return spans
         places = iter([place for place, token in enumerate(ids) if token == self.config.image_token_id])
         for number, count in enumerate(counts, start=1):

@@ -32,6 +32,11 @@ def make_process(
         raise UserError("data.train_on = all must be answers: the objective compares answers, not their prompts")
     if learns_from == "teacher" and config.too_long == "shrink":
         raise UserError("data.too_long = shrink must be skip: the records' teacher saw all tiles of the images")
+    if learns_from in ("pairs", "own") and processor.config.decoder.prefix_attention == "whole_prompt":
+        raise UserError(
+            "decoder.prefix_attention = whole_prompt must be prompt: the objective compares answers, each of which "
+            "begins with the last token of their prompt, so that the rest of it cannot see that"
+        )
     known_k: list[int] = []  # of the first record, as tokens of a row need equally many
 
     def process(raw: dict) -> Document:
@@ -117,6 +122,6 @@ def smaller(tiling: TilingConfig, side: int) -> Iterator[TilingConfig]:
     if tiling.policy == "qwen":
         for most in range((tiling.max_pixels - 1) // side**2 * side**2, 0, -(side**2)):
             yield dataclasses.replace(tiling, max_pixels=most, min_pixels=min(most, tiling.min_pixels))
-    if tiling.policy in ("idefics3", "nanovlm"):
+    if tiling.policy in ("idefics3", "nanovlm", "anyres"):
         for edge in range((tiling.longest_edge - 1) // side * side, 0, -side):
             yield dataclasses.replace(tiling, longest_edge=edge)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.places import count_places
-from nanovlm.data.types import Document, num_tiles
+from nanovlm.data.types import Document, Grid, num_tiles
 from nanovlm.infer.adapters import key_of
 from nanovlm.infer.blocks import Block, block_key, digest_picture
 from nanovlm.infer.features import Picture
@@ -26,8 +26,8 @@ class Prompt:
         document, config = request.prompt, model.config
         self.ids = document.input_ids.tolist()
         sizes = [num_tiles(grid) for grid in document.grids] or [1] * len(document.tiles)
-        grids = document.grids or [None] * len(document.tiles)
-        self.pictures = [Picture(*picture) for picture in zip(document.tiles.split(sizes), grids, strict=True)]
+        grids: Sequence[Grid | None] = document.grids or [None] * len(document.tiles)
+        self.pictures = [Picture(*pair) for pair in zip(document.tiles.split(sizes), grids, strict=True)]
         # What keys begin with, and what stands before the digests of pictures: those of the adapters that it uses.
         self.root = key_of(model, request.adapter)
         sees = key_of(model, request.adapter, ("vision.", "projector.", "fusion."))

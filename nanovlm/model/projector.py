@@ -54,12 +54,12 @@ def pixel_shuffle(x: Tensor, scale: int) -> Tensor:
 
 
 class LinearProjector(nn.Module):
-    """One linear map without bias, as in Idefics3."""
+    """One linear map, without bias in Idefics3, with one in PaliGemma."""
 
     def __init__(self, config: ProjectorConfig, vision_size: int, decoder_size: int):
         super().__init__()
         self.scale_factor = config.scale_factor
-        self.proj = nn.Linear(vision_size * config.scale_factor**2, decoder_size, bias=False)
+        self.proj = nn.Linear(vision_size * config.scale_factor**2, decoder_size, bias=config.bias)
 
     def num_tokens(self, num_patches: int) -> int:
         return num_patches // self.scale_factor**2

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from nanovlm.config import TrainConfig
+from nanovlm.config import DataConfig, TrainConfig
 from nanovlm.data.chat import Processor
+from nanovlm.data.process import make_process
 from nanovlm.data.records import to_sample
 from nanovlm.data.tokenizer import CHAT_TEMPLATE
 from nanovlm.data.types import IGNORE, Sample
@@ -18,7 +19,7 @@ from nanovlm.train.counting import count_pairs
 from tests.conftest import TINY, make_batch, make_document, make_raw, noise, skip_without_interpreter
 from tests.model.test_vlm import TURNS, assert_same, seen
 
-KINDS = ("images", "prompt")
+KINDS = ("images", "prompt", "whole_prompt")
 
 
 def make_config(kind, config=TINY):
@@ -124,7 +125,7 @@ def test_changing_a_document_leaves_the_others_bit_equal(model, processors, kind
     in_span = (batch.doc_ids == 0) & (batch.span_ids == 1)
     first, last = in_span[0].nonzero()[[0, -1], 0].tolist()
     changed = dataclasses.replace(batch, input_ids=batch.input_ids.clone(), pixel_values=batch.pixel_values.clone())
-    if kind == "prompt":
+    if kind != "images":
         changed.input_ids[0, last] = 400
     else:  # the lower half of the first picture, of which the first image token shows none
         changed.pixel_values[0, :, 8:] = 255 - changed.pixel_values[0, :, 8:]
@@ -181,19 +182,24 @@ def test_spans_are_where_the_config_says(processors, processor):
     found = processors["images"].document(sample)
     is_image = found.input_ids == TINY.image_token_id
     assert torch.equal(found.span_ids > 0, is_image) and found.span_ids[is_image].tolist() == [1] * 4 + [2] * 4
-    found = processors["prompt"].document(sample)
-    first = int((found.labels != IGNORE).nonzero()[0])
-    assert found.span_ids.tolist() == [1] * first + [0] * (len(found) - first)
-    for num in (1, 3):  # a prompt of one turn, and one of two: the same tokens see each other as in training
-        prompt = processors["prompt"].prompt(messages[:num], images)
-        assert prompt.span_ids[:first].all() and prompt.span_ids.sum() == first
-        assert torch.equal(prompt.input_ids, found.input_ids[: len(prompt)])
+    for kind, more in (("prompt", 0), ("whole_prompt", 1)):
+        found = processors[kind].document(sample)
+        first = int((found.labels != IGNORE).nonzero()[0]) + more
+        assert found.span_ids.tolist() == [1] * first + [0] * (len(found) - first)
+        for num in (1, 3):  # a prompt of one turn, and one of two: the same tokens see each other as in training
+            prompt = processors[kind].prompt(messages[:num], images)
+            assert prompt.span_ids[:first].all() and prompt.span_ids.sum() == first
+            assert torch.equal(prompt.input_ids, found.input_ids[: len(prompt)])
 
 
 def test_what_would_see_its_own_answer_is_refused(processors):
     sample = to_sample(make_raw(0, *TURNS, independent=True))
     with pytest.raises(UserError, match=r"give records with one question each, or choose images"):
         processors["prompt"].document(sample)
+    for learns_from in ("pairs", "own"):
+        assert make_process(processors["prompt"], DataConfig(), learns_from)
+        with pytest.raises(UserError, match=r"prefix_attention = whole_prompt must be prompt: the objective compares"):
+            make_process(processors["whole_prompt"], DataConfig(), learns_from)
     one = to_sample(make_raw(0, TURNS[0], independent=True))
     assert processors["prompt"].document(one).branch_ids.max() == 0
     model = make_config("prompt", TrainConfig().model)
