@@ -1,4 +1,4 @@
-"""How images are cut into tiles: the policies of TILING, each four functions and how it numbers images.
+"""How images are cut into tiles: the policies of TILING, each five functions and how it numbers images.
 
 ```
 fit, small image       fit, several tiles                    idefics3
@@ -238,7 +238,7 @@ def markers_square(config: VLMConfig) -> list[str]:
     return []
 
 
-# ---- gemma: the same, between markers ----
+# ---- gemma, paligemma: the same, between Gemma-3's markers, or by another filter ----
 
 
 def layout_gemma(plan: TilePlan, image: str, config: VLMConfig) -> str:
@@ -248,6 +248,10 @@ def layout_gemma(plan: TilePlan, image: str, config: VLMConfig) -> str:
 
 def markers_gemma(config: VLMConfig) -> list[str]:
     return ["<start_of_image>", "<end_of_image>"]
+
+
+def draw_paligemma(image: Image.Image, plan: TilePlan, config: VLMConfig) -> list[Image.Image]:
+    return [image.resize((config.tile_size, config.tile_size), Image.Resampling.BICUBIC)]
 
 
 # ---- crop: one tile, the middle of the image, as CLIP and LLaVA 1.5 see it ----
@@ -332,6 +336,7 @@ TILING = {
     "nanovlm": Tiling(plan_nanovlm, draw_nanovlm, views_nanovlm, layout_nanovlm, markers_nanovlm, "<image: {}>"),
     "square": Tiling(plan_square, draw_square, views_square, layout_square, markers_square),
     "gemma": Tiling(plan_square, draw_square, views_square, layout_gemma, markers_gemma),
+    "paligemma": Tiling(plan_square, draw_paligemma, views_square, layout_square, markers_square),
     "crop": Tiling(plan_square, draw_crop, views_crop, layout_square, markers_square),
     "native": Tiling(plan_native, draw_native, views_native, layout_native, markers_square),
     "internvl": Tiling(plan_internvl, draw_internvl, views_idefics3, layout_internvl, markers_internvl),

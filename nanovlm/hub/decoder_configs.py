@@ -75,6 +75,13 @@ def read_nothing(data: dict, path: Path) -> tuple[dict, dict]:
     return data, {}
 
 
+def read_gemma(data: dict, path: Path) -> tuple[dict, dict]:
+    """Read the first Gemma's scale of embeddings; what its configs call gelu is the tanh form."""
+    if data["hidden_act"] not in ("gelu", "gelu_pytorch_tanh"):
+        raise UserError(f"{path}: hidden_act = {data['hidden_act']!r} is not supported; it must be gelu_pytorch_tanh")
+    return data, {"embedding_scale": read_factor(data, "hidden_size", path) ** 0.5}
+
+
 def read_gemma3(data: dict, path: Path) -> tuple[dict, dict]:
     """Read what Gemma-3 alone has; return what is left to read, and fields of DecoderConfig."""
     rope, pattern = data.get("rope_parameters") or {}, data["sliding_window_pattern"]
@@ -203,5 +210,11 @@ def check_fixed(data, fixed, path):
 
 
 # By model_type: what one family alone has, and which layers of its mixtures are dense.
-SPECIAL = {"gemma3_text": read_gemma3, "gpt_oss": read_gpt_oss, "granite": read_granite, "dots1": read_dots1}
+SPECIAL = {
+    "gemma": read_gemma,
+    "gemma3_text": read_gemma3,
+    "gpt_oss": read_gpt_oss,
+    "granite": read_granite,
+    "dots1": read_dots1,
+}
 MIXTURES = {"qwen3_moe": read_mixtures, "dots1": read_dense_first}

@@ -112,6 +112,18 @@ OLMOE_DEFAULTS = LLAMA_DEFAULTS | {
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.01,
 }
+GEMMA_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+}
 GEMMA3_DEFAULTS = {
     "vocab_size": 262208,
     "hidden_size": 2304,
@@ -237,6 +249,12 @@ DECODERS = {
         "Qwen3MoeForCausalLM", QWEN3_MOE_DEFAULTS, qk_norm="head", names=QWEN_MOE_NAMES, moe=QWEN3_MOE_FIELDS
     ),
     "olmoe": Family("OlmoeForCausalLM", OLMOE_DEFAULTS, False, "all", QWEN_MOE_NAMES, OLMOE_FIELDS),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        GEMMA_DEFAULTS,
+        features={"hidden_act": "gelu_tanh", "norm_offset": 1.0},
+        fixed={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         GEMMA3_DEFAULTS,

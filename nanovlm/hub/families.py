@@ -90,7 +90,9 @@ NOT_WRITTEN = (
 )
 IDEFICS3_TYPES = ("idefics3", "smolvlm")  # one architecture under two names
 # Vision-language models that are read by files of their own (read.py).
-OTHER_TYPES = ("llava", "gemma3", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
+OTHER_TYPES = (
+    *("llava", "gemma3", "paligemma", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+)
 
 
 def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]]:
@@ -116,11 +118,12 @@ def check_vision(vision: VisionConfig | None):
 
 def check_projector(config: VLMConfig):
     """Raise UserError if no layout has the projector of a vision-language model."""
-    if config.vision is not None and config.projector.type != "linear":
+    if config.vision is not None and (config.projector.type != "linear" or config.projector.bias):
+        what = "bias = True" if config.projector.bias else f"type = {config.projector.type!r}"
         raise UserError(
-            f"projector.type = {config.projector.type!r} cannot be exported: Idefics3, the layout in which a "
-            "vision-language model is written, has pixel shuffle and one linear map (projector.type = linear) alone; "
-            "the model folder of a run has every projector"
+            f"projector.{what} cannot be exported: Idefics3, the layout in which a vision-language model is written, "
+            "has pixel shuffle and one linear map without bias (projector.type = linear) alone; the model folder of a "
+            "run has every projector"
         )
 
 

@@ -59,7 +59,9 @@ def open_gemma3(folder: Path) -> Stored:
     template, image = read_template(folder, tokenizer), tokenizer.id_to_token(config.image_token_id or 0)
     processor = Processor(tokenizer, template.replace(BEGIN, image or BEGIN), config)
     files = find_weights(folder)
-    names, root, head = find_gemma3_names({key for path in files for key in tensor_names(path)})
+    names, before, root, head = find_gemma_names("gemma3_text", {key for path in files for key in tensor_names(path)})
+    projector = f"{before}multi_modal_projector."
+    names |= {projector + PROJECTION: "projector.proj.weight", f"{projector}mm_soft_emb_norm.": "projector.norm."}
     is_tied = config.decoder.tie_word_embeddings
 
     def is_ignored(name: str) -> bool:
@@ -79,22 +81,21 @@ def open_gemma3(folder: Path) -> Stored:
     return Stored(config, processor, file_dtype(files, is_ignored), fill)
 
 
-def find_gemma3_names(keys: set[str]) -> tuple[dict, str, str]:
-    """Return the name table for files with these tensors, the beginning of the encoder's names, and the head's name.
+def find_gemma_names(family: str, keys: set[str]) -> tuple[dict, str, str, str]:
+    """Return the name table of decoder and encoder for files with these tensors, and how other names begin.
 
+    That is what stands before the names of the parts, and before those of the encoder's tensors; last the head's name.
     In published files the language model is whole; since transformers 5 its head is outside of it.
     """
     is_old = any(key.startswith("language_model.model.") for key in keys)
     text, head = ("language_model.model.", "language_model.") if is_old else ("model.language_model.", "")
     names = {}
-    for theirs, ours in find_names("gemma3_text", has_vision=False).items():
+    for theirs, ours in find_names(family, has_vision=False).items():
         names[text + theirs.removeprefix("model.") if theirs.startswith("model.") else head + theirs] = ours
     tower = next((key for key in keys if "embeddings.patch_embedding." in key), "model.vision_tower.embeddings.")
     root = tower[: tower.index("embeddings.")]
     names |= {root + theirs: ours for theirs, ours in SIGLIP_NAMES.items()}
-    projector = root.partition("vision_tower.")[0] + "multi_modal_projector."
-    names |= {projector + PROJECTION: "projector.proj.weight", f"{projector}mm_soft_emb_norm.": "projector.norm."}
-    return names, root, f"{head}lm_head.weight"
+    return names, root.partition("vision_tower.")[0], root, f"{head}lm_head.weight"
 
 
 def read_gemma3(folder: Path, tokenizer: Tokenizer) -> VLMConfig:

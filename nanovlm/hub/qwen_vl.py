@@ -1,4 +1,4 @@
-"""Checkpoints of Qwen2.5-VL and Qwen3-VL -> model and processor, for text and still pictures.
+"""Checkpoints of Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE -> model and processor, for text and still pictures.
 
 The encoder reads each picture at its own size and 2 x 2 patches become an image token (arXiv 2502.13923, 2511.21631):
 
@@ -8,8 +8,8 @@ Qwen2.5-VL    RMS norm, SwiGLU, squares of 112 pixels   M-RoPE, one after anothe
 Qwen3-VL      layer norm, GELU, a learned table, too    M-RoPE, interleaved         earlier features (DeepStack)
 ```
 
-Their patches are of two frames of a video, and a still picture is shown twice: ours have the sum of both frames'
-weights. Videos are not read.
+Qwen3-VL-MoE is a Qwen3-VL whose decoder is a mixture. Their patches are of two frames of a video, and a still picture
+is shown twice: ours have the sum of both frames' weights. Videos are not read.
 """
 
 import dataclasses
@@ -25,12 +25,13 @@ from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import check_fixed, read_decoder, read_image_settings, read_special_tokens, read_template
+from nanovlm.hub.decoders import QWEN_MOE_NAMES
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.families import HEAD
 from nanovlm.hub.stored import Stored
-from nanovlm.hub.weights import check_tied_head, destinations
+from nanovlm.hub.weights import Converted, check_tied_head, destinations
 from nanovlm.sharded import Places
-from nanovlm.tensor_files import copy_tensors, file_dtype
+from nanovlm.tensor_files import copy_tensors, file_dtype, open_tensors
 
 # Their fields of an encoder -> ours.
 FIELDS = {
@@ -58,7 +59,7 @@ FIXED_IMAGES = {
 
 
 class Kind(NamedTuple):
-    """One of the two: the family of its decoder, what its configs leave out, and names of the tensors."""
+    """One of the three: the family of its decoder, what its configs leave out, and names of the tensors."""
 
     decoder: str
     text: dict
@@ -124,9 +125,17 @@ KINDS = {
     ),
 }
 
+ROUTER = "model.layers.{}.mlp.gate."
+KINDS["qwen3_vl_moe"] = KINDS["qwen3_vl"]._replace(
+    decoder="qwen3_moe",
+    text={"intermediate_size": 5632, "num_key_value_heads": 16, "num_attention_heads": 16, "rope_theta": 5e5}
+    | {"max_position_embeddings": 128000, "moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4},
+    names=KINDS["qwen3_vl"].names | {ROUTER.replace("model.", "model.language_model.", 1): QWEN_MOE_NAMES[ROUTER]},
+)
+
 
 def open_qwen(folder: Path) -> Stored:
-    """Read all but the weights of a Qwen2.5-VL or Qwen3-VL."""
+    """Read all but the weights of one of KINDS."""
     path = folder / "config.json"
     data = read_json(path)
     kind, tokenizer = KINDS[data["model_type"]], read_tokenizer(folder / "tokenizer.json")
@@ -151,6 +160,8 @@ def open_qwen(folder: Path) -> Stored:
             *own.shape[:2], 2, *own.shape[2:], dtype=own.dtype, device="meta" if own.is_meta else own.device
         )
         wanted[patches] = [frames]
+        if config.decoder.moe is not None:
+            wanted = split_experts(places, wanted, config.decoder.mixtures, files)
         copy_tensors(wanted, files, is_ignored)
         if not own.is_meta:
             own.copy_(frames.float().sum(2))
@@ -158,6 +169,38 @@ def open_qwen(folder: Path) -> Stored:
             check_tied_head(places["decoder.embed_tokens.weight"], files, HEAD)
 
     return Stored(config, processor, file_dtype(files, is_ignored), fill)
+
+
+def split_experts(places: Places, wanted: dict, mixtures: tuple[int, ...], files: list[Path]) -> dict:
+    """Return the destinations of Qwen3-VL-MoE, where gate and up are one tensor of each mixture.
+
+    Their matrices are published as [E, inputs, outputs], and saved by transformers 5 as [E, outputs, inputs].
+    """
+    ours, experts = ("gate_proj", "up_proj", "down_proj"), "model.language_model.layers.{}.mlp.experts."
+    E, W, D = places[f"decoder.layers.{mixtures[0]}.mlp.gate_proj"].shape
+    names = [experts.format(mixtures[0]) + name for name in ("gate_up_proj", "down_proj")]
+    is_flipped = find_shapes(files, names) != [[E, 2 * W, D], [E, D, W]]
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        return x.mT if is_flipped else x
+
+    for i in mixtures:
+        gate, up, down = (places[f"decoder.layers.{i}.mlp.{name}"] for name in ours)
+        for name in ours:
+            del wanted[f"model.language_model.layers.{i}.mlp.{name}"]
+        joined, last = ((E, D, 2 * W), (E, W, D)) if is_flipped else ((E, 2 * W, D), (E, D, W))
+        wanted[experts.format(i) + "gate_up_proj"] = [Converted([gate, up], joined, lambda x: turn(x).chunk(2, dim=1))]
+        wanted[experts.format(i) + "down_proj"] = [Converted([down], last, lambda x: [turn(x)])]
+    return wanted
+
+
+def find_shapes(files: list[Path], names: list[str]) -> list[list[int]]:
+    """Return the shapes of tensors, those that are in one of the files."""
+    found = {}
+    for path in files:
+        with open_tensors(path) as file:
+            found |= {name: file.get_slice(name).get_shape() for name in names if name in file.keys()}
+    return [found[name] for name in names if name in found]
 
 
 def read_config(folder: Path, data: dict) -> VLMConfig:
@@ -172,13 +215,17 @@ def read_config(folder: Path, data: dict) -> VLMConfig:
         if type(seen.get(name, 1)) is not int:
             raise UserError(f"{path}: {name} = {seen[name]!r} must be a number")
     rope, sections, is_interleaved = read_sections(text, path)
-    if is_interleaved != (kind.decoder == "qwen3"):
+    if is_interleaved != (kind.decoder != "qwen2"):
         raise UserError(
             f"{path}: mrope_interleaved = {is_interleaved} is not supported; it must be {not is_interleaved}"
         )
     tied = text.get("tie_word_embeddings") or data.get("tie_word_embeddings") or False
+    given = kind.text | text
+    if kind.decoder == "qwen3_moe":
+        tied = data.get("tie_word_embeddings", False)  # its text_config may say true where nothing is tied
+        given |= {"norm_topk_prob": True, "num_experts": text.get("num_local_experts", given["num_experts"])}
     fixed = {"model_type": kind.decoder, "rope_parameters": rope, "rope_scaling": None, "tie_word_embeddings": tied}
-    decoder = read_decoder(kind.text | text | fixed, path)
+    decoder = read_decoder(given | fixed, path)
     decoder = dataclasses.replace(decoder, rope_sections=sections, rope_interleaved=is_interleaved)
     settings, images = read_image_settings(folder)
     settings = IMAGES | settings

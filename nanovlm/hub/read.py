@@ -28,6 +28,7 @@ from nanovlm.hub.gemma3 import open_gemma3
 from nanovlm.hub.llava import open_llava
 from nanovlm.hub.model_folder import open_folder
 from nanovlm.hub.nanovlm_layout import open_nanovlm
+from nanovlm.hub.paligemma import open_paligemma
 from nanovlm.hub.qwen_vl import open_qwen
 from nanovlm.hub.stored import Stored, read_model
 from nanovlm.hub.weights import open_weights
@@ -94,8 +95,10 @@ def find_model(name: str | Path) -> Stored:
 OTHERS = {
     "llava": open_llava,
     "gemma3": open_gemma3,
+    "paligemma": open_paligemma,
     "llava_onevision": open_llava,
     "internvl": open_llava,
     "qwen2_5_vl": open_qwen,
     "qwen3_vl": open_qwen,
+    "qwen3_vl_moe": open_qwen,
 }

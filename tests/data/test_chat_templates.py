@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from nanovlm.config import TilingConfig
+from nanovlm.config import ProjectorConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import marker_tokens, plan_tiles
+from nanovlm.data.places import count_places
+from nanovlm.data.tile_plan import find_grid
 from nanovlm.data.tilings import TILING
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Sample
@@ -29,6 +31,8 @@ TURNS = [
 def make_processor(family, tokenizer=None, **tiling):
     """Our processor and transformers' tokenizer of a family."""
     config = dataclasses.replace(TINY, tiling=TilingConfig(**tiling))
+    if config.tiling.policy == "anyres":
+        config = dataclasses.replace(config, projector=ProjectorConfig("mlp", has_newline=True))
     tokenizer = tokenizer or make_tokenizer(family, marker_tokens(config))
     used = (family.image, family.eos, family.bos)
     ids = {
@@ -196,7 +200,10 @@ def test_the_tokens_of_an_image_are_known_from_its_size(policy):
         assert len(document) - len(alone) == processor.num_image_tokens(width, height)
         plan = plan_tiles(width, height, config)
         assert len(document.tiles) == plan.num_tiles
-        assert document.input_ids.tolist().count(config.image_token_id) == config.num_image_tokens * plan.num_tiles
+        expected = config.num_image_tokens * plan.num_tiles
+        if policy == "anyres":
+            expected = count_places(config, [find_grid(plan)])[0]
+        assert document.input_ids.tolist().count(config.image_token_id) == expected
         assert trained_texts(processor, document) == ["yes<end_of_utterance>"]
 
 
@@ -215,7 +222,7 @@ def test_branches_after_several_tiles_are_separate_documents(policy):
     assert (
         len(together.tiles)
         == plan_tiles(40, 30, processor.config).num_tiles
-        > (0 if policy in ("square", "gemma", "crop") else 5)
+        > (0 if policy in ("square", "gemma", "paligemma", "crop") else 5)
     )
     for branch, pair in enumerate(pairs, start=1):
         alone = processor.document(Sample([image], pair))

@@ -31,9 +31,14 @@ TILINGS = {
     "nanovlm": TilingConfig("nanovlm", longest_edge=64),
     "square": TilingConfig("square"),
     "gemma": TilingConfig("gemma"),
+    "paligemma": TilingConfig("paligemma"),
     "crop": TilingConfig("crop"),
     "native": TilingConfig("native", max_patches=20),
+    "internvl": TilingConfig("internvl", max_tiles=12),
+    "anyres": TilingConfig("anyres", max_tiles=16, longest_edge=64),
+    "qwen": TilingConfig("qwen", min_pixels=64, max_pixels=20 * 64),
 }
+ONE_TILE = {"square", "gemma", "paligemma", "crop"}
 
 
 def make_processor(tiling):
@@ -51,15 +56,17 @@ def test_every_policy_is_known():
     assert TILINGS.keys() == TILING.keys()
 
 
-@pytest.mark.parametrize("policy", sorted({*TILING} - {"square", "gemma", "crop"}))
+@pytest.mark.parametrize("policy", sorted({*TILING} - ONE_TILE))
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_the_largest_tiling_that_fits_is_taken(policy, num_images):
     """By the documents of processors that were made for each of the smaller tilings."""
     processor, record = make_processor(TILINGS[policy]), raw(num_images)
     whole = processor.document(to_sample(record))
-    ladder = [make_processor(tiling).document(to_sample(record)) for tiling in smaller(TILINGS[policy], TINY.tile_size)]
+    tilings = smaller(TILINGS[policy], processor.config.tile_size)
+    ladder = [make_processor(tiling).document(to_sample(record)) for tiling in tilings]
+    least = 2 if policy == "anyres" else 1  # the whole picture, and a grid of one tile
     sizes = sorted({(len(d), len(d.tiles)) for d in [whole, *ladder]}, reverse=True)
-    assert len(sizes) > 2 and sizes[0] == (len(whole), len(whole.tiles)) and sizes[-1][1] == num_images
+    assert len(sizes) > 2 and sizes[0] == (len(whole), len(whole.tiles)) and sizes[-1][1] == least * num_images
     for (length, num_tiles), (next_length, next_tiles) in itertools.pairwise(sizes):
         for options in ({"row_length": length - 1}, {"row_length": 9999, "max_tiles": num_tiles - 1}):
             config = DataConfig(too_long="shrink", **options)

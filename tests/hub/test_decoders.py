@@ -35,6 +35,8 @@ MODELS = {
     "granite": ("Granite", MULTIPLIERS),
     "granite tied": ("Granite", MULTIPLIERS | {"tie_word_embeddings": True, "attention_bias": True}),
 }
+GEMMA = {"head_dim": 16, "num_key_value_heads": 1}
+MODELS |= {"gemma": ("Gemma", GEMMA), "gemma, a head": ("Gemma", GEMMA | {"tie_word_embeddings": False})}
 DOTS1 = {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS |= {
     "dots1": ("Dots1", DOTS1 | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}),
@@ -74,7 +76,7 @@ def test_nothing_of_it_is_written(tmp_path):
             find_family(ours.config.decoder)
 
 
-@pytest.mark.parametrize("kind", ["Gemma3Text", "Granite", "GptOss"])
+@pytest.mark.parametrize("kind", ["Gemma", "Gemma3Text", "Granite", "GptOss"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(kind, tmp_path):
     full = getattr(hub, f"{kind}Config")().to_dict()
     assert configs.read_decoder({"model_type": full["model_type"]}, tmp_path) == configs.read_decoder(full, tmp_path)
@@ -86,6 +88,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(kind, tmp_path):
         ("DeepseekV3", {}, r"model_type = 'deepseek_v3' is not read: its attention keeps latent vectors \(MLA\)"),
         ("GptOss", {"quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config = \{.* is not supported"),
         ("GptOss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5 is not supported; it must be 1.702"),
+        ("Gemma", {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported; it must be gelu_pytorch_tanh"),
         ("Granite", {"logits_scaling": 0.0}, "logits_scaling = 0.0 must be a number above 0"),
         ("Dots1", DOTS1 | {"n_group": 2}, "n_group = 2 is not supported; it must be 1"),
         ("Dots1", DOTS1 | {"first_k_dense_replace": 3}, "first_k_dense_replace = 3 must leave some of 3 layers"),

@@ -1,10 +1,11 @@
-"""Qwen2.5-VL and Qwen3-VL as transformers writes them: tokens, pixels, logits and greedy answers are the same."""
+"""Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE as transformers writes them: the same tokens, pixels, logits and answers."""
 
 import json
 
 import pytest
 import torch
 import transformers as hub
+from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import nanovlm
@@ -35,6 +36,8 @@ KINDS = {
         dict(mrope_section=[4, 2, 2], mrope_interleaved=True),
     ),
 }
+KINDS["qwen3_vl_moe"] = ("Qwen3VLMoe", *KINDS["qwen3_vl"][1:])
+MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[1])
 SIZES = [(40, 70), (90, 30), (16, 16), (33, 47)]
 
 
@@ -45,7 +48,8 @@ def make_folder(folder, kind, tied=False):
     special = {part: tokenizer.token_to_id(token) for part, token in (("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
     text = TEXT | {f"{part}_token_id": i for part, i in special.items()} | {"vocab_size": tokenizer.get_vocab_size()}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | rope, "bos_token_id": None}
-    text |= {"head_dim": 16} if kind == "qwen3_vl" else {}
+    text |= {"head_dim": 16} if kind != "qwen2_5_vl" else {}
+    text |= MOE if kind == "qwen3_vl_moe" else {}
     torch.manual_seed(0)
     config = getattr(hub, f"{name}Config")(
         text_config=text,
@@ -76,7 +80,9 @@ def ask(theirs, tokenizer, images, messages, shown):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("kind", "tied"), [("qwen2_5_vl", False), ("qwen2_5_vl", True), ("qwen3_vl", False)])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("qwen2_5_vl", False), ("qwen2_5_vl", True), ("qwen3_vl", False), ("qwen3_vl_moe", False)]
+)
 def test_answers_are_those_of_transformers(kind, tied, tmp_path):
     theirs, tokenizer, images = make_folder(tmp_path, kind, tied)
     ours, processor = nanovlm.load(tmp_path)
@@ -121,8 +127,22 @@ def test_published_names_and_older_configs_are_read(tmp_path):
     assert (config.tiling.min_pixels, config.tiling.max_pixels) == (1024, 4096)
 
 
+def test_experts_are_read_as_they_are_published(tmp_path):
+    """[E, inputs, outputs], where transformers 5 saves [E, outputs, inputs]; it reads both."""
+    theirs, *_ = make_folder(tmp_path, "qwen3_vl_moe")
+    first = nanovlm.load(tmp_path)[0].state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 48)
+    tensors = {name: x.mT.contiguous() if ".experts." in name else x for name, x in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    second = nanovlm.load(tmp_path)[0].state_dict()
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    again = type(theirs).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in theirs.state_dict().items())
+
+
 def test_each_rank_reads_its_rows(tmp_path):
-    make_folder(tmp_path, "qwen3_vl")
+    make_folder(tmp_path, "qwen3_vl_moe")
     assert_ranks_fill_their_rows(find_model(tmp_path))
 
 

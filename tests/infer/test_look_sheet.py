@@ -33,9 +33,9 @@ def test_attention_to_a_marked_corner_lies_on_it(policy, size, corner, is_whole)
     tiles, places = make_tiles(Image.fromarray(pixels), config), place_tiles(*size, config)
     chosen = [i for i, place in enumerate(places) if place.is_whole == is_whole]
     if not chosen:
-        assert policy in ("square", "crop", "native") and is_whole
+        assert policy in ("square", "gemma", "paligemma", "crop", "native", "qwen") and is_whole
         return
-    n = math.isqrt(config.num_image_tokens)
+    n = math.isqrt(config.num_image_features)
     side = config.tile_size // n
     is_white = (tiles[chosen] > 150).all(1).float()
     white = is_white.unflatten(-1, (n, side)).unflatten(1, (n, side)).mean((2, 4)).flatten(1)
