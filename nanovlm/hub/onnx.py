@@ -39,19 +39,28 @@ LARGEST_FILE = 1_900_000_000
 
 def check_onnx(config: VLMConfig):
     """Raise UserError that names what no graph has."""
-    problem = None
-    if config.decoder.prefix_attention != "causal":
-        problem = f"decoder.prefix_attention = {config.decoder.prefix_attention!r}", "every token sees those before it"
-    elif config.vision is not None and config.fusion.type != "sequence":
-        problem = f"fusion.type = {config.fusion.type!r}", "image tokens are in the sequence (fusion.type = sequence)"
-    elif config.is_native:
-        problem = "tiling.policy = 'native'", "the encoder reads tiles one by one (tiling.policy = idefics3)"
-    elif config.has_score_head:
-        problem = "has_score_head = True", "a model ends in logits"
-    elif config.quantization is not None and config.quantization.format == "nf4":
-        problem = "quantization.format = 'nf4'", "few bits are int8 or int4"
-    if problem is not None:
-        raise UserError(f"{problem[0]} cannot be exported to ONNX: in the graphs that are written {problem[1]}")
+    d, q = config.decoder, config.quantization
+    problems = {
+        f"decoder.prefix_attention = {d.prefix_attention!r}": (
+            d.prefix_attention != "causal",
+            "every token sees those before it",
+        ),
+        f"fusion.type = {config.fusion.type!r}": (
+            config.vision is not None and config.fusion.type != "sequence",
+            "image tokens are in the sequence (fusion.type = sequence)",
+        ),
+        "has_score_head = True": (config.has_score_head, "a model ends in logits"),
+        "decoder.moe.has_bias = True": (d.moe is not None and d.moe.has_bias, "experts have no biases"),
+    }
+    if q is not None:
+        problems[f"quantization.format = {q.format!r}"] = q.format not in ("int8", "int4"), "few bits are int8 or int4"
+        problems[f"quantization.activations = {q.activations!r}"] = (
+            q.activations != "none",
+            "what a layer reads is not rounded",
+        )
+    for field, (is_there, right) in problems.items():
+        if is_there:
+            raise UserError(f"{field} cannot be exported to ONNX: in the graphs that are written {right}")
 
 
 def make_onnx_config(config: VLMConfig, beside: dict[str, int]) -> dict:

@@ -13,16 +13,18 @@ rows, T new tokens, P past tokens, S = P + T, N query heads, K key/value heads, 
 hidden.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.kernels.quantized_weight import NUM_BITS, QuantizedWeight, unpack
+from nanovlm.model.attention import attend_plain, attend_sdpa
 from nanovlm.model.decoder import Decoder
 from nanovlm.model.moe import MoE
-from nanovlm.model.quantized import QuantizedLinear, quantize_weight
+from nanovlm.model.quantized import QuantizedLinear, QuantizedWeight, quantize_weight, read_codes
+from nanovlm.model.vision import VisionAttention
 from nanovlm.model.vlm import VLM
 
 
@@ -30,6 +32,9 @@ class VisionPart(nn.Module):
     def __init__(self, model: VLM):
         super().__init__()
         self.model = model
+        for module in model.vision.modules():
+            if isinstance(module, VisionAttention):
+                module.attend = attend_sdpa  # a graph has no kernels of ours
 
     def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor) -> Tensor:
         """float[B, I, C, H, W] and bool[B, I, H, W] -> [shown tiles, image tokens, D]; a tile of False is padding."""
@@ -46,35 +51,38 @@ class EmbedPart(nn.Module):
     def __init__(self, decoder: Decoder, format: str | None):
         super().__init__()
         self.table, self.is_quantized = decoder.embed_tokens.weight, format is not None
+        self.scale = decoder.config.embedding_scale
         if self.is_quantized:
-            weight = quantize_weight(self.table, "int8", search=False)
-            self.register_buffer("codes", (unpack(weight)[:, : weight.shape[1]] - 128).to(torch.int8))
-            self.register_buffer("scales", weight.scales)
+            codes, scales, _ = read_codes(quantize_weight(self.table, "int8", search=False))
+            self.register_buffer("codes", (codes - 128).to(torch.int8))
+            self.register_buffer("scales", scales)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.is_quantized:
-            return self.codes[input_ids].float() * self.scales[input_ids]
-        return F.embedding(input_ids, self.table)
+            x_BTD = self.codes[input_ids].float() * self.scales[input_ids]
+        else:
+            x_BTD = F.embedding(input_ids, self.table)
+        return x_BTD if self.scale == 1 else x_BTD * self.scale
 
 
 class DecoderPart(nn.Module):
     def __init__(self, decoder: Decoder, format: str | None):
         super().__init__()
         self.decoder = decoder
-        self.head = make_linear(decoder.head_weight)
-        if format is not None:
-            self.head = FewBits(quantize_weight(self.head.weight, "int8", search=False), None)
+        head = decoder.head_weight
+        self.head = make_linear(head if format is None else quantize_weight(head, "int8", search=False))
 
     def forward(self, inputs_embeds, attention_mask, position_ids, num_logits_to_keep, *past) -> tuple[Tensor, ...]:
         """[B, T, D], int64[B, S], int64[B, T], int64[], keys and values [B, K, P, H] of each layer -> logits and these.
 
         Logits [B, T, V] are those of the last `num_logits_to_keep` tokens, of all where it is 0. `attention_mask` is 0
-        on padding, which no token sees but itself, as it sees something.
+        on padding, which is before a row's first token, and which no token sees but itself, as it sees something.
         """
-        T, S = inputs_embeds.shape[1], attention_mask.shape[1]
+        T, S, windows = inputs_embeds.shape[1], attention_mask.shape[1], self.decoder.config.windows
         key, query = torch.arange(S), torch.arange(T)[:, None] + (S - T)
-        is_visible = (key == query) | ((key < query) & (attention_mask[:, None] > 0))
-        cache = Past(is_visible[:, None], past)
+        is_visible = ((key == query) | ((key < query) & (attention_mask[:, None] > 0)))[:, None]
+        masks = {size: is_visible & (query - key < size) if size else is_visible for size in set(windows)}
+        cache = Past([masks[size] for size in windows], past)
         hidden_BTD, _ = self.decoder(inputs_embeds, position_ids, None, cache)
         num_kept = torch.where(num_logits_to_keep > 0, num_logits_to_keep, T)
         last = (torch.arange(T) >= T - num_kept).nonzero()[:, 0]
@@ -99,7 +107,9 @@ class Experts(nn.Module):
     def __init__(self, mixture: MoE):
         super().__init__()
         stacks = mixture.gate_proj, mixture.up_proj, mixture.down_proj
-        self.experts = nn.ModuleList(nn.ModuleList(map(make_linear, own)) for own in zip(*stacks, strict=True))
+        self.experts = nn.ModuleList(
+            nn.ModuleList(make_linear(stack[e]) for stack in stacks) for e in range(mixture.config.num_experts)
+        )
 
     def forward(self, x: Tensor, choice: Tensor, weights: Tensor, *_stacks: Tensor) -> Tensor:
         """As experts_loop of moe.py."""
@@ -114,23 +124,31 @@ class Experts(nn.Module):
 
 
 class Past:
-    """Keys and values as inputs and outputs of the graph, in the place of a CachePass of kv_cache.py."""
+    """Keys and values as inputs and outputs of the graph, in the place of a CachePass of kv_cache.py.
 
-    def __init__(self, is_visible: Tensor, past: Sequence[Tensor]):
-        self.is_visible, self.past, self.present = is_visible, past, []
+    `masks` are those of the layers, bool[B, 1, T, S]; a layer with a window keeps what it no longer sees.
+    """
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(self, masks: Sequence[Tensor], past: Sequence[Tensor]):
+        self.masks, self.past, self.present = masks, past, []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *extra) -> Tensor:
+        """Attend to past and new keys; `extra` is a softcap and sinks, as in attend_plain."""
         q_BNTH, k_BKTH, v_BKTH = (x.transpose(1, 2) for x in (q, k, v))
         k_BKSH = torch.cat((self.past[2 * layer], k_BKTH), dim=2)
         v_BKSH = torch.cat((self.past[2 * layer + 1], v_BKTH), dim=2)
         self.present += [k_BKSH, v_BKSH]
+        if extra:
+            return attend_plain(q, k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), self.masks[layer], *extra)
         grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
-        out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, self.is_visible, enable_gqa=grouped)
+        out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, self.masks[layer], enable_gqa=grouped)
         return out_BNTH.transpose(1, 2)
 
 
-def make_linear(weight: Tensor) -> nn.Linear:
+def make_linear(weight: Tensor | QuantizedWeight) -> nn.Module:
     """Return a layer without bias of a weight [N, K], which it shares."""
+    if not isinstance(weight, Tensor):
+        return FewBits(weight, None)
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.detach())
@@ -153,17 +171,15 @@ class FewBits(nn.Module):
 
     def __init__(self, w: QuantizedWeight, bias: Tensor | None):
         super().__init__()
-        (N, K), bits = w.shape, NUM_BITS[w.format]
-        block = w.group if w.format == "int4" else next(size for size in (128, 64, 32) if K % size == 0 or size == 32)
-        num_blocks = -(K // -block)
-        codes = F.pad(unpack(w)[:, :K], (0, num_blocks * block - K)).view(N, num_blocks, block)
-        self.attributes = {"K": K, "N": N, "bits": bits, "block_size": block}
-        self.register_buffer("codes", (pair(codes) if bits == 4 else codes).to(torch.uint8))
-        scales, zeros = w.scales.expand(N, num_blocks), None  # codes of int8 are around 128, as without zero points
-        if w.format == "int4":
-            scales, zeros = (w.scales & -65536).view(torch.float32), pair(w.scales & 15).to(torch.uint8).flatten()
-        self.register_buffer("scales", scales.flatten().contiguous())
-        self.register_buffer("zeros", zeros)
+        (N, K), (codes, scales, zeros) = w.shape, read_codes(w)
+        is_int4 = zeros is not None  # codes of int8 are around 128, as here without zero points
+        block = w.group if is_int4 else next(size for size in (128, 64, 32) if K % size == 0 or size == 32)
+        num_blocks = math.ceil(K / block)
+        codes = F.pad(codes, (0, num_blocks * block - K)).view(N, num_blocks, block)
+        self.attributes = {"K": K, "N": N, "bits": 4 if is_int4 else 8, "block_size": block}
+        self.register_buffer("codes", (pair(codes) if is_int4 else codes).to(torch.uint8))
+        self.register_buffer("scales", scales.expand(N, num_blocks).flatten().contiguous())
+        self.register_buffer("zeros", pair(zeros).to(torch.uint8).flatten() if is_int4 else None)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,15 +200,15 @@ def pair(codes: Tensor) -> Tensor:
 def use_few_bits(model: nn.Module, format: str | None):
     """Replace linear layers in place by those in few bits: already quantised ones with the codes that they have.
 
-    int4 is for the decoder's; those of the encoder and the projector are in int8 then. Routers stay. Experts are
-    layers of their own from here on.
+    int4 is for the decoder's; those of the encoder and the projector are in int8 then. Routers and the head, which
+    DecoderPart has, stay. Experts are layers of their own from here on.
     """
     for mixture in [module for module in model.modules() if isinstance(module, MoE)]:
         mixture.run_experts = Experts(mixture)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             weight = module.weight()
-        elif format is not None and isinstance(module, nn.Linear) and not name.endswith("router"):
+        elif format is not None and isinstance(module, nn.Linear) and not name.endswith(("router", "lm_head")):
             weight = quantize_weight(module.weight, format if "decoder." in name else "int8")
         else:
             continue

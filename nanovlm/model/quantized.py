@@ -28,6 +28,7 @@ from nanovlm.kernels.quantized_weight import (
     dequantize_ref,
     make_tables,
     pack,
+    unpack,
 )
 from nanovlm.model.moe import MoE
 from nanovlm.model.packed import PackedWeight
@@ -265,6 +266,14 @@ def store_int4(codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tens
     padding = zero[:, -1:].expand(-1, -codes.shape[1] % 32)  # stands for 0
     scales = scale.float().contiguous().view(torch.int32) & -16 | zero.int()
     return pack(torch.cat((codes.int(), padding.int()), dim=1), NUM_BITS["int4"]), scales
+
+
+def read_codes(w: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int8 or int4 -> codes int32[N, K], scales fp32[N, G] and, of int4, zero points int32[N, G]."""
+    codes = unpack(w)[:, : w.shape[1]]
+    if w.format == "int8":
+        return codes, w.scales, None
+    return codes, (w.scales & -16).view(torch.float32), w.scales & 15
 
 
 def quantize_int8(w: Tensor, clips: list[float], gram: Tensor | None) -> tuple[Tensor, ...]:

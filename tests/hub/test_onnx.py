@@ -31,9 +31,11 @@ from nanovlm.errors import UserError
 from nanovlm.hub import export
 from nanovlm.hub.model_folder import save_model
 from nanovlm.hub.onnx import FORMATS, LARGEST_FILE, check_onnx
+from nanovlm.hub.onnx_parts import VisionPart
 from nanovlm.kernels.quantized_weight import dequantize_ref
 from nanovlm.model.quantized import quantize, quantize_weight
 from nanovlm.model.vision import normalize
+from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
 from tests.hub.test_export import write_own
 
@@ -49,6 +51,7 @@ def variant(**decoder) -> VLMConfig:
 
 
 DENSE = variant(
+    num_hidden_layers=1,
     qk_norm="head",
     qkv_bias=True,
     tie_word_embeddings=True,
@@ -74,7 +77,30 @@ MIXTURE = replace(
 )
 # Quantised already, to codes that a graph takes as they are.
 TEXT = replace(variant(num_hidden_layers=1, moe=EXPERTS), vision=None, image_token_id=None)
-CASES = {"dense": (DENSE, ("fp32", "q4")), "mixture": (MIXTURE, ("fp32",)), "text": (TEXT, ("q8",))}
+# What Gemma-2 and -3, Granite and gpt-oss have, all at once.
+WINDOWS = variant(
+    sliding_window=6,
+    full_attention_layers=(1,),
+    window_rope_theta=100.0,
+    attention="plain",
+    attention_softcap=0.5,
+    attention_sinks=True,
+    attention_scale=0.5,
+    hidden_act="gelu_tanh",
+    norm_offset=1.0,
+    sandwich_norms=True,
+    embedding_scale=8.0,
+    residual_scale=0.5,
+    logit_scale=0.25,
+    tie_word_embeddings=False,
+)
+WINDOWS = replace(WINDOWS, vision=None, image_token_id=None)
+CASES = {
+    "dense": (DENSE, ("q4",)),
+    "mixture": (MIXTURE, ("fp32",)),
+    "text": (TEXT, ("q8",)),
+    "windows": (WINDOWS, ("q8",)),
+}
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -83,7 +109,10 @@ def exported(request, tmp_path_factory):
     folder, (config, formats) = tmp_path_factory.mktemp("onnx"), CASES[request.param]
     model = write_own(folder / "model", config, TOKENIZER)
     if config is TEXT:
-        quantize(model, QuantizationConfig("int4", group_size=32))
+        quantize(model, QuantizationConfig("int4", group_size=32, experts=True))
+        for name, scales in model.named_buffers():
+            if name.endswith("scales"):  # finer ones than ours, as of other tools
+                scales |= torch.randint(4096, scales.shape, dtype=torch.int32) << 4
         save_model(folder / "model", model, Processor(TOKENIZER, CHAT_TEMPLATE, model.config))
     export.export_onnx(folder / "model", folder / "out", formats, 20_000 if config is TEXT else LARGEST_FILE)
     return *nanovlm.load(folder / "model"), folder / "out", formats
@@ -181,7 +210,8 @@ def round_weights(model, format):
             module.weight.data = dequantize_ref(quantize_weight(module.weight, kind))
         elif hasattr(module, "router"):
             for stack in (module.gate_proj, module.up_proj, module.down_proj):
-                stack.data = torch.stack([dequantize_ref(quantize_weight(one, format)) for one in stack])
+                if isinstance(stack, nn.Parameter):
+                    stack.data = torch.stack([dequantize_ref(quantize_weight(one, format)) for one in stack])
     decoder.embed_tokens.weight.data = dequantize_ref(
         quantize_weight(decoder.embed_tokens.weight, "int8", search=False)
     )
@@ -220,10 +250,23 @@ def test_weights_of_a_large_graph_are_beside_it(exported):
     assert b".py" not in graph and str(folder.parent).encode() not in graph
 
 
+def test_kernels_of_ours_are_in_no_graph():
+    plain = VLM(MIXTURE).eval()
+    second = replace(MIXTURE.vision.second, attention="triton")
+    ours = VLM(replace(MIXTURE, vision=replace(MIXTURE.vision, attention="triton", second=second))).eval()
+    ours.load_state_dict(plain.state_dict())
+    pixels, shown = torch.randn(1, 2, 3, 16, 16), torch.ones(1, 2, 16, 16, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.equal(VisionPart(ours)(pixels, shown), VisionPart(plain)(pixels, shown))
+
+
 REFUSED = {
     "decoder.prefix_attention": variant(prefix_attention="images"),
     "fusion.type": replace(TINY, fusion=FusionConfig("cross_attention")),
     "has_score_head": replace(TINY, has_score_head=True),
+    "decoder.moe.has_bias": variant(moe=replace(EXPERTS, has_bias=True, experts="loop")),
+    "quantization.format": replace(TINY, quantization=QuantizationConfig("fp8")),
+    "quantization.activations": replace(TINY, quantization=QuantizationConfig("int8", activations="int8")),
 }
 
 
