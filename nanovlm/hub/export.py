@@ -234,32 +234,30 @@ def make_files(model: VLM, processor: Processor, config_json: dict) -> dict[str,
     tokens = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
     never = sorted({config.pad_token_id, config.image_token_id} - {*find_stops(config), None})
     template = {} if processor.chat_template == CONTINUATION_TEMPLATE else {"chat_template": processor.chat_template}
+    of_text = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": tokenizer.id_to_token(i) for name, i in tokens.items() if i is not None},
+        "model_max_length": config.decoder.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        # Prompts of different lengths end at the same place, where all answers begin; and the default inputs include
+        # token types, which transformers before 5 refuses to generate with.
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        **template,
+    }
     files: dict[str, dict | str] = {
         "config.json": config_json,
         "generation_config.json": {f"{name}_token_id": i for name, i in tokens.items()}
         | ({"eos_token_id": find_stops(config)} if config.stop_token_ids else {})
         # Padding and image tokens are never part of an answer, as in sampling.py.
         | ({"suppress_tokens": never} if never else {}),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{name}_token": tokenizer.id_to_token(i) for name, i in tokens.items() if i is not None},
-            "model_max_length": config.decoder.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-            # Prompts of different lengths end at the same place, where all answers begin; and the default inputs
-            # include token types, which transformers before 5 refuses to generate with.
-            "padding_side": "left",
-            "model_input_names": ["input_ids", "attention_mask"],
-            **template,
-        },
+        "tokenizer_config.json": of_text,
     }
     if template:
         files["chat_template.jinja"] = processor.chat_template
     if config.vision is None:
         return files
-    files["tokenizer_config.json"] |= {
-        "processor_class": "Idefics3Processor",
-        "additional_special_tokens": list(IDEFICS3_TOKENS),
-    }
+    of_text |= {"processor_class": "Idefics3Processor", "additional_special_tokens": list(IDEFICS3_TOKENS)}
     files["processor_config.json"] = {
         "processor_class": "Idefics3Processor",
         "image_seq_len": config.num_image_tokens,

@@ -163,6 +163,7 @@ def find_family(decoder: DecoderConfig) -> str:
     if d.moe is not None:
         expected = {"scores": "softmax", "num_shared_experts": 0, "routed_scaling_factor": 1.0, "capacity_factor": 0.0}
         expected |= {"norm_topk_prob": True} if family == "mixtral" else {"jitter": 0.0}
+        expected["has_bias"] = False
         for field, value in expected.items():
             if getattr(d.moe, field) != value:
                 raise UserError(

@@ -133,7 +133,8 @@ def check_decoder(decoder: DecoderConfig):
         wrong.append("rope_scaling.type")
     if scaling.type == "yarn":
         default = RopeScalingConfig()
-        fields = ("beta_fast", "beta_slow", "attention_factor")  # which it reads from a command line only
+        # The first three it reads from a command line only.
+        fields = ("beta_fast", "beta_slow", "attention_factor", "truncate")
         wrong += [f"rope_scaling.{name}" for name in fields if getattr(scaling, name) != getattr(default, name)]
     if wrong:
         field, value = wrong[0], decoder

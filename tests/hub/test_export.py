@@ -16,15 +16,16 @@ pytest.importorskip("tyro")  # of benchmarks/export.py; a machine that is lent f
 import nanovlm
 from benchmarks.export import ask_transformers
 from nanovlm import cli
-from nanovlm.config import FusionConfig, MoEConfig, TilingConfig, VLMConfig
+from nanovlm.config import DecoderConfig, FusionConfig, MoEConfig, ProjectorConfig, TilingConfig, VLMConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.images import marker_tokens
+from nanovlm.data.images import TILING, marker_tokens
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, CONTINUATION_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from nanovlm.errors import UserError
 from nanovlm.eval.run import answer
 from nanovlm.eval.tasks import open_task
-from nanovlm.hub import check, export
+from nanovlm.hub import check, export, families
 from nanovlm.hub.model_folder import save_model
 from nanovlm.hub.read import find_model
 from nanovlm.model.vision import normalize
@@ -381,6 +382,53 @@ def test_what_no_layout_holds_is_refused(tmp_path, sentence):
     with pytest.raises(ValueError, match=sentence):
         export.export(tmp_path / "model", tmp_path / "hub")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+# Another value of every field of decoders that no layout is written with.
+OTHERWISE = {
+    "rope_sections": (2, 3, 3),
+    "hidden_act": "gelu_tanh",
+    "sliding_window": 8,
+    "attention_scale": 0.5,
+    "attention_softcap": 30.0,
+    "attention_sinks": True,
+    "norm_offset": 1.0,
+    "sandwich_norms": True,
+    "embedding_scale": 8.0,
+    "residual_scale": 0.5,
+    "logit_scale": 0.5,
+}
+
+
+@pytest.mark.parametrize("field", families.NOT_WRITTEN)
+def test_a_decoder_of_other_families_is_refused(field):
+    text = dataclasses.replace(other(**{field: OTHERWISE[field]}), vision=None, image_token_id=None)
+    with pytest.raises(UserError, match=rf"^decoder\.{field} = .* cannot be exported"):
+        export.check_exportable(Processor(TOKENIZER, CHAT_TEMPLATE, text))
+
+
+def test_every_field_of_a_decoder_is_written_or_refused():
+    """A field that is in none of these sets is new, and would be lost in silence."""
+    refused_otherwise = {"moe", "qkv_bias", "o_bias", "qk_norm", "layers_without_rope", "prefix_attention"}
+    of_others = {"full_attention_layers", "window_rope_theta", "rope_interleaved"}  # for a window, and for sections
+    changes_nothing = {"attention", "cross_entropy"}
+    written = {*families.DECODER_FIELDS, "rope_theta", "rope_scaling"}
+    known = [*families.NOT_WRITTEN, *refused_otherwise, *of_others, *changes_nothing, *written]
+    assert sorted(known) == sorted(field.name for field in dataclasses.fields(DecoderConfig))
+    with pytest.raises(UserError, match=r"decoder\.moe\.has_bias = True cannot be exported: mixtral has False"):
+        families.find_family(other(moe=MoEConfig(has_bias=True, experts="loop")).decoder)
+
+
+@pytest.mark.parametrize("policy", sorted(TILING.keys() - {"idefics3"}))
+def test_other_tilings_are_refused(policy):
+    projector = ProjectorConfig("mlp", has_newline=True) if policy == "anyres" else OWN.projector
+    config = dataclasses.replace(OWN, tiling=TilingConfig(policy, longest_edge=64), projector=projector).validate()
+    processor = Processor(train_tokenizer(["a b"], 400, marker_tokens(config)), CHAT_TEMPLATE, config)
+    wrong = "projector.type = 'mlp'" if policy == "anyres" else f"tiling.policy = '{policy}'"
+    with pytest.raises(UserError, match=f"^{wrong} cannot be exported"):
+        export.check_exportable(processor)
+    with pytest.raises(UserError, match=f"^tiling.policy = '{policy}' cannot be exported"):
+        export.check_tiling(processor)
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path):

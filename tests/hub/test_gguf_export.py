@@ -202,6 +202,7 @@ REFUSED = [
     (decoder(layers_without_rope=(1,)), "decoder.layers_without_rope = (1,)"),
     (decoder(qk_norm="head", rope_scaling=scaled(type="llama3")), "decoder.rope_scaling.type = llama3"),
     (decoder(rope_scaling=scaled(type="yarn", beta_fast=8.0)), "decoder.rope_scaling.beta_fast = 8.0"),
+    (decoder(rope_scaling=scaled(type="yarn", truncate=False)), "decoder.rope_scaling.truncate = False"),
     (dataclasses.replace(SEES, projector=ProjectorConfig(scale_factor=1)), "projector.scale_factor = 1 aborts"),
     (dataclasses.replace(SEES, stop_token_ids=(3, 4, 5)), "stop_token_ids = (3, 4, 5) are more than the 2"),
 ]
