@@ -26,16 +26,26 @@ from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.hub.export import export_onnx
 from nanovlm.hub.model_folder import save_model
+from nanovlm.hub.onnx import FORMATS
 from nanovlm.model.vision import normalize
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, noise
+from tests.hub.test_onnx import round_weights
 
 CHROMIUM, PAGE = shutil.which("chromium"), Path(__file__).parent.parent / "examples" / "browser"
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-    pytest.mark.skipif(not (PAGE / "vendor").is_dir(), reason="needs transformers.js: make browser-test"),
+    pytest.mark.skipif(
+        not (PAGE / "vendor" / "transformers.min.js").is_file(), reason="needs transformers.js: make browser-test"
+    ),
 ]
-CONFIG = dataclasses.replace(TINY, tiling=TilingConfig("idefics3", longest_edge=40))
+CONFIG = dataclasses.replace(
+    TINY,
+    tiling=TilingConfig("idefics3", longest_edge=40),
+    vision=dataclasses.replace(TINY.vision, num_hidden_layers=1),
+    decoder=dataclasses.replace(TINY.decoder, num_hidden_layers=1),
+)
+PATIENCE = 300_000  # milliseconds, on a machine that does much else
 SIZES = [(16, 16), (40, 40), (100, 64), (33, 130), (300, 7), (1, 1), (64, 41)]
 # Cut a picture as the page does: what tiles it has, its text, and how far pixels are from those of Python.
 CUT = """async ([url, tiles]) => {
@@ -79,41 +89,44 @@ def folder(tmp_path_factory):
     save_model(folder / "ours", VLM(CONFIG), Processor(tokenizer, CHAT_TEMPLATE, CONFIG))
     shutil.copytree(PAGE, folder / "page", ignore=shutil.ignore_patterns("vendor", "model"))
     (folder / "page" / "vendor").symlink_to(PAGE / "vendor")
-    export_onnx(folder / "ours", folder / "page" / "model", ("fp32",))
+    export_onnx(folder / "ours", folder / "page" / "model")
     return folder
 
 
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         yield browser
         browser.close()
 
 
 @contextlib.contextmanager
-def visit(browser, folder, complains=False):
+def visit(browser, folder, query="", complains=False):
     """Open the page of a folder. Nothing is asked of others and, unless it `complains`, nothing is wrong."""
     complaints, requests = [], []
     with serving(folder) as url, contextlib.closing(browser.new_context()) as context:
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(url)
+        page.goto(url + query)
         yield page
         assert all(request.startswith((url, "data:", "blob:")) for request in requests)
         assert complains or not complaints
 
 
 def says(page, text):
-    playwright.expect(page.locator("#status")).to_contain_text(text, timeout=60_000)
+    playwright.expect(page.locator("#status")).to_contain_text(text, timeout=PATIENCE)
 
 
-def test_it_answers_what_the_model_answers(browser, folder):
+@pytest.mark.parametrize("dtype", sorted(FORMATS))
+def test_it_answers_what_the_model_answers(browser, folder, dtype):
     model, processor = nanovlm.load(folder / "ours")
-    with visit(browser, folder / "page") as page:
+    if dtype != "fp32":
+        round_weights(model, FORMATS[dtype][0])
+    with visit(browser, folder / "page", f"?dtype={dtype}") as page:
         says(page, "Choose a picture")
         for seed, question in enumerate(("what color is the circle?", "how many objects are there?")):
             image = noise(seed, 64).resize((64, 20 + 40 * seed))
@@ -123,7 +136,7 @@ def test_it_answers_what_the_model_answers(browser, folder):
             says(page, f"{seed}.png: 64 x {20 + 40 * seed} pixels.")
             page.locator("#question").fill(question)
             page.keyboard.press("Enter")
-            playwright.expect(page.locator("#ask")).to_be_enabled(timeout=60_000)
+            playwright.expect(page.locator("#ask")).to_be_enabled(timeout=PATIENCE)
             batch = processor([{"role": "user", "content": question}], [image])
             answer = processor.decode(nanovlm.generate(model, batch, max_new_tokens=128)[0])
             assert page.locator("dt").first.inner_text() == question
