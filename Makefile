@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo browser test quick kernels-3.6 serve-test browser-test harness other-transformers lint clean
+.PHONY: demo browser test quick kernels-3.6 serve-test browser-test harness engines other-transformers lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -69,6 +69,25 @@ HARNESS := lmms-eval==0.7.3 ms-vlmeval==0.0.20 aiohappyeyeballs==2.7.1 aiohttp==
 harness: .venv/installed-test  ## lmms-eval asks our models, and scores as we do; so does VLMEvalKit
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/harness $(HARNESS)
 	PYTHONPATH=.venv/harness OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m harness tests/eval
+
+# Each in a folder of its own. vLLM wants an environment of its own: make engines VLLM=/path/to/its/bin/python
+E := .venv/engines
+SERVE := deprecated==1.3.1 fastapi==0.165.0 googleapis-common-protos==1.76.0 importlib-metadata==10.2.0 \
+  opentelemetry-api==1.45.2 opentelemetry-exporter-otlp==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2 \
+  opentelemetry-exporter-otlp-proto-grpc==1.45.2 opentelemetry-exporter-otlp-proto-http==1.45.2 \
+  opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
+  pydantic-settings==2.16.3 python-dotenv==1.2.4 python-multipart==0.0.34 wrapt==2.5.2 zipp==4.1.2
+PLACES := transformers=$E/serve llama.cpp=$E/llama.cpp mlx-vlm=$E/mlx-vlm OpenVINO=$E/openvino
+ASK := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
+
+engines: .venv/installed-test  ## transformers serve, llama.cpp, mlx-vlm, OpenVINO and vLLM answer as our model does
+	$(BIN)/pip install -q --no-deps --upgrade --target $E/serve $(SERVE)
+	$(BIN)/pip install -q --no-deps --upgrade --target $E/llama.cpp xllamacpp==2026.10.11549
+	$(BIN)/pip install -q --no-deps --upgrade --target $E/mlx-vlm mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
+	$(BIN)/pip install -q --no-deps --upgrade --target $E/openvino openvino==2026.4.1 openvino-telemetry==2025.2.0
+	ENGINES="$(PLACES) $(if $(VLLM),vLLM=$(VLLM))" $(ASK) $(BIN)/python -m pytest -m engines tests/test_engines_benchmark.py
+	PYTHONPATH=$E/llama.cpp $(ASK) $(BIN)/python -m pytest tests/hub/test_llama_cpp.py
+	PYTHONPATH=$E/mlx-vlm $(ASK) $(BIN)/python -m pytest tests/hub/test_mlx_vlm.py
 
 # Each in a folder of its own; what a version needs and what it does not accept of ours comes with it.
 other-transformers: .venv/installed-test  ## what is exported gives the same answers in older versions of transformers

@@ -209,7 +209,11 @@ class Processor:
 
     def num_image_tokens(self, width: int, height: int) -> int:
         """Count the tokens of a single image of this size, markers included; its pixels are not needed."""
-        return len(self._tokens((self._show(width, height),))[0])
+        return len(self.image_tokens(width, height))
+
+    def image_tokens(self, width: int, height: int) -> list[int]:
+        """Return the tokens of a single image of this size, markers included."""
+        return self._tokens((self._show(width, height),))[0]
 
     def batch(self, prompts: list[Document]) -> Batch:
         """Stack prompts of different lengths, one a row, padded on the right."""

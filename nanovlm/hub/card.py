@@ -30,7 +30,7 @@ def model_card(name: str, model: VLM, run: Path | None, layout: str = "hub", fil
         "",
         *use(name, config.vision is not None, files),
     ]
-    if layout != "nanovlm":
+    if layout in ("hub", "gguf"):
         dtype = model.decoder.embed_tokens.weight.dtype
         lines += ["", "## Programs", "", *describe_engines(config, dtype, layout)]
     if run is not None:
@@ -53,6 +53,15 @@ def _use_transformers(name, sees, _files):
 def _use_llama_cpp(_name, _sees, files):
     options = [f"{'--mmproj' if name.startswith('mmproj') else '-m'} {name}" for name in sorted(files, reverse=True)]
     return ["```", f"llama-server {' '.join(sorted(options))}", "```"]
+
+
+def _use_vllm(name, _sees, _files):
+    return [
+        "```",
+        "pip install --no-deps -e .  # in the repository of the code, with vLLM's pip",
+        f"vllm serve {name}",
+        "```",
+    ]
 
 
 def _use_nanovlm(name, _sees, _files):
@@ -99,13 +108,15 @@ def describe(model: VLM) -> str:
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     try:
         family = find_family(config.decoder)
+        decoder = f"{family} decoder"
     except UserError:  # it has features that no published layout has
-        family = "decoder of its own" if config.vision is None else "own"
+        family = decoder = "decoder of its own"
     if config.vision is None:
         return f"a {family} of {size / 1e6:.2f} M parameters in {dtype}"
+    is_idefics3 = config.tiling.policy == "idefics3" and config.projector.type == "linear"
     return (
-        f"an Idefics3 with a {family} decoder, {size / 1e6:.2f} M parameters in {dtype}, tiles of "
-        f"{config.vision.image_size} pixels and {config.num_image_tokens} tokens"
+        f"{'an Idefics3' if is_idefics3 else 'a vision-language model'} with a {decoder}, {size / 1e6:.2f} M "
+        f"parameters in {dtype}, tiles of {config.vision.image_size} pixels and {config.num_image_tokens} tokens"
     )
 
 
@@ -114,4 +125,5 @@ USES = {
     "hub": ("transformers", _use_transformers),
     "gguf": ("gguf", _use_llama_cpp),
     "nanovlm": ("nanovlm", _use_nanovlm),
+    "vllm": ("vllm", _use_vllm),
 }

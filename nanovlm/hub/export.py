@@ -13,13 +13,14 @@ it, if it is installed.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nanovlm import cli
 from nanovlm.config import RopeScalingConfig, VLMConfig
@@ -35,6 +36,7 @@ from nanovlm.hub.gguf_export import check_gguf, write_gguf
 from nanovlm.hub.onnx import LARGEST_FILE, check_onnx, graph_card, make_onnx_config, write_graphs
 from nanovlm.hub.push import check_name, push
 from nanovlm.hub.read import load
+from nanovlm.hub.vllm_export import MODEL_TYPE, check_vllm, make_vllm_config
 from nanovlm.infer.sampling import find_stops
 from nanovlm.model.adapters import merge
 from nanovlm.model.vlm import VLM
@@ -52,8 +54,8 @@ class ExportConfig:
     # Folder to write; new or empty.
     out: Path
     # hub: for transformers and what reads its files; gguf: for llama.cpp; onnx: for onnxruntime and transformers.js, in
-    # browsers too.
-    format: Literal["hub", "gguf", "onnx"] = "hub"
+    # browsers too; vllm: for vLLM with our plug-in, of models that no published layout has.
+    format: Literal["hub", "gguf", "onnx", "vllm"] = "hub"
     # Read the result again: compare all tensors, and with transformers if installed; list traps of other programs.
     check: bool = False
     # Precision of the weights: float32, bfloat16, float16, or auto, which keeps that of the source; of GGUF files also
@@ -113,19 +115,26 @@ def write(
     """
     if shard_bytes < 1:
         raise UserError(f"shard_size = {shard_bytes / 1e9:g} must be above 0")
-    if format == "hub" and dtype not in ("auto", *DTYPES):
+    if format != "gguf" and dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}; others need format = gguf")
     out = Path(out).resolve()
-    model, processor, folder = read_source(Path(source), out, DTYPES.get(dtype) if format == "hub" else None)
-    check_exportable(processor)
+    model, processor, folder = read_source(Path(source), out, None if format == "gguf" else DTYPES.get(dtype))
+    if format == "vllm":
+        check_vllm(processor.config)
+    else:
+        check_exportable(processor)
     if format == "gguf":
         check_gguf(processor, dtype)
-    if unknown := weights.unknown_tensors(model, find_layout(model)):
+    if format != "vllm" and (unknown := weights.unknown_tensors(model, find_layout(model))):
         raise UserError(f"the layout has no name for {', '.join(merge_numbers(unknown))}, which would be lost")
     run = folder.resolve().parent if (folder.resolve().parent / "metrics.jsonl").is_file() else None
     with new_folder(out) as temporary:
         if format == "gguf":
             write_gguf(temporary, out.name, model, processor, dtype)
+        elif format == "vllm":
+            files = make_files(model, processor, make_vllm_config(model.config, name_dtype(model)))
+            write_files(temporary, files, processor)
+            write_tensors(temporary, {name: (tensor,) for name, tensor in model.state_dict().items()}, shard_bytes)
         else:
             write_files(temporary, make_files(model, processor, make_config(model)), processor)
             write_weights(temporary, model, shard_bytes)
@@ -255,7 +264,7 @@ def make_files(model: VLM, processor: Processor, config_json: dict) -> dict[str,
     }
     if template:
         files["chat_template.jinja"] = processor.chat_template
-    if config.vision is None:
+    if config.vision is None or config_json["model_type"] == MODEL_TYPE:  # whose pictures are cut by our own code
         return files
     of_text |= {"processor_class": "Idefics3Processor", "additional_special_tokens": list(IDEFICS3_TOKENS)}
     files["processor_config.json"] = {
@@ -282,9 +291,13 @@ def make_files(model: VLM, processor: Processor, config_json: dict) -> dict[str,
     return files
 
 
+def name_dtype(model: VLM) -> str:
+    return str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+
+
 def make_config(model: VLM) -> dict:
     """Return the config.json of a model."""
-    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = name_dtype(model)
     return (make_text_config if model.config.vision is None else make_idefics3_config)(model.config, dtype)
 
 
@@ -352,8 +365,15 @@ def make_text_config(config: VLMConfig, dtype: str) -> dict:
 
 
 def write_weights(folder: Path, model: VLM, shard_bytes: int):
-    """Write model.safetensors, or several files of at most `shard_bytes` (but at least one tensor) and their index."""
-    tensors = weights.destinations(model.state_dict(), find_layout(model))
+    """Write the weights under the names of the layout."""
+    write_tensors(folder, weights.destinations(model.state_dict(), find_layout(model)), shard_bytes)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Sequence[Tensor]], shard_bytes: int):
+    """Write model.safetensors, or several files of at most `shard_bytes` (but at least one tensor) and their index.
+
+    The parts of each tensor are put together.
+    """
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in tensors.items()}
     shards, free = [], 0
     for name, size in sizes.items():
