@@ -351,6 +351,7 @@ def main(config: EnginesConfig):
     torch.set_num_threads(1)
     where = dict(entry.partition("=")[::2] for entry in config.where)
     rows, written = {}, {}
+    where_it_ran = describe_environment(torch.device("cpu"), 1, "fp32")  # before the results are changed
     with tempfile.TemporaryDirectory() as folder:
         for name, engine in ENGINES.items():
             if config.engines and name not in config.engines:
@@ -370,7 +371,7 @@ def main(config: EnginesConfig):
                     continue
                 result = {"failed": str(error)}
             rows[name] = {"engine": name, "package": f"{engine.package} {version}", **result}
-            rows[name]["environment"] = describe_environment(torch.device("cpu"), 1, "fp32")
+            rows[name]["environment"] = where_it_ran
             print(json.dumps(rows[name]), flush=True)
             keep(rows)
 
