@@ -89,18 +89,23 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch, extras: Extras | None = None) -> Tensor:
         """Return normed hidden states [B, T, D]; `extras` receives the routing of every mixture of experts."""
-        d = self.config.decoder
-        spans = None if d.prefix_attention == "causal" else batch.span_ids  # a teacher's student may have some
-        masks = {}
-        for size in set(d.windows):
-            window = Window(size, batch.position_ids) if size else None
-            masks[size] = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans, window)
+        masks = self.make_masks(batch)
         x_BTD, between = self.fuse(batch)
         is_token = batch.doc_ids >= 0
         hidden, routing = self.decoder(x_BTD, self.place(batch), masks, None, is_token, between=between)
         if extras is not None:
             extras.routing = routing
         return hidden
+
+    def make_masks(self, batch: Batch) -> dict:
+        """Return the mask of each of the decoder's windows, by its size."""
+        d = self.config.decoder
+        spans = None if d.prefix_attention == "causal" else batch.span_ids  # a teacher's student may have some
+        masks = {}
+        for size in set(d.windows):
+            window = Window(size, batch.position_ids) if size else None
+            masks[size] = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans, window)
+        return masks
 
     def place(self, batch: Batch) -> Tensor:
         """Return the positions of tokens, int64[B, T], or with M-RoPE int64[3, B, T]."""

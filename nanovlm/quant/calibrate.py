@@ -23,7 +23,6 @@ from nanovlm.config import QuantizationConfig
 from nanovlm.data.types import Batch
 from nanovlm.errors import UserError
 from nanovlm.kernels.quantized_weight import QuantizedWeight
-from nanovlm.model.attention import make_mask
 from nanovlm.model.decoder import DecoderBlock, rope_table
 from nanovlm.model.fusion import Between
 from nanovlm.model.quantized import (
@@ -47,7 +46,8 @@ class Inputs(NamedTuple):
     dtype: torch.dtype
     between: Between | None
     rope: tuple[Tensor, Tensor]
-    mask: object
+    # Of each block.
+    masks: Sequence[object]
     is_token: Tensor
 
 
@@ -93,10 +93,10 @@ def read(model: VLM, batch: Batch) -> Inputs:
     """Compute what the first block reads of a batch."""
     d = model.config.decoder
     batch = batch.to(model.decoder.embed_tokens.weight.device)
-    spans = None if d.prefix_attention == "causal" else batch.span_ids
-    mask = make_mask(batch.doc_ids, batch.branch_ids, d.attention, spans)
+    masks, rope = model.make_masks(batch), rope_table(model.place(batch), d)
     x_BTD, between = model.fuse(batch)
-    return Inputs(x_BTD.float(), x_BTD.dtype, between, rope_table(batch.position_ids, d), mask, batch.doc_ids >= 0)
+    by_block = [masks[size] for size in d.windows]
+    return Inputs(x_BTD.float(), x_BTD.dtype, between, rope, by_block, batch.doc_ids >= 0)
 
 
 def before(inputs: Inputs, index: int) -> Tensor:
@@ -105,7 +105,7 @@ def before(inputs: Inputs, index: int) -> Tensor:
 
 
 def run(block: DecoderBlock, inputs: Inputs) -> Tensor:
-    return block(inputs.x, inputs.rope, inputs.mask, None, inputs.is_token)[0]
+    return block(inputs.x, inputs.rope, inputs.masks[block.self_attn.index], None, inputs.is_token)[0]
 
 
 def observe(block: DecoderBlock, stages: Sequence[Stage], kept: Sequence[Inputs]) -> list[Seen]:

@@ -83,9 +83,12 @@ def fold(stage: Stage, scales: Tensor):
         reader.weight.mul_(scales)  # pyright: ignore[reportCallIssue]
     rows = scales if stage.heads is None else scales.unflatten(0, (-1, *stage.heads))[:, 0].flatten()
     before = stage.before
-    assert isinstance(before, nn.Linear | RMSNorm)
-    before.weight.div_(rows[:, None] if before.weight.ndim == 2 else rows)
-    if isinstance(before, nn.Linear) and before.bias is not None:
+    if isinstance(before, RMSNorm):  # whose factor is offset + weight
+        before.weight.add_(before.offset).div_(rows).sub_(before.offset)
+        return
+    assert isinstance(before, nn.Linear)
+    before.weight.div_(rows[:, None])
+    if before.bias is not None:
         before.bias.div_(rows)
 
 

@@ -27,11 +27,16 @@ from tests.conftest import TINY, make_batch, make_document
 
 INT4 = QuantizationConfig("int4", 32)
 MOE = MoEConfig(num_experts=3, num_experts_per_tok=2, intermediate_size=32, num_shared_experts=1)
+GEMMA = dict(
+    **{"norm_offset": 1.0, "sandwich_norms": True, "qk_norm": "head", "hidden_act": "gelu_tanh"},
+    **{"sliding_window": 7, "full_attention_layers": (1,), "window_rope_theta": 100.0},
+)
 CONFIGS = {
     "dense": TINY,
     "biases": dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, qkv_bias=True, qk_norm="head")),
     "mixture": dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=MOE)),
     "fusion": dataclasses.replace(TINY, fusion=FusionConfig("cross_attention")),
+    "gemma": dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, **GEMMA)),
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +96,19 @@ def test_gptq_leaves_less_error_in_every_layer(processor, name):
     again = calibrate.calibrate(copy.deepcopy(model), INT4, "gptq", data)
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, by_gptq.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_blocks_read_what_they_read_in_the_model(processor, name):
+    """Windows, positions and fusion included: the last block gives what the norm before the head reads."""
+    model, (batch,) = random_model(CONFIGS[name]), batches(processor, 1, CONFIGS[name])
+    inputs = calibrate.read(model, batch)
+    for index, block in enumerate(model.decoder.layers):
+        inputs = inputs._replace(x=calibrate.before(inputs, index))
+        inputs = inputs._replace(x=calibrate.run(block, inputs))
+    expected = model(batch)
+    assert (model.decoder.norm(inputs.x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
