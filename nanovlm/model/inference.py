@@ -24,9 +24,10 @@ from nanovlm.model.adapters import adapted_layers
 from nanovlm.model.compiled import compile_steps
 from nanovlm.model.decoder import Attention, Decoder, RMSNorm
 from nanovlm.model.joined import Joined
-from nanovlm.model.moe import MLP
+from nanovlm.model.moe import MLP, MoE
 from nanovlm.model.packed import PACK, PackedWeight
 from nanovlm.model.quantized import QuantizedLinear, quantize_weight
+from nanovlm.model.quantized_experts import pack_experts
 from nanovlm.model.vlm import VLM
 
 
@@ -64,6 +65,8 @@ def prepare_for_cpu(model: VLM, int8_head: bool | None):
         elif isinstance(module, MLP):
             module.joined = join(module.joined, module.gate_proj, module.up_proj)
             join(None, module.down_proj)
+        elif isinstance(module, MoE):
+            pack_experts(module)
         elif isinstance(module, RMSNorm):
             module.is_fused = True
     if int8_head is None:

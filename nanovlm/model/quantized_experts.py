@@ -7,11 +7,14 @@ gate_proj, up_proj, down_proj     parameters [E, N, K] -> stacks of codes and sc
 
 By torch's own operators one expert after the other is dequantised, those with tokens alone, so that one expert's
 matrices are written out at a time. The backward pass keeps x and the routing, and dequantises again; a stack is frozen.
+Without gradients experts of a model that is prepared for inference on a CPU are multiplied as codes (packed.py).
 Legend: R tokens, k experts a token, E experts, D hidden, W width of an expert; N outputs and K inputs of a matrix.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +23,21 @@ from torch.autograd.function import once_differentiable
 
 from nanovlm.errors import UserError
 from nanovlm.kernels.quantized_weight import QuantizedWeight, dequantize_ref, make_tables
-from nanovlm.model.moe import EXPERTS, MoE, product_dtype
+from nanovlm.model.moe import EXPERTS, MoE, product_dtype, swiglu
+from nanovlm.model.packed import PACK, PackedWeight
 
 STACKS = ("gate_proj", "up_proj", "down_proj")
 TENSORS = QuantizedWeight._fields[3:7]  # codes, scales, nested_scales, nested_offset
 
 
 class QuantizedStack(nn.Module):
-    """The matrices of all experts [E, N, K] in codes; frozen."""
+    """The matrices of all experts [E, N, K] in codes; frozen.
 
-    codes: Tensor
+    While it is `packed`, with a product for each expert, `codes` is None where they can be unpacked again; a state dict
+    has them as ever. Loading one and moving or casting the stack first unpack it.
+    """
+
+    codes: Tensor | None
     scales: Tensor
     ndim = 3
 
@@ -40,19 +48,28 @@ class QuantizedStack(nn.Module):
         for name in TENSORS:
             tensors = [getattr(expert, name) for expert in experts]
             self.register_buffer(name, None if tensors[0] is None else torch.stack(tensors))
+        # Of an expert's matrices that are multiplied together, and which of them this stack has.
+        self.packed: list[PackedWeight] | None = None
+        self.index = 0
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, e: int) -> QuantizedWeight:
         """Return the matrix of an expert, which shares the memory."""
-        parts = {name: None if (x := getattr(self, name)) is None else x[e] for name in TENSORS}
+        parts: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x[e] for name in TENSORS}
+        if self.codes is None:
+            assert self.packed is not None
+            parts["codes"] = self.packed[e].unpack(self.index)
         return QuantizedWeight(self.format, self.shape[1:], self.group, **parts, tables=self.tables)
 
     def whole(self) -> QuantizedWeight:
         """Return all matrices in one, whose tensors have a first dimension of E more."""
-        tensors = {name: getattr(self, name) for name in TENSORS}
+        tensors = {name: getattr(self, name) for name in TENSORS} | {"codes": self.all_codes()}
         return QuantizedWeight(self.format, self.shape[1:], self.group, **tensors, tables=self.tables)
+
+    def all_codes(self) -> Tensor:
+        return torch.stack([self[e].codes for e in range(len(self))]) if self.codes is None else self.codes
 
     def numel(self) -> int:
         E, N, K = self.shape
@@ -62,12 +79,31 @@ class QuantizedStack(nn.Module):
         """Return all matrices, fp32[E, N, K]."""
         return torch.stack([dequantize_ref(self[e]) for e in range(len(self))])
 
+    def pack(self, packed: list[PackedWeight], index: int):
+        """Multiply with the packed weights from now on, of each of which this stack's matrix is part `index`."""
+        self.packed, self.index = packed, index
+        if self.format != "nf4":
+            self.codes = None
+
+    def unpack(self):
+        """Undo `pack`."""
+        self.codes, self.packed = self.all_codes(), None
+
     def _apply(self, fn, recurse=True):
         """Keep the dtype of scales when a model is cast: viewed as integers, they are only moved. Make new tables."""
+        self.unpack()
         as_bits = {4: torch.int32, 1: torch.uint8}
         super()._apply(lambda x: fn(x.view(as_bits[x.itemsize])).view(x.dtype), recurse)
-        self.tables = make_tables(self.codes.device) if self.format == "nf4" else None
+        self.tables = make_tables(self.scales.device) if self.format == "nf4" else None
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = self.all_codes()
+
+    def _load_from_state_dict(self, *args):
+        self.unpack()
+        super()._load_from_state_dict(*args)
 
 
 def replace_experts(mixture: MoE, quantize: Callable[[Tensor], QuantizedWeight]):
@@ -79,12 +115,48 @@ def replace_experts(mixture: MoE, quantize: Callable[[Tensor], QuantizedWeight])
         delattr(mixture, name)
         setattr(mixture, name, QuantizedStack(experts))
     backend = mixture.config.experts
-    mixture.run_experts = partial(run_either, EXPERTS[backend], QUANTIZED_EXPERTS[backend])
+    if mixture.config.has_bias:
+        mixture.run_experts = partial(run_biased, mixture)
+    else:
+        mixture.run_experts = partial(run_either, EXPERTS[backend], QUANTIZED_EXPERTS[backend])
 
 
 def run_either(plain: Callable, quantized: Callable, x: Tensor, choice: Tensor, weights: Tensor, *experts) -> Tensor:
     """Run a backend of moe.py, or on stacks of codes one of this file: adapters make plain stacks of them."""
     return (plain if isinstance(experts[0], Tensor) else quantized)(x, choice, weights, *experts)
+
+
+def run_biased(mixture: MoE, x: Tensor, choice: Tensor, weights: Tensor, *experts) -> Tensor:
+    """Run a mixture's own loop over experts with biases, each written out when its turn comes."""
+    written = (w if isinstance(w, Tensor) else Written(w, x.dtype) for w in experts)
+    return mixture.run_biased(x, choice, weights, *written)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Stands for a stack whose matrices are dequantised as they are asked for."""
+
+    stack: QuantizedStack
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def __getitem__(self, e: int) -> Tensor:
+        return dequantize_ref(self.stack[e]).to(self.dtype)
+
+
+def pack_experts(mixture: MoE):
+    """Make products with a mixture's quantised experts fast on a CPU, where its backend and format have any."""
+    gate, up, down = (getattr(mixture, name) for name in STACKS)
+    if not isinstance(gate, QuantizedStack) or gate.packed is not None or gate.format not in PACK:
+        return
+    if mixture.config.has_bias or QUANTIZED_EXPERTS[mixture.config.experts] is not quantized_loop:
+        return
+    together = [PackedWeight([gate[e], up[e]]) for e in range(len(gate))]
+    alone = [PackedWeight([down[e]]) for e in range(len(down))]
+    for stack, packed, index in ((gate, together, 0), (up, together, 1), (down, alone, 0)):
+        stack.pack(packed, index)
 
 
 # --- backends: as those of moe.py, with a QuantizedStack for each of the experts' matrices -------------------------
@@ -94,7 +166,20 @@ def quantized_loop(
     x: Tensor, choice: Tensor, weights: Tensor, gate: QuantizedStack, up: QuantizedStack, down: QuantizedStack
 ) -> Tensor:
     """One expert after the other."""
+    if gate.packed is not None and down.packed is not None and not torch.is_grad_enabled():
+        return multiply_packed(x, choice, weights, gate.packed, down.packed)
     return Loop.apply(x.to(product_dtype(x)), choice, weights, gate, up, down).to(x.dtype)  # pyright: ignore
+
+
+def multiply_packed(
+    x: Tensor, choice: Tensor, weights: Tensor, together: list[PackedWeight], down: list[PackedWeight]
+) -> Tensor:
+    """The same with products of codes; `together` are gate and up of each expert."""
+    y = torch.zeros_like(x)
+    for e, r, j in list_experts(choice):
+        gate, up = together[e](x[r]).split(together[e].sizes, dim=-1)
+        y.index_add_(0, r, (weights[r, j, None] * down[e](swiglu(gate, up))).to(y.dtype))
+    return y
 
 
 class Loop(torch.autograd.Function):
@@ -105,7 +190,7 @@ class Loop(torch.autograd.Function):
         ctx.save_for_backward(x, choice, weights)
         ctx.stacks = gate, up, down
         y = torch.zeros_like(x)
-        for e, r, j in list_experts(choice, len(gate)):
+        for e, r, j in list_experts(choice):
             y.index_add_(0, r, run_expert(x[r], weights[r, j], *(stack[e] for stack in ctx.stacks)))
         return y
 
@@ -114,7 +199,7 @@ class Loop(torch.autograd.Function):
     def backward(ctx, grad):
         x, choice, weights = ctx.saved_tensors
         dx, dweights = torch.zeros_like(x), torch.zeros_like(weights)
-        for e, r, j in list_experts(choice, len(ctx.stacks[0])):
+        for e, r, j in list_experts(choice):
             with torch.enable_grad():
                 own = [part.detach().requires_grad_() for part in (x[r], weights[r, j])]
                 y = run_expert(*own, *(stack[e] for stack in ctx.stacks))
@@ -123,12 +208,11 @@ class Loop(torch.autograd.Function):
         return dx, None, dweights, None, None, None
 
 
-def list_experts(choice: Tensor, num_experts: int):
+def list_experts(choice: Tensor):
     """Yield each expert that has tokens, their indices, and which of a token's choices it is."""
-    for e in range(num_experts):
+    for e in choice.unique().tolist():
         r, j = (choice == e).nonzero(as_tuple=True)
-        if len(r):
-            yield e, r, j
+        yield e, r, j
 
 
 def run_expert(x: Tensor, weights: Tensor, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight) -> Tensor:

@@ -11,7 +11,9 @@ from nanovlm.config import AdapterConfig, InitConfig, MoEConfig, ParallelConfig,
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.kernels.quantized_weight import dequantize_ref
+from nanovlm.model import quantized_experts
 from nanovlm.model.adapters import adapt, disabled, merge
+from nanovlm.model.inference import prepare
 from nanovlm.model.moe import EXPERTS, MoE
 from nanovlm.model.quantized import QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.quantized_experts import QUANTIZED_EXPERTS, STACKS, QuantizedStack
@@ -178,3 +180,66 @@ def test_a_run_rounds_experts_as_they_come():
     parallel = ParallelConfig(expert_ranks=3)
     with pytest.raises(UserError, match="expert_ranks = 3 must be 1 where experts are quantised"):
         train_adapt.build(dataclasses.replace(config, parallel=parallel))
+
+
+# --- inference on a CPU, and experts with biases ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@torch.no_grad()
+def test_products_of_codes_for_inference(format, processor, monkeypatch):
+    """As near to fp32 as written out in bf16; a state dict keeps its bits, and casting undoes all."""
+    batch = processor.batch([processor.prompt([{"role": "user", "content": "why?"}], [])])
+    config, called = QuantizationConfig(format, 32, experts=True), []
+    model = quantize(random_mixture(), config)
+    expected, original = model.logits(batch), random_mixture().logits(batch)
+    eager = quantize(random_mixture().bfloat16(), config).logits(batch).float()
+    before, stack = copy.deepcopy(model.state_dict()), model.decoder.layers[0].mlp.up_proj
+    matrices = stack.dequantize()
+    call = quantized_experts.multiply_packed
+    monkeypatch.setattr(quantized_experts, "multiply_packed", lambda *args: called.append(1) or call(*args))
+    found = prepare(model, int8_head=False).logits(batch)
+    assert len(called) == 2 and not torch.equal(found, expected)
+    allowed = 2 * (eager - expected).square().mean().sqrt()
+    if format == "nf4":  # which is rounded once more
+        allowed += 0.15 * (expected - original).square().mean().sqrt()
+    assert (found - expected).square().mean().sqrt() <= allowed
+    assert (stack.codes is None) == (format != "nf4")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(stack.dequantize(), matrices)
+    model.float()
+    assert stack.packed is None and torch.equal(stack.codes, before["decoder.layers.0.mlp.up_proj.codes"])
+    prepare(model, int8_head=False).load_state_dict(before)
+    with torch.enable_grad():  # whose products are those of before
+        torch.testing.assert_close(model.logits(batch).detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_with_biases(format, processor):
+    """Of gpt-oss: outputs and gradients are those of the matrices written out, in a copy and prepared, too."""
+    moe = dataclasses.replace(MIXTURE.decoder.moe, has_bias=True, experts="loop", num_shared_experts=0)
+    torch.manual_seed(0)
+    plain = VLM(dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))).eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    batch = processor.batch([processor.prompt([{"role": "user", "content": "why?"}], [])])
+    model = quantize(copy.deepcopy(plain), QuantizationConfig(format, 32, experts=True), search=False)
+    written, found = copy.deepcopy(model), []
+    for mixture in [module for module in written.modules() if isinstance(module, MoE)]:
+        for name in STACKS:
+            weight = getattr(mixture, name).dequantize()
+            delattr(mixture, name)
+            setattr(mixture, name, torch.nn.Parameter(weight))
+    for one in (model, copy.deepcopy(model), prepare(copy.deepcopy(model), int8_head=False), written, plain):
+        table = one.decoder.embed_tokens.weight
+        logits = one.logits(batch)
+        found.append((logits.detach(), *torch.autograd.grad(logits.square().mean(), table)))
+    *ours, expected, before = found
+    for one in ours:
+        for x, y, z in zip(one, expected, before, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+            assert (x - z).abs().max() > 1e-3 * z.abs().max()
+    model.decoder.layers[0].mlp.up_bias.data += 1  # which a copy, made before, does not see
+    assert not torch.allclose(model.logits(batch), expected[0], atol=1e-3)
