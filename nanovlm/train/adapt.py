@@ -150,8 +150,8 @@ class Rounded:
 
     def copy_(self, whole: Tensor):
         if self.ndim == 3:
-            for place, matrix in zip(self, whole, strict=True):
-                place.copy_(matrix)
+            for expert, matrix in zip(range(len(self)), whole, strict=True):
+                self[expert].copy_(matrix)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # means depend on the threads, and a run on more ranks must have the same codes
