@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from tqdm import tqdm
@@ -59,6 +60,7 @@ def answer(
     questions: list[Question],
     images: list[list[Image.Image]] | None = None,
     title: str | None = None,
+    cache_format: str = "float",
 ) -> list[str]:
     """Generate the greedy answer to each question, about `images` if given, else its own; a title shows progress.
 
@@ -67,7 +69,7 @@ def answer(
     where an answer may be so long that no prompt would fit.
     """
     images = images or [question.images for question in questions]
-    engine = open_engine(model, NUM_ROWS)
+    engine = open_engine(model, NUM_ROWS, cache_format)
     answers, asked = [""] * len(questions), []
     if (most := max((question.max_new_tokens for question in questions), default=0)) >= engine.longest:
         raise UserError(f"answers of up to {most} tokens do not fit {engine.longest} positions: lower --max-new-tokens")
@@ -97,14 +99,15 @@ def answer(
     return answers
 
 
-def open_engine(model: VLM, num_rows: int) -> Engine:
+def open_engine(model: VLM, num_rows: int, cache_format: str = "float") -> Engine:
     """Return an engine for so many answers at a time; a prompt and its answer may have Engine.longest tokens.
 
     That is what the model has positions for, at most CACHE_TOKENS or 512 for each row. On a CPU the system gives the
     cache its memory when it is written to.
     """
     longest = model.config.decoder.max_position_embeddings
-    return Engine(model, num_rows, cache_tokens=max(min(longest, CACHE_TOKENS), num_rows * min(longest, 512)))
+    room = max(min(longest, CACHE_TOKENS), num_rows * min(longest, 512))
+    return Engine(model, num_rows, cache_tokens=room, cache_format=cache_format)
 
 
 def describe(question: Question) -> str:
@@ -118,6 +121,7 @@ def collect(
     training: TrainingScan | None = None,
     controls: bool = False,
     title: str | None = None,
+    cache_format: str = "float",
 ) -> dict[str, list[str]]:
     """Return the answers to the questions under `accuracy`, and those of the controls by their names.
 
@@ -131,7 +135,7 @@ def collect(
         asked["alone"] = bare, [[] for _ in bare]
     everything = [question for qs, _ in asked.values() for question in qs]
     shown = [images for _, all_images in asked.values() for images in all_images]
-    answers = iter(answer(model, processor, everything, shown, title))
+    answers = iter(answer(model, processor, everything, shown, title, cache_format))
     columns = {name: list(itertools.islice(answers, len(qs))) for name, (qs, _) in asked.items()}
     if training:
         columns["majority"] = [training.guess(question) for question in questions]
@@ -203,6 +207,8 @@ class AskConfig:
     out: Path | None = None
     # A folder with copies of data sets of the hub, as owner/name, in place of the hub.
     root: str = ""
+    # What the cache keeps of keys and values while answers are made: themselves, or codes of 8 or 4 bits.
+    cache_format: Literal["float", "int8", "int4"] = "float"
     # Print one JSON object instead of the table.
     json: bool = False
     # cpu, cuda, or auto (cuda when there is one).
@@ -314,7 +320,7 @@ def examine(
 ) -> Answers:
     """Ask a model all questions of a task; return its answers and their scores."""
     questions, dropped = leave_out(questions, training)
-    columns = collect(model, processor, questions, training, config.controls, task.name)
+    columns = collect(model, processor, questions, training, config.controls, task.name, config.cache_format)
     more: list[dict[str, float]] = [{} for _ in questions]
     if config.likelihood:
         found = score_by_likelihood(model, processor, questions, f"{task.name}, likelihood")

@@ -207,7 +207,7 @@ def test_answers_are_cut_at_the_limit_of_their_question(processor):
 def test_controls_ask_the_same_questions_about_other_images_and_without_any(folder, monkeypatch):
     seen = []
 
-    def spy(model, processor, questions, images=None, title=None):
+    def spy(model, processor, questions, images=None, title=None, cache_format="float"):
         for question, shown in zip(questions, images or [q.images for q in questions], strict=True):
             kinds = [part["type"] for part in question.messages[-1]["content"]]
             seen.append(([x.tobytes() for x in shown], kinds))

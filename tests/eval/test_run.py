@@ -28,6 +28,7 @@ from nanovlm.infer.answers import generate
 from nanovlm.infer.asking import Answer
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import End
+from nanovlm.model.cache_codes import Codes
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, make_raw
 from tests.test_train import SMALL
@@ -56,7 +57,7 @@ def ask_an_oracle(task):
     """Return what stands for `answer`: it knows the answer when it is shown the question's own image."""
     truth = {(q.images[0].tobytes(), q.text): q.truth for q in task.questions()}
 
-    def answer(model, processor, questions, images=None, title=None):
+    def answer(model, processor, questions, images=None, title=None, cache_format="float"):
         images = images or [q.images for q in questions]
         pairs = zip(questions, images, strict=True)
         return [truth.get((shown[0].tobytes(), q.text), "?") if shown else "?" for q, shown in pairs]
@@ -121,6 +122,21 @@ def test_a_picture_is_encoded_once_for_a_task_and_its_controls(monkeypatch, proc
     (engine,) = engines
     pictures = {image.tobytes() for q in questions for image in q.images}
     assert engine.features.num_encoded == len(pictures) + 1 == 4  # and one grey one
+
+
+def test_answers_with_a_cache_in_few_bits(monkeypatch, processor, tmp_path):
+    """The option reaches the engine, controls included, whose answers are those of such an engine."""
+    engines, answers = [], {}
+    monkeypatch.setattr(run, "Engine", lambda *args, **options: engines.append(Engine(*args, **options)) or engines[-1])
+    monkeypatch.setattr(run, "scan_training", lambda *_: {})
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", VLM(TINY), processor)
+    for cache_format in ("float", "int4"):
+        out = tmp_path / cache_format
+        run.main(AskConfig(str(tmp_path / "model"), ("scenes",), limit=3, cache_format=cache_format, out=out))
+        answers[cache_format] = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert {type(layer) is Codes for layer in engines[-1].cache.keys} == {cache_format == "int4"}
+    assert len(engines) == 2 and answers["float"] != answers["int4"]
 
 
 def test_what_cannot_be_answered_is_named_and_no_other_answer_is_lost(monkeypatch, processor, capsys):
