@@ -344,7 +344,7 @@ def read_text(
         found = model.head(model(batch).flatten(0, 1)[batch.trained]).float().log_softmax(-1)
         if expected is None:
             logprobs.append(found.half())
-        of_fp32 = (logprobs if expected is None else expected.logprobs)[index].float()
+        of_fp32 = found if expected is None else expected.logprobs[index].float()
         loss -= float(found.gather(1, batch.labels.flatten()[batch.trained, None]).sum(dtype=torch.float64))
         divergence += float((of_fp32.exp() * (of_fp32 - found)).sum(dtype=torch.float64))
         same += float((of_fp32.argmax(-1) == found.argmax(-1)).sum())
