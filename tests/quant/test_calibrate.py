@@ -54,6 +54,8 @@ def random_model(config=TINY, seed=0):
                 tensor[:3] *= 5.0
             if name.endswith("bias"):
                 tensor.normal_()
+            if name.endswith("_gate"):  # of fusion, which begins at 0
+                tensor.fill_(0.7)
     return model
 
 
@@ -70,7 +72,8 @@ def layer_errors(model, before, data):
     """Squared errors of the outputs of each block's stages for what they read in the quantised model."""
     errors = []
     kept = [calibrate.read(model, batch) for batch in data]
-    for block, as_it_was in zip(model.decoder.layers, before.decoder.layers, strict=True):
+    for index, (block, as_it_was) in enumerate(zip(model.decoder.layers, before.decoder.layers, strict=True)):
+        kept = [inputs._replace(x=calibrate.before(inputs, index)) for inputs in kept]
         stages = list_stages(as_it_was)
         seen = calibrate.observe(as_it_was, stages, kept)
         names = {linear: name for name, linear in as_it_was.named_modules()}
