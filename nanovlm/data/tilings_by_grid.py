@@ -82,9 +82,10 @@ def plan_anyres(width: int, height: int, config: VLMConfig) -> TilePlan:
     side, most = config.tile_size, config.tiling.longest_edge // config.tile_size
 
     def rate(grid):
-        scale = find_scale(width, height, *grid, side)
+        rows, cols = grid
+        scale = find_scale(width, height, rows, cols, side)
         kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, -grid[0] * grid[1]
+        return kept, -rows * cols
 
     rows, cols = max(itertools.product(range(1, most + 1), repeat=2), key=rate)
     across, down = cols * side / width, rows * side / height

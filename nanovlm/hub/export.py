@@ -390,7 +390,9 @@ def write_tensors(folder: Path, tensors: Mapping[str, Sequence[Tensor]], shard_b
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for file, shard in files.items():
-        whole = {name: tensors[name][0] if len(tensors[name]) == 1 else torch.cat(tensors[name]) for name in shard}
+        whole = {
+            name: tensors[name][0] if len(tensors[name]) == 1 else torch.cat(list(tensors[name])) for name in shard
+        }
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / file, {"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors creates files that only their owner can read
 

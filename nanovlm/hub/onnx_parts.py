@@ -15,6 +15,7 @@ hidden.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +177,7 @@ class FewBits(nn.Module):
         block = w.group if is_int4 else next(size for size in (128, 64, 32) if K % size == 0 or size == 32)
         num_blocks = math.ceil(K / block)
         codes = F.pad(codes, (0, num_blocks * block - K)).view(N, num_blocks, block)
-        self.attributes = {"K": K, "N": N, "bits": 4 if is_int4 else 8, "block_size": block}
+        self.attributes: dict[str, Any] = {"K": K, "N": N, "bits": 4 if is_int4 else 8, "block_size": block}
         self.register_buffer("codes", (pair(codes) if is_int4 else codes).to(torch.uint8))
         self.register_buffer("scales", scales.expand(N, num_blocks).flatten().contiguous())
         self.register_buffer("zeros", pair(zeros).to(torch.uint8).flatten() if is_int4 else None)

@@ -77,8 +77,10 @@ class NanoVLMForCausalLM(nn.Module):
         **kwargs: object,
     ) -> Tensor:
         """Tokens int64[T] or embeddings [T, D] of all requests, end to end -> normed hidden states [T, D]."""
-        x_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        return self.model.decoder(x_TD[None], positions[None], None, self)[0][0]
+        if inputs_embeds is None:
+            assert input_ids is not None  # vLLM gives either
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.model.decoder(inputs_embeds[None], positions[None], None, self)[0][0]
 
     def attend(self, index: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """Attend in block `index`, as a CachePass of kv_cache.py does: which tokens are whose, vLLM knows."""

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanovlm.data.types import Grid
+
 
 class Block:
     """BLOCK slots of the cache."""
@@ -117,7 +119,7 @@ def block_key(before: bytes, ids: Sequence[int], digests: Sequence[bytes]) -> by
     return hashlib.sha256(b"".join((before, array("q", ids).tobytes(), *digests))).digest()
 
 
-def digest_picture(tiles: Tensor, grid: tuple[int, int] | None) -> bytes:
+def digest_picture(tiles: Tensor, grid: Grid | None) -> bytes:
     """Return a digest of a picture's pixels, their dtype and shape, and how its tiles lie."""
     about = f"{tiles.dtype} {tuple(tiles.shape)} {grid}".encode()
     return hashlib.sha256(about + tiles.contiguous().view(torch.uint8).numpy().tobytes()).digest()

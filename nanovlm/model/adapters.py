@@ -17,6 +17,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ def as_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return new
 
 
-def is_coded(module) -> bool:
+def is_coded(module) -> TypeGuard[QuantizedLinear | QuantizedStack]:
     """Whether weights, of a layer or of stacked experts, are quantised."""
     return isinstance(module, QuantizedLinear | QuantizedStack)
 

@@ -241,7 +241,7 @@ class Tables(NamedTuple):
 
 
 def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Tables:
-    assert not window  # which the config refuses
+    assert not window and isinstance(keys, Tensor)  # which the config refuses
     load_kernels()  # or say what is missing
     num = max(row.start + row.num_new + BLOCK - 1 for row in rows) // BLOCK
     blocks = torch.tensor([[*row.blocks, *[-1] * num][:num] for row in rows], dtype=torch.int32)

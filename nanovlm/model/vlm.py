@@ -24,7 +24,7 @@ from nanovlm.model.decoder import Decoder, RMSNorm
 from nanovlm.model.fusion import FUSION, Between
 from nanovlm.model.moe import MoE, Routing
 from nanovlm.model.mrope import place_tokens
-from nanovlm.model.projector import PROJECTORS
+from nanovlm.model.projector import PROJECTORS, MLPProjector
 from nanovlm.model.vision import PatchEmbedding, VisionEncoder, normalize, whitening_filters
 
 
