@@ -89,7 +89,7 @@ def test_the_resampler_equals_that_of_idefics(monkeypatch):
     torch.manual_seed(0)
     theirs = IdeficsPerceiverResampler(IdeficsConfig(vision_config={"embed_dim": 48}), 48, 3, 4, 12, 5)
     randomize(theirs)
-    ours = Resampler(ProjectorConfig("resampler", 2, 5, num_layers=3), 48, 20)
+    ours = Resampler(ProjectorConfig("resampler", 2, num_tokens=5, num_layers=3), 48, 20)
     norms = {"context_layer_norm": "features_norm", "latents_layer_norm": "latents_norm"}
     names = {"latents": "latents.weight", "layer_norm.weight": "norm.weight", "layer_norm.bias": "norm.bias"}
     for key in theirs.state_dict():
@@ -112,7 +112,7 @@ def test_the_qformer_equals_that_of_blip2():
         Blip2QFormerConfig(**shared, cross_attention_frequency=1, encoder_hidden_size=48, layer_norm_eps=1e-5)
     ).eval()
     randomize(theirs)
-    ours = QFormer(ProjectorConfig("qformer", 2, 5, num_layers=3), 48, 20)
+    ours = QFormer(ProjectorConfig("qformer", 2, num_tokens=5, num_layers=3), 48, 20)
     names = {
         "layernorm": "norm",
         **{
