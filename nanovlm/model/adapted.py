@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanovlm.config import AdapterConfig
-from nanovlm.model.moe import MoE
+from nanovlm.model.moe import MoE, product_dtype
 from nanovlm.model.quantized import QuantizedLinear
 from nanovlm.model.quantized_experts import STACKS, QuantizedStack
 
@@ -150,24 +151,37 @@ class AdaptedMoE(MoE):
         if not switch.is_enabled:
             return super().run(x, choice, weights)
         if switch.index is None:
-            return self.run_experts(x, choice, weights, *self.changed_experts(switch.active))
+            return self.run_changed(switch.active, x, choice, weights)
         # All tokens pass the experts of each adapter, with the weight 0 where they use another.
         index, names = switch.index.flatten(), list(switch.configs)
         parts = [
-            self.run_experts(x, choice, weights * (index == i)[:, None], *self.changed_experts(names[i : i + 1]))
-            for i in range(len(names))
+            self.run_changed(names[i : i + 1], x, choice, weights * (index == i)[:, None]) for i in range(len(names))
         ]
         return sum(parts, super().run(x, choice, weights * (index == -1)[:, None]))
 
-    def changed_experts(self, names: Sequence[str]) -> list[Tensor]:
-        """Return the three stacks as they are with these adapters."""
-        return [with_adapters(whole_stack(self, stack), of_stack(self, stack, names)) for stack in STACKS]
+    def run_changed(self, names: Sequence[str], x: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts as they are with these adapters.
 
+        Stacks of codes are written out for it, all experts of this layer; the backward pass writes them out again.
+        """
 
-def whole_stack(layer: MoE, stack: str) -> Tensor:
-    """Return one of the stacks of a mixture; a quantised one is written out in the dtype of the router."""
-    weight = getattr(layer, stack)
-    return weight.dequantize().to(layer.router.weight.dtype) if isinstance(weight, QuantizedStack) else weight
+        def run(x, choice, weights):
+            return self.run_experts(x, choice, weights, *self.changed_experts(names, product_dtype(x)), *self.biases())
+
+        if torch.is_grad_enabled() and any(isinstance(getattr(self, stack), QuantizedStack) for stack in STACKS):
+            return checkpoint(run, x, choice, weights, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        return run(x, choice, weights)
+
+    def changed_experts(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+        """Return the three stacks as they are with these adapters; those of codes in a dtype."""
+        stacks = []
+        for stack in STACKS:
+            weight, adapters = getattr(self, stack), of_stack(self, stack, names)
+            if isinstance(weight, QuantizedStack):
+                stacks.append(with_adapters(weight.dequantize(), adapters).to(dtype))
+            else:
+                stacks.append(with_adapters(weight, adapters))
+        return stacks
 
 
 def of_stack(layer: AdaptedMoE, stack: str, names: Sequence[str]) -> list[Adapter]:

@@ -15,6 +15,7 @@ Tokens are dropped only by a capacity factor in training. A Routing holds what b
 Legend: R tokens (all rows of the batch, end to end), D hidden, W width of an expert, E experts, k experts a token.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ class MoE(nn.Module):
         self.config = config
         self.run_experts = pick(EXPERTS, config.experts, "decoder.moe.experts")
         if config.has_bias:
-            self.run_experts = self.run_biased
+            self.run_experts = experts_biased
         E, W, D = config.num_experts, config.intermediate_size, hidden_size
         self.router = nn.Linear(D, E, bias=config.has_bias)
         self.gate_proj = nn.Parameter(torch.empty(E, W, D))
@@ -123,18 +124,12 @@ class MoE(nn.Module):
 
     def run(self, x: Tensor, choice: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of what each token's experts compute (see EXPERTS)."""
-        return self.run_experts(x, choice, weights, self.gate_proj, self.up_proj, self.down_proj)
+        return self.run_experts(x, choice, weights, self.gate_proj, self.up_proj, self.down_proj, *self.biases())
 
-    def run_biased(self, x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """Do what `experts_loop` does for experts with biases and a clamped gate (gpt-oss, arXiv 2508.10925)."""
-        y, limit = torch.zeros_like(x), self.config.swiglu_limit
-        for e in range(len(gate)):
-            row, place = (choice == e).nonzero(as_tuple=True)
-            g = F.linear(x[row], gate[e], self.gate_bias[e]).clamp(max=limit)
-            u = F.linear(x[row], up[e], self.up_bias[e]).clamp(-limit, limit)
-            out = F.linear(g * (1.702 * g).sigmoid() * (u + 1), down[e], self.down_bias[e])
-            y = y.index_add(0, row, (weights[row, place, None] * out).to(y.dtype))
-        return y
+    def biases(self) -> tuple:
+        """Return what `experts_biased` takes behind the matrices; nothing for experts without biases."""
+        c = self.config
+        return (self.gate_bias, self.up_bias, self.down_bias, c.swiglu_limit) if c.has_bias else ()
 
     def route(self, x: Tensor, is_token: Tensor | None = None) -> Routing:
         """Choose k experts for each of x [R, D], in fp32; ties go to the expert with the lower index."""
@@ -203,6 +198,21 @@ def experts_loop(x: Tensor, choice: Tensor, weights: Tensor, gate: Tensor, up: T
         row, place = (choice == e).nonzero(as_tuple=True)
         h = swiglu(x[row] @ gate[e].T, x[row] @ up[e].T)
         y = y.index_add(0, row, (weights[row, place, None] * (h @ down[e].T)).to(y.dtype))
+    return y
+
+
+def experts_biased(
+    x: Tensor, choice: Tensor, weights: Tensor, gate: Sequence[Tensor] | Tensor, up: Sequence[Tensor] | Tensor,
+    down: Sequence[Tensor] | Tensor, gate_bias: Tensor, up_bias: Tensor, down_bias: Tensor, limit: float,
+) -> Tensor:  # fmt: skip
+    """Do what `experts_loop` does for experts with biases [E, out] and a clamped gate (gpt-oss, arXiv 2508.10925)."""
+    y = torch.zeros_like(x)
+    for e in range(len(gate)):
+        row, place = (choice == e).nonzero(as_tuple=True)
+        g = F.linear(x[row], gate[e], gate_bias[e]).clamp(max=limit)
+        u = F.linear(x[row], up[e], up_bias[e]).clamp(-limit, limit)
+        out = F.linear(g * (1.702 * g).sigmoid() * (u + 1), down[e], down_bias[e])
+        y = y.index_add(0, row, (weights[row, place, None] * out).to(y.dtype))
     return y
 
 

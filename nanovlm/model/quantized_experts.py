@@ -7,6 +7,7 @@ gate_proj, up_proj, down_proj     parameters [E, N, K] -> stacks of codes and sc
 
 By torch's own operators one expert after the other is dequantised, those with tokens alone, so that one expert's
 matrices are written out at a time. The backward pass keeps x and the routing, and dequantises again; a stack is frozen.
+Beside adapters of the experts all matrices of a layer are written out at a time (adapted.py).
 Without gradients experts of a model that is prepared for inference on a CPU are multiplied as codes (packed.py).
 Legend: R tokens, k experts a token, E experts, D hidden, W width of an expert; N outputs and K inputs of a matrix.
 """
@@ -23,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from nanovlm.errors import UserError
 from nanovlm.kernels.quantized_weight import QuantizedWeight, dequantize_ref, make_tables
-from nanovlm.model.moe import EXPERTS, MoE, product_dtype, swiglu
+from nanovlm.model.moe import EXPERTS, MoE, experts_biased, product_dtype, swiglu
 from nanovlm.model.packed import PACK, PackedWeight
 
 STACKS = ("gate_proj", "up_proj", "down_proj")
@@ -116,7 +117,7 @@ def replace_experts(mixture: MoE, quantize: Callable[[Tensor], QuantizedWeight])
         setattr(mixture, name, QuantizedStack(experts))
     backend = mixture.config.experts
     if mixture.config.has_bias:
-        mixture.run_experts = partial(run_biased, mixture)
+        mixture.run_experts = run_biased
     else:
         mixture.run_experts = partial(run_either, EXPERTS[backend], QUANTIZED_EXPERTS[backend])
 
@@ -126,10 +127,10 @@ def run_either(plain: Callable, quantized: Callable, x: Tensor, choice: Tensor, 
     return (plain if isinstance(experts[0], Tensor) else quantized)(x, choice, weights, *experts)
 
 
-def run_biased(mixture: MoE, x: Tensor, choice: Tensor, weights: Tensor, *experts) -> Tensor:
-    """Run a mixture's own loop over experts with biases, each written out when its turn comes."""
-    written = (w if isinstance(w, Tensor) else Written(w, x.dtype) for w in experts)
-    return mixture.run_biased(x, choice, weights, *written)  # pyright: ignore[reportArgumentType]
+def run_biased(x: Tensor, choice: Tensor, weights: Tensor, gate, up, down, *biases) -> Tensor:
+    """Run the loop over experts with biases, those in codes written out when their turn comes."""
+    written = (w if isinstance(w, Tensor) else Written(w, x.dtype) for w in (gate, up, down))
+    return experts_biased(x, choice, weights, *written, *biases)
 
 
 @dataclass(frozen=True)

@@ -244,3 +244,63 @@ def test_experts_with_biases(format, processor):
             assert (x - z).abs().max() > 1e-3 * z.abs().max()
     model.decoder.layers[0].mlp.up_bias.data += 1  # which a copy does not see
     assert torch.equal(duplicate.logits(batch), found[1][0]) and not torch.equal(model.logits(batch), found[0][0])
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["floats", "codes"])
+def test_adapters_of_experts_with_biases(coded, processor):
+    """A run builds on the meta device and fills what it built: as the matrices with what the adapters add."""
+    moe = dataclasses.replace(MIXTURE.decoder.moe, has_bias=True, experts="loop", num_shared_experts=0)
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, moe=moe))
+    adapter = AdapterConfig(rank=2, target=r"\.mlp\.(gate|down)_proj$", base="nf4" if coded else "", base_experts=coded)
+    run = TrainConfig(model=config, init=InitConfig(model="somewhere"), adapter=adapter)
+    torch.manual_seed(0)
+    plain, model = VLM(config).eval(), train_adapt.build(run).to_empty(device="cpu").eval()
+    places = train_adapt.base_places(model, adapter)
+    with torch.no_grad():
+        for name, x in plain.state_dict().items():
+            places[name].copy_(x.normal_() if name.endswith("bias") and ".mlp." in name else x)
+        for name, x in model.named_parameters():
+            if ".adapters." in name:
+                x.normal_().mul_(0.3)
+        expected = copy.deepcopy(plain)
+        for name, layer in expected.named_modules():
+            if coded and isinstance(layer, torch.nn.Linear) and isinstance(model.get_submodule(name), QuantizedLinear):
+                layer.weight.copy_(model.get_submodule(name).dequantize())
+        for mixture, adapted in zip(
+            *([m for m in one.modules() if isinstance(m, MoE)] for one in (expected, model)), strict=True
+        ):
+            for stack in STACKS:
+                if coded:
+                    getattr(mixture, stack).copy_(getattr(adapted, stack).dequantize())
+        base = copy.deepcopy(expected)
+        for name, adapted in [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]:
+            for stack in ("gate_proj", "down_proj"):
+                own = adapted.adapters["default"][stack]
+                getattr(expected.get_submodule(name), stack).add_(own.scale * own.lora_B @ own.lora_A)
+    batch, embedding = processor.batch([processor.prompt([{"role": "user", "content": "why?"}], [])]), "embed_tokens"
+    logits, gradients = [], []
+    for one in (model, expected):
+        logits.append(one.logits(batch))
+        gradients.append(torch.autograd.grad(logits[-1].square().mean(), getattr(one.decoder, embedding).weight)[0])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * gradients[1].abs().max().item())
+    with disabled(model), torch.no_grad():
+        torch.testing.assert_close(model.logits(batch), base.logits(batch), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(base.logits(batch), logits[1], atol=1e-3)
+
+
+def test_what_adapters_of_coded_experts_keep():
+    """The matrices that are written out do not stay until the backward pass."""
+    model = quantize(random_mixture(), QuantizationConfig("nf4", experts=True), search=False)
+    adapt(model, AdapterConfig(rank=1, target=r"\.mlp\.(gate|up|down)_proj$"))
+    mixture, kept = model.decoder.layers[0].mlp, []
+    with torch.no_grad():
+        for parameter in mixture.adapters.parameters():
+            parameter.normal_()
+    x = torch.randn(1, 9, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        y = mixture(x)[0]
+    matrix = mixture.gate_proj.shape[1] * mixture.gate_proj.shape[2]
+    assert not any(t.untyped_storage().nbytes() >= 3 * matrix * 4 for t in kept)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in mixture.adapters.parameters())
