@@ -31,10 +31,55 @@ from tests.conftest import TINY, make_document
         ({"decoder": {"rms_norm_eps": float("inf")}}, "decoder.rms_norm_eps = inf must be a finite number"),
         ({"decoder": {"rope_theta": -1.0}}, "decoder.rope_theta = -1.0 must be positive"),
         ({"vision": {"layer_norm_eps": 0}}, "vision.layer_norm_eps = 0.0 must be positive"),
+        ({"projector": {"norm_eps": -1}}, "projector.norm_eps = -1.0 must be positive"),
         ({"decoder": {"rope_theta": 10**400}}, "decoder.rope_theta must be float, got 1000000"),
     ],
 )
 def test_numbers_beyond_any_model_are_refused(changes, sentence):
+    with pytest.raises(ValueError) as error:
+        from_dict(VLMConfig, json.loads(json.dumps(changes))).validate()
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"decoder": {"hidden_act": "gelu_tanh", "moe": {}}},
+            "decoder.hidden_act = gelu_tanh must be silu for a mixture of experts, which is SwiGLU",
+        ),
+        (
+            {"decoder": {"moe": {"swiglu_limit": 5}}},
+            "decoder.moe.swiglu_limit = 5.0 is for decoder.moe.has_bias, which",
+        ),
+        (
+            {"decoder": {"rope_interleaved": True}},
+            "decoder.rope_interleaved = True is for decoder.rope_sections, which",
+        ),
+        ({"vision": {"norm": "none"}}, "vision.norm = none must be layer or rms: the blocks have norms"),
+        (
+            {"vision": {"full_attention_layers": [1, 1], "window_size": 16}},
+            "vision.full_attention_layers = (1, 1) must be indices of the vision.num_hidden_layers = 4 blocks, each",
+        ),
+        ({"vision": {"full_attention_layers": [4], "window_size": 16}}, "vision.full_attention_layers = (4,) must be"),
+        ({"vision": {"full_attention_layers": [0]}}, "vision.full_attention_layers = (0,) is for vision.window_size"),
+        ({"vision": {"second": {"window_size": 16}}}, "vision.second.window_size = 16 must be 0: it is for native"),
+        ({"vision": {"second": {"stretch": "corners"}}}, "vision.second.stretch = corners must be centres: it is for"),
+        (
+            {"vision": {"stretch": "corners"}},
+            "vision.stretch = corners needs pictures that are read whole, but tiling.pol",
+        ),
+        (
+            {"projector": {"type": "mlp", "bias": True}},
+            "projector.bias = True must be False for projector.type = mlp: it is for linear",
+        ),
+        (
+            {"projector": {"norm": "rms"}},
+            "projector.norm = rms must be none for projector.type = linear: it is for mlp and merger",
+        ),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(changes, sentence):
     with pytest.raises(ValueError) as error:
         from_dict(VLMConfig, json.loads(json.dumps(changes))).validate()
     assert str(error.value).startswith(sentence)

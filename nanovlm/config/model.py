@@ -114,6 +114,17 @@ class VisionConfig:
             ("std", min(self.std)),
         ):
             check(value > 0, f"{where}.{name} = {value} must be positive")
+        check(self.norm != "none", f"{where}.norm = none must be layer or rms: the blocks have norms")
+        full = self.full_attention_layers
+        check(
+            list(full) == sorted(set(full) & set(range(self.num_hidden_layers))),
+            f"{where}.full_attention_layers = {full} must be indices of the {where}.num_hidden_layers = "
+            f"{self.num_hidden_layers} blocks, each once and the lowest first",
+        )
+        check(
+            not full or self.window_size > 0,
+            f"{where}.full_attention_layers = {full} is for {where}.window_size, which is 0",
+        )
         side, patch = self.image_size, self.patch_size
         check(self.grid_size >= 1, f"{where}.patch_size = {patch} is above {where}.image_size = {side}")
         divides(f"{where}.num_attention_heads", self.num_attention_heads, f"{where}.hidden_size", self.hidden_size)
@@ -128,6 +139,11 @@ class VisionConfig:
         if self.second is not None:
             check(self.second.second is None, f"{where}.second.second = {self.second.second} must be None")
             second = self.second.validate(f"{where}.second")
+            for name, value, needed in (
+                ("window_size", second.window_size, 0),
+                ("stretch", second.stretch, "centres"),
+            ):
+                check(value == needed, f"{where}.second.{name} = {value} must be {needed}: it is for native pictures")
             check(
                 second.grid_size == self.grid_size,
                 f"{where}.second has {second.grid_size} patches a side, {where} {self.grid_size}: they must be as many",
@@ -487,7 +503,16 @@ class VLMConfig:
                 not d.moe.has_bias or d.moe.experts == "loop",
                 f"decoder.moe.experts = {d.moe.experts} must be loop for decoder.moe.has_bias = True",
             )
-            check(d.moe.swiglu_limit > 0, f"decoder.moe.swiglu_limit = {d.moe.swiglu_limit} must be positive")
+            limit = d.moe.swiglu_limit
+            check(limit > 0, f"decoder.moe.swiglu_limit = {limit} must be positive")
+            check(
+                d.moe.has_bias or limit == MoEConfig.swiglu_limit,
+                f"decoder.moe.swiglu_limit = {limit} is for decoder.moe.has_bias, which is False",
+            )
+            check(
+                d.hidden_act == "silu",
+                f"decoder.hidden_act = {d.hidden_act} must be silu for a mixture of experts, which is SwiGLU",
+            )
             for name, width in (("hidden_size", d.hidden_size), ("moe.intermediate_size", d.moe.intermediate_size)):
                 check(
                     d.moe.experts != "grouped" or width % 8 == 0,  # torch needs rows of a multiple of 16 bytes
@@ -506,6 +531,7 @@ class VLMConfig:
         for name, value in (
             ("decoder.rms_norm_eps", d.rms_norm_eps),
             ("decoder.rope_theta", d.rope_theta),
+            ("projector.norm_eps", self.projector.norm_eps),
         ):
             check(value > 0, f"{name} = {value} must be positive")
         if v is not None and self.tiling.policy in ("idefics3", "nanovlm", "anyres"):
@@ -529,6 +555,10 @@ class VLMConfig:
                 f"decoder.rope_sections = {d.rope_sections} needs the grids of native pictures, but tiling.policy = "
                 f"{self.tiling.policy}",
             )
+        check(
+            d.rope_sections or not d.rope_interleaved,
+            "decoder.rope_interleaved = True is for decoder.rope_sections, which is empty",
+        )
         for index in d.layers_without_rope:
             check(
                 0 <= index < d.num_hidden_layers,
@@ -557,15 +587,26 @@ class VLMConfig:
             if self.is_native:
                 self.check_native()
             else:
-                for name, value in (
-                    ("vision.window_size", v.window_size),
-                    ("projector.deepstack_layers", self.projector.deepstack_layers),
+                for name, value, otherwise in (
+                    ("vision.window_size", v.window_size, 0),
+                    ("vision.stretch", v.stretch, "centres"),
+                    ("projector.deepstack_layers", self.projector.deepstack_layers, ()),
                 ):
                     check(
-                        not value,
+                        value == otherwise,
                         f"{name} = {value} needs pictures that are read whole, but tiling.policy = "
                         f"{self.tiling.policy}",
                     )
+            kind = self.projector.type
+            for name, value, otherwise, readers in (
+                ("bias", self.projector.bias, False, ("linear",)),
+                ("norm", self.projector.norm, "none", ("mlp", "merger")),
+            ):
+                check(
+                    value == otherwise or kind in readers,
+                    f"projector.{name} = {value} must be {otherwise} for projector.type = {kind}: it is for "
+                    f"{' and '.join(readers)}",
+                )
             is_anyres = self.tiling.policy == "anyres"
             check(
                 self.projector.has_newline == is_anyres and (self.projector.type == "mlp" or not is_anyres),
