@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
+from nanovlm.config import DecoderConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
@@ -44,6 +45,14 @@ def make_branches(processor: Processor, question: Question, options: Sequence[st
     )
 
 
+def check_branches(decoder: DecoderConfig):
+    """Raise UserError for a decoder that reads all of a prompt before its one answer."""
+    if decoder.prefix_attention == "whole_prompt":
+        raise UserError(
+            "decoder.prefix_attention = whole_prompt has no branches, which --likelihood makes of options: leave it out"
+        )
+
+
 @torch.inference_mode()
 def option_scores(
     model: VLM,
@@ -55,8 +64,9 @@ def option_scores(
     """Return, for each question and each of its options, the sum of log-probabilities in nats and its number of tokens.
 
     The end of turn counts as the last token of an option: else "1" would never be less likely than "10". Raises
-    UserError for a question that is too long for the model.
+    UserError for a question that is too long for the model, and for a model without branches.
     """
+    check_branches(model.config.decoder)
     device, scores = next(model.parameters()).device, []
     positions = model.config.decoder.max_position_embeddings
     for start in tqdm(range(0, len(questions), BATCH_ROWS), desc=title, disable=title is None, unit="batch"):

@@ -38,7 +38,7 @@ from nanovlm.eval.benchmarks import BENCHMARKS
 from nanovlm.eval.compare import compare, format_comparison, read_answers
 from nanovlm.eval.controls import TrainingScan, blank_images, shuffled_images
 from nanovlm.eval.judge import Judge, open_judge
-from nanovlm.eval.likelihood import score_by_likelihood
+from nanovlm.eval.likelihood import check_branches, score_by_likelihood
 from nanovlm.eval.questions import MAX_NEW_TOKENS, Question, Task
 from nanovlm.eval.report import Answers, write_report
 from nanovlm.eval.scores import format_table, summarise
@@ -227,6 +227,8 @@ def main(config: AskConfig):
     others = read_answers(Path(config.compare)) if config.compare and is_answers(config.compare) else None
     device = find_device(config.device)
     model, processor = load(config.model, device)
+    if config.likelihood:
+        check_branches(model.config.decoder)
     prepare(model)
     judge = open_judge(config.judge, config.judge_model, config.out, device) if config.judge else None
     scans = scan_training(config, tasks)

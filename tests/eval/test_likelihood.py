@@ -78,6 +78,14 @@ def test_the_likeliest_option_is_compared_with_the_right_letter(model, processor
     assert none == {} and last["likelihood_of_letter"] == 1 and last["likelihood_of_text"] == 0
 
 
+def test_a_model_without_branches_is_refused(processor):
+    decoder = dataclasses.replace(TINY.decoder, prefix_attention="whole_prompt")
+    with pytest.raises(
+        ValueError, match=r"decoder.prefix_attention = whole_prompt has no branches, which --likelihood"
+    ):
+        option_scores(VLM(dataclasses.replace(TINY, decoder=decoder)), processor, [question(0)], [OPTIONS])
+
+
 def test_a_question_that_is_too_long_is_refused(processor):
     decoder = dataclasses.replace(TINY.decoder, max_position_embeddings=16)
     with pytest.raises(ValueError, match=r"a question with its options takes \d+ tokens, the model has 16 positions"):
