@@ -28,4 +28,6 @@ def shrink(config: VLMConfig, grid: Grid) -> tuple[int, int]:
     """Return height and width of the features of an anyres picture, as many as become image tokens."""
     _rows, _columns, height, width = grid
     ratio = math.sqrt(height * width / (config.tiling.max_tiles * config.num_image_features))
-    return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
+    if ratio <= 1.1:
+        return height, width
+    return max(1, int(height // ratio)), max(1, int(width // ratio))  # of a long, flat picture at least a row

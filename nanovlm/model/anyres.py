@@ -35,7 +35,8 @@ def join_tiles(x: Tensor, grids: Sequence[Grid], newline: Tensor, config: VLMCon
         x_hwD = x_hwD[top : top + height, left : left + width]
         if (size := shrink(config, grid)) != (height, width):
             down, across = (resize(*sizes, x) for sizes in zip((height, width), size, strict=True))
-            x_hwD = torch.einsum("hH,wW,hwD->HWD", down, across, x_hwD.float()).to(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                x_hwD = torch.einsum("hH,wW,hwD->HWD", down, across, x_hwD.float()).to(x.dtype)
         ends = newline.to(x.dtype).expand(len(x_hwD), 1, -1)
         tokens += [whole_PD, torch.cat((x_hwD, ends), dim=1).flatten(0, 1)]
         start = end

@@ -137,9 +137,9 @@ class VLM(nn.Module):
             num_places = sum(counts)
         if not is_image.is_cuda and not torch.compiler.is_compiling():
             if int(is_image.sum()) != num_places:
+                of = "" if counts else f" ({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
                 raise UserError(
-                    f"{int(is_image.sum())} image placeholders in input_ids, but {num_places} image features "
-                    f"({len(batch.pixel_values)} tiles of {self.config.num_image_tokens})"
+                    f"{int(is_image.sum())} image placeholders in input_ids, but {num_places} image features{of}"
                 )
             shown_in = batch.tile_doc_ids.repeat_interleave(self.config.num_image_tokens)
             if counts and not self.config.is_native:
