@@ -73,7 +73,8 @@ def check(config: TrainConfig) -> VisionConfig:
         if value != right:
             raise UserError(f"model.vision.{name} = {value} must be {right}: objective = masked hides patches")
     if config.model.is_native:
-        raise UserError("tiling.policy = native has no tiles of one size: objective = masked hides patches of those")
+        policy = config.model.tiling.policy
+        raise UserError(f"tiling.policy = {policy} has no tiles of one size: objective = masked hides patches of those")
     if vision.num_patches < 2:
         raise UserError("objective = masked needs at least two patches, and model.vision has one")
     for part in ("projector", "decoder", *(["fusion"] if config.model.fusion.type != "sequence" else [])):

@@ -65,9 +65,18 @@ from nanovlm.train.adapt import base_places, build, check_drawn, draw_adapter
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
 FREE_OF_VISION = ("attention",)
 FREE_OF_DUAL = ("initial_scale", "resize", "resample")
-FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge", "max_patches")  # how many tiles, not what is in one
+# How many tiles, not what is in one.
+FREE_OF_TILING = ("max_tiles", "longest_edge", "enlarge", "max_patches", "min_pixels", "max_pixels")
 FREE_OF_DECODER = ("attention", "prefix_attention", "cross_entropy", "max_position_embeddings")
 FREE_OF_MOE = ("experts", "jitter", "capacity_factor", "balance_weight", "z_weight", "bias_rate")
+
+# The field of tiling by which a policy cuts a picture into fewer tiles; the others make one of each.
+SIZES = {
+    **dict.fromkeys(("fit", "internvl"), "max_tiles"),
+    **dict.fromkeys(("idefics3", "nanovlm", "anyres"), "longest_edge"),
+    "native": "max_patches",
+    "qwen": "max_pixels",
+}
 
 SECOND, POSITIONS = "vision.second.", "vision.position_embedding.weight"
 # The stacked matrices of a mixture's experts; a dense layer has one of each.
@@ -280,8 +289,10 @@ def check_room(processor: Processor, config: TrainConfig):
     data, side = config.data, config.model.tile_size
     if config.model.vision is None or data.too_long == "shrink":
         return
-    fewer = {"native": "max_patches", "qwen": "max_pixels"}.get(config.model.tiling.policy, "longest_edge")
+    tiling = config.model.tiling
+    fewer = SIZES.get(tiling.policy)
     tokens, tiles = processor.num_image_tokens(side, side), plan_tiles(side, side, config.model).num_tiles
+    smaller = f", model.tiling.{fewer} = {getattr(tiling, fewer)} to less," if fewer and tiles > 1 else ""
     for field, value, least in (
         ("row_length", data.row_length, tokens + 1),
         ("max_tiles", data.max_tiles or tiles, tiles),
@@ -289,8 +300,7 @@ def check_room(processor: Processor, config: TrainConfig):
         if value < least:
             raise UserError(
                 f"data.{field} = {value} has no room for a square picture, which {config.init.model} cuts into {tiles} "
-                f"tiles, {tokens} tokens in all: set it to at least {least}, model.tiling.{fewer} = "
-                f"{getattr(config.model.tiling, fewer)} to less, or data.too_long to shrink"
+                f"tiles, {tokens} tokens in all: set it to at least {least}{smaller} or data.too_long to shrink"
             )
 
 
@@ -374,7 +384,7 @@ def upcycle(model: VLM, fill: Callable[[Places], None], noise: float = 0.0, adap
 def check_upcycling(decoder: DecoderConfig, moe: MoEConfig):
     """Raise UserError for a mixture that could not compute what a dense decoder does.
 
-    It has experts of another width, shared experts, or weights that do not add up to 1.
+    It has experts of another width or kind, shared experts, or weights that do not add up to 1.
     """
     for field, wanted in (
         ("intermediate_size", decoder.intermediate_size),
@@ -382,11 +392,17 @@ def check_upcycling(decoder: DecoderConfig, moe: MoEConfig):
         ("norm_topk_prob", True),
         ("routed_scaling_factor", 1.0),
         ("capacity_factor", 0.0),
+        ("has_bias", False),
     ):
         if getattr(moe, field) != wanted:
             raise UserError(
                 f"a dense layer can become a mixture where decoder.moe.{field} = {wanted}, not {getattr(moe, field)}"
             )
+    if decoder.hidden_act != "silu":
+        raise UserError(
+            f"a dense layer can become a mixture where decoder.hidden_act = silu, not {decoder.hidden_act}: experts "
+            "are SwiGLU"
+        )
 
 
 def _template(config: TrainConfig, otherwise: str) -> str:

@@ -16,10 +16,11 @@ from nanovlm.errors import UserError
 from nanovlm.model.adapters import learns
 from nanovlm.train.adamw import AdamW, local_part
 
-# Scales and gates, which decay would draw to numbers that mean nothing, and single tokens: no matrices for Muon, even
-# where several are stacked.
+# Scales, gates, sinks and biases of experts, which decay would draw to numbers that mean nothing, and single tokens: no
+# matrices for Muon, even where several are stacked.
 ALWAYS_ADAMW = re.compile(
-    r"\.magnitude$|_gate$|layer_scale\d$|^logit_(scale|bias)$|class_embedding$|registers$|\.probe$|\.(latents|queries)(\.weight)?$"
+    r"\.magnitude$|_gate$|layer_scale\d$|^logit_(scale|bias)$|class_embedding$|registers$|\.probe$"
+    r"|\.(latents|queries)(\.weight)?$|newline$|\.sinks$|\.(gate|up|down)_bias$"
 )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import nanovlm
 import train
-from nanovlm.config import EvalConfig, InitConfig, MaskedConfig, OptimConfig, TrainConfig
+from nanovlm.config import EvalConfig, InitConfig, MaskedConfig, OptimConfig, TilingConfig, TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
 from nanovlm.model.vision import VisionEncoder
@@ -218,6 +218,7 @@ def test_a_run_learns_to_predict_and_its_encoder_is_where_another_begins(tmp_pat
             {"model": dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, patches="convolution"))},
             "model.vision.patches = convolution must be patch",
         ),
+        ({"model": dataclasses.replace(TINY, tiling=TilingConfig("qwen"))}, "tiling.policy = qwen has no tiles of one"),
     ],
 )
 def test_what_cannot_learn_is_told(changes, message):

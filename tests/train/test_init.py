@@ -282,6 +282,10 @@ def test_parts_that_one_side_lacks_are_named(hub, tmp_path):
         init.start(config, ())
 
 
+def mixture_of(config):
+    return MoEConfig(num_experts=3, intermediate_size=config.model.decoder.intermediate_size)
+
+
 def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
     """Upcycled with the noise of the config; of a mixture, how it is trained may change, and what it is may not."""
     config = stage(1, hub, tmp_path)
@@ -309,6 +313,10 @@ def test_a_run_goes_on_from_a_dense_model_or_a_mixture(hub, tmp_path):
     assert all(parameter.requires_grad for parameter in again.parameters())
     with pytest.raises(ValueError, match=r"decoder.moe.num_experts_per_tok: 2 against 1"):
         go_on("mixture", num_experts_per_tok=1)
+    with pytest.raises(ValueError, match=r"can become a mixture where decoder.moe.has_bias = False, not True"):
+        go_on("dense", has_bias=True, experts="loop")
+    with pytest.raises(ValueError, match=r"where decoder.hidden_act = silu, not gelu_tanh: experts are SwiGLU"):
+        init.check_upcycling(dataclasses.replace(config.model.decoder, hidden_act="gelu_tanh"), mixture_of(config))
 
 
 def test_memory_that_holds_anything_is_filled_as_a_new_model():

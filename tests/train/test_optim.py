@@ -1,12 +1,16 @@
 """Parameter groups and Muon."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from nanovlm.config import OptimConfig, ParamRule
+from nanovlm.config import MoEConfig, OptimConfig, ParamRule, ProjectorConfig, TilingConfig
+from nanovlm.model.vlm import VLM
 from nanovlm.train.adamw import AdamW
 from nanovlm.train.optim import SCHEDULES, Muon, learning_rate, make_optimizers, orthogonalize, set_learning_rate
+from tests.conftest import TINY
 
 
 class Net(nn.Module):
@@ -61,6 +65,25 @@ def test_vectors_are_never_muons():
     vectors = [group for group in made["adamw"].param_groups if group["params"]]
     assert {id(p) for group in vectors for p in group["params"]} == {id(p) for p in net.parameters() if p.ndim < 2}
     assert {group["weight_decay"] for group in vectors} == {0.0}
+
+
+def test_sinks_biases_of_experts_and_newlines_do_not_decay():
+    moe = MoEConfig(num_experts=2, intermediate_size=16, has_bias=True, experts="loop")
+    config = dataclasses.replace(
+        TINY,
+        projector=ProjectorConfig("mlp", has_newline=True),
+        tiling=TilingConfig("anyres", longest_edge=32),
+        decoder=dataclasses.replace(TINY.decoder, moe=moe, attention="plain", attention_sinks=True),
+    )
+    model = VLM(config.validate())
+    made = make_optimizers(
+        model, OptimConfig(rules=(ParamRule(r"_proj|_bias", 1.0, 0.1, "muon"), ParamRule("", 1.0, 0.1)))
+    )
+    decay = {id(p): group["weight_decay"] for group in made["adamw"].param_groups for p in group["params"]}
+    ends = ("newline", "sinks", "gate_bias", "up_bias", "down_bias")
+    found = [(name, p) for name, p in model.named_parameters() if name.endswith(ends)]
+    assert len(found) == 1 + 2 * 4
+    assert all(decay.get(id(p)) == 0 for _, p in found)
 
 
 def test_freezing_and_scaling_beside_the_rules():
