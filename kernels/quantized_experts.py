@@ -197,20 +197,18 @@ class QuantizedExperts(torch.autograd.Function):
         keeps = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         with torch.cuda.device_of(x):
             if choice.numel() <= MOST_FUSED_ROWS * len(gate.codes) and gate.format != "fp8":
-                out, g, u, plan = fused_forward(x, choice, weights, gate, up, down, keeps)
-                kept = (g, u, *plan[:2]) if keeps else ()
+                out, g, u, _plan = fused_forward(x, choice, weights, gate, up, down, keeps)
             else:
                 written = [write_out(stack, x.dtype) for stack in (gate, up, down)]
-                out, g, u, *plan = grouped_gemm.run_forward(x, choice, weights, *written, keeps)
-                kept = (g, u, *plan[:2]) if keeps else ()
-        ctx.save_for_backward(x, choice, weights, *kept)
+                out, g, u, *_plan = grouped_gemm.run_forward(x, choice, weights, *written, keeps)
+        ctx.save_for_backward(x, choice, weights, *((g, u) if keeps else ()))
         ctx.stacks = gate, up, down
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, choice, weights, g, u, _order, _bounds = ctx.saved_tensors
+        x, choice, weights, g, u = ctx.saved_tensors
         written = [write_out(stack, x.dtype) for stack in ctx.stacks]
         # Tiles have other sizes than in the fused kernels; the order of the rows is the same.
         plan = plan_rows(choice, len(written[0]), grouped_gemm.launch_sizes(x, choice.numel(), tuple(written)))

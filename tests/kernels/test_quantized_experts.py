@@ -66,6 +66,16 @@ def test_many_rows_are_multiplied_by_what_is_written_out(device, monkeypatch):
     assert_equals_the_loop(17, 2, 3, 40, 24, "int4", torch.bfloat16, device)
 
 
+@pytest.mark.parametrize("most_fused", [0, 64])
+def test_no_more_is_kept_than_the_backward_pass_reads(most_fused, device, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_FUSED_ROWS", most_fused)
+    choice, inputs, stacks, _ = make_inputs(3, 2, 2, 40, 24, "int8", torch.float32, device)
+    x, weights = (t.requires_grad_() for t in inputs.values())
+    y, kept = quantized_experts(x, choice, weights, *stacks), [x, choice, weights]
+    saved = y.grad_fn.saved_tensors
+    assert [t.shape for t in saved] == [*(t.shape for t in kept), (6, 24), (6, 24)]
+
+
 def test_mistakes_are_named(device):
     choice, inputs, (gate, up, down), _ = make_inputs(3, 2, 2, 40, 24, "int8", torch.float32, device)
     x, weights = inputs.values()
