@@ -166,10 +166,14 @@ class Distill:
                 raise UserError(f"{name} is a language model, and the student reads pictures")
             same["whether tiling.policy is native"] = teacher.is_native, model.is_native
             same["the side of a tile"] = teacher.tile_size, model.tile_size
-            if "projector" in self.parts:
+            is_anyres = teacher.tiling.policy == "anyres", model.tiling.policy == "anyres"
+            same["whether tiling.policy is anyres"] = is_anyres
+            if "projector" in self.parts or (self.compared and is_anyres[1]):
                 same["the image features of a tile"] = teacher.num_image_features, model.num_image_features
             if self.compared:
                 same["the image tokens of a tile"] = teacher.num_image_tokens, model.num_image_tokens
+                if is_anyres[1]:
+                    same["tiling.max_tiles"] = teacher.tiling.max_tiles, model.tiling.max_tiles
                 same["image_token_id"] = teacher.image_token_id, model.image_token_id
             if "features" in self.parts:
                 same["the patches of a tile"] = teacher.num_tile_patches, model.num_tile_patches
@@ -211,10 +215,14 @@ def make_maps(
     """Return a map [D of the teacher, D of the student] for each part in which their widths differ."""
     maps, random = {}, torch.Generator().manual_seed(seed)
     for name, part in parts.items():
-        ours, theirs = (
-            config.vision.feature_size if config.vision is not None and part == "vision" else config.decoder.hidden_size
-            for config in (student, teacher)
-        )
+
+        def width(config: VLMConfig, part: str = part) -> int:
+            own = config.decoder.hidden_size
+            if part == "vision" and config.vision is not None:
+                own = config.vision.feature_size
+            return own * (1 + len(config.projector.deepstack_layers))  # what more there is stands beside it
+
+        ours, theirs = width(student), width(teacher)
         if ours != theirs:
             values = torch.randn(theirs, ours, generator=random) * ours**-0.5
             maps[name] = nn.Parameter(values.to(device))

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -87,14 +88,13 @@ def check_fits(name: str, theirs: Processor, ours: Processor):
         raise UserError(
             f"the reference {name} has another tokenizer than the model, so it cannot read the same batches"
         )
-    for field in ("image_token_id", "tile_size", "num_image_tokens", "is_native"):
-        if (one := getattr(theirs.config, field)) != (other := getattr(ours.config, field)):
+    fields = ["image_token_id", "tile_size", "num_image_tokens", "is_native", "has_grids", "decoder.prefix_attention"]
+    if ours.config.has_grids and not ours.config.is_native:
+        fields += ["num_image_features", "tiling.max_tiles"]  # from which the image tokens of a grid follow
+    for field in fields:
+        one, other = (attrgetter(field)(processor.config) for processor in (theirs, ours))
+        if one != other:
             raise UserError(f"the reference {name} has {field} = {one}, and the model {other}: they must be equal")
-    one, other = (processor.config.decoder.prefix_attention for processor in (theirs, ours))
-    if one != other:
-        raise UserError(
-            f"the reference {name} has decoder.prefix_attention = {one}, and the model {other}: they must be equal"
-        )
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,16 @@ from torch import nn
 
 import nanovlm
 import train
-from nanovlm.config import DataConfig, DistillConfig, EvalConfig, GroupConfig, MoEConfig, TrainConfig
+from nanovlm.config import (
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    GroupConfig,
+    MoEConfig,
+    ProjectorConfig,
+    TilingConfig,
+    TrainConfig,
+)
 from nanovlm.data.chat import Processor
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
@@ -21,6 +30,7 @@ from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.hub.model_folder import save_model
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives.distill import LOSSES, Distill, feature_loss, tile_shares
+from nanovlm.objectives.reference import check_fits
 from nanovlm.train import init
 from tests.conftest import TINY, make_batch, make_document
 from tests.test_train import KILL_AT_STEP, KILL_IN_SAVE, SMALL, comparable, metrics
@@ -255,6 +265,67 @@ def change(part, **fields):
 def test_what_does_not_fit_is_one_sentence(teacher, processor, losses, settings, message):
     with pytest.raises(ValueError, match=message):
         make(teacher, processor, *losses, **settings)
+
+
+ANYRES = {
+    "tiling": TilingConfig("anyres", longest_edge=32, max_tiles=2),
+    "projector": ProjectorConfig("mlp", has_newline=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tiling": TINY.tiling, "projector": ProjectorConfig(scale_factor=4)},
+            r"whether tiling.policy is anyres: True of .*, False of",
+        ),
+        (
+            {"tiling": dataclasses.replace(ANYRES["tiling"], max_tiles=3)},
+            r"tiling.max_tiles: 2 of .*, 3 of the student",
+        ),
+        (
+            {"projector": dataclasses.replace(ANYRES["projector"], scale_factor=1)},
+            r"the image features of a tile: 4 of",
+        ),
+        ({}, ""),
+    ],
+)
+def test_image_tokens_of_anyres_pictures_are_compared(tmp_path, processor, change, message):
+    """Whose number a config does not know: that of a tile is 1 for all."""
+    config = dataclasses.replace(TINY, **ANYRES).validate()
+    save_model(tmp_path / "teacher", VLM(config), Processor(processor.tokenizer, processor.chat_template, config))
+    student = dataclasses.replace(config, **change).validate()
+    own = Processor(processor.tokenizer, processor.chat_template, student)
+    if not message:
+        assert make(tmp_path / "teacher", own, "forward_kl=1", model=student)
+        assert check_fits("it", Processor.load(tmp_path / "teacher", config), own) is None
+        return
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "teacher", own, "forward_kl=1", model=student)
+    with pytest.raises(ValueError, match=r"the reference it has (has_grids|num_image_features|tiling.max_tiles) = "):
+        check_fits("it", Processor.load(tmp_path / "teacher", config), own)
+
+
+def test_features_of_earlier_blocks_have_maps_of_their_width(processor, tmp_path):
+    """DeepStack's stand beside those of the last block: of one model, and of another number of blocks."""
+
+    def stacked(config, layers):
+        return dataclasses.replace(
+            config,
+            tiling=TilingConfig("qwen", min_pixels=64, max_pixels=64 * 16),
+            projector=ProjectorConfig("merger", norm="layer", deepstack_layers=layers),
+        ).validate()
+
+    config, wider = stacked(STUDENT, ()), stacked(TINY, (1,))
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_hidden_layers=2)).validate()
+    save_model(tmp_path / "teacher", VLM(wider), Processor(processor.tokenizer, processor.chat_template, wider))
+    for student in (config, stacked(config, (0,))):
+        own, batch_model = Processor(processor.tokenizer, processor.chat_template, student), VLM(student)
+        objective = make(tmp_path / "teacher", own, "features=1", "projector=1", model=student)
+        batch = make_batch([make_document(own, 3, ("what?", "that"))])
+        assert torch.isfinite(objective.loss(batch_model, batch, Extras()))
+        assert {x.shape[1] for x in maps(objective)} == {16 * (1 + len(student.projector.deepstack_layers))}
 
 
 def test_another_tokenizer_is_named_and_does_not_matter_to_features(teacher):
