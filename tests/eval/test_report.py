@@ -114,6 +114,13 @@ def test_options_of_ones_own_are_read_by_letter_and_by_likelihood(folder, capsys
     result = json.loads(capsys.readouterr().out)[str(folder / "choice.jsonl")]
     assert result["overall"] == 1  # the tenth letter is one of ten options
     assert {"likelihood_of_letter", "likelihood_of_text", "likelihood_of_text_per_token"} <= result.keys()
+    model, processor = run.load(own.model)
+    decoder = dataclasses.replace(model.config.decoder, prefix_attention="whole_prompt")
+    model.config = dataclasses.replace(model.config, decoder=decoder)
+    monkeypatch.setattr(run, "load", lambda *_: (model, processor))
+    monkeypatch.setattr(run, "answer", None)  # nothing is asked
+    with pytest.raises(ValueError, match="has no branches, which --likelihood makes of options: leave it out"):
+        run.main(dataclasses.replace(own, likelihood=True))
 
 
 class Page(html.parser.HTMLParser):

@@ -12,16 +12,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 import nanovlm
 import train
 from nanovlm.config import (
+    DataConfig,
     DecoderConfig,
     InitConfig,
     MoEConfig,
     ProjectorConfig,
     QuantizationConfig,
     TilingConfig,
+    TrainConfig,
     VisionConfig,
 )
+from nanovlm.data.chat import Processor
+from nanovlm.data.images import marker_tokens
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.sources import sample_texts
+from nanovlm.data.tilings import TILING
 from nanovlm.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
 from nanovlm.hub import export, gguf
 from nanovlm.hub.model_folder import save_model
@@ -280,6 +285,23 @@ def test_parts_that_one_side_lacks_are_named(hub, tmp_path):
     config = dataclasses.replace(config, model=blind, init=InitConfig(model=str(tmp_path / "own")))
     with pytest.raises(ValueError, match=r"differs from the config: model.vision: VisionConfig\(.*\) against None"):
         init.start(config, ())
+
+
+@pytest.mark.parametrize(
+    ("policy", "ways"),
+    [
+        ("square", r"set it to at least \d+ or data.too_long"),
+        ("fit", r"set it to at least \d+ or data.too_long"),
+        ("qwen", r"set it to at least \d+, model.tiling.max_pixels = 1003520 to less, or data.too_long"),
+    ],
+)
+def test_only_settings_that_a_tiling_reads_are_advised(policy, ways):
+    model = dataclasses.replace(TINY, tiling=TilingConfig(policy))
+    config = TrainConfig(model=model, data=DataConfig(row_length=2, too_long="skip"), init=InitConfig(model="it"))
+    processor = Processor(train_tokenizer(["a b"], 400, marker_tokens(model)), CHATML_TEMPLATE, model)
+    with pytest.raises(ValueError, match=ways):
+        init.check_room(processor, config)
+    assert {*init.SIZES.values()} <= {*init.FREE_OF_TILING} and {*init.SIZES} <= {*TILING}
 
 
 def mixture_of(config):
