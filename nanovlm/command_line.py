@@ -99,7 +99,7 @@ class GenerateConfig:
     # How many tokens, prompts included, the cache has room for; 0 for what suits num_rows.
     cache_tokens: int = 0
     # What the cache keeps of each number of keys and values: itself, or a code of 8 or 4 bits, in a fraction of the
-    # memory and nearly, in 4 bits not always, with the same answers.
+    # memory and nearly, in 4 bits not always, with the same answers. The cache of a draft keeps the numbers themselves.
     cache_format: Literal["float", "int8", "int4"] = "float"
     # Who guesses the next tokens, so that one pass gives several; no greedy token changes. `lookup` guesses what
     # followed the same words before; else a smaller model with the same tokenizer, as for --model. Empty for nobody.
@@ -149,6 +149,11 @@ class GenerateConfig:
             raise UserError(f"--show-attention draws the answer to one --prompt, not to {len(self.prompt)}")
         if self.num_answers > 1:
             raise UserError(f"--show-attention draws one answer, not {self.num_answers}")
+        if self.cache_format != "float":
+            raise UserError(
+                f"--show-attention computes with whole keys and values, and answers of --cache-format "
+                f"{self.cache_format} were not made so: leave one of the two out"
+            )
         if self.show_attention.suffix.lower() != ".png":
             raise UserError(f"--show-attention writes a PNG file: let the name {self.show_attention} end in .png")
         if self.show_attention.resolve() in [path.resolve() for path in self.image]:

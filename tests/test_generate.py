@@ -389,6 +389,10 @@ def user(text):
             ["--image", "a.png", "--prompt", "a", "--show-attention", "x.png", "--attention-head", "4"],
             "--attention-head 4 is not in model: it has 0 to 3",
         ),
+        (
+            ["--image", "a.png", "--prompt", "a", "--show-attention", "x.png", "--cache-format", "int4"],
+            "answers of --cache-format int4 were not made so: leave one of the two out",
+        ),
         (["--prompt", "a", "--device", "tpu"], "device = 'tpu' is not here; there are auto, cpu"),
         (["--prompt", "a", "--top-p", "0"], "top_p = 0.0 must be above 0 and at most 1"),
         (["--model", "nowhere", "--prompt", "a"], "there is no model folder nowhere"),
