@@ -166,7 +166,8 @@ class AdaptedMoE(MoE):
         """
 
         def run(x, choice, weights):
-            return self.run_experts(x, choice, weights, *self.changed_experts(names, product_dtype(x)), *self.biases())
+            experts = self.changed_experts(names, product_dtype(x))
+            return self.run_experts(x, choice, weights, *experts, *self.biases())  # pyright: ignore[reportArgumentType]
 
         if torch.is_grad_enabled() and any(isinstance(getattr(self, stack), QuantizedStack) for stack in STACKS):
             return checkpoint(run, x, choice, weights, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore

@@ -130,7 +130,7 @@ def run_either(plain: Callable, quantized: Callable, x: Tensor, choice: Tensor, 
 def run_biased(x: Tensor, choice: Tensor, weights: Tensor, gate, up, down, *biases) -> Tensor:
     """Run the loop over experts with biases, those in codes written out when their turn comes."""
     written = (w if isinstance(w, Tensor) else Written(w, x.dtype) for w in (gate, up, down))
-    return experts_biased(x, choice, weights, *written, *biases)
+    return experts_biased(x, choice, weights, *written, *biases)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
