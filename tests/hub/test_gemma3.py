@@ -24,7 +24,7 @@ hub.utils.logging.disable_progress_bar()
 TOWER = dict(
     hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8, intermediate_size=40
 )
-# A window shorter than a picture's 4 tokens and one longer; one block in three sees all.
+# One block of four sees all.
 TEXT = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -92,12 +92,13 @@ def ask(num_images):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "a cat, a cat, a cat"}]}]
 
 
+@pytest.mark.parametrize("window", [20, 3], ids=["wider than a picture", "narrower"])
 @torch.inference_mode()
-def test_pictures_and_text_are_answered_as_by_transformers(tmp_path, tokenizer):
-    theirs, processor = make(tmp_path, tokenizer)
+def test_pictures_and_text_are_answered_as_by_transformers(window, tmp_path, tokenizer):
+    theirs, processor = make(tmp_path, tokenizer, sliding_window=window)
     ours, own = nanovlm.load(tmp_path)
     decoder = ours.config.decoder
-    assert decoder.windows == (20, 20, 0, 20) and ours.config.num_image_tokens == 4
+    assert decoder.windows == (window, window, 0, window) and ours.config.num_image_tokens == 4
     documents, told = [], []
     for shown in (0, 1, 3):
         images = [noise(i, 64).resize((40 + 9 * i, 60)) for i in range(shown)]

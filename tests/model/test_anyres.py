@@ -41,7 +41,7 @@ def test_a_long_picture_keeps_a_row(size, processor):
 def test_pictures_are_shrunk_in_fp32_under_autocast():
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, tiling=dataclasses.replace(CONFIG.tiling, longest_edge=256))
-    x, newline, grid = torch.randn(17, 16, 32).bfloat16(), torch.randn(32), (4, 4, 16, 16)
+    x, newline, grid = torch.randn(17, 16, 32), torch.randn(32), (4, 4, 16, 16)
     plain = join_tiles(x, [grid], newline, config)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(join_tiles(x, [grid], newline, config), plain)
