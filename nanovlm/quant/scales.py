@@ -93,7 +93,10 @@ def fold(stage: Stage, scales: Tensor):
 
 
 def share_heads(stage: Stage, x: Tensor) -> Tensor:
-    """Return x [K] with the mean of the query heads that share a key and value head for each of them."""
+    """Return x [K] with the mean of the query heads that share a key and value head for each of them.
+
+    So what is found from shared numbers alone is one scale for a row of `before`.
+    """
     if stage.heads is None:
         return x
     x = x.unflatten(0, (-1, *stage.heads))
@@ -120,6 +123,6 @@ def find_awq_scales(stage: Stage, weights: Sequence[Tensor], seen: Seen, config:
 def find_smooth_scales(stage: Stage, weights: Sequence[Tensor], seen: Seen, config: QuantizationConfig) -> Tensor:
     """Return sqrt(largest input / largest weight) [K]."""
     most = share_heads(stage, seen.most).clamp(min=1e-5)
-    largest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+    largest = share_heads(stage, torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0))
     scales = (most**SMOOTHNESS / largest.clamp(min=1e-5) ** (1 - SMOOTHNESS)).clamp(1e-4, 1e4)
     return scales / (scales.amax() * scales.amin()).sqrt()

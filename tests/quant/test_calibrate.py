@@ -114,18 +114,29 @@ def test_blocks_read_what_they_read_in_the_model(processor, name):
     assert (model.decoder.norm(inputs.x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("find", [None, find_awq_scales, find_smooth_scales])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_folded_scales_change_nothing_before_rounding(processor, name):
-    """Whatever the scales: the query heads that share a value share theirs, and biases are divided, too."""
+def test_folded_scales_change_nothing_before_rounding(processor, name, find):
+    """Of a method or random: the query heads that share a value share theirs, and biases are divided, too."""
     model, data = random_model(CONFIGS[name]), batches(processor, config=CONFIGS[name])
     before = [model.logits(batch) for batch in data]
     weights = {key: tensor.clone() for key, tensor in model.named_parameters()}
-    for stage in (stage for block in model.decoder.layers for stage in list_stages(block)):
-        if stage.before is not None:
-            fold(stage, share_heads(stage, torch.randn(stage.readers[0].in_features).exp()))
+    kept = [calibrate.read(model, batch) for batch in data]
+    for index, block in enumerate(model.decoder.layers):
+        kept = [inputs._replace(x=calibrate.before(inputs, index)) for inputs in kept]
+        stages = list_stages(block)
+        for stage, sums in zip(stages, calibrate.observe(block, stages, kept), strict=True):
+            if stage.before is None:
+                continue
+            if find is None:
+                scales = share_heads(stage, torch.randn(stage.readers[0].in_features).exp())
+            else:
+                scales = find(stage, [linear.weight for linear in stage.readers], sums, INT4)
+            fold(stage, scales)
+        kept = [inputs._replace(x=calibrate.run(block, inputs)) for inputs in kept]
     changed = {key for key, tensor in model.named_parameters() if not torch.equal(tensor, weights[key])}
-    assert len(changed) == 2 * {"biases": 10, "mixture": 7}.get(name, 9)
+    assert changed if find is find_awq_scales else len(changed) == 2 * {"biases": 10, "mixture": 7}.get(name, 9)
     for batch, expected in zip(data, before, strict=True):
         assert (model.logits(batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
