@@ -16,6 +16,7 @@ or of a whole row (group_size -1), become several with one scale.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def read_quantization(data: dict, path: Path) -> QuantizationConfig | None:
         return None
     where = f"{path}: quantization_config"
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if not isinstance(settings, dict) or method not in KNOWN:
+    if not isinstance(settings, dict) or method not in [*KNOWN]:  # it may be of any type
         raise UserError(f"{where}.quant_method = {method!r} is not supported; there are {', '.join(KNOWN)}")
     for field, known in ({"bits": (4,)} | KNOWN[method]).items():  # the first is the default
         value = settings.get(field)
@@ -50,10 +51,17 @@ def read_quantization(data: dict, path: Path) -> QuantizationConfig | None:
         if value not in known:
             raise UserError(f"{where}.{field} = {value!r} is not supported; it must be {' or '.join(map(repr, known))}")
     size = settings.get("group_size", 128)
-    fitting = [group for group in (128, 64, 32) if size == -1 or (isinstance(size, int) and size > 0 == size % group)]
-    if not fitting:
+    if (group := find_group(size)) is None:
         raise UserError(f"{where}.group_size = {size!r} is not supported; it must be -1 or a multiple of 32")
-    return QuantizationConfig("int4", fitting[0])  # pyright: ignore[reportArgumentType]
+    return QuantizationConfig("int4", group)
+
+
+def find_group(size: object) -> Literal[128, 64, 32] | None:
+    """Return our largest group that groups of a size, or of a whole row, can be cut into; None where there is none."""
+    for group in (128, 64, 32):
+        if size == -1 or (type(size) is int and size > 0 and size % group == 0):
+            return group
+    return None
 
 
 def fill_quantized(places: Mapping[str, Sequence[Tensor | Rows]], files: Sequence[Path], settings: dict):
@@ -83,7 +91,7 @@ def fill_quantized(places: Mapping[str, Sequence[Tensor | Rows]], files: Sequenc
                 with open_tensors(where[name]) as file:
                     parts[name.rpartition(".")[2]] = file.get_tensor(name)
         try:
-            found = store_int4(*read_layer(settings, places[f"{layer}.scales"][0].shape[1], **parts))
+            found = store_int4(*read_layer(settings, **parts))
         except UserError as error:
             raise UserError(f"{layer} in {where[f'{layer}.qweight']} cannot be read: {error}") from error
         for place, tensor in zip((codes, scales), found, strict=True):
@@ -105,9 +113,9 @@ def find_zero_biases(quantized: Iterable[str], plain: Iterable[str], files: Sequ
 
 
 def read_layer(
-    settings: dict, num_groups: int, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None
+    settings: dict, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codes [N, K], scales and zero points [N, num_groups] of a layer."""
+    """Return the codes [N, K] of a layer, scales and zero points [N, groups] of our groups."""
     if any(x.ndim != 2 for x in (qweight, qzeros, scales)) or not scales.is_floating_point():
         raise UserError("qweight, qzeros and scales must be matrices of words, words and floats")
     if {qweight.dtype, qzeros.dtype} != {torch.int32}:
@@ -129,7 +137,9 @@ def read_layer(
             "its groups are not of neighbouring inputs (desc_act = true), and int4 has no index: take a checkpoint "
             "with desc_act = false or static groups"
         )
-    of_theirs = torch.arange(num_groups) * num // num_groups
+    group = find_group(settings.get("group_size", 128))
+    assert group is not None
+    of_theirs = torch.arange(math.ceil(K / group)) * group // size
     return codes_NK, scales[of_theirs].t(), zero_GN[of_theirs].t()
 
 

@@ -56,9 +56,9 @@ def quantized(linear, settings, generator):
     return parts | {"scales": scales}, weight
 
 
-def publish(folder, settings, family="llama", biases=False, change=lambda tensors: None):
+def publish(folder, settings, family="llama", biases=False, change=lambda tensors: None, **sizes):
     """Write a random model whose linear layers are quantised; return the model of transformers with their weights."""
-    model = make_model(family, **SIZES)
+    model = make_model(family, **SIZES | sizes)
     model.save_pretrained(folder)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
     for name, linear in model.named_modules():
@@ -86,6 +86,10 @@ CASES = {
     "gptq": (GPTQ, {}),
     "gptq v2, zero biases": (GPTQ | {"checkpoint_format": "gptq_v2"}, {"biases": True}),
     "gptq, a group a row": (GPTQ | {"group_size": -1}, {"family": "qwen2"}),
+    "gptq, a group of several of ours and a part of one": (
+        GPTQ | {"group_size": 512},
+        {"intermediate_size": 640},
+    ),
     "awq": (AWQ, {"family": "qwen2"}),
     "awq, in capitals": (AWQ | {"version": "GEMM"}, {}),
 }
@@ -97,7 +101,7 @@ def test_logits_are_those_of_the_published_formula(tmp_path, name):
     settings, options = CASES[name]
     theirs = publish(tmp_path, settings, **options)
     model = load(tmp_path)
-    group = 128 if settings["group_size"] == -1 else 32
+    group = 32 if settings["group_size"] == 32 else 128
     assert model.config.quantization == QuantizationConfig("int4", group)
     named = dict(theirs.named_modules())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -145,6 +149,11 @@ def set_bias(tensors):
 MISTAKES = {
     "bits": (GPTQ | {"bits": 8}, None, r"config.json: quantization_config.bits = 8 is not supported; it must be 4$"),
     "method": (GPTQ | {"quant_method": "fp8"}, None, r"quant_method = 'fp8' is not supported; there are gptq, awq"),
+    "a list": (
+        GPTQ | {"quant_method": ["gptq"]},
+        None,
+        r"quant_method = \['gptq'\] is not supported; there are gptq, awq",
+    ),
     "group": (AWQ | {"group_size": 16}, None, r"group_size = 16 is not supported; it must be -1 or a multiple of 32"),
     "gemv": (AWQ | {"version": "gemv"}, None, r"version = 'gemv' is not supported; it must be 'gemm' or 'GEMM'"),
     "act-order": (
