@@ -75,7 +75,7 @@ def _describe_run(run):
     results = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
     where = results.get("environment", {})
     facts = {
-        "data": ", ".join(config.get("data", {}).get("sources", [])),
+        "data": ", ".join(map(_name_source, config.get("data", {}).get("sources", []))),
         "steps": last.get("step"),
         "tokens": last.get("tokens"),
         "samples": last.get("samples"),
@@ -100,6 +100,11 @@ def _describe_run(run):
         for split, result in scores.items():
             cells = [f"{100 * result['kinds'][k]['accuracy']:.1f}" if k in result["kinds"] else "" for k in kinds]
             yield f"| {split} | {100 * result['mean']:.1f} | {' | '.join(cells)} |"
+
+
+def _name_source(source):
+    """Return a source without the folders of the machine on which the run was: a card is public."""
+    return source if source.startswith("hub:") else Path(source).name or source
 
 
 def describe(model: VLM) -> str:

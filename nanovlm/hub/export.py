@@ -43,6 +43,7 @@ from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import merge_numbers
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+GRAPHS = ("fp32", "q8", "q4")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,23 @@ class ExportConfig:
     # Largest size of a weight file, in GB; a larger model is split into several files.
     shard_size: float = 5.0
     # onnx: precisions that are written, each in files of its own; q8 and q4 are weights in 8 and 4 bits.
-    graphs: tuple[Literal["fp32", "q8", "q4"], ...] = ("fp32", "q8", "q4")
+    graphs: tuple[Literal["fp32", "q8", "q4"], ...] = GRAPHS
+
+    def validate(self) -> "ExportConfig":
+        """Raise UserError for an option that the format does not have; return self."""
+        if self.push is not None:
+            check_name(self.push)
+        if self.check and self.format != "hub":
+            raise UserError(f"check = True compares what format = hub writes, not {self.format}")
+        if self.format != "onnx" and self.graphs != GRAPHS:
+            raise UserError(f"graphs = {self.graphs} are those of format = onnx, not of {self.format}")
+        if not self.graphs:
+            raise UserError(f"graphs = {self.graphs} must be one or more of {', '.join(GRAPHS)}")
+        if self.format == "onnx" and self.dtype != "auto":
+            raise UserError(f"dtype = {self.dtype!r} is not for format = onnx, which has its precisions in graphs")
+        if self.format in ("gguf", "onnx") and self.shard_size != ExportConfig.shard_size:
+            raise UserError(f"shard_size = {self.shard_size:g} is not for format = {self.format}, which has no shards")
+        return self
 
 
 def main(args: list[str] | None = None):
@@ -75,12 +92,9 @@ def main(args: list[str] | None = None):
 
     options = (tyro.conf.PositionalRequiredArgs,)
     config = tyro.cli(ExportConfig, args=args, prog="python -m nanovlm.hub.export", config=options)
-    if config.check and config.format != "hub":
-        raise UserError(f"check = True compares what format = hub writes, not {config.format}")
-    if config.push is not None:
-        check_name(config.push)
+    config.validate()
     if config.format == "onnx":
-        model, processor = export_onnx(config.source, config.out, config.graphs)
+        model, processor = export_onnx(config.source, config.out, config.graphs, name=config.push)
     else:
         model, processor = write(
             config.source, config.out, config.dtype, int(config.shard_size * 1e9), config.format, config.push
@@ -145,7 +159,11 @@ def write(
 
 
 def export_onnx(
-    source: str | Path, out: str | Path, graphs: Sequence[str] = ("fp32", "q8", "q4"), largest_file: int = LARGEST_FILE
+    source: str | Path,
+    out: str | Path,
+    graphs: Sequence[str] = GRAPHS,
+    largest_file: int = LARGEST_FILE,
+    name: str | None = None,
 ) -> tuple[VLM, Processor]:
     """Write the model as ONNX graphs of these precisions to the folder `out`, in transformers.js' layout.
 
@@ -159,7 +177,7 @@ def export_onnx(
         (temporary / "onnx").mkdir()
         beside = write_graphs(temporary / "onnx", model, graphs, largest_file)
         files = make_files(model, processor, make_onnx_config(processor.config, beside))
-        write_files(temporary, files | {"README.md": graph_card(out.name, model, graphs)}, processor)
+        write_files(temporary, files | {"README.md": graph_card(name or out.name, model, graphs)}, processor)
     return model, processor
 
 

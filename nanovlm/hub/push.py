@@ -16,10 +16,13 @@ import torch
 
 from nanovlm import cli
 from nanovlm.errors import UserError
-from nanovlm.files import find_folder, write_file
+from nanovlm.files import find_folder
 from nanovlm.hub.card import model_card
 from nanovlm.hub.model_folder import open_folder
 from nanovlm.model.vlm import VLM
+
+KINDS = ("*.safetensors", "*.gguf", "onnx/*.onnx")  # files of weights
+MESSAGE = "written by nanovlm"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ def push(source: str | Path, repository: str, checkpoints: bool = False, private
         folder, run = found, source
     if checkpoints and run is None:
         raise UserError(f"checkpoints = True, but {source} is not the folder of a run with checkpoints")
-    has_model = any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))
+    has_model = any(any(folder.glob(kind)) for kind in KINDS)
     if not has_model and not checkpoints:
-        raise UserError(f"{folder} has no model, neither *.safetensors nor *.gguf")
-    if has_model and not (folder / "README.md").exists():
-        write_file(folder / "README.md", make_card(folder, repository, run))
+        raise UserError(f"{folder} has no model: no {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    # Sent from memory: in the folder it would say the name of this repository wherever the folder is sent later.
+    card = make_card(folder, repository, run) if has_model and not (folder / "README.md").exists() else None
 
     import huggingface_hub
 
@@ -66,6 +69,10 @@ def push(source: str | Path, repository: str, checkpoints: bool = False, private
         address = huggingface_hub.create_repo(repository, private=private or None, exist_ok=True)
         if has_model:
             _send(folder, repository, "")
+        if card is not None:
+            huggingface_hub.upload_file(
+                path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository, commit_message=MESSAGE
+            )
         if checkpoints:
             assert run is not None
             _send(run, repository, "run", ["model/*", "adapter/*"])
@@ -84,7 +91,7 @@ def _send(folder, repository, place, left_out=()):
         path_in_repo=place,
         # Hidden files are temporary, or none of ours.
         ignore_patterns=[".*", "*/.*", *left_out],
-        commit_message="written by nanovlm",
+        commit_message=MESSAGE,
     )
 
 
@@ -115,9 +122,8 @@ def explain(error: Exception, token: str) -> str:
         chain.append(cause)
     lines = [str(link).strip().partition("\n")[0] for link in chain]
     text = "; ".join(dict.fromkeys(line for line in (advice, *lines) if line)) or type(error).__name__
-    text = re.sub(r"\?\S*", "", text)
-    text = re.sub(r"hf_\w+", "hf_...", text)
-    return text.replace(token, "...") if token else text
+    text = text.replace(token, "...") if token else text  # whole, before a part of it is taken for another secret
+    return re.sub(r"hf_\w+", "hf_...", re.sub(r"\?\S*", "", text))
 
 
 if __name__ == "__main__":

@@ -502,6 +502,24 @@ def test_the_command(tmp_path, exported, capsys):
     assert "tensors are equal bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--format onnx --dtype float16", "dtype = 'float16' is not for format = onnx"),
+        ("--format onnx --shard-size 1", "shard_size = 1 is not for format = onnx"),
+        ("--format gguf --shard-size 1", "shard_size = 1 is not for format = gguf"),
+        ("--format gguf --graphs q4", r"graphs = \('q4',\) are those of format = onnx, not of gguf"),
+        ("--graphs q4", r"graphs = \('q4',\) are those of format = onnx, not of hub"),
+        ("--format onnx --graphs", r"graphs = \(\) must be one or more of fp32, q8, q4"),
+        ("--format onnx --check", "check = True compares what format = hub writes, not onnx"),
+    ],
+)
+def test_options_of_other_formats_are_refused(tmp_path, options, message):
+    """Before the model is read, of which there is none here."""
+    with pytest.raises(UserError, match=message):
+        export.main([str(tmp_path / "none"), str(tmp_path / "out"), *options.split()])
+
+
 # ---- check ----
 
 

@@ -149,7 +149,8 @@ def run(tmp_path):
     """The folder of a run: its model, its checkpoints and what it has recorded."""
     run = tmp_path / "run"
     save(run / "model", VLMConfig(vision=None, image_token_id=None, decoder=BASE))
-    (run / "config.json").write_text('{"seed": 7}')
+    sources = [f"{tmp_path}/acme/mine.jsonl", "hub:them/theirs", "scenes:color,shape", "../acme/"]
+    (run / "config.json").write_text(json.dumps({"seed": 7, "data": {"sources": sources}}))
     (run / "metrics.jsonl").write_text('{"step": 30, "loss": 1.5}\n')
     (run / "checkpoints" / "30").mkdir(parents=True)
     (run / "checkpoints" / "30" / "state.safetensors").write_bytes(b"state")
@@ -161,13 +162,16 @@ def test_a_model_comes_back_as_it_was(server, run, tmp_path):
     """The first try fails. What has arrived is not sent again, and nobody reads the signature of an address."""
     server.failures = 1
     first = ("push", (run, "owner/mine"), TOKEN)
-    failed, sent, again = call(server, tmp_path, first, first, first)
+    failed, sent, again, _ = call(server, tmp_path, first, first, first, ("push", (run, "owner/other"), TOKEN))
     assert failed.startswith("error: owner/mine could not be written: ")
     assert sent == again == f"sent to {server.url}/owner/mine\n" and len(server.sent) == 1
     files = server.files["owner/mine"]
+    assert "# owner/other" in server.files["owner/other"]["README.md"].decode()
     assert set(files) == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
     card = files["README.md"].decode()
     assert 'nanovlm.load("owner/mine")' in card and "| steps | 30 |" in card and "library_name: nanovlm" in card
+    assert "| data | mine.jsonl, hub:them/theirs, scenes:color,shape, acme |" in card and str(tmp_path) not in card
+    assert not (run / "model" / "README.md").exists()
     (tmp_path / "back").mkdir()
     for name, data in files.items():
         (tmp_path / "back" / name).write_bytes(data)
@@ -193,12 +197,27 @@ def test_checkpoints_and_exports_are_sent(server, run, tmp_path):
     assert "# owner/small" in files["README.md"].decode()
 
 
+def test_onnx_graphs_are_sent(server, tmp_path):
+    pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -e '.[onnx]'")
+    save(tmp_path / "text", VLMConfig(vision=None, image_token_id=None, decoder=BASE))
+    options = ("--format", "onnx", "--graphs", "q8", "--push", "owner/graphs")
+    (said,) = call(server, tmp_path, ("export", (tmp_path / "text", tmp_path / "out", *options), TOKEN))
+    assert f"sent to {server.url}/owner/graphs" in said
+    files = server.files["owner/graphs"]
+    assert files["onnx/model_quantized.onnx"] == (tmp_path / "out" / "onnx" / "model_quantized.onnx").read_bytes()
+    assert 'from_pretrained("owner/graphs"' in files["README.md"].decode()
+
+
 def test_mistakes_are_named(server, run, tmp_path):
     mistakes = (
         ((run, "mine"), TOKEN, "'mine' is no name of a repository; it must be OWNER/NAME"),
         ((run, "owner/mine"), "", "owner/mine could not be written: log in with hf auth login"),
         ((run, "other/mine"), TOKEN, "other/mine could not be written: the token may not write there"),
-        ((tmp_path / "nowhere", "owner/mine"), TOKEN, "nowhere has no model"),
+        (
+            (tmp_path / "nowhere", "owner/mine"),
+            TOKEN,
+            "nowhere has no model: no *.safetensors, *.gguf or onnx/*.onnx\n",
+        ),
         ((run / "model", "owner/mine", "--checkpoints"), TOKEN, "is not the folder of a run with checkpoints"),
     )
     said = call(server, tmp_path, *(("push", arguments, token) for arguments, token, _ in mistakes))
@@ -212,3 +231,5 @@ def test_no_secret_is_explained():
     error = ValueError("Error while uploading")
     error.__cause__ = cause
     assert explain(error, "mytoken") == "Error while uploading; PUT https://store/x failed for hf_... and ..."
+    for token in ("hf_abc-secret", "abc?secret"):
+        assert explain(ValueError(f"Bearer {token} is wrong"), token) == "Bearer ... is wrong"
