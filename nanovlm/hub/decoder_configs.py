@@ -177,10 +177,18 @@ def read_rope(data: dict, path: Path) -> tuple[float, RopeScalingConfig]:
         raise UserError(f"{path}: rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
     theta = {"rope_theta": rope.get("rope_theta", data["rope_theta"])}
     kind = str(rope.get("rope_type", rope.get("type", "default"))).replace("default", "none")
+    if kind == "dynamic":  # changes nothing up to max_position_embeddings, and no document of ours is longer
+        original, longest = rope.get("original_max_position_embeddings"), data["max_position_embeddings"]
+        if original is not None and (type(original) is not int or original < longest):
+            raise UserError(
+                f"{path}: original_max_position_embeddings = {original!r} of rope_type 'dynamic' must not be below "
+                f"max_position_embeddings = {longest}: above it a document would change with the length of its "
+                "neighbours"
+            )
+        kind, rope = "none", {}
     if kind not in ROPE_FIELDS:
-        reason = ": it would change a document with the length of its neighbours" if kind == "dynamic" else ""
         known = ", ".join(key for key in ROPE_FIELDS if key != "none")
-        raise UserError(f"{path}: rope_type = {kind!r} is not supported{reason}; there are {known}")
+        raise UserError(f"{path}: rope_type = {kind!r} is not supported; there are {known}")
     known = {"rope_theta", "rope_type", "type", *ROPE_FIELDS[kind]}
     harmless = {"partial_rotary_factor": 1.0} | ({"mscale": 1.0} if kind == "none" else {})
     for field, value in rope.items():

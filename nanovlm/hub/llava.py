@@ -228,8 +228,9 @@ def read_llava(folder: Path, tokenizer: Tokenizer) -> VLMConfig:
     if not isinstance(text, dict):
         raise UserError(f"{path}: text_config must be a JSON object")
     text = {"model_type": layout.text} | text
-    if data.get("tie_word_embeddings", layout.is_tied):
-        text["tie_word_embeddings"] = True
+    is_tied = data.get("tie_word_embeddings")
+    if is_tied or "tie_word_embeddings" not in text:
+        text["tie_word_embeddings"] = layout.is_tied if is_tied is None else is_tied
     fields = {"image_token_id": data.get("image_token_index", data.get("image_token_id", layout.image_token))}
     try:
         vision = read_tower(data, layout, path)

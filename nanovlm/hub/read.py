@@ -83,6 +83,11 @@ def find_model(name: str | Path) -> Stored:
     if "model_type" not in data:
         return open_folder(folder)
     if (kind := str(data["model_type"])) in OTHERS:
+        if data.get("quantization_config") is not None:
+            raise UserError(
+                f"{folder / 'config.json'}: quantization_config is not read of model_type = {kind!r}, only of language "
+                "models and Idefics3: take the model that it was made of, and --quantize"
+            )
         return OTHERS[kind](folder)
     check_kind(data, folder / "config.json")
     tokenizer = read_tokenizer(folder / "tokenizer.json")

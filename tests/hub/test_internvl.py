@@ -1,5 +1,6 @@
 """InternVL3 as transformers writes it: tokens, pixels, logits and greedy answers are the same."""
 
+import dataclasses
 import json
 import random
 
@@ -15,6 +16,7 @@ from nanovlm.model.vision import normalize
 from tests.conftest import assert_ranks_fill_their_rows, noise
 from tests.data.chat_templates import FAMILIES, QWEN2_VL, make_tokenizer
 from tests.hub.test_llava import TEXT
+from tests.hub.test_published import GPTQ
 from tests.model.test_parity import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,11 +102,31 @@ def test_each_rank_reads_its_rows(tmp_path):
     assert_ranks_fill_their_rows(find_model(tmp_path))
 
 
+def test_published_configs_say_it_in_the_part_of_the_language_model(tmp_path):
+    """Whether the head is tied; and dynamic positions, which are plain ones as far as the model reads."""
+    make_folder(tmp_path)
+    path, expected = tmp_path / "config.json", find_model(tmp_path).config
+    data = json.loads(path.read_text())
+    del data["tie_word_embeddings"]
+    theta = data["text_config"].pop("rope_parameters")["rope_theta"]
+    dynamic = {"rope_theta": theta, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic"}}
+    for tied, is_tied in (({"tie_word_embeddings": False}, False), ({"tie_word_embeddings": True}, True), ({}, True)):
+        data["text_config"].pop("tie_word_embeddings", None)
+        path.write_text(json.dumps(data | {"text_config": data["text_config"] | dynamic | tied}))
+        found = find_model(tmp_path).config
+        decoder = dataclasses.replace(expected.decoder, tie_word_embeddings=is_tied)
+        assert found == dataclasses.replace(expected, decoder=decoder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"use_qk_norm": True}, r"use_qk_norm = True is not supported"),
         ({"attention_bias": False}, r"attention_bias = False is not supported"),
+        (
+            {"quantization_config": GPTQ},
+            r"config.json: quantization_config is not read of model_type = 'internvl', only",
+        ),
         ({"image_size": [32, 64]}, r"image_size = \[32, 64\] is not supported; both sides must be equal"),
         ({"image_seq_length": 16}, r"image_seq_length = 16, but a tile has 4 tokens"),
         ({"downsample_ratio": "half"}, r"downsample_ratio = 'half' must be a number above 0"),
@@ -115,6 +137,7 @@ def test_what_we_do_not_compute_is_refused(change, message, tmp_path):
     make_folder(tmp_path)
     path = tmp_path / "config.json"
     data = json.loads(path.read_text())
+    data |= {name: value for name, value in change.items() if name == "quantization_config"}
     for part in (data, data["vision_config"]):
         part |= {name: value for name, value in change.items() if name in part}
     path.write_text(json.dumps(data))

@@ -176,6 +176,7 @@ MODELS = {
         "rope_parameters": YARN
         | {"attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0, "original_max_position_embeddings": 128},
     },
+    "llama dynamic": {"family": "llama", "rope_parameters": LINEAR | {"rope_type": "dynamic"}},
     "mistral without window": {"family": "mistral", "sliding_window": None, "head_dim": 20, "tied": True},
     "mistral, a window of all": {"family": "mistral", "sliding_window": 512},
     "smollm3 listed": {"family": "smollm3", "no_rope_layers": [0, 1, 0]},
@@ -680,9 +681,9 @@ BAD = {
     ),
     "activation": (change_config(hidden_act="gelu"), r"hidden_act = 'gelu' is not supported; it must be 'silu'"),
     "dynamic": (
-        rope(rope_type="dynamic", factor=2.0),
-        r"config.json: rope_type = 'dynamic' is not supported: it would change a document with the length of its "
-        r"neighbours; there are linear, llama3, yarn",
+        rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16),
+        r"config.json: original_max_position_embeddings = 16 of rope_type 'dynamic' must not be below "
+        r"max_position_embeddings = \d+: above it a document would change with the length of its neighbours",
     ),
     "longrope": (
         rope(rope_type="longrope", factor=2.0),
