@@ -15,6 +15,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -170,6 +171,8 @@ writeFileSync("outputs.json", JSON.stringify({ logits: logits.slice(0, -1).tolis
 
 
 def ask_node(written: Written, place: Place, _options: list[str]) -> dict:
+    if shutil.which("node") is None:
+        raise UserError("node is not installed: transformers.js needs it here")
     if not (written.folder / "graphs").exists():
         export.export_onnx(written.folder / "model", written.folder / "graphs", ("fp32",))
     ids, pixels = written.inputs["input_ids"], written.inputs["pixel_values"]
@@ -184,11 +187,7 @@ def ask_node(written: Written, place: Place, _options: list[str]) -> dict:
         raise RuntimeError(next((line for line in lines if "Error" in line), lines[0]))
     found = json.loads((written.folder / "outputs.json").read_text())
     difference = abs(np.array(found["logits"]) - written.logits).max() / abs(written.logits).max()
-    return {
-        "same text": found["tokens"] == written.tokens,
-        "difference": float(difference),
-        "of": "logits, relative to the largest",
-    }
+    return {"same text": found["tokens"] == written.tokens, "difference": float(difference), "of": "logits"}
 
 
 def find_node_package(place: Place, name: str) -> Path:

@@ -10,6 +10,7 @@ A place is a folder of packages or the Python of an environment, named by the fi
 import os
 import re
 
+import numpy as np
 import pytest
 
 from benchmarks.engines import (
@@ -23,7 +24,8 @@ from benchmarks.engines import (
     make_page,
     read_rows,
 )
-from benchmarks.engines_models import MODELS, write_model
+from benchmarks.engines_models import MODELS, Written, write_model
+from nanovlm.errors import UserError
 
 WHERE = dict(entry.split("=", 1) for entry in os.environ.get("ENGINES", "").split())
 
@@ -68,6 +70,32 @@ def test_another_answer_is_no_yes():
     ):
         row = row | {"package": "x 1", "environment": environment}
         assert word in make_page({"llama.cpp": row})
+
+
+# In the place of node and of the library.
+NODE = """#!/bin/sh
+printf '{"logits": LOGITS, "tokens": TOKENS}' > outputs.json
+"""
+
+
+def test_the_answer_of_node_is_compared_and_shown(tmp_path, monkeypatch):
+    inputs = {"input_ids": np.ones((1, 3)), "pixel_values": np.ones((1, 1, 3, 2, 2))}
+    written = Written(tmp_path, inputs, np.array([2.0, -4.0]), [5, 6], "", np.empty(0))
+    (tmp_path / "graphs").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    place, ask = find_place("transformers.js", {"transformers.js": str(tmp_path)}, 1), ENGINES["transformers.js"].ask
+    with pytest.raises(UserError, match="node is not installed"):
+        ask(written, place, [])
+    (tmp_path / "bin").mkdir()
+    for logits, tokens, word in (
+        ("[2, -4.0002]", "[5, 6]", "| yes | 5.0e-05 of logits |"),
+        ("[2, -4.02]", "[5, 6]", "| **no** | 5.0e-03 of logits |"),
+        ("[2, -4]", "[5, 7]", "| **no** | 0.0e+00 of logits |"),
+    ):
+        (tmp_path / "bin" / "node").write_text(NODE.replace("LOGITS", logits).replace("TOKENS", tokens))
+        (tmp_path / "bin" / "node").chmod(0o755)
+        row = ask(written, place, []) | {"package": "x 1", "environment": {"date": "2026-01-01", "commit": None}}
+        assert word in make_page({"transformers.js": row})
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "Qwen3-MoE"])
