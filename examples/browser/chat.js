@@ -30,11 +30,9 @@ async function readJson(name) {
 }
 
 async function load() {
-  const names = ["config", "preprocessor_config", "processor_config", "generation_config", "tokenizer"];
-  const [config, image, processor, generation, { added_tokens }] = await Promise.all(
-    names.map((name) => readJson(`${name}.json`)),
-  );
-  settings = { config, image, processor, generation, markers: added_tokens.map((token) => token.content) };
+  const names = ["config", "preprocessor_config", "processor_config", "tokenizer"];
+  const [config, image, processor, { added_tokens }] = await Promise.all(names.map((name) => readJson(`${name}.json`)));
+  settings = { config, image, processor, markers: added_tokens.map((token) => token.content) };
   try {
     library = await import("@huggingface/transformers");
   } catch {
