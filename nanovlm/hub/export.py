@@ -9,7 +9,7 @@ older and newer readers name differently are written under both names. `transfor
 it, if it is installed.
 
     python -m nanovlm.hub.export runs/demo OUT_DIR --check
-    python -m nanovlm.hub.export runs/demo OUT_DIR --format gguf --dtype q8_0
+    python -m nanovlm.hub.export runs/mine OUT_DIR --format gguf --dtype q8_0
 """
 
 import json

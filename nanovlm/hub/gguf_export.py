@@ -5,7 +5,7 @@ decoder, tokenizer, chat template ------> model-TYPE.gguf
 image encoder, projector, image settings -> mmproj-TYPE.gguf     (of a model that sees)
 ```
 
-    python -m nanovlm.hub.export runs/demo OUT_DIR --format gguf --dtype q8_0
+    python -m nanovlm.hub.export runs/mine OUT_DIR --format gguf --dtype q8_0
     llama-server -m OUT_DIR/model-Q8_0.gguf --mmproj OUT_DIR/mmproj-F16.gguf
 
 llama.cpp wants what its own converter writes (convert_hf_to_gguf.py): names of tensors and fields, experts stacked, and
