@@ -21,6 +21,9 @@ from nanovlm.hub.families import (
 )
 from nanovlm.hub.published import read_quantization
 
+# What is done with pixels, beside the sizes and the colors of each model; 1 / 255 is the step of a byte.
+FIXED_PIXELS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+
 
 def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     """Read the config of a language model or of a whole VLM. Special tokens are as in read_special_tokens.
@@ -32,9 +35,7 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
     data = read_json(path)
     check_kind(data, path)
     if data["model_type"] in IDEFICS3_TYPES:
-        text, vision = data.get("text_config") or {"rms_norm_eps": 1e-5}, data.get("vision_config") or {}
-        if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise UserError(f"{path}: text_config and vision_config must be JSON objects")
+        text, vision = read_parts(data, path, {"rms_norm_eps": 1e-5})
         text = {"model_type": "llama"} | text | {"tie_word_embeddings": data.get("tie_word_embeddings", False)}
         vision = read_vision(vision, IDEFICS3_VISION_DEFAULTS, path)
         if vision.patch_size > 0 and vision.grid_size in IDEFICS3_BAD_GRIDS:
@@ -60,6 +61,14 @@ def read_config(folder: Path, tokenizer: Tokenizer | None = None) -> VLMConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+def read_parts(data: dict, path: Path, text: dict | None = None) -> tuple[dict, dict]:
+    """Return the configs of language model and encoder; `text` stands for the first where there is none."""
+    text, vision = data.get("text_config") or text or {}, data.get("vision_config") or {}
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise UserError(f"{path}: text_config and vision_config must be JSON objects")
+    return text, vision
+
+
 def read_vision(data: dict, defaults: dict, path: Path) -> VisionConfig:
     """Read the config of a SigLIP encoder, which Idefics3 also uses."""
     check_fixed(data, FIXED_VISION, path)
@@ -78,10 +87,7 @@ def read_tiling(folder: Path, vision: VisionConfig, is_needed: bool) -> TilingCo
     expected = {
         "max_image_size": {"longest_edge": vision.image_size},
         "do_image_splitting": True,
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        **FIXED_PIXELS,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
         "resample": 1,

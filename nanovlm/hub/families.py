@@ -103,6 +103,23 @@ def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]
     return IDEFICS3_NAMES | {re.sub(r"^model\.", "model.text_model.", theirs): ours for theirs, ours in names.items()}
 
 
+def find_joined_names(family: str, encoder: dict[str, str], keys: set[str]) -> tuple[dict, str, str, str]:
+    """Return the name table of decoder and encoder for files with these tensors, and how other names begin.
+
+    That is what stands before the names of the parts, and before those of the encoder's tensors; last the head's name.
+    In published files the language model is whole; since transformers 5 its head is outside of it.
+    """
+    is_old = any(key.startswith("language_model.model.") for key in keys)
+    text, head = ("language_model.model.", "language_model.") if is_old else ("model.language_model.", "")
+    names = {}
+    for theirs, ours in find_names(family, has_vision=False).items():
+        names[text + theirs.removeprefix("model.") if theirs.startswith("model.") else head + theirs] = ours
+    tower = next((key for key in keys if "embeddings.patch_embedding" in key), "model.vision_tower.embeddings.")
+    root = tower[: tower.index("embeddings.")]
+    names |= {root + theirs: ours for theirs, ours in encoder.items()}
+    return names, root.partition("vision_tower.")[0], root, f"{head}{HEAD}"
+
+
 def check_vision(vision: VisionConfig | None):
     """Raise UserError if Idefics3, the one layout of vision-language models, has no such encoder."""
     if vision is None:

@@ -23,31 +23,24 @@ from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import (
+    FIXED_PIXELS,
     check_fixed,
     read_decoder,
     read_image_settings,
+    read_parts,
     read_special_tokens,
     read_template,
     read_vision,
 )
 from nanovlm.hub.download import find_weights
-from nanovlm.hub.families import SIGLIP_DEFAULTS, SIGLIP_NAMES, find_names
+from nanovlm.hub.families import SIGLIP_DEFAULTS, SIGLIP_NAMES, find_joined_names
 from nanovlm.hub.stored import Stored
 from nanovlm.hub.weights import check_tied_head, destinations, tensor_names
 from nanovlm.sharded import Places
 from nanovlm.tensor_files import copy_tensors, file_dtype
 
 # How pictures are prepared; 2 is bilinear.
-FIXED_IMAGES = {
-    "do_resize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "resample": 2,
-    "do_pan_and_scan": False,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
+FIXED_IMAGES = FIXED_PIXELS | {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_pan_and_scan": False}
 BEGIN = "<start_of_image>"  # what templates write for a picture
 PROJECTION = "mm_input_projection_weight"  # [in, out]
 
@@ -59,7 +52,8 @@ def open_gemma3(folder: Path) -> Stored:
     template, image = read_template(folder, tokenizer), tokenizer.id_to_token(config.image_token_id or 0)
     processor = Processor(tokenizer, template.replace(BEGIN, image or BEGIN), config)
     files = find_weights(folder)
-    names, before, root, head = find_gemma_names("gemma3_text", {key for path in files for key in tensor_names(path)})
+    keys = {key for path in files for key in tensor_names(path)}
+    names, before, root, head = find_joined_names("gemma3_text", SIGLIP_NAMES, keys)
     projector = f"{before}multi_modal_projector."
     names |= {projector + PROJECTION: "projector.proj.weight", f"{projector}mm_soft_emb_norm.": "projector.norm."}
     is_tied = config.decoder.tie_word_embeddings
@@ -75,36 +69,16 @@ def open_gemma3(folder: Path) -> Stored:
         copy_tensors(wanted, files, is_ignored)
         if not own.is_meta:
             own.copy_(flipped.T)
-        if is_tied and not places["decoder.embed_tokens.weight"].is_meta:
-            check_tied_head(places["decoder.embed_tokens.weight"], files, head)
+        check_tied_head(config.decoder, places, files, head)
 
     return Stored(config, processor, file_dtype(files, is_ignored), fill)
-
-
-def find_gemma_names(family: str, keys: set[str]) -> tuple[dict, str, str, str]:
-    """Return the name table of decoder and encoder for files with these tensors, and how other names begin.
-
-    That is what stands before the names of the parts, and before those of the encoder's tensors; last the head's name.
-    In published files the language model is whole; since transformers 5 its head is outside of it.
-    """
-    is_old = any(key.startswith("language_model.model.") for key in keys)
-    text, head = ("language_model.model.", "language_model.") if is_old else ("model.language_model.", "")
-    names = {}
-    for theirs, ours in find_names(family, has_vision=False).items():
-        names[text + theirs.removeprefix("model.") if theirs.startswith("model.") else head + theirs] = ours
-    tower = next((key for key in keys if "embeddings.patch_embedding." in key), "model.vision_tower.embeddings.")
-    root = tower[: tower.index("embeddings.")]
-    names |= {root + theirs: ours for theirs, ours in SIGLIP_NAMES.items()}
-    return names, root.partition("vision_tower.")[0], root, f"{head}lm_head.weight"
 
 
 def read_gemma3(folder: Path, tokenizer: Tokenizer) -> VLMConfig:
     """Read the config; special tokens are as in read_special_tokens."""
     path = folder / "config.json"
     data = read_json(path)
-    text, seen = data.get("text_config") or {}, data.get("vision_config") or {}
-    if not isinstance(text, dict) or not isinstance(seen, dict):
-        raise UserError(f"{path}: text_config and vision_config must be JSON objects")
+    text, seen = read_parts(data, path)
     check_fixed(text, {"model_type": "gemma3_text"}, path)
     check_fixed(seen, {"model_type": "siglip_vision_model", "layer_norm_eps": 1e-6}, path)
     text = {"model_type": "gemma3_text"} | text

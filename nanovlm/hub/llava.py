@@ -38,7 +38,7 @@ from nanovlm.hub.configs import (
 )
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.encoders import BICUBIC, CLIP, SIGLIP, Kind, make_config
-from nanovlm.hub.families import find_names
+from nanovlm.hub.families import find_joined_names
 from nanovlm.hub.stored import Stored
 from nanovlm.hub.weights import check_tied_head, destinations, tensor_names
 from nanovlm.tensor_files import copy_tensors, file_dtype
@@ -171,7 +171,11 @@ def open_llava(folder: Path) -> Stored:
     data = read_json(folder / "config.json")
     family = (data.get("text_config") or {}).get("model_type", LAYOUTS[data["model_type"]].text)
     kind = LAYOUTS[data["model_type"]].kind
-    names, root, head = find_llava_names(family, kind, {key for path in files for key in tensor_names(path)})
+    keys = {key for path in files for key in tensor_names(path)}
+    names, before, root, head = find_joined_names(family, kind.names, keys)
+    names |= {f"{before}multi_modal_projector.linear_{i}.": f"projector.fc{i}." for i in (1, 2)}
+    names |= {f"{before}multi_modal_projector.layer_norm.": "projector.norm."}
+    names |= {f"{before}image_newline": "projector.newline"}
     assert config.vision is not None
     kept = config.vision.num_hidden_layers
 
@@ -191,31 +195,9 @@ def open_llava(folder: Path) -> Stored:
                 place = wanted[name][0][None]
                 wanted[name] = [place[None] if token == "cls_token" else place]
         copy_tensors(wanted, files, is_ignored)
-        embedding = places["decoder.embed_tokens.weight"]
-        if config.decoder.tie_word_embeddings and not embedding.is_meta:
-            check_tied_head(embedding, files, head)
+        check_tied_head(config.decoder, places, files, head)
 
     return Stored(config, processor, file_dtype(files, is_ignored), fill)
-
-
-def find_llava_names(family: str, kind: Kind, keys: set[str]) -> tuple[dict, str, str]:
-    """Return the name table for files with these tensors, the beginning of the encoder's names, and the head's name.
-
-    In older files the language model is whole; since transformers 5 its head is outside of it.
-    """
-    is_old = any(key.startswith("language_model.model.") for key in keys)
-    body, head = ("language_model.model.", "language_model.") if is_old else ("model.language_model.", "")
-    names = {}
-    for theirs, ours in find_names(family, has_vision=False).items():
-        names[body + theirs.removeprefix("model.") if theirs.startswith("model.") else head + theirs] = ours
-    tower = next((key for key in keys if "embeddings.patch_embedding" in key), "model.vision_tower.embeddings.")
-    root = tower[: tower.index("embeddings.")]
-    names |= {root + theirs: ours for theirs, ours in kind.names.items()}
-    before = root.partition("vision_tower.")[0]
-    names |= {f"{before}multi_modal_projector.linear_{i}.": f"projector.fc{i}." for i in (1, 2)}
-    names |= {f"{before}multi_modal_projector.layer_norm.": "projector.norm."}
-    names |= {f"{before}image_newline": "projector.newline"}
-    return names, root, f"{head}lm_head.weight"
 
 
 def read_llava(folder: Path, tokenizer: Tokenizer) -> VLMConfig:

@@ -104,7 +104,7 @@ def open_nanovlm(folder: Path) -> Stored:
         if places["decoder.embed_tokens.weight"].is_meta:
             return
         if head in ignored:
-            check_tied_head(places["decoder.embed_tokens.weight"], files, head)
+            check_tied_head(config.decoder, places, files, head)
         weight, bias = (local_part(places[f"vision.patch_embedding.{name}"]) for name in ("weight", "bias"))
         bias.copy_(bias.float() + weight.float().sum((1, 2, 3)) / 2)  # each rank has the same rows of both
         weight.div_(2)

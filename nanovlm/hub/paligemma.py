@@ -22,31 +22,24 @@ from nanovlm.data.tokenizer import CONTINUATION_TEMPLATE, read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.configs import (
+    FIXED_PIXELS,
     check_fixed,
     read_decoder,
     read_image_settings,
+    read_parts,
     read_special_tokens,
     read_template,
     read_vision,
 )
 from nanovlm.hub.download import find_weights
-from nanovlm.hub.families import SIGLIP_DEFAULTS
-from nanovlm.hub.gemma3 import find_gemma_names
+from nanovlm.hub.families import SIGLIP_DEFAULTS, SIGLIP_NAMES, find_joined_names
 from nanovlm.hub.stored import Stored
 from nanovlm.hub.weights import check_tied_head, destinations, tensor_names
 from nanovlm.sharded import Places
 from nanovlm.tensor_files import copy_tensors, file_dtype
 
 # How pictures are prepared; 3 is bicubic.
-FIXED_IMAGES = {
-    "do_resize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "resample": 3,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
+FIXED_IMAGES = FIXED_PIXELS | {"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 # What configs leave out.
 VISION = {"patch_size": 14, "hidden_size": 1152, "intermediate_size": 4096, "num_hidden_layers": 27}
 TEXT = {"model_type": "gemma", "vocab_size": 257152, "hidden_size": 2048, "intermediate_size": 16384} | {
@@ -85,7 +78,8 @@ def open_paligemma(folder: Path) -> Stored:
     image = tokenizer.id_to_token(config.image_token_id or 0) or "<image>"
     processor = Processor(tokenizer, TEMPLATE.replace("<image>", image), config)
     files = find_weights(folder)
-    names, before, root, head = find_gemma_names("gemma", {key for path in files for key in tensor_names(path)})
+    keys = {key for path in files for key in tensor_names(path)}
+    names, before, root, head = find_joined_names("gemma", SIGLIP_NAMES, keys)
     names |= {f"{before}multi_modal_projector.linear.": "projector.proj."}
     is_tied = config.decoder.tie_word_embeddings
 
@@ -94,8 +88,7 @@ def open_paligemma(folder: Path) -> Stored:
 
     def fill(places: Places):
         copy_tensors(destinations(places, names), files, is_ignored)
-        if is_tied and not places["decoder.embed_tokens.weight"].is_meta:
-            check_tied_head(places["decoder.embed_tokens.weight"], files, head)
+        check_tied_head(config.decoder, places, files, head)
 
     return Stored(config, processor, file_dtype(files, is_ignored), fill)
 
@@ -104,9 +97,7 @@ def read_paligemma(folder: Path, tokenizer: Tokenizer) -> VLMConfig:
     """Read the config; special tokens are as in read_special_tokens."""
     path = folder / "config.json"
     data = read_json(path)
-    text, seen = data.get("text_config") or {}, data.get("vision_config") or {}
-    if not isinstance(text, dict) or not isinstance(seen, dict):
-        raise UserError(f"{path}: text_config and vision_config must be JSON objects")
+    text, seen = read_parts(data, path)
     check_fixed(text, {"model_type": "gemma", "use_bidirectional_attention": True}, path)
     check_fixed(seen, {"model_type": "siglip_vision_model"}, path)
     text = TEXT | text | {"use_bidirectional_attention": None}

@@ -24,7 +24,15 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
-from nanovlm.hub.configs import check_fixed, read_decoder, read_image_settings, read_special_tokens, read_template
+from nanovlm.hub.configs import (
+    FIXED_PIXELS,
+    check_fixed,
+    read_decoder,
+    read_image_settings,
+    read_parts,
+    read_special_tokens,
+    read_template,
+)
 from nanovlm.hub.decoders import QWEN_MOE_NAMES
 from nanovlm.hub.download import find_weights
 from nanovlm.hub.families import HEAD
@@ -48,14 +56,7 @@ IMAGES = {
     "image_std": CLIP_STD,
     "size": {"shortest_edge": 56**2, "longest_edge": 28**2 * 1280},
 }
-FIXED_IMAGES = {
-    "do_resize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "resample": 3,
-    "temporal_patch_size": 2,
-}
+FIXED_IMAGES = FIXED_PIXELS | {"resample": 3, "temporal_patch_size": 2}
 
 
 class Kind(NamedTuple):
@@ -165,8 +166,7 @@ def open_qwen(folder: Path) -> Stored:
         copy_tensors(wanted, files, is_ignored)
         if not own.is_meta:
             own.copy_(frames.float().sum(2))
-        if is_tied and not places["decoder.embed_tokens.weight"].is_meta:
-            check_tied_head(places["decoder.embed_tokens.weight"], files, HEAD)
+        check_tied_head(config.decoder, places, files, HEAD)
 
     return Stored(config, processor, file_dtype(files, is_ignored), fill)
 
@@ -206,9 +206,7 @@ def find_shapes(files: list[Path], names: list[str]) -> list[list[int]]:
 def read_config(folder: Path, data: dict) -> VLMConfig:
     """Read the config without the special tokens, but for the image token."""
     path, kind = folder / "config.json", KINDS[data["model_type"]]
-    text, seen = data.get("text_config") or data, data.get("vision_config") or {}
-    if not isinstance(text, dict) or not isinstance(seen, dict):
-        raise UserError(f"{path}: text_config and vision_config must be JSON objects")
+    text, seen = read_parts(data, path, data)
     check_fixed(seen, kind.is_fixed | {"in_channels": 3, "in_chans": 3, "temporal_patch_size": 2}, path)
     seen = kind.vision | {"spatial_merge_size": 2} | seen
     for name in ("patch_size", "spatial_merge_size", "num_position_embeddings"):

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from nanovlm.config import VLMConfig
+from nanovlm.config import DecoderConfig, VLMConfig
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub import published
@@ -42,8 +42,7 @@ def open_weights(folder: Path, config: VLMConfig) -> tuple[torch.dtype, Callable
             published.fill_quantized(quantized, files, settings)
             spare = published.find_zero_biases(quantized, found, files)
         copy_tensors(found, files, lambda name: is_other(name) or name in spare)
-        if config.decoder.tie_word_embeddings and not places["decoder.embed_tokens.weight"].is_meta:
-            check_tied_head(places["decoder.embed_tokens.weight"], files, HEAD)
+        check_tied_head(config.decoder, places, files, HEAD)
 
     return file_dtype(files, is_other), fill
 
@@ -141,8 +140,11 @@ def tensor_names(path):
         return list(file.keys())
 
 
-def check_tied_head(embedding: torch.Tensor | Rows, files: list[Path], head: str):
+def check_tied_head(config: DecoderConfig, places: Places, files: list[Path], head: str):
     """Raise UserError if a file has a head that differs from the embedding that the config ties it to."""
+    embedding = places["decoder.embed_tokens.weight"]
+    if embedding.is_meta or not config.tie_word_embeddings:
+        return
     for path in files:
         with open_tensors(path) as file:
             if head in file.keys() and not embedding.equal(file.get_tensor(head).to(embedding.device, embedding.dtype)):
