@@ -5,6 +5,7 @@ a name is the same on both sides, and nothing is permuted. `{}` stands for a num
 """
 
 import re
+from collections.abc import Mapping
 
 from nanovlm.config import DecoderConfig, VisionConfig, VLMConfig, differences
 from nanovlm.data.tilings import FAKE
@@ -103,7 +104,9 @@ def find_names(family: str, has_vision: bool) -> dict[str, str | tuple[str, ...]
     return IDEFICS3_NAMES | {re.sub(r"^model\.", "model.text_model.", theirs): ours for theirs, ours in names.items()}
 
 
-def find_joined_names(family: str, encoder: dict[str, str], keys: set[str]) -> tuple[dict, str, str, str]:
+def find_joined_names(
+    family: str, encoder: Mapping[str, str | tuple[str, ...]], keys: set[str]
+) -> tuple[dict, str, str, str]:
     """Return the name table of decoder and encoder for files with these tensors, and how other names begin.
 
     That is what stands before the names of the parts, and before those of the encoder's tensors; last the head's name.
