@@ -26,7 +26,7 @@ KERNEL_TESTS = "tests/kernels/test_{}.py"
 TESTS = {
     "attention": ([KERNEL_TESTS.format("attention"), KERNEL_TESTS.format("cache_attention")], 6),
     "grouped_gemm": ([KERNEL_TESTS.format("grouped_gemm")], 4),
-    "dequant_matmul": ([KERNEL_TESTS.format("dequant_matmul")], 3),
+    "dequant_matmul": ([KERNEL_TESTS.format("dequant_matmul"), KERNEL_TESTS.format("quantized_experts")], 3),
     "cross_entropy": ([KERNEL_TESTS.format("cross_entropy")], 1),
     "models": (
         [

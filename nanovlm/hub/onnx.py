@@ -221,7 +221,8 @@ def sort_stable(x, stable=True, dim=-1, descending=False):
     from onnxscript import opset23 as op
 
     assert dim == -1
-    return op.TopK(x, op.Shape(x, start=-1), axis=-1, largest=int(descending), sorted=1)
+    size = op.Shape(x, start=-1)
+    return op.TopK(x, size, axis=-1, largest=int(descending), sorted=1)  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager

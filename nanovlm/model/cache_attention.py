@@ -133,7 +133,7 @@ def common_run(rows: Sequence[Span]) -> tuple[int, int]:
     return blocks[0] * BLOCK, (blocks[0] + min(num, most)) * BLOCK
 
 
-def prepare_gathered(rows: Sequence[Span], keys: Tensor, window: int = 0) -> Plan:
+def prepare_gathered(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Plan:
     """Plan to gather all that a row sees, with a window no blocks before it."""
     skipped = [max(row.start + 1 - window, 0) // BLOCK * BLOCK if window else 0 for row in rows]
     return gather_rows(rows, skipped, keys.device, window)

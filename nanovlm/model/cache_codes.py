@@ -13,6 +13,7 @@ Four bits lie in a byte each: channel h in the lower half, channel h + H / 2 in 
 Legend: S slots, K key/value heads, H head size.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ def allocate(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     """Return zeros; on a CPU the system gives the memory when it is first written to, as it does not to torch.zeros."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)).view(dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 CACHE_FORMATS = {

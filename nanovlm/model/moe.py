@@ -16,7 +16,7 @@ Legend: R tokens (all rows of the batch, end to end), D hidden, W width of an ex
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class MoE(nn.Module):
         """Return the weighted sum of what each token's experts compute (see EXPERTS)."""
         return self.run_experts(x, choice, weights, self.gate_proj, self.up_proj, self.down_proj, *self.biases())
 
-    def biases(self) -> tuple:
+    def biases(self) -> tuple[Any, ...]:
         """Return what `experts_biased` takes behind the matrices; nothing for experts without biases."""
         c = self.config
         return (self.gate_bias, self.up_bias, self.down_bias, c.swiglu_limit) if c.has_bias else ()

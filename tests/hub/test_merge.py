@@ -13,13 +13,15 @@ import nanovlm
 from nanovlm.command_line import GenerateConfig
 from nanovlm.config import AdapterConfig, QuantizationConfig, SamplingConfig
 from nanovlm.errors import UserError
-from nanovlm.hub import export, merge, quantize
+from nanovlm.hub import export, merge
 from nanovlm.hub.adapters import attach, attach_all, save_adapter
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.adapters import settle
 from nanovlm.model.adapters import adapted_layers
 from nanovlm.model.inference import prepare
 from nanovlm.model.quantized import quantize as quantize_model
+from nanovlm.quant.__main__ import QuantizeConfig
+from nanovlm.quant.__main__ import main as quantize_folder
 from tests.conftest import noise
 from tests.hub.test_adapters import learned, logits_of
 from tests.hub.test_export import OWN, write_own
@@ -110,8 +112,8 @@ def copy_answer(model, processor, folder):
 def test_mistakes_are_named(folder, tmp_path, monkeypatch):
     model, adapter = folder / "model", folder / "adapter"
     with pytest.raises(UserError, match=r"the model has adapters, .*: merge them, or quantise before"):
-        run(monkeypatch, quantize, adapter, tmp_path / "out")
-    run(monkeypatch, quantize, model, tmp_path / "int8", "--format", "int8")
+        quantize_folder(QuantizeConfig(str(adapter), tmp_path / "out"))
+    quantize_folder(QuantizeConfig(str(model), tmp_path / "int8", QuantizationConfig("int8")))
     with pytest.raises(UserError, match="is quantised: merged, it would be rounded again"):
         run(monkeypatch, merge, tmp_path / "int8", adapter, tmp_path / "out")
     data = json.loads((adapter / "adapter_config.json").read_text())

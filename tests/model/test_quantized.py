@@ -20,7 +20,6 @@ from nanovlm.kernels.quantized_weight import NUM_BITS, dequantize_ref, make_tabl
 from nanovlm.model import quantized
 from nanovlm.model.quantized import QuantizedLinear, quantize, quantize_weight
 from nanovlm.model.vlm import VLM
-from nanovlm.quant import __main__ as quantize_command
 from nanovlm.train import init
 from tests.conftest import TINY, make_batch, make_document, noise
 
@@ -297,5 +296,5 @@ def test_command_lines(tmp_path, processor, capsys, monkeypatch):
         assert ask("model", quantize=format)
     with pytest.raises(ValueError, match="quantised already"):
         ask("out", quantize="int4")
-    with pytest.raises(ValueError, match="out exists and is not an empty folder"):
-        quantize_command.main(quantize_command.QuantizeConfig("model", cli.Path("out")))
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cli.PROJECT)
+    assert done.returncode == 2 and "out exists and is not an empty folder" in done.stderr
