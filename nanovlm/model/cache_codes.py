@@ -111,7 +111,7 @@ def allocate_codes(shape: tuple[int, int, int], device: torch.device, dtype: tor
 
 def allocate(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return zeros; on a CPU the system gives the memory when it is first written to, as it does not to torch.zeros."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(shape):  # of an empty array torch knows no stride
         return torch.zeros(shape, device=device, dtype=dtype)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
