@@ -31,7 +31,10 @@ async function readJson(name) {
 
 async function load() {
   const names = ["config", "preprocessor_config", "processor_config", "tokenizer"];
-  const [config, image, processor, { added_tokens }] = await Promise.all(names.map((name) => readJson(`${name}.json`)));
+  const found = await Promise.allSettled(names.map((name) => readJson(`${name}.json`)));
+  const missing = found.find((read) => read.status === "rejected"); // the first in this order, not in time
+  if (missing) throw missing.reason;
+  const [config, image, processor, { added_tokens }] = found.map((read) => read.value);
   settings = { config, image, processor, markers: added_tokens.map((token) => token.content) };
   try {
     library = await import("@huggingface/transformers");
