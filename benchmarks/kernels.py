@@ -483,7 +483,7 @@ def packed(device: torch.device, T: int, N: int, K: int, H: int, least: int = 16
         return make(visible, None, None, T, T, device=device)
 
     def of_module(module):
-        return lambda q, k, v: module.attention(q, k, v, module.Runs(*runs))[0]
+        return lambda q, k, v: module.attention(q, k, v, module.Runs(*runs[:6]))[0]
 
     def run_varlen(q, k, v):
         from torch.nn.attention.varlen import varlen_attn

@@ -88,7 +88,7 @@ def empty(*shape, dtype=torch.bfloat16, learns=False):
 
 def attend(H: int, N: int, K: int, T: int, mask: str):
     q, k, v = (empty(2, T, heads, H, learns=True) for heads in (N, K, K))
-    runs = Runs(*(empty(2, T, dtype=torch.int32) for _ in Runs._fields)) if mask == "runs" else None
+    runs = Runs(*(empty(2, T, dtype=torch.int32) for _ in range(6))) if mask == "runs" else None
     attention(q, k, v, runs, causal=mask == "causal")[0].sum().backward()
 
 

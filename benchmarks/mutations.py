@@ -127,8 +127,8 @@ MUTATIONS = {
         ("earlier blocks of keys dropped", "acc_a = tl.dot(b_p, x_a, acc_a, input", "acc_a = tl.dot(b_p, x_a, input"),
         (
             "whole blocks beyond the run of the last query",
-            "tl.load(p_until + lo_b) > last, to_first, lo_b",
-            "tl.load(p_until + lo_b) > i_t, to_first, lo_b",
+            "tl.load(p_until + i_t) > last, to_first, lo_b",
+            "tl.load(p_until + i_t) > i_t, to_first, lo_b",
         ),
         (
             "a span ends with the last query of a block",
@@ -152,8 +152,8 @@ MUTATIONS = {
         ),
         (
             "whole blocks of a prefix beyond the last query's document",
-            "tl.load(p_until + lo_a) > last, hi_a, lo_a",
-            "tl.load(p_until + lo_a) > i_t, hi_a, lo_a",
+            "tl.where(end_a > last, hi_a, lo_a)",
+            "tl.where(end_a > i_t, hi_a, lo_a)",
         ),
         (
             "causal keys one too many unmasked",
@@ -166,7 +166,11 @@ MUTATIONS = {
             "hi_b = tl.minimum(tl.maximum(i_t + S - T, 0), S)",
         ),
         ("causal mask off by one", "m = o_s[None, :] <= o_last[:, None]", "m = o_s[None, :] < o_last[:, None]"),
-        ("branches see each other", "m = m & (o_last[:, None] < tl.load(", "m = m & (o_last[:, None] > tl.load("),
+        (
+            "branches see each other",
+            "m = m & (o_t[:, None] < tl.load(p_until",
+            "m = m & (o_t[:, None] > tl.load(p_until",
+        ),
         (
             "largest score not kept over blocks",
             "m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)",
@@ -249,6 +253,27 @@ MUTATIONS = {
             "num_before = tl.minimum((lo_all - lo) // BM, num)",
         ),
         (
+            "a window of one key more",
+            "m = m & (o_near[:, None] < (tl.load(",
+            "m = m & (o_near[:, None] <= (tl.load(",
+        ),
+        (
+            "a window of one query more in dk",
+            "[None, :] < b_far[:, None])",
+            "[None, :] <= b_far[:, None])",
+        ),
+        ("whole blocks before the last query's window", "last - W + 1 - lo_b", "i_t - W + 1 - lo_b"),
+        ("whole blocks of a prefix before a query's window", "near + last - i_t - W + 1", "near - W + 1"),
+        ("a later branch sees as little of the prefix", "tl.where(is_alone, near, hi_a) - W", "near - W"),
+        ("a branch sees as much of the prefix all along", "tl.where(is_alone, near, hi_a) - W", "hi_a - W"),
+        ("the blocks before the whole ones left out", "tl.where(j < skip, j, j + full)", "j + full"),
+        ("whole blocks of queries beyond a window", "tl.minimum(hi_all, i_s + W)", "hi_all"),
+        ("a key seen from the first branch alone", "(own.gather(1, until.long() - 1) - run_end)", "(own - run_end)"),
+        ("branches count as tokens between", "index - own + torch.where(on_prefix, own, shared)", "index"),
+        ("sinks without a base", "tl.load(p_sinks + i_n) * LOG2E", "tl.load(p_sinks + i_n)"),
+        ("sinks left out of the sum", "* LOG2E, b_l + 1.0", "* LOG2E, b_l"),
+        ("gradient of sinks upwards", "-((sinks[:, None] - lse)", "((sinks[:, None] - lse)"),
+        (
             "wrong split of the head",
             "return (H, whole // 2, rest) if whole > 32",
             "return (H, whole // 2, rest // 2) if whole > 32",
@@ -281,6 +306,12 @@ MUTATIONS = {
         ("last of the first row", "tl.load(p_last + i_b * T + o_t", "tl.load(p_last + o_t"),
         ("heads of a group in each other's place", "i_k * G + o_r % G", "i_k + o_r % G"),
         ("the step at the end left out", "range(full, tl.cdiv(hi - lo, BN))", "range(full, (hi - lo) // BN)"),
+        ("a window of one position less", "o_s[None, :] >= o_first[:, None]", "o_s[None, :] > o_first[:, None]"),
+        ("positions before the window read", "        first_seen = tl.min(o_first)", "        first_seen = 0"),
+        ("whole steps before the last window", "tl.max(tl.where(m_r, o_first, 0)) - lo", "tl.min(o_first) - lo"),
+        ("the steps before the whole ones left out", "tl.where(j < skip + full, j - full, j)", "j"),
+        ("sinks counted in every part", "        if i_part == 0:", "        if i_part >= 0:"),
+        ("sinks of the first group", "tl.load(p_sinks + o_n, mask", "tl.load(p_sinks + o_r % G, mask"),
         (
             "keys' stride for values",
             "point_to_slots(p_v, p_table, o_s, m_s, stride_v,",
@@ -295,7 +326,11 @@ MUTATIONS = {
             "b_l = tl.where(b_l == 0, 1.0, b_l)",
             "b_l = tl.where(b_l == 0, 0.0, b_l)",
         ),
-        ("parts begin one late", "lo = i_part * part_size", "lo = i_part * part_size + i_part"),
+        (
+            "parts begin one late",
+            "lo = first_seen + i_part * part_size",
+            "lo = first_seen + i_part * part_size + i_part",
+        ),
         (
             "parts that nobody sees not marked",
             'tl.full([BM], float("-inf"), tl.float32), mask=m_r)',

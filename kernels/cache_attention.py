@@ -4,8 +4,11 @@ Keys and values of all rows lie in one pool of slots, cut into blocks. Each row 
 
 ```
 position p of row b      slot table[b, p // BLOCK] * BLOCK + p % BLOCK
-query t of row b         sees positions 0 .. last[b, t]; none where that is -1, and out is 0
+query t of row b         sees positions first[b, t] .. last[b, t], where first is 0 unless there is a window
 ```
+
+It sees none where last is -1, and out is 0. A sink is one more score for each query head, of a value of 0; the softmax
+over the first part counts it.
 
 A program has BM pairs of a query of one row and a head of one group, so a key is read once for the whole group. The
 few queries of a decode step give too few programs to fill a GPU: there the positions of a row are cut into parts of
@@ -40,6 +43,7 @@ from nanovlm.kernels.attention import (
     LOG2E,
     add_parts,
     check_inputs,
+    check_sinks,
     choose_blocks,
     divide_strides,
     dot_parts,
@@ -73,18 +77,27 @@ BLOCKS = {
 LEAST_PART = tl.constexpr(128)  # positions; a multiple of every BN
 
 
-def attend_blocks_ref(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size=16, scale=None):
+def attend_blocks_ref(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size=16, scale=None, first=None,
+    sinks=None,
+):  # fmt: skip
     """Specify `attend_blocks`: gather each row's slots up to its last, and attend. Any dtype."""
     S = int(last.max()) + 1 if last.numel() else 0
     p = torch.arange(S, device=q.device)
     visible = p <= last[..., None]  # [B, T, S]
+    if first is not None:
+        visible &= p >= first[..., None]
     is_read = visible.any(1)
     slots = torch.where(is_read, table[:, p // block_size].long() * block_size + p % block_size, 0)
     k, v = (x[slots].masked_fill(~is_read[..., None, None], 0) for x in (keys, values))
     q_BTKGH = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k) * (scale or q.shape[3] ** -0.5)
     visible = visible[:, None, None]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, k.shape[2], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sink), -1)
+    weights = scores.softmax(-1)[..., :S].masked_fill(~visible, 0)
     return torch.einsum("bkgts,bskh->btkgh", weights, v).flatten(2, 3)
 
 
@@ -103,9 +116,9 @@ def point_to_slots(p, p_table, o_s, m_s, stride, BLOCK: tl.constexpr, UNIT: tl.c
 
 @triton.jit
 def blocks_step(
-    b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_k, stride_v, i_s, limit, o_last, scale_log2,
+    b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_k, stride_v, i_s, limit, o_first, o_last, scale_log2,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the positions from i_s on, those before limit if MASKED."""
     o_s = i_s + tl.arange(0, BN)
@@ -114,7 +127,10 @@ def blocks_step(
     k_a, k_b = load_parts(p_rows, m_s, H, HA, HB, MASKED)
     b_s = dot_parts(q_a, q_b, k_a, k_b, HB)  # [BM, BN]
     if MASKED:
-        b_s = tl.where(o_s[None, :] <= o_last[:, None], b_s, float("-inf"))
+        m = o_s[None, :] <= o_last[:, None]
+        if WINDOW:
+            m = m & (o_s[None, :] >= o_first[:, None])
+        b_s = tl.where(m, b_s, float("-inf"))
     m_new, b_p, shrink = weigh(b_m, b_s, scale_log2, MASKED)
     acc_a = acc_a * shrink[:, None]
     if HB > 0:
@@ -126,12 +142,15 @@ def blocks_step(
 
 
 # Rows come and go: what is compiled for one number of them, and for one width of the table, serves all.
-@triton.jit(do_not_specialize=["most_parts", "stride_table", "B"], do_not_specialize_on_alignment=["p_table", "p_last"])
+@triton.jit(
+    do_not_specialize=["most_parts", "stride_table", "B"],
+    do_not_specialize_on_alignment=["p_table", "p_first", "p_last"],
+)
 def blocks_kernel(
-    p_q, p_k, p_v, p_table, p_last, p_out, p_lse, scale_log2, most_parts,
+    p_q, p_k, p_v, p_table, p_first, p_last, p_sinks, p_out, p_lse, scale_log2, most_parts,
     stride_qb, stride_qt, stride_qn, stride_ks, stride_kn, stride_vs, stride_vn, stride_table, B, T, K,
     G: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Attend to one part of the positions with all heads of a group; lse in powers of 2, -inf where nothing is seen."""
     num_blocks = tl.cdiv(T * G, BM)
@@ -143,9 +162,13 @@ def blocks_kernel(
     o_t, o_n = (o_r // G).to(tl.int64), i_k * G + o_r % G
     o_last = tl.load(p_last + i_b * T + o_t, mask=m_r, other=-1).to(tl.int32)
     o_out = ((i_part.to(tl.int64) * B + i_b) * T + o_t) * K * G + o_n  # [part, B, T, N]
+    first_seen, o_first = 0, o_last
+    if WINDOW:
+        o_first = tl.load(p_first + i_b * T + o_t, mask=m_r, other=2**31 - 1).to(tl.int32)
+        first_seen = tl.min(o_first)
     num_seen = tl.max(o_last) + 1
-    part_size = tl.maximum(tl.cdiv(tl.cdiv(num_seen, most_parts), BN) * BN, LEAST_PART)
-    lo = i_part * part_size
+    part_size = tl.maximum(tl.cdiv(tl.cdiv(num_seen - first_seen, most_parts), BN) * BN, LEAST_PART)
+    lo = first_seen + i_part * part_size
     hi = tl.minimum(lo + part_size, num_seen)
     if (hi <= lo) & (i_part > 0):  # no query sees this part
         tl.store(p_lse + o_out, tl.full([BM], float("-inf"), tl.float32), mask=m_r)
@@ -156,18 +179,24 @@ def blocks_kernel(
     p_v += i_k * stride_vn * UNIT
     p_table += i_b * stride_table
     b_m, b_l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    if SINKS:
+        if i_part == 0:
+            b_m, b_l = tl.load(p_sinks + o_n, mask=m_r, other=0.0) * LOG2E, b_l + 1.0
     acc_a, acc_b = zero_parts(BM, HA, HB)
-    all_see = tl.minimum(hi, tl.min(tl.where(m_r, o_last, hi)) + 1)
-    full = tl.maximum(all_see - lo, 0) // BN
-    for j in range(full):
+    all_see, skip = tl.minimum(hi, tl.min(tl.where(m_r, o_last, hi)) + 1), 0
+    if WINDOW:
+        skip = tl.cdiv(tl.minimum(tl.maximum(tl.max(tl.where(m_r, o_first, 0)) - lo, 0), hi - lo), BN)
+    full = tl.maximum(all_see - lo - skip * BN, 0) // BN
+    for j in range(skip, skip + full):
         b_m, b_l, acc_a, acc_b = blocks_step(
-            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_ks, stride_vs, lo + j * BN, hi, o_last,
-            scale_log2, BLOCK, UNIT, H, HA, HB, BN, False,
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_ks, stride_vs, lo + j * BN, hi, o_first, o_last,
+            scale_log2, BLOCK, UNIT, H, HA, HB, BN, WINDOW, False,
         )  # fmt: skip
     for j in range(full, tl.cdiv(hi - lo, BN)):
+        i_s = lo + tl.where(j < skip + full, j - full, j) * BN  # the blocks before the whole ones, then those behind
         b_m, b_l, acc_a, acc_b = blocks_step(
-            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_ks, stride_vs, lo + j * BN, hi, o_last,
-            scale_log2, BLOCK, UNIT, H, HA, HB, BN, True,
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_ks, stride_vs, i_s, hi, o_first, o_last,
+            scale_log2, BLOCK, UNIT, H, HA, HB, BN, WINDOW, True,
         )  # fmt: skip
     b_l = tl.where(b_l == 0, 1.0, b_l)
     store_parts(p_out + o_out * H, m_r, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB)
@@ -198,8 +227,9 @@ def merge_kernel(p_parts, p_lse, p_out, num_parts, num_rows, H: tl.constexpr, HP
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float,
+    first: Tensor | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Return out [B, T, N, H]."""
     (B, T, N, H), K = q.shape, keys.shape[1]
     out = torch.empty(B, T, N, H, device=q.device, dtype=q.dtype)
@@ -213,8 +243,9 @@ def attend(
     parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
     last = last.contiguous()
     blocks_kernel[(K * B * num_blocks * num_parts,)](
-        q, keys, values, table, last, parts, lse, scale * LOG2E.value, most_parts, *strides, table.stride(0), B, T, K,
-        N // K, block_size, unit, *split_head(H), BM, BN, **options,
+        q, keys, values, table, last if first is None else first.contiguous(), last, lse if sinks is None else sinks,
+        parts, lse, scale * LOG2E.value, most_parts, *strides, table.stride(0), B, T, K, N // K, block_size, unit,
+        *split_head(H), first is not None, sinks is not None, BM, BN, **options,
     )  # fmt: skip
     if num_parts > 1:
         merge_kernel[(B * T * N,)](parts, lse, out, num_parts, B * T * N, H, triton.next_power_of_2(H), 32)
@@ -236,11 +267,12 @@ def num_processors(q: Tensor) -> int:
 # --- operator ------------------------------------------------------------------------------------------------
 
 
-@operator("attend_blocks", lambda q, keys, values, table, last, block_size, scale: q.new_empty(q.shape))
+@operator("attend_blocks", lambda q, *args: q.new_empty(q.shape))
 def run_blocks(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float
-) -> Tensor:
-    return attend(q, keys, values, table, last, block_size, scale)
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float,
+    first: Tensor | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return attend(q, keys, values, table, last, block_size, scale, first, sinks)
 
 
 # --- what a model calls --------------------------------------------------------------------------------------
@@ -254,23 +286,28 @@ def attend_blocks(
     last: Tensor,
     block_size: int = 16,
     scale: float | None = None,
+    first: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from q [B, T, N, H] to a cache, keys and values [num_slots, K, H]; return [B, T, N, H]. No gradients: a
     backward pass raises RuntimeError.
 
     Position p of row b lies in slot table[b, p // block_size] * block_size + p % block_size, `table` being int32[B,
-    num_blocks] and block_size a power of two; rows may share blocks. A query sees positions 0 to `last` int64[B, T],
-    which is -1 for none. Slots beyond a row's largest `last`, and table entries of blocks that begin beyond it, are not
-    read, whatever they hold; those before it must be slots of the cache, which is not checked. Each key/value head
-    serves N / K neighbouring query heads. `scale` is H**-0.5 unless given. What a row gets does not depend on the
-    others. Under autocast q is cast to the dtype of the cache, which is never cast. Raises ValueError for shapes and
-    dtypes that do not fit, and without a GPU.
+    num_blocks] and block_size a power of two; rows may share blocks. A query sees positions `first` int64[B, T], or 0,
+    to `last` int64[B, T], which is -1 for none. Slots before a row's smallest `first` and beyond its largest `last`,
+    and table entries of blocks that hold no other, are not read, whatever they hold; those between must be slots of the
+    cache, which is not checked. Each key/value head serves N / K neighbouring query heads; `sinks` [N] are scores of
+    one more key for each of these, whose value is 0. `scale` is H**-0.5 unless given. What a row gets does not depend
+    on the others. Under autocast q is cast to the dtype of the cache, which is never cast. Raises ValueError for shapes
+    and dtypes that do not fit, and without a GPU.
     """
     q = q.to(values.dtype) if torch.is_autocast_enabled(q.device.type) else q
     q, keys, values, table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values, table))
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check(q, keys, values, table, last, block_size, scale)
-    return run_blocks(q, keys, values, table, last, block_size, scale)
+    if first is not None and (first.shape != last.shape or first.dtype != last.dtype):
+        raise ValueError(f"first is {first.dtype}{list(first.shape)}, but must be int64{list(last.shape)} as last is")
+    return run_blocks(q, keys, values, table, last, block_size, scale, first, check_sinks(q, sinks))
 
 
 def check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float):

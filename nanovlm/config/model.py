@@ -316,7 +316,7 @@ class DecoderConfig:
     attention_scale: float = 0.0
     # Scores become softcap * tanh(score / softcap) (Gemma-2), with attention = plain; 0 for none.
     attention_softcap: float = 0.0
-    # A learned score of each head for looking at nothing (gpt-oss), with attention = plain.
+    # A learned score of each head for looking at nothing (gpt-oss), with attention = plain or triton.
     attention_sinks: bool = False
     # Base of the rotary position frequencies.
     rope_theta: float = 10000.0
@@ -705,12 +705,9 @@ def check_attention(d: DecoderConfig):
         check(getattr(d, name) > 0, f"decoder.{name} = {getattr(d, name)} must be positive")
     for name in ("window_rope_theta", "attention_scale", "attention_softcap"):
         check(getattr(d, name) >= 0, f"decoder.{name} = {getattr(d, name)} must be at least 0")
-    for name in ("attention_softcap", "attention_sinks"):
+    for name, backends in (("attention_softcap", ("plain",)), ("attention_sinks", ("plain", "triton"))):
         check(
-            not getattr(d, name) or d.attention == "plain",
-            f"decoder.attention = {d.attention} must be plain for decoder.{name} = {getattr(d, name)}",
+            not getattr(d, name) or d.attention in backends,
+            f"decoder.attention = {d.attention} must be {' or '.join(backends)} "
+            f"for decoder.{name} = {getattr(d, name)}",
         )
-    check(
-        not any(d.windows) or d.attention != "triton",
-        f"decoder.attention = triton has no decoder.sliding_window = {d.sliding_window}: choose sdpa",
-    )

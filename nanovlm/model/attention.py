@@ -241,7 +241,7 @@ def compile_flex():
     return torch.compile(flex_attention)
 
 
-# --- plain: scores written out, with what no other backend computes --------------------------------------------
+# --- plain: scores written out, with a softcap, which no other backend computes --------------------------------
 
 
 def attend_plain(
@@ -272,14 +272,14 @@ def attend_plain(
 
 
 def make_triton_mask(doc_ids: Tensor, branch_ids: Tensor, span_ids: Tensor | None = None, window: Window | None = None):
-    if window is not None:
-        raise UserError("attention = 'triton' has no sliding window: choose sdpa")
-    return load_kernels().find_runs(doc_ids, branch_ids, span_ids)
+    """Positions count the tokens of a document up to a branch, and on from there: the runs know as much."""
+    return load_kernels().find_runs(doc_ids, branch_ids, span_ids, 0 if window is None else window.size)
 
 
-def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
     """Our kernels: differentiable within documents and with all keys visible."""
-    return load_kernels().attention(q.to(v.dtype), k.to(v.dtype), v, mask)[0]
+    assert not softcap  # which the config refuses
+    return load_kernels().attention(q.to(v.dtype), k.to(v.dtype), v, mask, sinks=sinks)[0]
 
 
 def load_kernels():

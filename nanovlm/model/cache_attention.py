@@ -135,8 +135,12 @@ def common_run(rows: Sequence[Span]) -> tuple[int, int]:
 
 def prepare_gathered(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Plan:
     """Plan to gather all that a row sees, with a window no blocks before it."""
-    skipped = [max(row.start + 1 - window, 0) // BLOCK * BLOCK if window else 0 for row in rows]
-    return gather_rows(rows, skipped, keys.device, window)
+    return gather_rows(rows, find_skipped(rows, window), keys.device, window)
+
+
+def find_skipped(rows: Sequence[Span], window: int) -> list[int]:
+    """Return how many positions of each row lie in blocks that no new token's window reaches."""
+    return [max(row.start + 1 - window, 0) // BLOCK * BLOCK if window else 0 for row in rows]
 
 
 def gather_rows(rows: Sequence[Span], skipped: Sequence[int], device: torch.device, window: int = 0) -> Plan:
@@ -234,25 +238,38 @@ def attend_plain_gathered(
 
 
 class Tables(NamedTuple):
-    """int32[R, blocks] and int64[R, t]: the blocks of each row, and the last position that each query sees."""
+    """int32[R, blocks] and int64[R, t]: the blocks of each row, and the last position that each query sees.
+
+    With a window no blocks before it, and the first position that each query sees, too; both are counted from there.
+    """
 
     blocks: Tensor
     last: Tensor
+    first: Tensor | None = None
 
 
 def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Tables:
-    assert not window and isinstance(keys, Tensor)  # which the config refuses
+    assert isinstance(keys, Tensor)  # which the config refuses
     load_kernels()  # or say what is missing
-    num = max(row.start + row.num_new + BLOCK - 1 for row in rows) // BLOCK
-    blocks = torch.tensor([[*row.blocks, *[-1] * num][:num] for row in rows], dtype=torch.int32)
-    last = find_lasts(rows)
-    return Tables(blocks.to(keys.device, non_blocking=True), last.to(keys.device, non_blocking=True))
+    skipped = find_skipped(rows, window)
+    starts = [row.start - skip for row, skip in zip(rows, skipped, strict=True)]
+    num = (max(starts) + rows[0].num_new + BLOCK - 1) // BLOCK
+    own = [row.blocks[skip // BLOCK :] for row, skip in zip(rows, skipped, strict=True)]
+    tables = [torch.tensor([[*blocks, *[-1] * num][:num] for blocks in own], dtype=torch.int32)]
+    tables.append(find_lasts(rows) - torch.tensor(skipped)[:, None])
+    if window:
+        positions = torch.tensor(starts)[:, None] + torch.arange(rows[0].num_new)
+        tables.append((positions - window + 1).clamp(min=0))
+    return Tables(*(x.to(keys.device, non_blocking=True) for x in tables))
 
 
-def attend_triton(q: Tensor, keys: Tensor, values: Tensor, plan: Tables) -> Tensor:
+def attend_triton(
+    q: Tensor, keys: Tensor, values: Tensor, plan: Tables, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     from nanovlm.kernels.cache_attention import attend_blocks  # no other backend needs Triton
 
-    return attend_blocks(q, keys, values, *plan, BLOCK)
+    assert not softcap  # which the config refuses
+    return attend_blocks(q, keys, values, plan.blocks, plan.last, BLOCK, first=plan.first, sinks=sinks)
 
 
 CACHE_ATTENTION = {

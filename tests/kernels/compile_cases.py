@@ -90,24 +90,33 @@ def dequant_matmul():
 def attention():
     from nanovlm.kernels.attention import Runs, attention
 
-    # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3 and Gemma, whose documents are packed; SigLIP So400m; the scenes.
-    # The fifth number is how many tensors describe the documents: more of them with spans.
-    for H, N, K, T, num, dtype in (
-        (64, 9, 3, 4096, 4, torch.bfloat16),
-        (96, 32, 32, 4096, 4, torch.bfloat16),
-        (128, 32, 8, 4096, 4, torch.bfloat16),
-        (256, 8, 1, 4096, 4, torch.bfloat16),
-        (256, 8, 1, 4096, 6, torch.bfloat16),
-        (72, 16, 16, 729, 0, torch.bfloat16),
-        (32, 4, 4, 192, 4, torch.float16),
-        (32, 4, 4, 192, 4, torch.float32),
-        (32, 4, 4, 192, 6, torch.float32),
-        (128, 32, 8, 4096, 4, torch.float32),
-        (256, 8, 1, 4096, 4, torch.float32),
+    # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3, Gemma, gpt-oss, Mistral and Gemma-3, whose documents are packed;
+    # SigLIP So400m; the scenes.
+    for H, N, K, T, mask, dtype in (
+        (64, 9, 3, 4096, "runs", torch.bfloat16),
+        (96, 32, 32, 4096, "runs", torch.bfloat16),
+        (128, 32, 8, 4096, "runs", torch.bfloat16),
+        (256, 8, 1, 4096, "runs", torch.bfloat16),
+        (256, 8, 1, 4096, "runs, spans", torch.bfloat16),
+        (64, 64, 8, 4096, "runs, window, sinks", torch.bfloat16),
+        (128, 32, 8, 4096, "runs, window", torch.bfloat16),
+        (256, 8, 4, 4096, "runs, spans, window", torch.bfloat16),
+        (72, 16, 16, 729, "none", torch.bfloat16),
+        (32, 4, 4, 192, "runs", torch.float16),
+        (32, 4, 4, 192, "runs", torch.float32),
+        (32, 4, 4, 192, "runs, spans", torch.float32),
+        (32, 4, 4, 192, "runs, spans, window, sinks", torch.float32),
+        (128, 32, 8, 4096, "runs", torch.float32),
+        (256, 8, 1, 4096, "runs", torch.float32),
     ):
         q, k, v = (torch.empty(2, T, heads, H, dtype=dtype, requires_grad=True) for heads in (N, K, K))
-        runs = Runs(*(torch.empty(2, T, dtype=torch.int32) for _ in range(num))) if num else None
-        attention(q, k, v, runs)[0].sum().backward()
+        names = (
+            ["first", "shared", "own", "until"] + ["last", "since"] * ("spans" in mask) + ["near"] * ("window" in mask)
+        )
+        tensors = {name: torch.empty(2, T, dtype=torch.int32) for name in names}
+        runs = Runs(**tensors, window=1024 * ("window" in mask)) if "runs" in mask else None
+        sinks = torch.empty(N, dtype=dtype, requires_grad=True) if "sinks" in mask else None
+        attention(q, k, v, runs, sinks=sinks)[0].sum().backward()
 
 
 def cache_attention():
@@ -130,6 +139,17 @@ def cache_attention():
             attend_blocks(
                 torch.empty(2, T, N, H, dtype=dtype), cache, cache, table, torch.empty(2, T, dtype=torch.int64)
             )
+    # gpt-oss with its sinks, and Gemma-3, in blocks with a window.
+    for N, K, H, T, has_sinks in (
+        (64, 8, 64, 1, True),
+        (64, 8, 64, 512, True),
+        (8, 4, 256, 1, False),
+        (8, 4, 256, 512, False),
+    ):
+        cache, table = torch.empty(32768, K, H, dtype=torch.bfloat16), torch.empty(2, 66, dtype=torch.int32)
+        q, last = torch.empty(2, T, N, H, dtype=torch.bfloat16), torch.empty(2, T, dtype=torch.int64)
+        sinks = torch.empty(N) if has_sinks else None
+        attend_blocks(q, cache, cache, table, last, first=torch.empty_like(last), sinks=sinks)
 
 
 CASES = {

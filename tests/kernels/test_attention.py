@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovlm.model.attention import make_mask
+from nanovlm.model.attention import Window, make_mask
 from tests.kernels.oracle import check, check_gradients, reserve, surround
 
 pytest.importorskip("triton")
@@ -67,10 +67,13 @@ def dense(runs: Runs):
     s = torch.arange(runs.until.shape[1], device=runs.until.device)
     t = s[:, None]
     last, since = (t, s) if runs.last is None else (runs.last[..., None], runs.since[:, None])
-    by_query = ((runs.first[..., None] <= s) & (s < runs.shared[..., None])) | (
-        (runs.own[..., None] <= s) & (s <= last)
-    )
+    first, own = runs.first[..., None], runs.own[..., None]
     by_key = (since <= t) & (t < runs.until[:, None])
+    if runs.window:
+        gap = own - torch.where(own > first, runs.shared[..., None], own)
+        first, own = first.maximum(t - gap - runs.window + 1), own.maximum(t - runs.window + 1)
+        by_key &= runs.near[:, None] > runs.near[..., None] - runs.window
+    by_query = ((first <= s) & (s < runs.shared[..., None])) | ((own <= s) & (s <= last))
     assert torch.equal(by_query, by_key)
     return by_key
 
@@ -171,6 +174,40 @@ def test_documents_and_branches(layout, has_spans, dtype, device):
         check_all(draw_inputs(len(rows), 65, 65, N, K, H, dtype, device), runs=runs)
 
 
+# In the last a block of keys of the prefix is seen whole by a block of queries that does not see the one before.
+WINDOWS = [
+    ("one", False, 40),
+    ("many", False, 3),
+    ("branches", True, 9),
+    ("branches", False, 20),
+    ("wide heads", True, 30),
+]
+WINDOWS += [("long prefix", False, 60)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout, has_spans, window", WINDOWS, ids=str)
+def test_windows(layout, has_spans, window, dtype, device):
+    """With sinks, too."""
+    rows, (N, K, H) = ([[[36, 29]], [[41, 12, 12]]], (2, 1, 72)) if layout == "long prefix" else DOCUMENTS[layout]
+    ids = pack_rows(rows, 65, device)
+    runs = find_runs(*ids, draw_spans(ids[0]) if has_spans else None, window)
+    inputs = draw_inputs(len(rows), 65, 65, N, K, H, dtype, device)
+    with blocks_of(16, 16):
+        check_all(inputs | {"sinks": draw(N, dtype=dtype, device=device, seed=9)}, runs=runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks(dtype, device):
+    """The first 20 queries see no key, and all that is left is the sink."""
+    inputs = draw_inputs(2, 37, 17, 4, 2, 40, dtype, device) | {"sinks": draw(4, dtype=dtype, device=device, seed=9)}
+    check_all(inputs, causal=True)
+    del inputs["grad"]
+    out, lse = attention(**inputs, causal=True)
+    assert not out[:, :20].any()
+    torch.testing.assert_close(lse[..., :20], inputs["sinks"].float()[:, None].expand(2, -1, 20))
+
+
 def test_ids_may_lie_anyhow(device):
     ids = pack_rows([[[3, 7, 10]], [[5], [12]]], 20, device)
     inputs = draw_inputs(2, 20, 20, 1, 1, 16, device=device)
@@ -202,6 +239,10 @@ def test_runs_are_the_mask(data):
     assert torch.equal(dense(find_runs(*ids)), make_mask(*ids)[:, 0])
     spans = draw_spans(ids[0], data.draw(st.integers(0, 999)))
     assert torch.equal(dense(find_runs(*ids, spans)), make_mask(*ids, span_ids=spans)[:, 0])
+    window = Window(data.draw(st.integers(1, 40)), dense(find_runs(*ids)).sum(2) - 1)
+    for own in (None, spans):
+        expected = make_mask(*ids, span_ids=own, window=window)[:, 0]
+        assert torch.equal(dense(find_runs(*ids, own, window.size)), expected)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -215,7 +256,8 @@ def test_drawn_shapes(data):
     if mask == "runs":
         # The last row is one document: all of one token have gradients of 0, and nothing to measure a rounding by.
         rows = [data.draw(layouts(T)) for _ in range(B - 1)] + [[[T]]]
-        S, options = T, {"runs": find_runs(*pack_rows(rows, T, device))}
+        window = data.draw(st.sampled_from([0, 1, 10, 25]))
+        S, options = T, {"runs": find_runs(*pack_rows(rows, T, device), window=window)}
     inputs = draw_inputs(B, T, S, K * G, K, H, data.draw(st.sampled_from(DTYPES)), device)
     with blocks_of(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32]))):
         check_all(inputs, **options)
@@ -361,15 +403,20 @@ def test_offsets_beyond_32_bits(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("layout", ["causal", "many", "branches", "no prefix", "branches with spans"])
+@pytest.mark.parametrize(
+    "layout",
+    ["causal", "many", "branches", "no prefix", "branches with spans", "one in a window", "branches in a window"],
+)
 def test_invisible_keys_and_queries_are_not_read(layout, dtype, device):
     """NaN in all keys that no query of a block sees changes nothing there, nor NaN in all queries that see no key."""
     T = 65
     if layout == "causal":
         options, visible = {"causal": True}, torch.ones(1, T, T, dtype=torch.bool).tril()
     else:
-        ids = pack_rows(DOCUMENTS[layout.removesuffix(" with spans")][0][:1], T, device)
-        options = {"runs": find_runs(*ids, draw_spans(ids[0]) if layout.endswith("spans") else None)}
+        name, _, more = layout.partition(" with " if "with" in layout else " in ")
+        ids = pack_rows(DOCUMENTS[name][0][:1], T, device)
+        spans = draw_spans(ids[0]) if more == "spans" else None
+        options = {"runs": find_runs(*ids, spans, 12 if more == "a window" else 0)}
         visible = dense(options["runs"]).cpu()
     inputs = draw_inputs(1, T, T, 1, 1, 16, dtype, device)
     grad = inputs.pop("grad")
@@ -386,10 +433,13 @@ def test_invisible_keys_and_queries_are_not_read(layout, dtype, device):
             assert torch.equal(again[:, rows], out[:, rows]) and torch.equal(dq[:, rows], gradients[0][:, rows])
         for keys in torch.arange(T).split(16):
             unseeing = ~visible[0, :, keys].any(1).to(device)[:, None, None]
+            if layout == "branches in a window":  # what is seen from several branches is read up to the last of them
+                seeing = visible[0, :, keys].any(1).nonzero()
+                unseeing[int(seeing[0]) : int(seeing[-1])] = False
             poison = lambda x, unseeing=unseeing: x.masked_fill(unseeing, torch.nan)  # noqa: E731
             options_of_backward = options.get("runs"), options.get("causal", False), 0.25
             again = kernels.attend_backward(poison(q), k, v, out.detach(), lse, poison(grad), *options_of_backward)
-            for a, b in zip(again[1:], gradients[1:], strict=True):
+            for a, b in zip(again[1:3], gradients[1:], strict=True):
                 assert torch.equal(a[:, keys], b[:, keys])
 
 
@@ -430,6 +480,7 @@ def test_mistakes_are_named(device):
         ((x, x, x), {"scale": -1.0}, r"scale = -1.0 must be above 0"),
         ((x, x[:, :3], x[:, :3]), {"runs": runs}, r"as many queries and as many keys, got 4 and 3"),
         ((x, x, x), {"runs": runs, "causal": True}, r"got causal = True"),
+        ((x, x, x), {"sinks": x[0, :, 0, 0]}, r"sinks of shape \[4\] must be one for each of the 2 query heads"),
     ):
         with pytest.raises(ValueError, match=message):
             attention(*arguments, **options)

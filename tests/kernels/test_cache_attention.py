@@ -28,10 +28,11 @@ def count_up(first, T):
     return torch.tensor(first)[:, None] + torch.arange(T)
 
 
-def make_inputs(last, N, K, H, dtype=torch.float32, device="cpu", block_size=16, num_shared=0, spare=3):
+def make_inputs(last, N, K, H, dtype=torch.float32, device="cpu", block_size=16, num_shared=0, spare=3, first=None):
     """q, keys, values, table and last. The blocks of the cache are in no order, and each row's first `num_shared` whole
     ones are those of row 0. Slots that no query sees are NaN, and the table has garbage where a row needs no block.
     """
+    begins = [0] * len(last) if first is None else first.amin(1).tolist()
     (B, T), total, generator = last.shape, 2, torch.Generator().manual_seed(5)
     lengths = (last.amax(1) + 1).tolist() if T else [0] * B
     most_shared = [0] + [min(num_shared, lengths[0] // block_size, n // block_size) for n in lengths[1:]]
@@ -40,11 +41,13 @@ def make_inputs(last, N, K, H, dtype=torch.float32, device="cpu", block_size=16,
     num_columns = (max(lengths) + block_size - 1) // block_size + spare
     table = GARBAGE[torch.arange(B * num_columns) % 3].view(B, num_columns)
     seen = torch.zeros(total * block_size, dtype=torch.bool)
-    for row, length, shared in zip(table, lengths, most_shared, strict=True):
+    for row, begin, length, shared in zip(table, begins, lengths, most_shared, strict=True):
         num = (length + block_size - 1) // block_size
         row[:shared] = table[0, :shared]
         row[shared:num], free = free[: num - shared], free[num - shared :]
-        seen[find_slots(row, length, block_size)] = True
+        seen[find_slots(row, length, block_size)[begin:]] = True
+    for row, begin in zip(table, begins, strict=True):
+        row[: begin // block_size] = GARBAGE[0]
     q = draw(B, T, N, H, dtype=dtype, device=device)
     keys, values = (
         draw(len(seen), K, H, dtype=dtype, device=device, seed=i).masked_fill(
@@ -145,6 +148,39 @@ def test_queries_may_see_any_number_of_positions(device):
     assert (ours[(last == -1).to(device)] == 0).all()
 
 
+WINDOWS = {  # T, the first query of each row, window, (N, K, H)
+    "one position": (1, [0, 14, 62, 399, 63], 20, (4, 2, 16)),
+    "wider than a row": (1, [3, 63, 100], 100, (2, 1, 64)),
+    "parts": (1, [399, 128, 5], 200, (8, 1, 32)),
+    "drafted": (5, [60, 300, 0], 40, (6, 2, 72)),
+    "prefill": (65, [200, 20], 150, (2, 1, 80)),
+    "itself": (3, [70], 1, (2, 2, 16)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows(case, dtype, device):
+    """With sinks, too; slots before a row's window are not read, and a row alone has the same bits."""
+    T, positions, window, heads = WINDOWS[case]
+    last = count_up(positions, T)
+    first = (last - window + 1).clamp(min=0)
+    q, keys, values, table, last = make_inputs(last, *heads, dtype, device, first=first)
+    first, sinks = first.to(device), draw(heads[0], dtype=dtype, device=device, seed=9)
+    ours = check_all(q, keys, values, table, last, first=first, sinks=sinks)
+    for row in torch.arange(len(q)).split(1):
+        alone = attend_blocks(q[row], keys, values, table[row], last[row], first=first[row], sinks=sinks)
+        assert torch.equal(alone, ours[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks_count_once(dtype, device):
+    """In rows of several parts, of one, and of nothing but the sink; with one of a row and one of another part."""
+    inputs = make_inputs(count_up([399, 128, 127, -1], 1), 8, 2, 40, dtype, device)
+    ours = check_all(*inputs, sinks=draw(8, dtype=dtype, device=device, seed=9))
+    assert not ours[3].any() and not torch.equal(ours, attend_blocks(*inputs))
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_drawn_rows(data):
@@ -153,10 +189,14 @@ def test_drawn_rows(data):
     K, G, H = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 8)), 2 * data.draw(st.integers(1, 64))
     last = torch.tensor([[data.draw(st.integers(-1, 199)) for _ in range(T)] for _ in range(B)])
     block_size, dtype = data.draw(st.sampled_from([1, 8, 16, 32, 256])), data.draw(st.sampled_from(DTYPES))
+    options, first = {"block_size": block_size, "scale": 0.3}, None
+    if data.draw(st.booleans()):  # also behind the last one
+        first = torch.tensor([[data.draw(st.integers(0, 199)) for _ in range(T)] for _ in range(B)])
+        options["first"] = first.to(device)
     q, keys, values, table, last = make_inputs(
-        last, K * G, K, H, dtype, device, block_size, data.draw(st.integers(0, 3))
+        last, K * G, K, H, dtype, device, block_size, data.draw(st.integers(0, 3)), first=first
     )
-    check_all(q, surround(keys), surround(values), surround(table), last, block_size=block_size, scale=0.3)
+    check_all(q, surround(keys), surround(values), surround(table), last, **options)
 
 
 # --- parts of a row ------------------------------------------------------------------------------------------
@@ -270,3 +310,10 @@ def test_mistakes_are_named(device):
         arguments = dict(enumerate((q, keys, values, table, last, 16, 0.25))) | change
         with pytest.raises(ValueError, match=message):
             attend_blocks(*arguments.values())
+    for options, message in (
+        ({"first": last[:1]}, r"first is torch.int64\[1, 2\], but must be int64\[2, 2\] as last is"),
+        ({"first": last.int()}, r"first is torch.int32\[2, 2\]"),
+        ({"sinks": last[0]}, r"sinks of shape \[2\] must be one for each of the 4 query heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend_blocks(q, keys, values, table, last, **options)

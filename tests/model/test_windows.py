@@ -18,12 +18,11 @@ from nanovlm.model.decoder import rope_table
 from nanovlm.model.kv_cache import KVCache
 from nanovlm.model.vlm import VLM, initial_weights
 from nanovlm.train.counting import count_pairs
-from tests.conftest import TINY, make_batch, make_document
+from tests.conftest import TINY, make_batch, make_document, skip_without_interpreter
 from tests.model.test_kv_cache import NUM_BLOCKS, draw_spans
 from tests.model.test_vlm import TURNS, assert_same, seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WINDOWED = [backend for backend in ATTENTION if backend != "triton"]
 
 
 def with_window(config=TINY, **fields):
@@ -32,9 +31,10 @@ def with_window(config=TINY, **fields):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", WINDOWED)
+@pytest.mark.parametrize("backend", ATTENTION)
 def test_mask_is_the_drawing(backend):
     """A span of three on the prefix, whose first token the last one does not see in a window of two."""
+    skip_without_interpreter(backend)
     doc_ids = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, -1]], dtype=torch.int32)
     branch_ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 0, 0, 0]], dtype=torch.int32)
     span_ids = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)
@@ -104,6 +104,17 @@ def test_pairs_are_those_of_the_mask(processor):
 @settings(max_examples=60, deadline=None)
 @given(draw_spans(), st.sampled_from([1, 2, 15, 16, 17, 40]), st.sampled_from(["sdpa", "plain"]), st.integers(0, 10**6))
 def test_the_cache_is_seen_as_far_as_the_window(spans, window, backend, seed):
+    assert_seen_as_far_as_the_window(spans, window, backend, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_kernels_see_as_far_as_the_window(seed):
+    skip_without_interpreter("triton")
+    rows = [Span([3, 4, 5, 6, 9], 66, 1), Span([20, 8], 17, 1), Span([11, 2, 25, 12], 16, 34)]
+    assert_seen_as_far_as_the_window(rows, 20, "triton", seed)
+
+
+def assert_seen_as_far_as_the_window(spans, window, backend, seed):
     """In one block of two; a row of several new tokens may be a span."""
     torch.manual_seed(seed)
     N, K, H = 4, 2, 8
@@ -222,12 +233,15 @@ def test_a_new_model_begins_as_one_without_offsets_and_factors():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention": "triton"}, "decoder.attention = triton has no decoder.sliding_window = 7"),
         ({"full_attention_layers": (9,)}, r"decoder.full_attention_layers = \(9,\) must be indices"),
         ({"full_attention_layers": (1, 1)}, "must be indices"),
         ({"sliding_window": 0}, r"decoder.full_attention_layers = \(1,\) is for decoder.sliding_window, which is 0"),
-        ({"attention_sinks": True}, "decoder.attention = sdpa must be plain for decoder.attention_sinks = True"),
+        ({"attention_sinks": True}, "decoder.attention = sdpa must be plain or triton for decoder.attention_sinks"),
         ({"attention_softcap": 5.0}, "decoder.attention = sdpa must be plain for decoder.attention_softcap = 5.0"),
+        (
+            {"attention_softcap": 5.0, "attention": "triton"},
+            "decoder.attention = triton must be plain for decoder.attention_s",
+        ),
         ({"attention_scale": -1.0}, "decoder.attention_scale = -1.0 must be at least 0"),
         ({"residual_scale": 0.0}, "decoder.residual_scale = 0.0 must be positive"),
     ],
@@ -236,9 +250,3 @@ def test_what_does_not_go_together_is_named(fields, message):
     with pytest.raises(UserError, match=message):
         with_window(**fields).validate()
     assert isinstance(with_window().validate(), VLMConfig)
-
-
-def test_a_kernel_without_windows_says_so():
-    with pytest.raises(UserError, match="attention = 'triton' has no sliding window"):
-        make_mask(torch.zeros(1, 4).int(), torch.zeros(1, 4).int(), "triton", None, Window(2, torch.zeros(1, 4)))
-    assert Span([0], 0, 1).lasts is None
