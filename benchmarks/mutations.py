@@ -282,7 +282,7 @@ MUTATIONS = {
     "cache_attention": [
         ("blocks of the first row", "p_table += i_b * stride_table", "p_table += 0 * stride_table"),
         ("width of the table taken for its stride", "table.stride(0), B, T, K", "table.shape[1], B, T, K"),
-        ("slots of 32 bits", "(b_block.to(tl.int64) * BLOCK +", "(b_block * BLOCK +"),
+        ("slots of 32 bits", "b_block.to(tl.int64) * BLOCK +", "b_block * BLOCK +"),
         ("table read beyond what is needed", "mask=m_s, other=0)", "mask=o_s >= 0, other=0)"),
         ("block left out", "b_block.to(tl.int64) * BLOCK + o_s % BLOCK", "b_block.to(tl.int64) * BLOCK"),
         (
@@ -306,6 +306,15 @@ MUTATIONS = {
         ("last of the first row", "tl.load(p_last + i_b * T + o_t", "tl.load(p_last + o_t"),
         ("heads of a group in each other's place", "i_k * G + o_r % G", "i_k + o_r % G"),
         ("the step at the end left out", "range(full, tl.cdiv(hi - lo, BN))", "range(full, (hi - lo) // BN)"),
+        ("codes of 3 bits", "(o_h // HALF * 4)[None, :]) & 15", "(o_h // HALF * 4)[None, :]) & 7"),
+        (
+            "upper codes are the lower ones",
+            "b_bytes.to(tl.int32) >> (o_h // HALF * 4)",
+            "b_bytes.to(tl.int32) >> (o_h * 0)",
+        ),
+        ("codes without their offset", "* b_scale[:, None] + b_offset[:, None]", "* b_scale[:, None]"),
+        ("scales of the keys for values", "load_slots(p_v, p_vs,", "load_slots(p_v, p_ks,"),
+        ("scales of the first head", "p_ks, p_vs = p_ks + i_k * 2, p_vs + i_k * 2", "p_ks, p_vs = p_ks, p_vs"),
         ("a window of one position less", "o_s[None, :] >= o_first[:, None]", "o_s[None, :] > o_first[:, None]"),
         ("positions before the window read", "        first_seen = tl.min(o_first)", "        first_seen = 0"),
         ("whole steps before the last window", "tl.max(tl.where(m_r, o_first, 0)) - lo", "tl.min(o_first) - lo"),
@@ -314,8 +323,8 @@ MUTATIONS = {
         ("sinks of the first group", "tl.load(p_sinks + o_n, mask", "tl.load(p_sinks + o_r % G, mask"),
         (
             "keys' stride for values",
-            "point_to_slots(p_v, p_table, o_s, m_s, stride_v,",
-            "point_to_slots(p_v, p_table, o_s, m_s, stride_k,",
+            "load_slots(p_v, p_vs, p_table, o_s, m_s, stride_v,",
+            "load_slots(p_v, p_vs, p_table, o_s, m_s, stride_k,",
         ),
         ("keys' head for values", "p_v += i_k * stride_vn * UNIT", "p_v += i_k * stride_kn * UNIT"),
         ("sum not shrunk", "return m_new, b_l * shrink + tl.sum(b_p, 1)", "return m_new, b_l + tl.sum(b_p, 1)"),
@@ -353,7 +362,7 @@ MUTATIONS = {
             "2 * num_processors(q) // (num_blocks * K * len(q))",
         ),
         ("scale of base e", "scale * LOG2E.value, most_parts", "scale, most_parts"),
-        ("strided last read as contiguous", "last = last.contiguous()", "last = last"),
+        ("strided last read as contiguous", "last, has = last.contiguous(),", "last, has = last,"),
     ],
     "dequant_matmul": [
         (

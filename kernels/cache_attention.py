@@ -19,6 +19,14 @@ for a second kernel to merge:
 out = sum over parts of 2^(lse - m) out_part / sum of 2^(lse - m)      m the largest lse
 ```
 
+Slots may hold codes of 8 or 4 bits (BITS) in place of numbers, each head of a slot with a scale and an offset:
+
+```
+x = code * scale + offset        of 4 bits channel h lies in the lower half of byte h, channel h + H / 2 in the upper
+```
+
+They become numbers of the dtype of q between memory and the tensor cores; without codes BITS is 0.
+
 How long a part is follows from the longest row that its own queries see, the number of queries and heads, and the GPU.
 Neither the number of rows nor the width of the table has a say, so a row gets the same bits alone and among others.
 Nothing is read on the host: what is launched depends on shapes alone, and a CUDA graph can replay it with longer rows.
@@ -47,6 +55,7 @@ from nanovlm.kernels.attention import (
     choose_blocks,
     divide_strides,
     dot_parts,
+    load_part,
     load_parts,
     split_head,
     store_parts,
@@ -105,26 +114,67 @@ def attend_blocks_ref(
 
 
 @triton.jit
-def point_to_slots(p, p_table, o_s, m_s, stride, BLOCK: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr):
-    """Point to the slots of positions o_s [BN]; where m_s is False the table is not read, and nor must the slot be."""
+def find_slots(p_table, o_s, m_s, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Find the slots of positions o_s [BN]; where m_s is False the table is not read, and nor must the slot be."""
     if MASKED:
         b_block = tl.load(p_table + o_s // BLOCK, mask=m_s, other=0)
     else:
         b_block = tl.load(p_table + o_s // BLOCK)
-    return p + (b_block.to(tl.int64) * BLOCK + o_s % BLOCK) * (stride * UNIT)
+    return b_block.to(tl.int64) * BLOCK + o_s % BLOCK
+
+
+@triton.jit
+def decode_part(
+    p_rows, b_scale, b_offset, m_rows, BEGIN: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, BITS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Load SIZE columns from BEGIN on, fp32; those from H on are finite, and masked rows as their scale and offset."""
+    if BITS == 8:
+        b_codes = load_part(p_rows, m_rows, BEGIN, SIZE, H, MASKED).to(tl.int32)
+    else:  # each byte twice, the second time from the L1 cache
+        HALF: tl.constexpr = H // 2
+        o_h = BEGIN + tl.arange(0, SIZE)
+        p_bytes = p_rows[:, None] + (o_h % HALF)[None, :]
+        b_bytes = tl.load(p_bytes, mask=m_rows[:, None], other=0) if MASKED else tl.load(p_bytes)
+        b_codes = (b_bytes.to(tl.int32) >> (o_h // HALF * 4)[None, :]) & 15
+    b_numbers = (b_codes | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23  # cheaper than a conversion
+    return b_numbers * b_scale[:, None] + b_offset[:, None]
+
+
+@triton.jit
+def load_slots(
+    p, p_scales, p_table, o_s, m_s, stride, K, BLOCK: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr,
+    HA: tl.constexpr, HB: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Load both parts of the head at positions o_s as load_parts does, from codes those that they stand for."""
+    b_slots = find_slots(p_table, o_s, m_s, BLOCK, MASKED)
+    p_rows = p + b_slots * (stride * UNIT)
+    if BITS == 0:
+        return load_parts(p_rows, m_s, H, HA, HB, MASKED)
+    else:
+        p_scales += b_slots * (K * 2)
+        if MASKED:
+            b_scale, b_offset = tl.load(p_scales, mask=m_s, other=0.0), tl.load(p_scales + 1, mask=m_s, other=0.0)
+        else:
+            b_scale, b_offset = tl.load(p_scales), tl.load(p_scales + 1)
+        b_scale, b_offset = b_scale.to(tl.float32), b_offset.to(tl.float32)
+        b_a = decode_part(p_rows, b_scale, b_offset, m_s, 0, HA, H, BITS, MASKED).to(DTYPE)
+        b_b = b_a
+        if HB > 0:
+            b_b = decode_part(p_rows, b_scale, b_offset, m_s, HA, HB, H, BITS, MASKED).to(DTYPE)
+        return b_a, b_b
 
 
 @triton.jit
 def blocks_step(
-    b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_k, stride_v, i_s, limit, o_first, o_last, scale_log2,
-    BLOCK: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_ks, p_vs, p_table, stride_k, stride_v, K, i_s, limit, o_first, o_last,
+    scale_log2, BLOCK: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
+    BN: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the positions from i_s on, those before limit if MASKED."""
     o_s = i_s + tl.arange(0, BN)
     m_s = o_s < limit
-    p_rows = point_to_slots(p_k, p_table, o_s, m_s, stride_k, BLOCK, UNIT, MASKED)
-    k_a, k_b = load_parts(p_rows, m_s, H, HA, HB, MASKED)
+    k_a, k_b = load_slots(p_k, p_ks, p_table, o_s, m_s, stride_k, K, BLOCK, UNIT, H, HA, HB, BITS, q_a.dtype, MASKED)
     b_s = dot_parts(q_a, q_b, k_a, k_b, HB)  # [BM, BN]
     if MASKED:
         m = o_s[None, :] <= o_last[:, None]
@@ -135,8 +185,7 @@ def blocks_step(
     acc_a = acc_a * shrink[:, None]
     if HB > 0:
         acc_b = acc_b * shrink[:, None]
-    p_rows = point_to_slots(p_v, p_table, o_s, m_s, stride_v, BLOCK, UNIT, MASKED)
-    v_a, v_b = load_parts(p_rows, m_s, H, HA, HB, MASKED)
+    v_a, v_b = load_slots(p_v, p_vs, p_table, o_s, m_s, stride_v, K, BLOCK, UNIT, H, HA, HB, BITS, q_a.dtype, MASKED)
     acc_a, acc_b = add_parts(acc_a, acc_b, b_p, v_a, v_b, HB)
     return m_new, b_l * shrink + tl.sum(b_p, 1), acc_a, acc_b
 
@@ -147,10 +196,10 @@ def blocks_step(
     do_not_specialize_on_alignment=["p_table", "p_first", "p_last"],
 )
 def blocks_kernel(
-    p_q, p_k, p_v, p_table, p_first, p_last, p_sinks, p_out, p_lse, scale_log2, most_parts,
+    p_q, p_k, p_v, p_ks, p_vs, p_table, p_first, p_last, p_sinks, p_out, p_lse, scale_log2, most_parts,
     stride_qb, stride_qt, stride_qn, stride_ks, stride_kn, stride_vs, stride_vn, stride_table, B, T, K,
     G: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Attend to one part of the positions with all heads of a group; lse in powers of 2, -inf where nothing is seen."""
     num_blocks = tl.cdiv(T * G, BM)
@@ -177,6 +226,7 @@ def blocks_kernel(
     q_a, q_b = load_parts(p_q, m_r, H, HA, HB, True)
     p_k += i_k * stride_kn * UNIT
     p_v += i_k * stride_vn * UNIT
+    p_ks, p_vs = p_ks + i_k * 2, p_vs + i_k * 2
     p_table += i_b * stride_table
     b_m, b_l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     if SINKS:
@@ -189,14 +239,14 @@ def blocks_kernel(
     full = tl.maximum(all_see - lo - skip * BN, 0) // BN
     for j in range(skip, skip + full):
         b_m, b_l, acc_a, acc_b = blocks_step(
-            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_ks, stride_vs, lo + j * BN, hi, o_first, o_last,
-            scale_log2, BLOCK, UNIT, H, HA, HB, BN, WINDOW, False,
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_ks, p_vs, p_table, stride_ks, stride_vs, K, lo + j * BN, hi,
+            o_first, o_last, scale_log2, BLOCK, UNIT, H, HA, HB, BN, BITS, WINDOW, False,
         )  # fmt: skip
     for j in range(full, tl.cdiv(hi - lo, BN)):
         i_s = lo + tl.where(j < skip + full, j - full, j) * BN  # the blocks before the whole ones, then those behind
         b_m, b_l, acc_a, acc_b = blocks_step(
-            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_table, stride_ks, stride_vs, i_s, hi, o_first, o_last,
-            scale_log2, BLOCK, UNIT, H, HA, HB, BN, WINDOW, True,
+            b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_ks, p_vs, p_table, stride_ks, stride_vs, K, i_s, hi, o_first,
+            o_last, scale_log2, BLOCK, UNIT, H, HA, HB, BN, BITS, WINDOW, True,
         )  # fmt: skip
     b_l = tl.where(b_l == 0, 1.0, b_l)
     store_parts(p_out + o_out * H, m_r, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB)
@@ -228,7 +278,7 @@ def merge_kernel(p_parts, p_lse, p_out, num_parts, num_rows, H: tl.constexpr, HP
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float,
-    first: Tensor | None, sinks: Tensor | None,
+    first: Tensor | None, sinks: Tensor | None, key_scales: Tensor | None, value_scales: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return out [B, T, N, H]."""
     (B, T, N, H), K = q.shape, keys.shape[1]
@@ -241,11 +291,13 @@ def attend(
     unit, strides = divide_strides(q, keys, values)
     lse = torch.empty(num_parts, B, T, N, device=q.device, dtype=torch.float32)
     parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
-    last = last.contiguous()
+    last, has = last.contiguous(), (first is not None, sinks is not None)
+    bits = 0 if key_scales is None else 8 * keys.shape[2] // H
+    first, sinks, key_scales, value_scales = (lse if x is None else x for x in (first, sinks, key_scales, value_scales))
     blocks_kernel[(K * B * num_blocks * num_parts,)](
-        q, keys, values, table, last if first is None else first.contiguous(), last, lse if sinks is None else sinks,
-        parts, lse, scale * LOG2E.value, most_parts, *strides, table.stride(0), B, T, K, N // K, block_size, unit,
-        *split_head(H), first is not None, sinks is not None, BM, BN, **options,
+        q, keys, values, key_scales, value_scales, table, first.contiguous(), last, sinks, parts, lse,
+        scale * LOG2E.value, most_parts, *strides, table.stride(0), B, T, K, N // K, block_size, unit, *split_head(H),
+        bits, *has, BM, BN, **options,
     )  # fmt: skip
     if num_parts > 1:
         merge_kernel[(B * T * N,)](parts, lse, out, num_parts, B * T * N, H, triton.next_power_of_2(H), 32)
@@ -270,9 +322,9 @@ def num_processors(q: Tensor) -> int:
 @operator("attend_blocks", lambda q, *args: q.new_empty(q.shape))
 def run_blocks(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float,
-    first: Tensor | None, sinks: Tensor | None,
+    first: Tensor | None, sinks: Tensor | None, key_scales: Tensor | None, value_scales: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return attend(q, keys, values, table, last, block_size, scale, first, sinks)
+    return attend(q, keys, values, table, last, block_size, scale, first, sinks, key_scales, value_scales)
 
 
 # --- what a model calls --------------------------------------------------------------------------------------
@@ -288,6 +340,7 @@ def attend_blocks(
     scale: float | None = None,
     first: Tensor | None = None,
     sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend from q [B, T, N, H] to a cache, keys and values [num_slots, K, H]; return [B, T, N, H]. No gradients: a
     backward pass raises RuntimeError.
@@ -297,23 +350,39 @@ def attend_blocks(
     to `last` int64[B, T], which is -1 for none. Slots before a row's smallest `first` and beyond its largest `last`,
     and table entries of blocks that hold no other, are not read, whatever they hold; those between must be slots of the
     cache, which is not checked. Each key/value head serves N / K neighbouring query heads; `sinks` [N] are scores of
-    one more key for each of these, whose value is 0. `scale` is H**-0.5 unless given. What a row gets does not depend
-    on the others. Under autocast q is cast to the dtype of the cache, which is never cast. Raises ValueError for shapes
-    and dtypes that do not fit, and without a GPU.
+    one more key for each of these, whose value is 0. With `scales`, bf16[num_slots, K, 2] of the keys and of the
+    values, these are codes uint8[num_slots, K, H], or of 4 bits [num_slots, K, H / 2]. `scale` is H**-0.5 unless given.
+    What a row gets does not depend on the others. Under autocast q is cast to the dtype of the cache, which is never
+    cast. Raises ValueError for shapes and dtypes that do not fit, and without a GPU.
     """
-    q = q.to(values.dtype) if torch.is_autocast_enabled(q.device.type) else q
+    q = q.to(values.dtype) if torch.is_autocast_enabled(q.device.type) and scales is None else q
     q, keys, values, table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values, table))
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    check(q, keys, values, table, last, block_size, scale)
+    check(q, keys, values, table, last, block_size, scale, scales)
     if first is not None and (first.shape != last.shape or first.dtype != last.dtype):
         raise ValueError(f"first is {first.dtype}{list(first.shape)}, but must be int64{list(last.shape)} as last is")
-    return run_blocks(q, keys, values, table, last, block_size, scale, first, check_sinks(q, sinks))
+    return run_blocks(
+        q, keys, values, table, last, block_size, scale, first, check_sinks(q, sinks), *(scales or (None, None))
+    )
 
 
-def check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float):
+def check(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, last: Tensor, block_size: int, scale: float,
+    scales: tuple[Tensor, Tensor] | None = None,
+):  # fmt: skip
     """Raise ValueError for inputs that the kernels cannot compute."""
-    check_inputs(q, keys, values, scale)
-    fits = q.dim() == 4 and keys.dim() == 3 and keys.shape == values.shape and q.shape[3] == keys.shape[2]
+    check_inputs(q, *((keys, values) if scales is None else (q, q)), scale)
+    fits = q.dim() == 4 and keys.dim() == 3 and keys.shape == values.shape
+    if scales is None:
+        fits = fits and q.shape[3] == keys.shape[2]
+    else:
+        fits = fits and keys.shape[2] * 2 in (q.shape[3], 2 * q.shape[3]) and keys.dtype == values.dtype == torch.uint8
+        for x in scales:
+            if x.shape != (*keys.shape[:2], 2) or x.dtype != torch.bfloat16 or not x.is_contiguous():
+                raise ValueError(
+                    f"scales are {x.dtype}{list(x.shape)}, but must be bf16[num_slots, K, 2], contiguous, for codes "
+                    f"{keys.dtype}{list(keys.shape)}"
+                )
     if not fits or keys.shape[1] == 0 or q.shape[2] % keys.shape[1]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, keys, values))
         raise ValueError(

@@ -4,7 +4,7 @@ A backend is a pair of functions: `prepare(rows, keys, window)` makes, once for 
 `attend(q [R, t, N, H], keys [S, K, H], values, plan) -> [R, t, N, H]` follows in each layer. The new tokens are in the
 cache already; each sees the positions of its row up to its own, or to the end of its span. With a window other than 0
 it sees none before the last so many up to its own. Keys and values may be Codes (cache_codes.py): where they would be
-read, they are dequantised.
+read, they are dequantised, by triton in the kernel.
 
 On a CPU keys are not copied where it can be avoided. What all queries of some rows see, the blocks that they share or a
 long past of one row, is read where it lies; only the rest of the rows is gathered, and the two results are merged:
@@ -249,7 +249,6 @@ class Tables(NamedTuple):
 
 
 def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) -> Tables:
-    assert isinstance(keys, Tensor)  # which the config refuses
     load_kernels()  # or say what is missing
     skipped = find_skipped(rows, window)
     starts = [row.start - skip for row, skip in zip(rows, skipped, strict=True)]
@@ -264,12 +263,16 @@ def prepare_triton(rows: Sequence[Span], keys: Tensor | Codes, window: int = 0) 
 
 
 def attend_triton(
-    q: Tensor, keys: Tensor, values: Tensor, plan: Tables, softcap: float = 0.0, sinks: Tensor | None = None
+    q: Tensor, keys: Tensor | Codes, values: Tensor | Codes, plan: Tables, softcap=0.0, sinks: Tensor | None = None
 ) -> Tensor:
     from nanovlm.kernels.cache_attention import attend_blocks  # no other backend needs Triton
 
     assert not softcap  # which the config refuses
-    return attend_blocks(q, keys, values, plan.blocks, plan.last, BLOCK, first=plan.first, sinks=sinks)
+    scales = None
+    if isinstance(keys, Codes) and isinstance(values, Codes):
+        scales, keys, values = (keys.scales, values.scales), keys.codes, values.codes
+    assert isinstance(keys, Tensor) and isinstance(values, Tensor)
+    return attend_blocks(q, keys, values, plan.blocks, plan.last, BLOCK, first=plan.first, sinks=sinks, scales=scales)
 
 
 CACHE_ATTENTION = {

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from nanovlm.config import DecoderConfig, pick
-from nanovlm.errors import UserError
 from nanovlm.model.cache_attention import BLOCK, CACHE_ATTENTION, Group, Span
 from nanovlm.model.cache_codes import CACHE_FORMATS, write
 
@@ -42,10 +41,6 @@ class KVCache:
         self.dtype = cache_dtype(device, dtype)
         shape = (num_blocks * BLOCK, config.num_key_value_heads, config.head_dim)
         allocate, count_bytes = pick(CACHE_FORMATS, format, "cache_format")
-        if format != "float" and config.attention == "triton":
-            raise UserError(
-                f"cache_format = {format!r} is not read by decoder.attention = 'triton': choose 'sdpa', or 'float'"
-            )
         self.keys = [allocate(shape, device, self.dtype) for _ in range(config.num_hidden_layers)]
         self.values = [allocate(shape, device, self.dtype) for _ in range(config.num_hidden_layers)]
         self.prepare, self.attend = pick(CACHE_ATTENTION, config.attention, "decoder.attention")

@@ -139,6 +139,24 @@ def cache_attention():
             attend_blocks(
                 torch.empty(2, T, N, H, dtype=dtype), cache, cache, table, torch.empty(2, T, dtype=torch.int64)
             )
+    # A cache of codes: Llama 3, SmolVLM-256M, Gemma, heads in two parts, the scenes.
+    for N, K, H, num_bits, dtype in (
+        (32, 8, 128, 8, torch.bfloat16),
+        (32, 8, 128, 4, torch.bfloat16),
+        (9, 3, 64, 4, torch.bfloat16),
+        (8, 1, 256, 8, torch.bfloat16),
+        (8, 1, 256, 4, torch.bfloat16),
+        (32, 32, 96, 4, torch.bfloat16),
+        (4, 4, 32, 8, torch.float32),
+    ):
+        cache, table = (
+            torch.empty(32768, K, H * num_bits // 8, dtype=torch.uint8),
+            torch.empty(2, 512, dtype=torch.int32),
+        )
+        scales = torch.empty(32768, K, 2, dtype=torch.bfloat16)
+        for T in (1, 512):
+            q, last = torch.empty(2, T, N, H, dtype=dtype), torch.empty(2, T, dtype=torch.int64)
+            attend_blocks(q, cache, cache, table, last, scales=(scales, scales))
     # gpt-oss with its sinks, and Gemma-3, in blocks with a window.
     for N, K, H, T, has_sinks in (
         (64, 8, 64, 1, True),

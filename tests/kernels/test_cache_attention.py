@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovlm.model.cache_codes import Codes, encode
 from tests.kernels.oracle import check, reserve, surround
 
 pytest.importorskip("triton")
@@ -181,6 +182,35 @@ def test_sinks_count_once(dtype, device):
     assert not ours[3].any() and not torch.equal(ours, attend_blocks(*inputs))
 
 
+CODES = {  # bits, T, last of the first query of each row, (N, K, H)
+    "8 bits": (8, 1, [399, 20, -1], (4, 2, 64)),
+    "4 bits": (4, 1, [14, 130], (3, 1, 72)),
+    "4 bits, prefill": (4, 33, [0, 100], (4, 2, 32)),
+    "8 bits, heads of no power of two": (8, 9, [60], (2, 1, 20)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CODES)
+def test_codes(case, dtype, device):
+    """As the numbers that they stand for; the codes of slots that no query sees stand for NaN."""
+    num_bits, T, positions, heads = CODES[case]
+    q, keys, values, table, last = make_inputs(count_up(positions, T).clamp(min=-1), *heads, dtype, device)
+    slots = [Codes(*encode(x.nan_to_num(), num_bits), num_bits, dtype) for x in (keys, values)]
+    for x, coded in zip((keys, values), slots, strict=True):
+        coded.scales[x.isnan().any(-1)] = torch.nan
+
+    def reference(dtype):
+        k, v = (coded._replace(dtype=dtype).read(0, len(keys)) for coded in slots)
+        return attend_blocks_ref(q.to(dtype), k, v, table, last)
+
+    codes, scales = zip(*(coded[:2] for coded in slots), strict=True)
+    ours = attend_blocks(q, *codes, table, last, scales=scales)
+    check(ours, reference(dtype), lambda: reference(torch.float64))
+    wider = [torch.cat([x, x], 2)[..., : x.shape[2]] for x in codes]
+    assert torch.equal(attend_blocks(q, *wider, table, last, scales=scales), ours)
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_drawn_rows(data):
@@ -313,6 +343,7 @@ def test_mistakes_are_named(device):
     for options, message in (
         ({"first": last[:1]}, r"first is torch.int64\[1, 2\], but must be int64\[2, 2\] as last is"),
         ({"first": last.int()}, r"first is torch.int32\[2, 2\]"),
+        ({"scales": (keys, keys)}, r"scales are torch.float32\[64, 2, 16\], but must be bf16\[num_slots, K, 2\]"),
         ({"sinks": last[0]}, r"sinks of shape \[2\] must be one for each of the 4 query heads"),
     ):
         with pytest.raises(ValueError, match=message):
