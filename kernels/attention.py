@@ -652,24 +652,32 @@ def backward_kv_kernel(
             hi_all = tl.minimum(hi_all, i_s + W)  # no query is more positions from a key than tokens
     num = tl.cdiv(tl.maximum(hi - lo, 0), BM)
     num_before = tl.minimum(tl.cdiv(lo_all - lo, BM), num)
-    # Wide heads with spans go through the masked loop alone: the bounds of both would leave too few registers.
-    num_full = 0 if SPANS and H > 128 else tl.maximum(hi_all - lo - num_before * BM, 0) // BM
+    num_full = tl.maximum(hi_all - lo - num_before * BM, 0) // BM
     for i_g in range(G):
         i_n = i_k * G + i_g
         p_qn, p_gn = p_q + (i_b * stride_qb + i_n * stride_qn) * UNIT, p_grad + (i_b * T * K * G + i_n) * H
         p_lse_n, p_delta_n = p_lse + (i_b * K * G + i_n) * T, p_delta + (i_b * K * G + i_n) * T
-        for j in range(num_full):
-            dk_a, dk_b, dv_a, dv_b = backward_kv_step(
-                dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
-                lo + (num_before + j) * BM, hi, S - T, o_since, b_until, b_far,
-                p_near, scale_log2, UNIT, H, HA, HB, BM, MASK, WINDOW, False,
-            )  # fmt: skip
-        for j in range(num - num_full):
-            i_t = lo + tl.where(j < num_before, j, j + num_full) * BM
-            dk_a, dk_b, dv_a, dv_b = backward_kv_step(
-                dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
-                i_t, hi, S - T, o_since, b_until, b_far, p_near, scale_log2, UNIT, H, HA, HB, BM, MASK, WINDOW, True,
-            )  # fmt: skip
+        if SPANS and H > 128:  # the bounds of two loops would leave too few registers
+            for i_t in range(lo, hi, BM):
+                dk_a, dk_b, dv_a, dv_b = backward_kv_step(
+                    dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
+                    i_t, hi, S - T, o_since, b_until, b_far,
+                    p_near, scale_log2, UNIT, H, HA, HB, BM, MASK, WINDOW, True,
+                )  # fmt: skip
+        else:
+            for j in range(num_full):
+                dk_a, dk_b, dv_a, dv_b = backward_kv_step(
+                    dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
+                    lo + (num_before + j) * BM, hi, S - T, o_since, b_until, b_far,
+                    p_near, scale_log2, UNIT, H, HA, HB, BM, MASK, WINDOW, False,
+                )  # fmt: skip
+            for j in range(num - num_full):
+                i_t = lo + tl.where(j < num_before, j, j + num_full) * BM
+                dk_a, dk_b, dv_a, dv_b = backward_kv_step(
+                    dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
+                    i_t, hi, S - T, o_since, b_until, b_far,
+                    p_near, scale_log2, UNIT, H, HA, HB, BM, MASK, WINDOW, True,
+                )  # fmt: skip
     o_out = ((i_b * S + o_s) * K + i_k) * H
     store_parts(p_dk + o_out, m_s, dk_a * scale, dk_b * scale, H, HA, HB)
     store_parts(p_dv + o_out, m_s, dv_a, dv_b, H, HA, HB)
