@@ -105,7 +105,7 @@ MUTATIONS = {
         ),
         (
             "rows of 32-bit offsets",
-            "i_first.to(tl.int64) * (stride * UNIT) + tl.arange(0, ROWS).to(tl.int64) * (stride * UNIT)",
+            "tl.cast(i_first, tl.int64) * (stride * UNIT) + tl.arange(0, ROWS).to(tl.int64) * (stride * UNIT)",
             "i_first * (stride * UNIT) + tl.arange(0, ROWS) * (stride * UNIT)",
         ),
         (
@@ -168,9 +168,10 @@ MUTATIONS = {
         ("causal mask off by one", "m = o_s[None, :] <= o_last[:, None]", "m = o_s[None, :] < o_last[:, None]"),
         (
             "branches see each other",
-            "m = m & (o_t[:, None] < tl.load(p_until",
-            "m = m & (o_t[:, None] > tl.load(p_until",
+            "m = m & (o_query[:, None] < tl.load(p_until",
+            "m = m & (o_query[:, None] > tl.load(p_until",
         ),
+        ("spans as far from a window's keys as their last token", "o_query = o_t if WINDOW else", "o_query ="),
         (
             "largest score not kept over blocks",
             "m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)",

@@ -72,8 +72,12 @@ BLOCKS = {
         "fp32": {256: (16, 16, 4, 1)},
     },
 }
-# With spans a program has the last key of each of its tokens besides, and fewer registers are left.
-BLOCKS["forward, spans"] = BLOCKS["forward"] | {90: BLOCKS["forward"][90] | {256: (128, 32, 8, 2)}}
+# With spans or a window a program has more about each of its tokens, and fewer registers are left.
+BLOCKS["forward, spans or window"] = BLOCKS["forward"] | {
+    90: BLOCKS["forward"][90] | {256: (128, 32, 8, 2)},
+    80: BLOCKS["forward"][80] | {128: (64, 32, 4, 2)},
+    120: BLOCKS["forward"][120] | {128: (64, 32, 4, 2)},
+}
 
 
 class Runs(NamedTuple):
@@ -169,7 +173,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None = None, cau
 
 @triton.jit
 def point_to_rows(p, i_first, stride, ROWS: tl.constexpr, UNIT: tl.constexpr):
-    return p + i_first.to(tl.int64) * (stride * UNIT) + tl.arange(0, ROWS).to(tl.int64) * (stride * UNIT)
+    return p + tl.cast(i_first, tl.int64) * (stride * UNIT) + tl.arange(0, ROWS).to(tl.int64) * (stride * UNIT)
 
 
 @triton.jit
@@ -284,9 +288,12 @@ def find_keys(
 
 
 @triton.jit
-def find_rest(j, lo, skip, full, BN: tl.constexpr):
-    """Find the beginning of block j of a range without those that are seen whole."""
-    return lo + tl.where(j < skip, j, j + full) * BN
+def find_rest(j, lo, skip, full, BN: tl.constexpr, WINDOW: tl.constexpr):
+    """Find the beginning of block j of a range without those that are seen whole, which a window has blocks before."""
+    if WINDOW:
+        return lo + tl.where(j < skip, j, j + full) * BN
+    else:
+        return lo + (full + j) * BN
 
 
 @triton.jit
@@ -294,7 +301,9 @@ def sees(o_s, m_s, o_t, o_last, o_near, p_until, p_near, W, RUNS: tl.constexpr, 
     """Say which queries see which keys, [BM, BN]; o_last [BM] is the last key of each query."""
     m = o_s[None, :] <= o_last[:, None]
     if RUNS:
-        m = m & (o_t[:, None] < tl.load(p_until + o_s, mask=m_s, other=0)[None, :])
+        # Without a window a span is seen whole or not at all, and o_t takes no registers.
+        o_query = o_t if WINDOW else o_last
+        m = m & (o_query[:, None] < tl.load(p_until + o_s, mask=m_s, other=0)[None, :])
     if WINDOW:
         m = m & (o_near[:, None] < (tl.load(p_near + o_s, mask=m_s, other=0) + W)[None, :])
     return m
@@ -371,8 +380,8 @@ def forward_kernel(
             TMA, (d_ka, d_kb), (d_va, d_vb), i_b.to(tl.int32), i_k.to(tl.int32),
         )  # fmt: skip
     for j in range(rest_a + rest_b):
-        rest_of_b = find_rest(j - rest_a, lo_b, skip_b, full_b, BN)
-        i_s = tl.where(j < rest_a, find_rest(j, lo_a, skip_a, full_a, BN), rest_of_b)
+        rest_of_b = find_rest(j - rest_a, lo_b, skip_b, full_b, BN, WINDOW)
+        i_s = tl.where(j < rest_a, find_rest(j, lo_a, skip_a, full_a, BN, WINDOW), rest_of_b)
         limit = tl.where(j < rest_a, hi_a, hi_b)
         b_m, b_l, acc_a, acc_b = forward_step(
             b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, i_s, limit, o_t, o_last, o_near, p_until,
@@ -397,7 +406,7 @@ def attend_forward(
     lse = torch.empty(B, N, T, device=q.device, dtype=torch.float32)
     unit, strides = divide_strides(q, k, v)
     mask = name_mask(runs, causal)
-    BM, BN, options = choose_blocks(BLOCKS["forward, spans" if mask[1] else "forward"], q)
+    BM, BN, options = choose_blocks(BLOCKS["forward, spans or window" if any(mask[1:]) else "forward"], q)
     descriptors = describe_blocks(q, k, v, BN)
     if out.numel():
         forward_kernel[(triton.cdiv(T, BM) * N * B,)](
@@ -572,8 +581,8 @@ def backward_q_kernel(
             p_until, p_near, W, scale_log2, UNIT, H, HA, HB, BN, MASK == "runs", WINDOW, False,
         )  # fmt: skip
     for j in range(rest_a + rest_b):
-        rest_of_b = find_rest(j - rest_a, lo_b, skip_b, full_b, BN)
-        i_s = tl.where(j < rest_a, find_rest(j, lo_a, skip_a, full_a, BN), rest_of_b)
+        rest_of_b = find_rest(j - rest_a, lo_b, skip_b, full_b, BN, WINDOW)
+        i_s = tl.where(j < rest_a, find_rest(j, lo_a, skip_a, full_a, BN, WINDOW), rest_of_b)
         limit = tl.where(j < rest_a, hi_a, hi_b)
         dq_a, dq_b = backward_q_step(
             dq_a, dq_b, q_a, q_b, g_a, g_b, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, i_s, limit, o_t, o_last,
