@@ -25,7 +25,8 @@ Slots may hold codes of 8 or 4 bits (BITS) in place of numbers, each head of a s
 x = code * scale + offset        of 4 bits channel h lies in the lower half of byte h, channel h + H / 2 in the upper
 ```
 
-They become numbers of the dtype of q between memory and the tensor cores; without codes BITS is 0.
+They become numbers of the dtype of q between memory and the tensor cores; without codes BITS is 0. Of 4 bits a byte is
+read once, and gives the two parts of the head: A is its lower half, B its upper one.
 
 How long a part is follows from the longest row that its own queries see, the number of queries and heads, and the GPU.
 Neither the number of rows nor the width of the table has a say, so a row gets the same bits alone and among others.
@@ -124,21 +125,31 @@ def find_slots(p_table, o_s, m_s, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def decode_part(
-    p_rows, b_scale, b_offset, m_rows, BEGIN: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, BITS: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Load SIZE columns from BEGIN on, fp32; those from H on are finite, and masked rows as their scale and offset."""
-    if BITS == 8:
-        b_codes = load_part(p_rows, m_rows, BEGIN, SIZE, H, MASKED).to(tl.int32)
-    else:  # each byte twice, the second time from the L1 cache
+def load_heads(p_rows, m_rows, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BITS: tl.constexpr):
+    """Load both parts of queries as those of keys come: of codes of 4 bits these are the halves of the head."""
+    if BITS == 4:
         HALF: tl.constexpr = H // 2
-        o_h = BEGIN + tl.arange(0, SIZE)
-        p_bytes = p_rows[:, None] + (o_h % HALF)[None, :]
-        b_bytes = tl.load(p_bytes, mask=m_rows[:, None], other=0) if MASKED else tl.load(p_bytes)
-        b_codes = (b_bytes.to(tl.int32) >> (o_h // HALF * 4)[None, :]) & 15
+        return load_part(p_rows, m_rows, 0, HA, HALF, True), load_part(p_rows + HALF, m_rows, 0, HA, HALF, True)
+    else:
+        return load_parts(p_rows, m_rows, H, HA, HB, True)
+
+
+@triton.jit
+def store_heads(p_rows, m_rows, b_a, b_b, H: tl.constexpr, HA: tl.constexpr, HB: tl.constexpr, BITS: tl.constexpr):
+    """Store both parts, which are as load_heads has them."""
+    if BITS == 4:
+        HALF: tl.constexpr = H // 2
+        store_parts(p_rows, m_rows, b_a, b_a, HALF, HA, 0)
+        store_parts(p_rows + HALF, m_rows, b_b, b_b, HALF, HA, 0)
+    else:
+        store_parts(p_rows, m_rows, b_a, b_b, H, HA, HB)
+
+
+@triton.jit
+def decode(b_codes, b_scale, b_offset, DTYPE: tl.constexpr):
+    """Return what codes int32[BN, columns] stand for; in columns from H on it is finite, and 0 in masked rows."""
     b_numbers = (b_codes | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23  # cheaper than a conversion
-    return b_numbers * b_scale[:, None] + b_offset[:, None]
+    return (b_numbers * b_scale[:, None] + b_offset[:, None]).to(DTYPE)
 
 
 @triton.jit
@@ -158,10 +169,14 @@ def load_slots(
         else:
             b_scale, b_offset = tl.load(p_scales), tl.load(p_scales + 1)
         b_scale, b_offset = b_scale.to(tl.float32), b_offset.to(tl.float32)
-        b_a = decode_part(p_rows, b_scale, b_offset, m_s, 0, HA, H, BITS, MASKED).to(DTYPE)
-        b_b = b_a
-        if HB > 0:
-            b_b = decode_part(p_rows, b_scale, b_offset, m_s, HA, HB, H, BITS, MASKED).to(DTYPE)
+        if BITS == 8:
+            b_a = decode(load_part(p_rows, m_s, 0, HA, H, MASKED).to(tl.int32), b_scale, b_offset, DTYPE)
+            b_b = b_a
+            if HB > 0:
+                b_b = decode(load_part(p_rows, m_s, HA, HB, H, MASKED).to(tl.int32), b_scale, b_offset, DTYPE)
+        else:
+            b_bytes = load_part(p_rows, m_s, 0, HA, H // 2, MASKED).to(tl.int32)
+            b_a, b_b = decode(b_bytes & 15, b_scale, b_offset, DTYPE), decode(b_bytes >> 4, b_scale, b_offset, DTYPE)
         return b_a, b_b
 
 
@@ -223,7 +238,7 @@ def blocks_kernel(
         tl.store(p_lse + o_out, tl.full([BM], float("-inf"), tl.float32), mask=m_r)
         return
     p_q += (i_b * stride_qb + o_t * stride_qt + o_n * stride_qn) * UNIT
-    q_a, q_b = load_parts(p_q, m_r, H, HA, HB, True)
+    q_a, q_b = load_heads(p_q, m_r, H, HA, HB, BITS)
     p_k += i_k * stride_kn * UNIT
     p_v += i_k * stride_vn * UNIT
     p_ks, p_vs = p_ks + i_k * 2, p_vs + i_k * 2
@@ -243,13 +258,15 @@ def blocks_kernel(
             o_first, o_last, scale_log2, BLOCK, UNIT, H, HA, HB, BN, BITS, WINDOW, False,
         )  # fmt: skip
     for j in range(full, tl.cdiv(hi - lo, BN)):
-        i_s = lo + tl.where(j < skip + full, j - full, j) * BN  # the blocks before the whole ones, then those behind
+        i_s = lo + j * BN
+        if WINDOW:  # the blocks before the whole ones, then those behind
+            i_s = lo + tl.where(j < skip + full, j - full, j) * BN
         b_m, b_l, acc_a, acc_b = blocks_step(
             b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, p_ks, p_vs, p_table, stride_ks, stride_vs, K, i_s, hi, o_first,
             o_last, scale_log2, BLOCK, UNIT, H, HA, HB, BN, BITS, WINDOW, True,
         )  # fmt: skip
     b_l = tl.where(b_l == 0, 1.0, b_l)
-    store_parts(p_out + o_out * H, m_r, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB)
+    store_heads(p_out + o_out * H, m_r, acc_a / b_l[:, None], acc_b / b_l[:, None], H, HA, HB, BITS)
     tl.store(p_lse + o_out, b_m + tl.log2(b_l), mask=m_r)
 
 
@@ -292,11 +309,13 @@ def attend(
     lse = torch.empty(num_parts, B, T, N, device=q.device, dtype=torch.float32)
     parts = out if num_parts == 1 else torch.empty(num_parts, *out.shape, device=q.device, dtype=torch.float32)
     last, has = last.contiguous(), (first is not None, sinks is not None)
-    bits = 0 if key_scales is None else 8 * keys.shape[2] // H
+    bits, parts_of_head = 0 if key_scales is None else 8 * keys.shape[2] // H, split_head(H)
+    if bits == 4:
+        parts_of_head = (H, *[max(16, triton.next_power_of_2(H // 2))] * 2)
     first, sinks, key_scales, value_scales = (lse if x is None else x for x in (first, sinks, key_scales, value_scales))
     blocks_kernel[(K * B * num_blocks * num_parts,)](
         q, keys, values, key_scales, value_scales, table, first.contiguous(), last, sinks, parts, lse,
-        scale * LOG2E.value, most_parts, *strides, table.stride(0), B, T, K, N // K, block_size, unit, *split_head(H),
+        scale * LOG2E.value, most_parts, *strides, table.stride(0), B, T, K, N // K, block_size, unit, *parts_of_head,
         bits, *has, BM, BN, **options,
     )  # fmt: skip
     if num_parts > 1:

@@ -90,21 +90,19 @@ def dequant_matmul():
 def attention():
     from nanovlm.kernels.attention import Runs, attention
 
-    # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3, Gemma, gpt-oss, Mistral and Gemma-3, whose documents are packed;
-    # SigLIP So400m; the scenes.
+    # Decoders of SmolVLM-256M, Phi-3 mini, Llama 3 and Gemma, whose documents are packed; with all that a layer may
+    # have besides, as those of gpt-oss, Mistral and Gemma-3; SigLIP So400m; the scenes.
     for H, N, K, T, mask, dtype in (
         (64, 9, 3, 4096, "runs", torch.bfloat16),
         (96, 32, 32, 4096, "runs", torch.bfloat16),
         (128, 32, 8, 4096, "runs", torch.bfloat16),
         (256, 8, 1, 4096, "runs", torch.bfloat16),
-        (256, 8, 1, 4096, "runs, spans", torch.bfloat16),
-        (64, 64, 8, 4096, "runs, window, sinks", torch.bfloat16),
-        (128, 32, 8, 4096, "runs, window", torch.bfloat16),
-        (256, 8, 4, 4096, "runs, spans, window", torch.bfloat16),
+        (64, 64, 8, 4096, "runs, spans, window, sinks", torch.bfloat16),
+        (128, 32, 8, 4096, "runs, spans, window, sinks", torch.bfloat16),
+        (256, 8, 4, 4096, "runs, spans, window, sinks", torch.bfloat16),
         (72, 16, 16, 729, "none", torch.bfloat16),
         (32, 4, 4, 192, "runs", torch.float16),
         (32, 4, 4, 192, "runs", torch.float32),
-        (32, 4, 4, 192, "runs, spans", torch.float32),
         (32, 4, 4, 192, "runs, spans, window, sinks", torch.float32),
         (128, 32, 8, 4096, "runs", torch.float32),
         (256, 8, 1, 4096, "runs", torch.float32),
@@ -139,35 +137,21 @@ def cache_attention():
             attend_blocks(
                 torch.empty(2, T, N, H, dtype=dtype), cache, cache, table, torch.empty(2, T, dtype=torch.int64)
             )
-    # A cache of codes: Llama 3, SmolVLM-256M, Gemma, heads in two parts, the scenes.
-    for N, K, H, num_bits, dtype in (
-        (32, 8, 128, 8, torch.bfloat16),
-        (32, 8, 128, 4, torch.bfloat16),
-        (9, 3, 64, 4, torch.bfloat16),
-        (8, 1, 256, 8, torch.bfloat16),
-        (8, 1, 256, 4, torch.bfloat16),
-        (32, 32, 96, 4, torch.bfloat16),
-        (4, 4, 32, 8, torch.float32),
+    # Codes of 4 bits: Llama 3 and Gemma. Windows: gpt-oss with its sinks, and Gemma-3 with codes of 8 bits.
+    for N, K, H, num_bits, has_window, has_sinks in (
+        (32, 8, 128, 4, False, False),
+        (8, 1, 256, 4, False, False),
+        (64, 8, 64, 0, True, True),
+        (8, 4, 256, 8, True, False),
     ):
-        cache, table = (
-            torch.empty(32768, K, H * num_bits // 8, dtype=torch.uint8),
-            torch.empty(2, 512, dtype=torch.int32),
-        )
-        scales = torch.empty(32768, K, 2, dtype=torch.bfloat16)
+        cache, scales = torch.empty(32768, K, H, dtype=torch.bfloat16), None
+        if num_bits:
+            cache = torch.empty(32768, K, H * num_bits // 8, dtype=torch.uint8)
+            scales = [torch.empty(32768, K, 2, dtype=torch.bfloat16)] * 2
         for T in (1, 512):
-            q, last = torch.empty(2, T, N, H, dtype=dtype), torch.empty(2, T, dtype=torch.int64)
-            attend_blocks(q, cache, cache, table, last, scales=(scales, scales))
-    # gpt-oss with its sinks, and Gemma-3, in blocks with a window.
-    for N, K, H, T, has_sinks in (
-        (64, 8, 64, 1, True),
-        (64, 8, 64, 512, True),
-        (8, 4, 256, 1, False),
-        (8, 4, 256, 512, False),
-    ):
-        cache, table = torch.empty(32768, K, H, dtype=torch.bfloat16), torch.empty(2, 66, dtype=torch.int32)
-        q, last = torch.empty(2, T, N, H, dtype=torch.bfloat16), torch.empty(2, T, dtype=torch.int64)
-        sinks = torch.empty(N) if has_sinks else None
-        attend_blocks(q, cache, cache, table, last, first=torch.empty_like(last), sinks=sinks)
+            q, last = torch.empty(2, T, N, H, dtype=torch.bfloat16), torch.empty(2, T, dtype=torch.int64)
+            first, sinks = last if has_window else None, torch.empty(N) if has_sinks else None
+            attend_blocks(q, cache, cache, table, last, first=first, sinks=sinks, scales=scales)
 
 
 CASES = {
