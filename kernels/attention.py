@@ -78,6 +78,9 @@ BLOCKS["forward, spans or window"] = BLOCKS["forward"] | {
     80: BLOCKS["forward"][80] | {128: (64, 32, 4, 2)},
     120: BLOCKS["forward"][120] | {128: (64, 32, 4, 2)},
 }
+BLOCKS["backward_kv, spans and window"] = BLOCKS["backward_kv"] | {
+    80: BLOCKS["backward_kv"][80] | {128: (32, 64, 8, 2)}
+}
 
 
 class Runs(NamedTuple):
@@ -666,7 +669,7 @@ def backward_kv_kernel(
         i_n = i_k * G + i_g
         p_qn, p_gn = p_q + (i_b * stride_qb + i_n * stride_qn) * UNIT, p_grad + (i_b * T * K * G + i_n) * H
         p_lse_n, p_delta_n = p_lse + (i_b * K * G + i_n) * T, p_delta + (i_b * K * G + i_n) * T
-        if SPANS and H > 128:  # the bounds of two loops would leave too few registers
+        if SPANS and (WINDOW or H > 128):  # the bounds of two loops would leave too few registers
             for i_t in range(lo, hi, BM):
                 dk_a, dk_b, dv_a, dv_b = backward_kv_step(
                     dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, p_qn, p_gn, p_lse_n, p_delta_n, stride_qt, K * G * H,
@@ -708,7 +711,7 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g
             q, k, v, out, grad, lse, *point_to_runs(runs, lse), delta, dq, *scales, *strides, T, S, N, N // K,
             window, unit, *split_head(H), *mask, BM, BN, **options,
         )  # fmt: skip
-    BM, BN, options = choose_blocks(BLOCKS["backward_kv"], q)
+    BM, BN, options = choose_blocks(BLOCKS["backward_kv, spans and window" if all(mask[1:]) else "backward_kv"], q)
     if dk.numel():
         backward_kv_kernel[(triton.cdiv(S, BN) * K * B,)](
             q, k, v, grad, lse, delta, *point_to_runs(runs, lse, ("until", "since", "near")),

@@ -181,8 +181,8 @@ WINDOWS = [
     ("branches", True, 9),
     ("branches", False, 20),
     ("wide heads", True, 30),
+    ("long prefix", False, 60),
 ]
-WINDOWS += [("long prefix", False, 60)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
