@@ -120,8 +120,9 @@ def attention():
 def cache_attention():
     from nanovlm.kernels.cache_attention import attend_blocks
 
-    # Decoding, checking of drafted tokens, and a chunk of a prompt: of Llama 3, Gemma and SmolVLM-256M, of heads in two
-    # parts, and of the scenes. A cache of 32,768 slots, and tables for 8,192 positions.
+    # Decoding, checking of drafted tokens, whose number is no multiple of 16, and a chunk of a prompt: of Llama 3,
+    # Gemma and SmolVLM-256M, of heads in two parts, and of the scenes. A cache of 32,768 slots, tables for 8,192
+    # positions.
     for N, K, H, dtype in (
         (32, 8, 128, torch.bfloat16),
         (8, 1, 256, torch.bfloat16),
@@ -133,7 +134,7 @@ def cache_attention():
         (8, 1, 256, torch.float32),
     ):
         cache, table = torch.empty(32768, K, H, dtype=dtype), torch.empty(2, 512, dtype=torch.int32)
-        for T in (1, 8, 512):
+        for T in (1, 8, 512) if H == 128 else (1, 512):
             attend_blocks(
                 torch.empty(2, T, N, H, dtype=dtype), cache, cache, table, torch.empty(2, T, dtype=torch.int64)
             )
