@@ -291,12 +291,14 @@ def find_keys(
 
 
 @triton.jit
-def find_rest(j, lo, skip, full, BN: tl.constexpr, WINDOW: tl.constexpr):
-    """Find the beginning of block j of a range without those that are seen whole, which a window has blocks before."""
+def find_rest(j, before, lo, skip, full, BN: tl.constexpr, WINDOW: tl.constexpr):
+    """Find the beginning of block j - before of a range, not counting those that are seen whole, which a window has
+    blocks before."""
     if WINDOW:
+        j -= before
         return lo + tl.where(j < skip, j, j + full) * BN
     else:
-        return lo + (full + j) * BN
+        return lo + (full + j - before) * BN
 
 
 @triton.jit
@@ -383,8 +385,8 @@ def forward_kernel(
             TMA, (d_ka, d_kb), (d_va, d_vb), i_b.to(tl.int32), i_k.to(tl.int32),
         )  # fmt: skip
     for j in range(rest_a + rest_b):
-        rest_of_b = find_rest(j - rest_a, lo_b, skip_b, full_b, BN, WINDOW)
-        i_s = tl.where(j < rest_a, find_rest(j, lo_a, skip_a, full_a, BN, WINDOW), rest_of_b)
+        rest_of_b = find_rest(j, rest_a, lo_b, skip_b, full_b, BN, WINDOW)
+        i_s = tl.where(j < rest_a, find_rest(j, 0, lo_a, skip_a, full_a, BN, WINDOW), rest_of_b)
         limit = tl.where(j < rest_a, hi_a, hi_b)
         b_m, b_l, acc_a, acc_b = forward_step(
             b_m, b_l, acc_a, acc_b, q_a, q_b, p_k, p_v, stride_ks, stride_vs, i_s, limit, o_t, o_last, o_near, p_until,
@@ -584,8 +586,8 @@ def backward_q_kernel(
             p_until, p_near, W, scale_log2, UNIT, H, HA, HB, BN, MASK == "runs", WINDOW, False,
         )  # fmt: skip
     for j in range(rest_a + rest_b):
-        rest_of_b = find_rest(j - rest_a, lo_b, skip_b, full_b, BN, WINDOW)
-        i_s = tl.where(j < rest_a, find_rest(j, lo_a, skip_a, full_a, BN, WINDOW), rest_of_b)
+        rest_of_b = find_rest(j, rest_a, lo_b, skip_b, full_b, BN, WINDOW)
+        i_s = tl.where(j < rest_a, find_rest(j, 0, lo_a, skip_a, full_a, BN, WINDOW), rest_of_b)
         limit = tl.where(j < rest_a, hi_a, hi_b)
         dq_a, dq_b = backward_q_step(
             dq_a, dq_b, q_a, q_b, g_a, g_b, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, i_s, limit, o_t, o_last,

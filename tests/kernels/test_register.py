@@ -125,13 +125,18 @@ def operators(device):
         draw(*shape, device=device, seed=i).requires_grad_()
         for i, shape in enumerate([(1, 12, 2, 16), (1, 12, 1, 16), (1, 12, 1, 16), (3, 70), (9,), (7, 12), (33, 12)])
     )
-    no_runs, labels = [None] * 6, torch.arange(7, device=device)
-    yield ops.attention, (q, k, v, *no_runs, True, 0.25)
-    forward = [t.detach() for t in (q, k, v, *ops.attention(q, k, v, *no_runs, True, 0.25))]
-    yield ops.attention_backward, (*forward, q.detach(), *no_runs, True, 0.25)
+    sinks, labels = draw(2, device=device).requires_grad_(), torch.arange(7, device=device)
+    doc_ids = torch.zeros(1, 12, dtype=torch.int32, device=device)
+    windows = find_runs(doc_ids, doc_ids, doc_ids + 1, window=5)
+    for *runs, causal in ((*[None] * 7, 0, True), (*windows, False)):
+        yield ops.attention, (q, k, v, sinks, *runs, causal, 0.25)
+        forward = [t.detach() for t in (q, k, v, *ops.attention(q, k, v, sinks, *runs, causal, 0.25))]
+        yield ops.attention_backward, (*forward, q.detach(), *runs, causal, 0.25)
     table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
     last = torch.arange(12, device=device)[None]
-    yield ops.attend_blocks, (q.detach(), k[0].detach(), v[0].detach(), table, last, 4, 0.25)
+    cache = q.detach(), k[0].detach(), v[0].detach(), table, last, 4, 0.25
+    yield ops.attend_blocks, (*cache, *[None] * 4)
+    yield ops.attend_blocks, (*cache, last, sinks.detach(), None, None)
     yield ops.linear_cross_entropy, (hidden, head, labels, 3, 4, True, True)
     yield ops.linear_cross_entropy, (hidden, head.detach(), labels, None, 9, True, False)
     w = take_apart(quantize_weight(draw(9, 70, device=device), "nf4", search=False))
