@@ -66,9 +66,9 @@ def quantized_experts():
 
     # Qwen3-MoE with few and some tokens for an expert; a small mixture in fp32.
     for R, k, E, D, W, formats, dtype in (
-        (4, 8, 128, 2048, 768, ("int8", "int4", "nf4"), torch.bfloat16),
+        (4, 8, 128, 2048, 768, ("int4",), torch.bfloat16),
         (512, 8, 128, 2048, 768, ("int8", "int4", "nf4"), torch.bfloat16),
-        (4, 2, 8, 192, 144, ("int8", "nf4"), torch.float32),
+        (4, 2, 8, 192, 144, ("nf4",), torch.float32),
     ):
         for format in formats:
             gate, up, down = (make_weight(format, N, K, 64, E) for N, K in ((W, D), (W, D), (D, W)))
