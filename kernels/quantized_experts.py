@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 from nanovlm.kernels import grouped_gemm
 from nanovlm.kernels.dequant_matmul import _layout, decode, dequantize, load_group
 from nanovlm.kernels.grouped_gemm import (
-    Plan,
     grouped_experts_ref,
     launch_combine,
     plan_rows,
@@ -32,7 +31,7 @@ from nanovlm.kernels.grouped_gemm import (
     with_whole_rows,
 )
 from nanovlm.kernels.quantized_weight import QuantizedWeight, dequantize_ref, make_tables
-from nanovlm.kernels.register import DTYPES, autocast, is_interpreted
+from nanovlm.kernels.register import DTYPES, autocast, is_interpreted, operator
 
 MOST_FUSED_ROWS = 64  # of an expert, on average
 
@@ -170,13 +169,12 @@ def read_stack(stack: QuantizedWeight) -> tuple[tuple, dict]:
 def fused_forward(
     x: Tensor, choice: Tensor, weights: Tensor, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight,
     keeps: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Plan]:  # fmt: skip
-    """Return out [R, D], g and u [P, W] if `keeps`, and where the rows are."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return out [R, D], and g and u [P, W] if `keeps`."""
     (R, k), E, (W, D) = choice.shape, len(gate.codes), gate.shape
     sizes = fused_sizes(x, R * k, E)
     plan = plan_rows(choice, E, {"gate_up": sizes})
-    tables = (gate.tables or make_tables(x.device)) if gate.format == "nf4" else (None, None)
-    (table, dynamic), num_tiles = tables, len(plan.tiles)
+    (table, dynamic), num_tiles = gate.tables or (None, None), len(plan.tiles)
     a = x.new_empty(R * k, W)
     g, u = (torch.empty_like(a), torch.empty_like(a)) if keeps else (None, None)
     (tensors, layout), (others, _) = read_stack(gate), read_stack(up)
@@ -188,33 +186,85 @@ def fused_forward(
     decoded_scatter_kernel[(num_tiles * triton.cdiv(D, sizes["BN"]),)](
         a, plan.order, plan.tiles, *tensors, dynamic, table, y, num_tiles, D=D, W=W, **layout, **sizes
     )
-    return launch_combine(y, weights, R, k), g, u, plan
+    return launch_combine(y, weights, R, k), g, u
 
 
-class QuantizedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, choice, weights, gate, up, down):
-        keeps = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        with torch.cuda.device_of(x):
-            if choice.numel() <= MOST_FUSED_ROWS * len(gate.codes) and gate.format != "fp8":
-                out, g, u, _plan = fused_forward(x, choice, weights, gate, up, down, keeps)
-            else:
-                written = [write_out(stack, x.dtype) for stack in (gate, up, down)]
-                out, g, u, *_plan = grouped_gemm.run_forward(x, choice, weights, *written, keeps)
-        ctx.save_for_backward(x, choice, weights, *((g, u) if keeps else ()))
-        ctx.stacks = gate, up, down
-        return out
+# --- operators, and their autograd ---------------------------------------------------------------------------
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, choice, weights, g, u = ctx.saved_tensors
-        written = [write_out(stack, x.dtype) for stack in ctx.stacks]
-        # Tiles have other sizes than in the fused kernels; the order of the rows is the same.
-        plan = plan_rows(choice, len(written[0]), grouped_gemm.launch_sizes(x, choice.numel(), tuple(written)))
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False, False, False]
-        dx, dweights, *_ = grouped_gemm.run_backward(grad, x, weights, *written, g, u, *plan[:3], wanted)
-        return dx if wanted[0] else None, None, dweights if wanted[1] else None, None, None, None
+
+def take_apart(*stacks: QuantizedWeight) -> tuple[list[Tensor], str, list[int]]:
+    """What an operator can take: tensors, those of the tables last, the format, and the group of each stack."""
+    format, groups = stacks[0].format, [stack.group for stack in stacks]
+    if format != "nf4":
+        return [x for stack in stacks for x in (stack.codes, stack.scales)], format, groups
+    tensors = [(stack.codes, stack.scales, stack.nested_scales, stack.nested_offset) for stack in stacks]
+    return [*sum(tensors, ()), *(stacks[0].tables or make_tables(stacks[0].codes.device))], format, groups
+
+
+def join(x: Tensor, tensors: list[Tensor], format: str, groups: list[int]) -> list[QuantizedWeight]:
+    """Return gate, up and down."""
+    num, D, W = len(tensors) // 3, x.shape[1], tensors[0].shape[1]
+    tables = (tensors[-2], tensors[-1]) if format == "nf4" else None
+    return [
+        QuantizedWeight(format, shape, group, *tensors[i * num : (i + 1) * num])._replace(tables=tables)
+        for i, (shape, group) in enumerate(zip(((W, D), (W, D), (D, W)), groups, strict=True))
+    ]
+
+
+def fake_forward(x, choice, weights, tensors, format, groups, keeps):
+    g = x.new_empty(choice.numel(), tensors[0].shape[1]) if keeps else x.new_empty(0)
+    return x.new_empty(x.shape), g, torch.empty_like(g)
+
+
+@operator("quantized_experts", fake_forward)
+def run_forward(
+    x: Tensor, choice: Tensor, weights: Tensor, tensors: list[Tensor], format: str, groups: list[int], keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up, down = stacks = join(x, tensors, format, groups)
+    if choice.numel() <= MOST_FUSED_ROWS * len(gate.codes) and format != "fp8":
+        out, g, u = fused_forward(x, choice, weights, gate, up, down, keeps)
+    else:
+        written = [write_out(stack, x.dtype) for stack in stacks]
+        plan = plan_rows(choice, len(gate.codes), grouped_gemm.launch_sizes(x, choice.numel(), tuple(written)))
+        out, g, u = grouped_gemm.forward(x, weights, *written, plan, keeps)
+    return out, *(x.new_empty(0) if kept is None else kept for kept in (g, u))
+
+
+def fake_backward(grad, x, choice, weights, g, u, tensors, format, groups, wanted):
+    return tuple(t.new_empty(t.shape if want else 0) for t, want in zip((x, weights), wanted, strict=True))
+
+
+@operator("quantized_experts_backward", fake_backward)
+def run_backward(
+    grad: Tensor, x: Tensor, choice: Tensor, weights: Tensor, g: Tensor, u: Tensor, tensors: list[Tensor], format: str,
+    groups: list[int], wanted: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    written = tuple(write_out(stack, x.dtype) for stack in join(x, tensors, format, groups))
+    # Tiles have other sizes than in the fused kernels; the order of the rows is the same.
+    plan = plan_rows(choice, len(written[0]), grouped_gemm.launch_sizes(x, choice.numel(), written))
+    grads = grouped_gemm.backward(
+        with_whole_rows(grad), x, weights, *written, g, u, plan, (*wanted, False, False, False)
+    )
+    dx, dweights = (x.new_empty(0) if t is None else t for t in grads[:2])
+    return dx, dweights
+
+
+def save(ctx, inputs, output):
+    x, choice, weights, ctx.stacks, ctx.format, ctx.groups, _keeps = inputs
+    ctx.save_for_backward(x, choice, weights, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def differentiate(ctx, grad, *_):
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    dx, dweights = run_backward(grad, *ctx.saved_tensors, ctx.stacks, ctx.format, ctx.groups, wanted)
+    nothing = [None] * len(ctx.stacks)
+    return dx if wanted[0] else None, None, dweights if wanted[1] else None, nothing, None, None, None
+
+
+run_forward.register_autograd(differentiate, setup_context=save)
 
 
 # --- the function to call ------------------------------------------------------------------------------------
@@ -242,4 +292,5 @@ def quantized_experts(
         raise ValueError(f"x is {x.dtype}; the experts' kernels take float32, float16 and bfloat16")
     if len({stack.format for stack in (gate, up, down)}) > 1:
         raise ValueError(f"gate, up and down are {gate.format}, {up.format} and {down.format}: they must be alike")
-    return QuantizedExperts.apply(with_whole_rows(x), choice, weights.contiguous(), gate, up, down)  # pyright: ignore
+    keeps = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    return run_forward(with_whole_rows(x), choice, weights.contiguous(), *take_apart(gate, up, down), keeps)[0]

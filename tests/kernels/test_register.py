@@ -13,13 +13,16 @@ from triton.runtime.interpreter import GridExecutor
 
 from nanovlm.kernels import attention as attention_file
 from nanovlm.kernels import grouped_gemm
+from nanovlm.kernels import quantized_experts as quantized_experts_file
 from nanovlm.kernels.attention import attention, find_runs
 from nanovlm.kernels.cache_attention import attend_blocks
 from nanovlm.kernels.cross_entropy import linear_cross_entropy
 from nanovlm.kernels.dequant_matmul import dequant_matmul, take_apart
 from nanovlm.kernels.grouped_gemm import grouped_experts
+from nanovlm.kernels.quantized_experts import quantized_experts
 from nanovlm.kernels.quantized_weight import make_tables
 from nanovlm.model.quantized import quantize_weight
+from nanovlm.model.quantized_experts import QuantizedStack
 from nanovlm.train.parallel import recompute
 from tests.conftest import HAS_GPU
 
@@ -40,24 +43,34 @@ def experts(x, weights, gate, up, down):
     return grouped_experts(x, choice, weights, gate, up, down)
 
 
+def stacks(device):
+    draws = [[draw(N, K, seed=e).div(K**0.5) for e in range(3)] for N, K in ((40, 24), (40, 24), (24, 40))]
+    weights = [[quantize_weight(matrix, "nf4", search=False) for matrix in matrices] for matrices in draws]
+    return [QuantizedStack(matrices).to(device).whole() for matrices in weights]
+
+
 def loss(hidden, weight, ignore_index=-100):
     labels = torch.arange(len(hidden), device=hidden.device)
     return linear_cross_entropy(hidden, weight, torch.where(labels == 2, -100, labels), ignore_index, chunk=4)
 
 
-# Functions of tensors that may all have gradients, or the format of a quantised weight; and shapes of the tensors.
+# Functions of tensors that may all have gradients, or of which weights `make` makes one; and shapes of the tensors.
 CASES = {
     "attention, packed": (packed, [(1, 12, 2, 16), (1, 12, 1, 16)]),
     "attention, causal": (lambda q, k, v: attention(q, k, v, causal=True)[0], [(2, 5, 2, 16)] * 3),
     "cross-entropy": (loss, [(7, 12), (33, 12)]),
     "experts": (experts, [(9, 24), (9, 2), (3, 40, 24), (3, 40, 24), (3, 24, 40)]),
+    "experts in nf4": ("experts", [(9, 24), (9, 2)]),
     **{f"{format}, {M} rows": (format, [(M, 70), (9,)]) for format, M in (("nf4", 1), ("int8", 3), ("int4", 257))},
 }
 
 
 def make(case, device="cpu"):
     function, shapes = CASES[case]
-    if isinstance(function, str):
+    if function == "experts":
+        matrices, choice = stacks(device), torch.arange(18, device=device).view(-1, 2) % 3
+        function = lambda x, weights: quantized_experts(x, choice, weights, *matrices)  # noqa: E731
+    elif isinstance(function, str):
         w = quantize_weight(draw(9, 70, seed=7, device=device), function, search=False)
         function = lambda x, bias: dequant_matmul(x, w, bias)  # noqa: E731
     return function, [draw(*s, device=device, seed=i).div(2).requires_grad_() for i, s in enumerate(shapes)]
@@ -150,6 +163,12 @@ def operators(device):
     _, *kept = ops.grouped_experts(tokens, choice, *tensors, True)
     for wanted in ([True] * 5, [False, True, False, True, False]):
         yield ops.grouped_experts_backward, (tokens, tokens, *tensors, *kept, wanted)
+    stack, weights = quantized_experts_file.take_apart(*stacks(device)), tensors[0]
+    yield ops.quantized_experts, (tokens.clone().requires_grad_(), choice, weights, *stack, True)
+    yield ops.quantized_experts, (tokens, choice, weights, *stack, False)
+    _, *kept = ops.quantized_experts(tokens, choice, weights, *stack, True)
+    for wanted in ([True, True], [False, True]):
+        yield ops.quantized_experts_backward, (tokens, tokens, choice, weights, *kept, *stack, wanted)
     yield ops.attend_cache, (0, *(draw(2, heads, 8, device=device) for heads in (4, 2, 2)))
 
 
@@ -262,7 +281,7 @@ def test_autocast_computes_in_its_dtype(case, dtype, device):
     function, inputs = make(case, device)
     ours = run(function, inputs, dtype)
     rounded = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    if case == "experts":
+    if case.startswith("experts"):
         rounded[1] = inputs[1]  # the factors of their outputs are used as they are
     expected = run(function, rounded)
     assert ours[0].dtype == (torch.float32 if case == "cross-entropy" else dtype)
