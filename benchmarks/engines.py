@@ -218,8 +218,16 @@ def ask_server(command: list[str]):
             port = free.getsockname()[1]
         full = [place.python, *(part.replace("{port}", str(port)) for part in (*command, *options))]
         with open(written.folder / "server.log", "w") as log:
+            # `transformers serve` lists what is in the hub's cache, and fails where there is none.
+            cache = written.folder / "cache"
+            cache.mkdir(exist_ok=True)
             server = subprocess.Popen(
-                full, cwd=written.folder, env=environment(place), stdin=subprocess.PIPE, stdout=log, stderr=log
+                full,
+                cwd=written.folder,
+                env=environment(place) | {"HF_HUB_CACHE": str(cache)},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
             )
         try:
             reply = request(f"http://127.0.0.1:{port}/v1", written.folder, server, place.patience)
@@ -249,6 +257,11 @@ def request(address: str, folder: Path, server: subprocess.Popen, patience: floa
             raise RuntimeError((folder / "server.log").read_text().strip().splitlines()[-1])
         try:
             models = json.loads(urllib.request.urlopen(f"{address}/models", timeout=10).read())["data"]
+        except urllib.error.HTTPError as error:
+            if error.code == 500:
+                raise RuntimeError(f"status 500: {error.read()[:300]!r}") from error
+            time.sleep(1)
+            continue
         except (OSError, ValueError, KeyError):
             time.sleep(1)
             continue
