@@ -77,14 +77,16 @@ SERVE := deprecated==1.3.1 fastapi==0.165.0 googleapis-common-protos==1.76.0 imp
   opentelemetry-exporter-otlp-proto-grpc==1.45.2 opentelemetry-exporter-otlp-proto-http==1.45.2 \
   opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
   pydantic-settings==2.16.3 python-dotenv==1.2.4 python-multipart==0.0.34 wrapt==2.5.2 zipp==4.1.2
-PLACES := transformers=$E/serve llama.cpp=$E/llama.cpp mlx-vlm=$E/mlx-vlm OpenVINO=$E/openvino
+PLACES := transformers=$E/serve llama.cpp=$E/llama.cpp mlx-vlm=$E/mlx-vlm OpenVINO=$E/openvino \
+  transformers.js=$E/transformers.js onnxruntime=
 ASK := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
-engines: .venv/installed-test  ## transformers serve, llama.cpp, mlx-vlm, OpenVINO and vLLM answer as our model does
+engines: .venv/installed-test  ## every engine of docs/engines.md answers as our model does
 	$(BIN)/pip install -q --no-deps --upgrade --target $E/serve $(SERVE)
 	$(BIN)/pip install -q --no-deps --upgrade --target $E/llama.cpp xllamacpp==2026.10.11549
 	$(BIN)/pip install -q --no-deps --upgrade --target $E/mlx-vlm mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10
 	$(BIN)/pip install -q --no-deps --upgrade --target $E/openvino openvino==2026.4.1 openvino-telemetry==2025.2.0
+	$(NPM) install --silent --prefix $E/transformers.js @huggingface/transformers@4.3.2
 	ENGINES="$(PLACES) $(if $(VLLM),vLLM=$(VLLM))" $(ASK) $(BIN)/python -m pytest -m engines tests/test_engines_benchmark.py
 	PYTHONPATH=$E/llama.cpp $(ASK) $(BIN)/python -m pytest tests/hub/test_llama_cpp.py
 	PYTHONPATH=$E/mlx-vlm $(ASK) $(BIN)/python -m pytest tests/hub/test_mlx_vlm.py

@@ -16,7 +16,7 @@ from nanovlm.hub.families import find_family
 SEEN = {
     "transformers": "4.54.1, 5.20.0, 5.23.0, in nanovlm's tests",
     "llama.cpp": "xllamacpp 2026.10.11549, in nanovlm's tests",
-    "vLLM": "0.32.0 on a CPU, by hand",
+    "vLLM": "0.32.0 on a CPU, in nanovlm's tests",
     "mlx-vlm": "0.7.10 on a CPU, in nanovlm's tests",
 }
 SEEN_WITHOUT_PICTURES = {"transformers": "4.54.1, 4.57.6, 5.20.0, 5.23.0, in nanovlm's tests"}
