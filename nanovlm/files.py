@@ -54,7 +54,9 @@ def restore(path: Path):
 
 def find_folder(path: Path) -> Path:
     """Return `path`, or the old folder that `new_folder` had moved aside if `path` is missing; renames nothing."""
-    replaced = path.resolve().with_name(f".{path.resolve().name}.old")
+    if not (name := path.resolve().name):
+        return path
+    replaced = path.resolve().with_name(f".{name}.old")
     return replaced if replaced.exists() and not path.exists() else path
 
 

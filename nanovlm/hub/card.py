@@ -4,6 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from nanovlm.config import VLMConfig
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.hub.engines import describe_engines
@@ -107,10 +110,18 @@ def _name_source(source):
     return source if source.startswith("hub:") else Path(source).name or source
 
 
+def count_weights(config: VLMConfig) -> int:
+    """Return the number of weights, those in few bits among them."""
+    with torch.device("meta"):
+        return VLM(config).count_parameters()[0]
+
+
 def describe(model: VLM) -> str:
     """Describe a model in one phrase: family, size and dtype."""
-    size, config = sum(p.numel() for p in model.parameters()), model.config
+    size, config = count_weights(model.config), model.config
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    if config.quantization is not None:
+        dtype = f"{config.quantization.format} and {dtype}"
     try:
         family = find_family(config.decoder)
         decoder = f"{family} decoder"

@@ -13,6 +13,7 @@ it, if it is installed.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class ExportConfig:
         """Raise UserError for an option that the format does not have; return self."""
         if self.push is not None:
             check_name(self.push)
+        if not 0 < self.shard_size < math.inf:
+            raise UserError(f"shard_size = {self.shard_size:g} must be a number of GB above 0")
         if self.check and self.format != "hub":
             raise UserError(f"check = True compares what format = hub writes, not {self.format}")
         if self.format != "onnx" and self.graphs != GRAPHS:
@@ -106,7 +109,11 @@ def main(args: list[str] | None = None):
     if config.check:
         check(config.out, model)
     if config.push is not None:
-        print(f"sent to {push(config.out, config.push)}")
+        try:
+            print(f"sent to {push(config.out, config.push)}")
+        except UserError as error:
+            again = f"python -m nanovlm.hub.push {config.out} {config.push}"
+            raise UserError(f"{error}; {config.out} is written: send it with {again}") from None
 
 
 def export(
@@ -205,8 +212,8 @@ def check_exportable(processor: Processor):
     config = processor.config
     if config.quantization is not None:
         raise UserError(
-            f"quantization.format = {config.quantization.format!r} cannot be exported: no other program reads it; "
-            "export the model that it was made of"
+            f"quantization.format = {config.quantization.format!r} cannot be exported so: no other program reads it; "
+            "export the model that it was made of, or int8 and int4 with format = onnx"
         )
     if config.decoder.prefix_attention != "causal":
         raise UserError(

@@ -26,6 +26,7 @@ from torch import nn
 from nanovlm.config import VLMConfig
 from nanovlm.errors import UserError
 from nanovlm.files import flush
+from nanovlm.hub.card import count_weights
 from nanovlm.hub.onnx_parts import DecoderPart, EmbedPart, TextPart, VisionPart, use_few_bits
 from nanovlm.model.vlm import VLM
 
@@ -129,7 +130,7 @@ pipeline_tag: {"image-text-to-text" if sees else "text-generation"}
 
 # {name}
 
-{model.count_parameters()[0] / 1e6:.2f} M parameters as ONNX graphs in {", ".join(formats)}, written by nanovlm.
+{count_weights(model.config) / 1e6:.2f} M parameters as ONNX graphs in {", ".join(formats)}, written by nanovlm.
 
 ```js
 import {{ {"AutoProcessor" if sees else "AutoTokenizer"}, {kind} }} from "@huggingface/transformers";

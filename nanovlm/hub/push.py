@@ -5,7 +5,7 @@
     python -m nanovlm.hub.export runs/demo OUT_DIR --push OWNER/NAME    what was exported
 
 The token is the one of `hf auth login`, or of HF_TOKEN; no command takes it. What is there already is not sent again:
-the same command goes on where it was cut off.
+this command goes on where it, or that of an export, was cut off.
 """
 
 import re
@@ -52,6 +52,8 @@ def push(source: str | Path, repository: str, checkpoints: bool = False, private
     """Send a folder to a repository; return its address. Raises UserError that names what is wrong, without secrets."""
     source = Path(source)
     check_name(repository)
+    if not find_folder(source.resolve()).is_dir():
+        raise UserError(f"{source} is no folder: name a run, or a folder with a model, an export or an adapter")
     folder, run = source, source if (source / "checkpoints").is_dir() else None
     if (found := find_folder(source / "model")).is_dir():
         folder, run = found, source
@@ -98,14 +100,21 @@ def _send(folder, repository, place, left_out=()):
 def check_name(repository: str):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{repository!r} is no name of a repository; it must be OWNER/NAME")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is no name of a repository on the hub: {error}") from None
 
 
 def make_card(folder: Path, repository: str, run: Path | None) -> str:
     """Return the README.md of a model in our own layout, or of an adapter."""
     if (folder / "adapter_config.json").is_file():
         return f"---\nlibrary_name: peft\n---\n\n# {repository}\n\nAn adapter, written by nanovlm.\n"
+    stored = open_folder(folder)
     with torch.device("meta"):
-        model = VLM(open_folder(folder).config)
+        model = VLM(stored.config).to(stored.dtype)
     is_complete = run is not None and (run / "metrics.jsonl").is_file()
     return model_card(repository, model, run if is_complete else None, "nanovlm")
 

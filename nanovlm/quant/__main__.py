@@ -103,6 +103,17 @@ def main(config: QuantizeConfig):
     print(f"wrote {config.out}: {after / 1e6:.1f} MB, before {before / 1e6:.1f}")
 
 
+# Options of a training, as errors about records name them, and what they are here.
+OWN_NAMES = {
+    ", more than data.max_bad_fraction = 0.999 allows": "",
+    ", or give data.too_long = shrink": "",
+    "data.row_length": "--seq-len",
+    "--data.fields": "--fields",
+    "--data.layout": "--layout",
+    "data.layout": "--layout",
+}
+
+
 def read_batches(processor: Processor, config: QuantizeConfig) -> Iterator[Batch]:
     """Yield batches of one packed row, and say how many records they hold. Raises UserError if there is none."""
     if config.seq_len > (longest := processor.config.decoder.max_position_embeddings):
@@ -114,17 +125,24 @@ def read_batches(processor: Processor, config: QuantizeConfig) -> Iterator[Batch
         layout=config.layout,
         fields=config.fields,
         batch_rows=1,
-        max_bad_fraction=1.0,
+        max_bad_fraction=0.999,  # what fits is searched for, but not in a million records
     )
     source = open_sources(data.sources, seed=config.seed)
     loader = Loader(source, make_process(processor, data), data, processor.config.pad_token_id, num_epochs=1)
     num_tokens = 0
-    for step in itertools.islice(loader, config.num_samples):
-        for batch in step:
-            num_tokens += int((batch.doc_ids >= 0).sum())
-            yield batch
+    try:
+        for step in itertools.islice(loader, config.num_samples):
+            for batch in step:
+                num_tokens += int((batch.doc_ids >= 0).sum())
+                yield batch
+    except UserError as error:
+        sentence = str(error)
+        for name, own in OWN_NAMES.items():
+            sentence = sentence.replace(name, own)
+        raise UserError(sentence) from None
+    finally:
+        loader.close()
     counts = loader.counts
-    loader.close()
     if not num_tokens:
         raise UserError(
             f"no record of {' '.join(config.calibration)} fits into --seq-len {config.seq_len} tokens: "

@@ -511,6 +511,12 @@ def test_the_command(tmp_path, exported, capsys):
         ("--format gguf --graphs q4", r"graphs = \('q4',\) are those of format = onnx, not of gguf"),
         ("--graphs q4", r"graphs = \('q4',\) are those of format = onnx, not of hub"),
         ("--format onnx --graphs", r"graphs = \(\) must be one or more of fp32, q8, q4"),
+        ("--shard-size nan", "shard_size = nan must be a number of GB above 0"),
+        ("--shard-size inf", "shard_size = inf must be a number of GB above 0"),
+        (
+            "--push owner/na--me",
+            "'owner/na--me' is no name of a repository on the hub: Cannot have -- or .. in repo_id",
+        ),
         ("--format onnx --check", "check = True compares what format = hub writes, not onnx"),
     ],
 )

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import nanovlm
-from nanovlm.config import VLMConfig
-from nanovlm.hub.push import explain
+from nanovlm.config import QuantizationConfig, VLMConfig
+from nanovlm.hub.model_folder import save_model
+from nanovlm.hub.push import explain, make_card
+from nanovlm.model.quantized import quantize
 from tests.hub.test_gguf_export import BASE, SEES, save
 from tests.hub.test_layouts import ROOT
 
@@ -216,14 +218,32 @@ def test_mistakes_are_named(server, run, tmp_path):
         (
             (tmp_path / "nowhere", "owner/mine"),
             TOKEN,
-            "nowhere has no model: no *.safetensors, *.gguf or onnx/*.onnx\n",
+            "nowhere is no folder: name a run, or a folder with a model, an export or an adapter\n",
         ),
+        (
+            (run / "checkpoints", "owner/mine"),
+            TOKEN,
+            "checkpoints has no model: no *.safetensors, *.gguf or onnx/*.onnx\n",
+        ),
+        ((run, "../.."), TOKEN, "'../..' is no name of a repository on the hub: "),
         ((run / "model", "owner/mine", "--checkpoints"), TOKEN, "is not the folder of a run with checkpoints"),
     )
     said = call(server, tmp_path, *(("push", arguments, token) for arguments, token, _ in mistakes))
     for line, (_, _, message) in zip(said, mistakes, strict=True):
         assert line.startswith("error: ") and message in line and line.count("\n") == 1, line
     assert not server.files
+    arguments = (run, tmp_path / "out", "--push", "other/mine")
+    (line,) = call(server, tmp_path, ("export", arguments, TOKEN))
+    assert f"out is written: send it with python -m nanovlm.hub.push {tmp_path / 'out'} other/mine\n" in line
+
+
+def test_the_card_says_the_precision(tmp_path):
+    save(tmp_path / "text", VLMConfig(vision=None, image_token_id=None, decoder=BASE))
+    model, processor = nanovlm.load(tmp_path / "text", dtype=torch.bfloat16)
+    size = f"{model.count_parameters()[0] / 1e6:.2f} M parameters"
+    assert f"{size} in float32, written" in make_card(tmp_path / "text", "owner/text", None)
+    save_model(tmp_path / "few", quantize(model, QuantizationConfig("int4")), processor)
+    assert f"{size} in int4 and bfloat16, written" in make_card(tmp_path / "few", "owner/few", None)
 
 
 def test_no_secret_is_explained():

@@ -205,6 +205,11 @@ def test_mistakes_are_one_sentence(processor, tmp_path):
     config = command.QuantizeConfig(str(tmp_path / "model"), tmp_path / "out", method="awq", calibration=("scenes",))
     with pytest.raises(UserError, match="--seq-len 99999 is more than the model's"):
         command.main(dataclasses.replace(config, seq_len=99999))
+    with pytest.raises(UserError, match=r"100 of 100 samples are unusable \(100 too long\).*more than --seq-len = 8"):
+        command.main(dataclasses.replace(config, seq_len=8))  # of a million scenes
+    (tmp_path / "other.jsonl").write_text('{"foo": "bar"}\n')
+    with pytest.raises(UserError, match=r"name its columns, as in --fields "):
+        command.main(dataclasses.replace(config, calibration=(str(tmp_path / "other.jsonl"),)))
 
 
 @torch.no_grad()
