@@ -196,7 +196,7 @@ def test_a_turn_of_a_chat_computes_what_is_new(monkeypatch, processor):
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys):
     """What was asked is forgotten, its answer is cancelled, and the same engine answers the next question."""
-    engine, other = Recorded(at_tokens=[3]), Recorded()
+    engine, other, handler = Recorded(at_tokens=[3]), Recorded(), signal.getsignal(signal.SIGINT)
     talk(monkeypatch, ["one?", KeyboardInterrupt(), "two?"])
     generate.chat(lambda: engine, processor, [], SamplingConfig(max_new_tokens=9))
     shown = capsys.readouterr().out
@@ -206,7 +206,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, processor, capsys)
     talk(monkeypatch, ["two?"])
     generate.chat(lambda: other, processor, [], SamplingConfig(max_new_tokens=9))
     assert [token.id for token in engine.tokens[3:]] == [token.id for token in other.tokens] != []
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_what_a_second_ctrl_c_leaves_of_an_engine_is_not_used_again(monkeypatch, processor, capsys):
