@@ -10,7 +10,7 @@ texts and options stay, so a run that was stopped goes on. On one thread smollm2
 three for gptq and awq, and scenes about ten seconds for each way and run. All answers are those of weights as they are
 stored; tokens a second those of models that are prepared for a CPU, as generate.py does.
 
-The runs of the scenes preset at three widths, the middle one that of `make demo`:
+The runs of the scenes preset at three widths, the middle one that of `make demo`; measured with `--threads 1` besides:
 
     python train.py scenes --run-dir runs/narrow --model.decoder.hidden-size 48 --model.decoder.intermediate-size 128
     python train.py scenes --run-dir runs/wide --model.decoder.hidden-size 192 --model.decoder.intermediate-size 512
