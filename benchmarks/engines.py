@@ -259,12 +259,9 @@ def request(address: str, folder: Path, server: subprocess.Popen, patience: floa
             raise RuntimeError((folder / "server.log").read_text().strip().splitlines()[-1])
         try:
             models = json.loads(urllib.request.urlopen(f"{address}/models", timeout=10).read())["data"]
-        except urllib.error.HTTPError as error:
-            if error.code == 500:
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 500:
                 raise RuntimeError(f"status 500: {error.read()[:300]!r}") from error
-            time.sleep(1)
-            continue
-        except (OSError, ValueError, KeyError):
             time.sleep(1)
             continue
         names = [m["id"] for m in models if m["id"] == "adapter"] + [m["id"] for m in models if "hub" in m["id"]]

@@ -52,7 +52,7 @@ def push(source: str | Path, repository: str, checkpoints: bool = False, private
     """Send a folder to a repository; return its address. Raises UserError that names what is wrong, without secrets."""
     source = Path(source)
     check_name(repository)
-    if not find_folder(source.resolve()).is_dir():
+    if not find_folder(source).is_dir():
         raise UserError(f"{source} is no folder: name a run, or a folder with a model, an export or an adapter")
     folder, run = source, source if (source / "checkpoints").is_dir() else None
     if (found := find_folder(source / "model")).is_dir():
