@@ -9,10 +9,21 @@ from nanovlm.config.fields import check
 @dataclass(frozen=True)
 class DataConfig:
     # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), files (.jsonl, .json,
-    # .csv, .tsv, .parquet, .arrow, .tar; globs and {000..127}), a folder, or hub:owner/name.
+    # .csv, .tsv, .parquet, .arrow, .tar; globs and {000..127}), a folder, hub:owner/name, or tar shards at an address.
     sources: tuple[str, ...] = ("scenes",)
     # How often each source is read, relative to the others; without weights, each sample once an epoch.
     weights: tuple[float, ...] = ()
+    # Above 0, the weights, or without them the sizes of the sources, to the power of 1 / temperature: 1 reads by size,
+    # higher ones favour small sources, and a very high one reads all alike.
+    temperature: float = 0.0
+    # Passes over a source of a mixture after which it is left out, and the others share its part: one number for all,
+    # or one for each source; 0 for no limit.
+    max_passes: tuple[float, ...] = ()
+    # Stages of the run: the number of samples of each but the last, which goes on to the end. Then weights has those of
+    # all sources for the first stage, then those for the second, and so on; some may be 0.
+    stages: tuple[int, ...] = ()
+    # How weights become those of the next stage: at its begin (step), or along the stage before it (linear).
+    stage_change: Literal["step", "linear"] = "step"
     # Read the sources in turn, as lessons: the number of samples of each but the last, which goes on to the end.
     lessons: tuple[int, ...] = ()
     # Tokens in a packed row; a longer document is too long.
@@ -26,6 +37,12 @@ class DataConfig:
     max_pixels: int = 200_000_000
     # Fetch images that records name by an address, http or https, of a public server.
     allow_urls: bool = False
+    # Tar shards that are read as a stream, from an address or by an index.json: how many are shuffled together.
+    shard_window: int = 8
+    # Where those from an address are kept; empty for ~/.cache/nanovlm/shards.
+    shard_cache: str = ""
+    # About how many gigabytes of them are kept; those that were not used for longest go first.
+    shard_cache_gb: float = 100.0
     # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
     num_epochs: int = 0
     # Worker processes of each rank that read samples; 0 reads in the training process.
@@ -63,10 +80,34 @@ class DataConfig:
         )
         check(0 <= self.val_fraction < 1, f"data.val_fraction = {self.val_fraction} must be at least 0 and below 1")
         check(self.sources, "data.sources is empty: name your records, as in --data.sources mine.jsonl")
+        num, num_stages = len(self.sources), len(self.stages) + 1
         check(
-            len(self.weights) in (0, len(self.sources)),
-            f"data.weights has {len(self.weights)} entries, data.sources {len(self.sources)}",
+            len(self.weights) in ((num * num_stages,) if self.stages else (0, num)),
+            f"data.weights has {len(self.weights)} entries, data.sources {num}"
+            + (f" and data.stages {num_stages} with the last: it needs {num * num_stages}" if self.stages else ""),
         )
+        check(all(length > 0 for length in self.stages), f"data.stages = {self.stages} must be positive")
+        check(
+            self.stages or self.stage_change == "step",
+            f"data.stage_change = {self.stage_change} needs data.stages: give the number of samples of each",
+        )
+        check(
+            self.temperature >= 0,
+            f"data.temperature = {self.temperature} must be above 0, or 0 to leave the weights as they are",
+        )
+        check(
+            len(self.max_passes) in (0, 1, num) and all(number >= 0 for number in self.max_passes),
+            f"data.max_passes = {self.max_passes} must be one number, or one for each of the {num} data.sources, of at "
+            "least 0",
+        )
+        for name, value in (("temperature", self.temperature), ("max_passes", self.max_passes)):
+            check(not (value and self.lessons), f"data.{name} = {value} is of a mixture, and data.lessons makes none")
+            check(not value or num > 1, f"data.{name} = {value} is of a mixture: give several data.sources")
+        check(
+            not self.max_passes or self.weights or self.temperature,
+            f"data.max_passes = {self.max_passes} is of a mixture: give data.weights, or data.temperature, such as 1",
+        )
+        check(self.shard_cache_gb > 0, f"data.shard_cache_gb = {self.shard_cache_gb} must be above 0")
         check(
             len(self.lessons) in (0, len(self.sources) - 1),
             f"data.lessons has {len(self.lessons)} entries; it needs one for each of the {len(self.sources)} "

@@ -38,7 +38,7 @@ def find_paths(spec: str | Path) -> list[Path]:
     """
     if os.path.exists(spec):
         return [Path(spec)]
-    names = _expand_braces(str(spec))
+    names = expand_braces(str(spec))
     found = [sorted(map(Path, glob.glob(name, recursive=True))) for name in names]
     if any(found) and (missing := [name for name, paths in zip(names, found, strict=True) if not paths]):
         raise UserError(f"{spec} stands for {len(names)} names, and there is no {missing[0]}")
@@ -69,7 +69,7 @@ def walk(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _expand_braces(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """Write out `{000..127}` (as wide as the first number) and `{a,b}`, as a shell does."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
     if match is None:
@@ -80,7 +80,7 @@ def _expand_braces(text: str) -> list[str]:
     middles = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)] if words is None else words.split(",")
     names = []
     for middle in middles:
-        names += _expand_braces(text[: match.start()] + middle + text[match.end() :])
+        names += expand_braces(text[: match.start()] + middle + text[match.end() :])
         if len(names) > MOST_NAMES:
             raise UserError(f"{text} stands for more than {MOST_NAMES} names")
     return names

@@ -32,33 +32,11 @@ class Tar:
         self.files, self.damaged, self.order = find_files(paths, ".tar"), [], order
         self.name = join_names(self.files)
         self.samples = []  # (file, key, [(suffix, offset, size), ...])
-        shapes, scattered = set(), False  # the suffixes of each sample; whether some sample is not contiguous
+        shapes = Shapes()
         for file in self.files:
-            members, damage = _scan_tar(file)
-            groups, comes_back = _group_members(members)
-            scattered |= comes_back
-            if scattered:
-                shapes |= {_shape(group) for _key, group in groups}
-            num_samples, alone = len(self.samples), []
-            for number, (key, group) in enumerate(groups, start=1):
-                shape = _shape(group)
-                if damage:
-                    is_last = number == len(groups) and shape not in shapes
-                    lacks = scattered and any(shape < other for other in shapes)
-                    if is_last or lacks or any(size is None for _suffix, _offset, size in group):
-                        continue
-                shapes.add(shape)
-                if shape & {"json", "txt"}:
-                    self.samples.append((file, key, group))
-                elif any(map(_is_image, shape)):
-                    alone.append(key)
-            if damage:
-                kept = len(self.samples) - num_samples
-                self.damaged.append(f"{file} {damage}: {kept} whole samples are before that")
-            if alone:
-                self.damaged.append(
-                    f"{file}: {len(alone)} samples have images and no .txt or .json, the first is {alone[0]}"
-                )
+            samples, losses = find_samples(file, shapes)
+            self.samples += [(file, key, group) for key, group in samples]
+            self.damaged += losses
         if not self.samples:
             raise UserError("; ".join(self.damaged) or f"{self.name} has no samples")
 
@@ -72,31 +50,71 @@ class Tar:
         check_index(self, key)
         file, name, members = self.samples[key]
         where = f"sample {name} of {file}"
-        contents = {}
         try:
             with open(file, "rb") as opened:
-                for suffix, offset, size in members:
-                    if suffix in ("json", "txt") or _is_image(suffix):
-                        if suffix in contents:
-                            raise UserError(f"{where} has two members .{suffix}")
-                        if size > LARGEST_FILE:
-                            raise UserError(f"{where} has a member .{suffix} of more than {LARGEST_FILE} bytes")
-                        opened.seek(offset)
-                        contents[suffix] = opened.read(size)
-                        if len(contents[suffix]) != size:
-                            raise UserError(f"{where} is cut off: the file became shorter since it was opened")
+                return read_sample(opened, members, where)
         except OSError as error:
             raise UserError(f"{where} cannot be read: {error}") from error
-        images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
-        record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
-        for name in ("images", "image", "file_names", "file_name"):
-            named = record.pop(name, None)
-            num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
-            if num_named > len(images):
-                raise UserError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
-        if images:
-            record["images"] = images
-        return record
+
+
+class Shapes:
+    """What the samples of shards look like so far: the suffixes of each, and whether some sample is not contiguous."""
+
+    def __init__(self):
+        self.seen: set[frozenset[str]] = set()
+        self.scattered = False
+
+
+def find_samples(file: Path, shapes: Shapes) -> tuple[list[tuple], list[str]]:
+    """Return (key, [(suffix, offset, size), ...]) of each whole sample of a shard, and a sentence for each loss."""
+    members, damage = _scan_tar(file)
+    groups, comes_back = _group_members(members)
+    shapes.scattered |= comes_back
+    if shapes.scattered:
+        shapes.seen |= {_shape(group) for _key, group in groups}
+    samples, alone, losses = [], [], []
+    for number, (key, group) in enumerate(groups, start=1):
+        shape = _shape(group)
+        if damage:
+            is_last = number == len(groups) and shape not in shapes.seen
+            lacks = shapes.scattered and any(shape < other for other in shapes.seen)
+            if is_last or lacks or any(size is None for _suffix, _offset, size in group):
+                continue
+        shapes.seen.add(shape)
+        if shape & {"json", "txt"}:
+            samples.append((key, group))
+        elif any(map(_is_image, shape)):
+            alone.append(key)
+    if damage:
+        losses.append(f"{file} {damage}: {len(samples)} whole samples are before that")
+    if alone:
+        losses.append(f"{file}: {len(alone)} samples have images and no .txt or .json, the first is {alone[0]}")
+    return samples, losses
+
+
+def read_sample(opened: BinaryIO, members: Sequence[tuple[str, int, int]], where: str) -> dict:
+    """Return the record in some members of an open shard. Raises UserError that begins with `where`."""
+    contents = {}
+    for suffix, offset, size in members:
+        if suffix in ("json", "txt") or _is_image(suffix):
+            if suffix in contents:
+                raise UserError(f"{where} has two members .{suffix}")
+            if size > LARGEST_FILE:
+                raise UserError(f"{where} has a member .{suffix} of more than {LARGEST_FILE} bytes")
+            opened.seek(offset)
+            contents[suffix] = opened.read(size)
+            if len(contents[suffix]) != size:
+                raise UserError(f"{where} is cut off: the file became shorter since it was opened")
+    images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
+    record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
+    for name in ("images", "image", "file_names", "file_name"):
+        named = record.pop(name, None)
+        num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
+        if num_named > len(images):
+            raise UserError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
+    if images:
+        record["images"] = images
+    return record
 
 
 class _Headers:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data.mixture import Concatenation, Mixture, parts_of
+from nanovlm.data.mixture import Concatenation, Mixture, by_temperature, parts_of
 from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.shard_cache import is_address
+from nanovlm.data.shard_index import is_indexed
 from nanovlm.data.source import IN_ORDER, Order, Source, first_pass
 from nanovlm.data.source_arrow import Arrow, is_saved, open_saved
 from nanovlm.data.source_files import find_paths, suffix_of, walk
@@ -17,6 +19,7 @@ from nanovlm.data.source_folder import Classes, Folder, find_images, is_describe
 from nanovlm.data.source_hub import Hub
 from nanovlm.data.source_lines import SUFFIXES, TextFiles
 from nanovlm.data.source_parquet import Parquet
+from nanovlm.data.source_shards import USUAL, ShardOptions, Shards
 from nanovlm.data.source_tar import Tar
 from nanovlm.errors import UserError
 
@@ -35,8 +38,14 @@ ABOUT = frozenset("dataset_info.json dataset_infos.json dataset_dict.json state.
 METADATA = ("metadata.jsonl", "metadata.csv")  # of the folders that datasets calls ImageFolder
 
 
-def open_source(spec: str, split: str = "train", order: Order = IN_ORDER, allow_urls: bool = False) -> Source:
-    """Open the source given by a name, a path, a glob or a name with braces.
+def open_source(
+    spec: str,
+    split: str = "train",
+    order: Order = IN_ORDER,
+    allow_urls: bool = False,
+    shards: ShardOptions = USUAL,
+) -> Source:
+    """Open the source given by a name, a path, a glob, a name with braces or an address.
 
     Drawn scenes, hub datasets and saved datasets use `split`. With `allow_urls`, images that records name by their
     addresses are fetched.
@@ -46,7 +55,11 @@ def open_source(spec: str, split: str = "train", order: Order = IN_ORDER, allow_
         return Scenes(split, kinds=kinds, order=order)
     if spec.startswith("hub:"):
         return Hub(spec, split, order, allow_urls)
+    if is_address(spec):
+        return Shards(spec, order, shards)
     paths = find_paths(spec)
+    if len(paths) == 1 and is_indexed(paths[0]):
+        return Shards(spec, order, shards)
     if len(paths) == 1 and paths[0].is_dir():
         return _open_folder(paths[0], split, order, allow_urls)
     if paths and all(path.is_dir() for path in paths):
@@ -61,7 +74,7 @@ def open_source(spec: str, split: str = "train", order: Order = IN_ORDER, allow_
     raise UserError(
         f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, files .jsonl, .json, .csv, .tsv (also .gz, "
         ".zst), .parquet, .arrow or .tar, a folder of these, of images with .txt or .json beside them or of a folder "
-        "for each class, or hub:owner/name"
+        "for each class, hub:owner/name, or the address of .tar files, as in https://, s3:// or hf://"
     )
 
 
@@ -96,18 +109,39 @@ def open_sources(
     seed: int = 0,
     shuffle: bool = True,
     allow_urls: bool = False,
+    shards: ShardOptions = USUAL,
+    temperature: float = 0.0,
+    max_passes: Sequence[float] = (),
+    stages: Sequence[int] = (),
+    is_gradual: bool = False,
 ) -> Source:
     """Open one source, or several combined into one, as DataConfig describes."""
     if len(specs) == 1 and not weights:
-        return open_source(specs[0], split, Order(seed, shuffle), allow_urls)
-    is_mixed = bool(weights or lessons)
+        return open_source(specs[0], split, Order(seed, shuffle), allow_urls, shards)
+    is_mixed = bool(weights or lessons or temperature)
     orders = [Order(seed, shuffle, part if is_mixed else None) for part in range(len(specs))]
-    sources = [open_source(spec, split, order, allow_urls) for spec, order in zip(specs, orders, strict=True)]
+    sources = [open_source(spec, split, order, allow_urls, shards) for spec, order in zip(specs, orders, strict=True)]
     if is_mixed:
-        return Mixture(sources, list(weights) or None, list(lessons) or None)
+        most, num, read = [], len(sources), list(weights)
+        if temperature and not read:
+            read = [float(size_of(s, "data.weights in place of data.temperature alone")) for s in sources]
+        if temperature:
+            read = [x for i in range(0, len(read), num) for x in by_temperature(read[i : i + num], temperature)]
+        passes = list(max_passes) * (num if len(max_passes) == 1 else 1)
+        for source, number in zip(sources, passes, strict=False):
+            most.append(math.ceil(number * size_of(source, "0 for it in data.max_passes")) if number else None)
+        return Mixture(sources, read or None, list(lessons) or None, stages, is_gradual, most)
     if streams := [source.name for source in sources if not isinstance(source, Sized)]:
         raise UserError(f"{streams[0]} is a stream of unknown size: mix it with other sources by data.weights")
     return Concatenation(sources, Order(seed, shuffle))
+
+
+def size_of(source: Source, instead: str) -> int:
+    """Return the number of records of a source. Raises UserError that says what to give `instead` if it is unknown."""
+    size = len(source) if isinstance(source, Sized) else source.num_samples if isinstance(source, Shards) else None
+    if size is None:
+        raise UserError(f"{source.name} is a stream of unknown size: give {instead}")
+    return size
 
 
 def sample_records(source: Source, num: int) -> Iterator[dict]:
