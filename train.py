@@ -43,7 +43,9 @@ from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.process import make_process
 from nanovlm.data.records import options_of
+from nanovlm.data.shard_cache import CacheOptions
 from nanovlm.data.source import Source
+from nanovlm.data.source_shards import ShardOptions
 from nanovlm.data.sources import open_sources, sample_texts
 from nanovlm.data.split import describe_split
 from nanovlm.environment import (
@@ -57,13 +59,14 @@ from nanovlm.environment import (
 from nanovlm.errors import UserError
 from nanovlm.eval.controls import TrainingScan
 from nanovlm.eval.routing import draw_routing, measure_routing
-from nanovlm.eval.run import MAX_NEW_TOKENS, answer, evaluate, format_table
+from nanovlm.eval.run import MAX_NEW_TOKENS, answer, collect, evaluate, format_table, summarise
 from nanovlm.eval.sheet import choose, describe, draw_sheet
 from nanovlm.eval.tasks import Question, Records, Task, open_task, read_questions
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.model import adapters
 from nanovlm.objectives import find_objective
 from nanovlm.train import adapt, best, checkpoint, init, parallel
+from nanovlm.train.alerts import Alerts
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
 from nanovlm.train.optim import assign_rules, make_optimizers
@@ -122,7 +125,17 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     data = config.data
     Image.MAX_IMAGE_PIXELS = data.max_pixels
     source = open_sources(
-        data.sources, data.weights, data.lessons, seed=config.seed, shuffle=data.shuffle, allow_urls=data.allow_urls
+        data.sources,
+        data.weights,
+        data.lessons,
+        seed=config.seed,
+        shuffle=data.shuffle,
+        allow_urls=data.allow_urls,
+        shards=ShardOptions(data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb)),
+        temperature=data.temperature,
+        max_passes=data.max_passes,
+        stages=data.stages,
+        is_gradual=data.stage_change == "linear",
     )
     if checkpoints:
         processor, fill = init.load_processor(run_dir, config), None
@@ -185,6 +198,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
               f"the rate falls as for {steps}")  # fmt: skip
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=steps))
     log = Log(config, run_dir, state, device, begin, wandb)
+    alerts = Alerts(run_dir / "metrics.jsonl", config.eval.alert if is_first else 0)
     if not checkpoints:
         state.save(run_dir, config.keep_checkpoints).finish()
     print(f"{total / 1e6:.2f} M parameters ({', '.join(f'{k} {v:.2f}' for k, v in parts.items())})", end="")
@@ -215,6 +229,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             if config.eval.every and state.step % config.eval.every == 0:
                 with log.paused():
                     numbers |= (seen := look(state, processor, asked, held_out))
+                    for sentence in (worse := alerts.find(state.step, seen)):
+                        log.say(sentence)
+                    if alerts.best:
+                        numbers["alerts"] = len(worse)
                     log.say(best.keep_best(state, seen, metric, config.eval, run_dir, processor))
             log.add(numbers, totals, data_wait_s)
             profile_step()
@@ -339,16 +357,34 @@ def ask_held_out(
 def look(
     state: TrainState, processor: Processor, asked: list[tuple[Task, list[Question]]], held_out: dict
 ) -> dict[str, float | dict[str, float]]:
-    """Return the validation losses, and the accuracy of each task: the mean, and that of each kind of question."""
-    losses = validate(state, held_out)
+    """Return the validation losses, and the accuracy of each task: the mean, that of each kind of question, and of
+    held-out records that of each source.
+    """
+    losses, scores, of_sources = validate(state, held_out), {}, {}
     with evaluating(state):
-        scores = {task.name: evaluate(state.model, processor, task, questions) for task, questions in asked}
+        for task, questions in asked:
+            columns = collect(state.model, processor, questions)
+            scores[task.name] = summarise(task, questions, columns)[0]
+            of_sources |= score_sources(task, questions, columns["accuracy"])
     means = {f"accuracy_{name}": score.get("mean") for name, score in scores.items()}
     kinds = {
         f"accuracies_{name}": {kind: figures["accuracy"] for kind, figures in score["kinds"].items()}
         for name, score in scores.items()
     }
-    return losses | means | kinds
+    return losses | means | of_sources | kinds
+
+
+def score_sources(task: Task, questions: list[Question], answers: list[str]) -> dict[str, float]:
+    """Return the accuracy on the held-out records of each of several sources; nothing for another task."""
+    source = task.source if isinstance(task, Records) else None
+    if not isinstance(source, HeldOut) or len(source.readers) < 2:
+        return {}
+    names, found = [source.shown[question.record] for question in questions], {}
+    for name in dict.fromkeys(names):
+        own = [i for i, of in enumerate(names) if of == name]
+        figures = summarise(task, [questions[i] for i in own], {"accuracy": [answers[i] for i in own]})[0]
+        found[f"accuracy_{task.name}_{name}"] = figures["mean"]
+    return found
 
 
 def show(state: TrainState, processor: Processor, questions: list[Question]) -> list[str]:

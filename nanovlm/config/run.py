@@ -66,6 +66,9 @@ class EvalConfig:
     best: str = ""
     # The run ends after so many evaluations in a row that were no better than the best; 0 for no such end.
     patience: int = 0
+    # With several sources, the share by which the held-out loss of one may be above its best, or its accuracy below,
+    # until an alert says so; 0 for no alerts.
+    alert: float = 0.1
     # Largest number of micro-batches for the validation loss of a source; read once and kept.
     val_batches: int = 16
     # Steps between answers that are shown on the terminal; 0 for none.
@@ -202,6 +205,7 @@ class TrainConfig:
             f"eval.best = {self.eval.best!r} and eval.patience = {self.eval.patience} go by the evaluations of "
             "eval.every = 0: give the steps between them",
         )
+        check(0 <= self.eval.alert < 1, f"eval.alert = {self.eval.alert} must be a share: at least 0 and below 1")
         check(
             not (self.eval.patience and self.eval.best == "none"),
             f"eval.patience = {self.eval.patience} needs an eval.best to go by, not none",

@@ -10,12 +10,13 @@ CURVES: dict[str, Callable[[str], bool]] = {
     "loss": lambda name: name == "loss" or name.startswith("val_loss"),
     "reward": lambda name: name == "reward" or name.startswith("rewards_"),
     "accuracy": lambda name: name.startswith("accuracy_"),
+    "samples": lambda name: name.startswith("documents_of_"),
     "learning rate": lambda name: name == "lr",
 }
 
 
 def draw_curves(metrics: Path) -> bytes:
-    """Draw loss, validation loss, rewards, accuracy and learning rate over the steps; return a PNG file."""
+    """Draw loss, validation loss, rewards, accuracy, samples of each source and learning rate; return a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,6 +25,8 @@ def draw_curves(metrics: Path) -> bytes:
     lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     names = list(dict.fromkeys(name for line in lines for name in line))
     panels = {title: chosen for title, is_of in CURVES.items() if (chosen := [name for name in names if is_of(name)])}
+    if len(panels.get("samples", ())) < 2:  # of a single source they say nothing
+        panels.pop("samples", None)
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.6 * len(panels)), sharex=True, layout="constrained")
     for axis, (title, chosen) in zip(axes, panels.items(), strict=True):
         for name in chosen:

@@ -64,8 +64,9 @@ def read_config(run_dir: Path) -> TrainConfig:
 def check_same_config(run_dir: Path, config: TrainConfig, checkpoints: list[Path]) -> TrainConfig:
     """Return `config`, with fields that it leaves open taken from the run's config.json.
 
-    Raises UserError that names the differing fields that must not change. Besides FREE, these may change: num_workers;
-    threads, to 0 or the run's number; and steps of wsd, to more, while its rate has not begun to fall.
+    Raises UserError that names the differing fields that must not change. Besides FREE, these may change: num_workers
+    and where shards are kept; threads, to 0 or the run's number; and steps of wsd, to more, while its rate has not
+    begun to fall.
     """
     if read_json(run_dir / "config.json").get("commit") != git_commit():
         print(f"note: {run_dir} was started at another commit")
@@ -74,7 +75,12 @@ def check_same_config(run_dir: Path, config: TrainConfig, checkpoints: list[Path
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batches=micro_batches))
     state = read_json(checkpoints[-1] / "state.json") if checkpoints else {"threads": saved.threads, "step": 0}
     changes = {name: getattr(config, name) for name in FREE}
-    changes["data"] = dataclasses.replace(saved.data, num_workers=config.data.num_workers)
+    changes["data"] = dataclasses.replace(
+        saved.data,
+        num_workers=config.data.num_workers,
+        shard_cache=config.data.shard_cache,
+        shard_cache_gb=config.data.shard_cache_gb,
+    )
     if config.threads in (0, state["threads"]):
         changes["threads"] = config.threads
     if config.optim.steps > saved.optim.steps:

@@ -56,13 +56,16 @@ class HeldOut:
 
     def __init__(self, readers: list[Reader]):
         self.readers = readers
+        self.shown: list[str] = []  # the source of each record of the last pass
 
     def refs(self, slots: Sequence[int], num_slots: int, start: Any = None) -> Iterator[Ref]:
         """Yield refs for a single slot, as `first_pass` asks for them; they end with the pass."""
         passes = [zip(itertools.repeat(k), first_pass(reader.source)) for k, reader in enumerate(self.readers)]
         turns = itertools.chain.from_iterable(itertools.zip_longest(*passes))
+        self.shown = []
         for k, ref in (turn for turn in turns if turn is not None):
             if isinstance(self.readers[k].read(ref.key), Document):
+                self.shown.append(self.readers[k].source.name)
                 yield ref._replace(key=(k, ref.key))
 
     def read(self, key: tuple) -> dict:

@@ -47,6 +47,7 @@ def test_a_look_says_losses_and_accuracy_and_changes_nothing(tmp_path, own):
     assert one < looked[2][f"val_loss_{own.sources[1]}"] and one < many
     assert min(one, many) < looked[5]["val_loss"] < max(one, many)
     assert "val_loss" in results and "blank_mean" not in results["tasks"]["scenes"]
+    assert all(f"accuracy_held_out_{source}" in looked[2] for source in own.sources) and looked[2]["alerts"] == 0
 
 
 def test_looks_are_no_part_of_the_seconds_of_a_run(tmp_path, own, monkeypatch):
@@ -147,6 +148,18 @@ def test_held_out_records_of_two_sources_are_read_from_their_own(tmp_path):
     assert len({truth.split()[0] for truth in expected}) == 2
 
 
+def test_accuracy_is_told_for_each_source(own):
+    config = train.share_micro_batches(dataclasses.replace(SMALL, data=own))
+    source = train.open_sources(own.sources, own.weights)
+    _model, processor = train.init.start(config, ["what is 1 of many?"])
+    loaders = {part.name: train.make_loader(part, processor, config, "val") for part in source.sources}
+    [(task, questions)] = train.ask_held_out(loaders, processor, config)
+    answers = [question.truth if "of one" in question.text else "none" for question in questions]
+    expected = {f"accuracy_held_out_{name}": share for name, share in zip(own.sources, (0.0, 1.0), strict=True)}
+    assert train.score_sources(task, questions, answers) == expected
+    assert not train.score_sources(train.open_task("scenes", 2), questions, answers)
+
+
 def test_what_balances_experts_is_no_part_of_the_validation_loss(own):
     """It is added in training alone, and is more than the router can make of it."""
     decoder = dataclasses.replace(SMALL.model.decoder, moe=MoEConfig(num_experts=4, balance_weight=1.0))
@@ -167,12 +180,18 @@ def test_the_picture_of_the_curves_has_a_panel_for_what_there_is(tmp_path, monke
 
     figures, close = [], plt.close
     monkeypatch.setattr(plt, "close", figures.append)
-    lines = [{"step": i, "loss": 1 / i, "lr": 1e-3, "tokens": 5} for i in range(1, 7)]
+    lines = [{"step": i, "loss": 1 / i, "lr": 1e-3, "tokens": 5, "documents_of_a": i} for i in range(1, 7)]
     lines[2] |= {"val_loss": 0.5, "val_loss_scenes": 0.4, "accuracy_scenes": 0.1}
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert Image.open(io.BytesIO(draw_curves(tmp_path / "metrics.jsonl"))).width == 800
     axes = figures[0].axes
     assert [axis.get_ylabel() for axis in axes] == ["loss", "accuracy", "learning rate"]
     assert [line.get_label() for line in axes[0].lines] == ["loss", "val_loss", "val_loss_scenes"]
+    lines = [line | {"documents_of_b": 2} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    draw_curves(tmp_path / "metrics.jsonl")
+    axes = figures[1].axes
+    assert [axis.get_ylabel() for axis in axes] == ["loss", "accuracy", "samples", "learning rate"]
+    assert [list(line.get_ydata()) for line in axes[2].lines] == [[1, 2, 3, 4, 5, 6], [2] * 6]
     assert axes[0].lines[1].get_xydata().tolist() == [[3, 0.5]]
     close(figures[0])
