@@ -12,6 +12,7 @@ on with any slot at once. Without one `after` says where the windows begin, and 
 its shards anew.
 """
 
+import glob
 import itertools
 import os
 import threading
@@ -218,7 +219,7 @@ class Shards:
         with FETCHES:
             try:
                 self._local(shard)
-            except UserError:
+            except (UserError, OSError):
                 pass  # who reads it says so
 
 
@@ -239,7 +240,8 @@ def find_shards(spec: str) -> tuple[list[str], list[int | None], list[str]]:
         return [f"{folder}/{shard.name}" for shard in shards], [shard.num_samples for shard in shards], losses
     files = []
     for name in expand_braces(spec):
-        files += find(name) if set(name) & set("*[") else [name]
+        is_glob = bool(set(name) & set("*["))
+        files += (find(name) if is_address(name) else sorted(glob.glob(name))) if is_glob else [name]
     if not files:
         raise UserError(f"the source {spec!r} stands for no file")
     folder = files[0].rpartition("/")[0]

@@ -128,7 +128,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path, slots, num_slots):
     """By the places in its state, and without them, as on another rank; with an index, and without."""
     bare = tmp_path / "bare"
     write(bare)
-    without = [opened(f"{bare}/{{000000..000009}}.tar") for _ in range(2)]
+    without = [opened(f"{bare}/*.tar") for _ in range(2)]
     for source, again in ((opened(folder), opened(folder)), without):
         refs = take(source, slots, num_slots, 120)
         for at in (1, 14, 30, 100):
