@@ -63,7 +63,9 @@ def parse_index(data: bytes, where: str) -> list[Shard]:
                          "shardlist of at least one shard")  # fmt: skip
     shards = []
     for number, shard in enumerate(listed):
-        name, sizes = shard.get("url"), [shard.get("nsamples"), shard.get("filesize")]
+        url, sizes = shard.get("url"), [shard.get("nsamples"), shard.get("filesize")]
+        # Others write where the shard was when they looked: it is taken for the one beside the index.
+        name = url.rpartition("/")[2] if isinstance(url, str) and re.match(r"/|[a-z0-9+]+://", url) else url
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\:?#]+(/[^/\\:?#]+)*", name) or ".." in name.split("/"):
             raise UserError(f"{where}: url of shard {number} must be the name of a file beside it or in a folder "
                              f"there, not {printable(str(name), most=60)!r}")  # fmt: skip
@@ -126,4 +128,6 @@ def is_indexed(folder: Path) -> bool:
     if not (folder / NAME).is_file():
         return False
     with open(folder / NAME, "rb") as file:
-        return KIND.encode() in file.read(min(os.path.getsize(folder / NAME), 4096))
+        head = file.read(4096)
+        file.seek(max(0, os.path.getsize(folder / NAME) - 4096))
+        return KIND.encode() in head + file.read(4096)
