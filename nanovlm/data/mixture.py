@@ -147,7 +147,7 @@ class Mixture:
             weights = stage.weights_at(number) if stage is stages[now] else stage.weights
             left = tuple(0.0 if ends else weight for weight, ends in zip(weights, is_over, strict=True))
             if any(left):
-                return self._find_schedule(left)[(number - stages[now].begin) % self.num_rounds]
+                return self._find_schedule(left)[number % self.num_rounds]
         return is_over.index(False)  # which the stages that are left do not read: better than an end of the run
 
     def _stages(self, num_slots: int) -> list[Stage]:

@@ -192,7 +192,7 @@ def write_shards(
         shards, read, lost = take_up(folder, made_with)
         total = min(len(source), num or len(source)) if isinstance(source, Sized) else num or None
         refs = itertools.islice(first_pass(source), read, num or None)
-        before, named = (read, lost), 0
+        named = 0
         with (
             open(folder / PROGRESS, "a", encoding="utf-8") as progress,
             ShardWriter(folder, size, tuple(shards)) as writer,
@@ -216,9 +216,8 @@ def write_shards(
                         judge(read, lost, max_bad_fraction)
                     continue
                 if writer.write(f"{read:08}", members):
-                    note(*before)  # what came before this record is in shards that are whole
+                    note(read, lost)  # what came before this record is in shards that are whole
                 read += 1
-                before = read, lost
             judge(read, lost, max_bad_fraction)
         shards = writer.shards
         if not shards:
