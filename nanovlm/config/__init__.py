@@ -4,7 +4,7 @@ The comment above a field is its help text on the command line. Derived values a
 `validate()` checks across fields; `from_dict` reads what `dataclasses.asdict` wrote.
 """
 
-from nanovlm.config.data import DataConfig
+from nanovlm.config.data import DataConfig, VideoConfig
 from nanovlm.config.dual import ContrastiveConfig, DualConfig, TextConfig
 from nanovlm.config.fields import differences, from_dict, pick, read_weights
 from nanovlm.config.masked import MaskedConfig
@@ -50,6 +50,7 @@ __all__ = [
     "TilingConfig",
     "TrainConfig",
     "VLMConfig",
+    "VideoConfig",
     "VisionConfig",
     "differences",
     "from_dict",

@@ -1,9 +1,29 @@
 """The settings of data: which records are read, how they become rows, and what is held out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nanovlm.config.fields import check
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    # Largest number of frames that are shown of a video, evenly spread over it.
+    num_frames: int = 16
+    # How many frames are shown of a second, where these are fewer; 0 for num_frames of every video.
+    fps: float = 1.0
+    # Longest video that is read, in seconds; a longer one is corrupt.
+    max_seconds: float = 3600.0
+
+    def validate(self, where: str = "data.video."):
+        """Raise UserError with the first value that no video can have; options of a command begin with --."""
+        for name, is_right, needed in (
+            ("num_frames", 1 <= self.num_frames <= 999, "from 1 to 999"),
+            ("fps", self.fps >= 0, "at least 0"),
+            ("max_seconds", self.max_seconds > 0, "above 0"),
+        ):
+            shown = where + name.replace("_", "-") if where.startswith("--") else where + name
+            check(is_right, f"{shown} = {getattr(self, name)} must be {needed}")
 
 
 @dataclass(frozen=True)
@@ -66,15 +86,21 @@ class DataConfig:
     shuffle: bool = True
     # Size of the byte-level BPE vocabulary that is made from the data where no model brings a tokenizer.
     tokenizer_size: int = 640
+    # Also give such a tokenizer PaliGemma's 1024 location tokens, <loc0000> to <loc1023>, in which boxes and points are
+    # written (scenes:box_tokens,point_tokens).
+    location_tokens: bool = False
     # How messages are written, a key of nanovlm.data.tokenizer.CHAT_TEMPLATES: roles (ours), chatml (as SmolLM2 and
     # Qwen) or completion (for base models); empty for the tokenizer's own way.
     chat_template: str = ""
     # What of a conversation is trained: its answers, or all of its text. Documents that are text with pictures among it
     # are trained whole.
     train_on: Literal["answers", "all"] = "answers"
+    # Which frames are shown of a record's video.
+    video: VideoConfig = field(default_factory=VideoConfig)
 
     def validate(self):
         """Raise UserError with the value of the first contradiction."""
+        self.video.validate()
         check(
             0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction = {self.max_bad_fraction} must be between 0 and 1"
         )

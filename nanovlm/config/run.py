@@ -274,8 +274,10 @@ class TrainConfig:
         if self.dual is not None:
             return self
         check(
-            self.init.model or self.init.decoder or d.tokenizer_size <= self.model.decoder.vocab_size,
-            f"data.tokenizer_size = {d.tokenizer_size} is above "
+            self.init.model
+            or self.init.decoder
+            or d.tokenizer_size + 1024 * d.location_tokens <= self.model.decoder.vocab_size,
+            f"data.tokenizer_size = {d.tokenizer_size}{' and 1024 location tokens' * d.location_tokens} is above "
             f"model.decoder.vocab_size = {self.model.decoder.vocab_size}",
         )
         check(

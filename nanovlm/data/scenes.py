@@ -1,8 +1,7 @@
 """Drawn scenes with questions whose answers are known exactly.
 
-`draw(split, index)` is a pure function: the same picture and questions on any machine. Everything is drawn
-from polygons and circles, so no font or file is needed. A scene has one to three shapes of random colour, size,
-position and rotation, a digit among them, and a noisy gradient as background.
+`draw(split, index)` is a pure function: the same picture and questions on any machine. A scene has one to three shapes
+of random colour, size, position and rotation, a digit among them, and a noisy gradient as background (scene_pixels.py).
 
 Splits differ by seed. Each `compositional` scene contains a colour-shape pair of HELD_OUT and asks about
 it; `train` and `test` scenes never show or mention such a pair, but do show each of its colours and shapes.
@@ -11,27 +10,26 @@ The questions of a scene are independent: each is asked by itself, as some would
 are balanced for each question text, so a model that does not look can hardly do better than chance. On the colour or
 shape of a held-out pair it does worse: training never gives the right answer to such a question.
 
-A lesson asks only some kinds of questions (LESSON_KINDS). Only lessons ask what is in each cell. A model that is asked
+A lesson asks only some kinds of questions (LESSON_KINDS). Only lessons ask what is in each cell, and for the boxes and
+centers of objects, as fractions of the picture's sides or as location tokens (boxes.py). A model that is asked
 all other kinds from the start learns to see much more slowly (docs/log.md).
 
 `python -m nanovlm.data.scenes FOLDER` writes scenes as PNG files with their questions, to look at.
 """
 
+import functools
 import itertools
 import json
-import math
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from nanovlm import cli
+from nanovlm.data.boxes import Box, write_box, write_point
+from nanovlm.data.scene_pixels import COLORS, IMAGE_SIZE, SHAPES, Object, find_extent, render
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.errors import UserError
 
@@ -39,17 +37,7 @@ SPLITS = ("train", "test", "compositional")
 # Mean number of questions of a kind in a training scene that allows that many, outside lessons; 1 for all other kinds.
 # Kinds that are learned late are asked often, those that are known by then seldom.
 PRACTICE = {"relation": 3, "digits": 0.5, "caption": 0.1}
-IMAGE_SIZE = 48
 CELL_SIZE = IMAGE_SIZE / 3
-COLORS = {
-    "red": (215, 35, 35),
-    "green": (35, 165, 55),
-    "blue": (45, 75, 225),
-    "yellow": (240, 220, 40),
-    "purple": (135, 45, 175),
-    "orange": (245, 130, 20),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
 HELD_OUT = (("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "triangle"), ("purple", "square"))
 # Numbers of objects to choose from when 0, 1, 2 or 3 of them have the counted colour or shape.
 NUMBERS = ((1, 1, 2, 3), (1, 1, 2, 3), (2, 2, 3, 3), (3, 3, 3, 3))
@@ -58,28 +46,6 @@ CELLS = tuple(
     " ".join(filter(None, words)) or "center"
     for words in itertools.product(("top", "", "bottom"), ("left", "", "right"))
 )
-
-
-@dataclass(frozen=True)
-class Object:
-    """A shape, or a digit (then `radius` is half its height); centre and radius in pixels, angle in radians."""
-
-    color: str
-    shape: str
-    radius: float
-    angle: float
-    digit: int | None = None
-    cell: int = 0
-    x: float = 0.0
-    y: float = 0.0
-
-    @property
-    def pair(self):
-        return self.color, self.shape
-
-    @property
-    def name(self):
-        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +77,11 @@ def draw(split: str, index: int, kinds: Sequence[str] = ()) -> dict:
         about = scene.objects[:1] if split == "compositional" else scene.objects
         ask = _ask_lesson if kinds else _ask_everything
         chosen = ask(rng, scene, about, kinds or split)
-    texts = [{"user": question, "assistant": answer, "kind": kind} for kind, question, answer in chosen]
-    return {"images": [_render(rng, scene)], "texts": texts, "independent": True}
+    texts = [
+        {"user": question, "assistant": answer, "kind": kind} | ({"references": list(more)} if more else {})
+        for kind, question, answer, *more in chosen
+    ]
+    return {"images": [render(rng, [*scene.objects, scene.digit])], "texts": texts, "independent": True}
 
 
 def _ask_lesson(rng, scene, about, kinds):
@@ -224,6 +193,33 @@ def _ask_cells(rng, scene, about):
     return [(f"what is at the {CELLS[cell]}?", inside.get(cell, "nothing")) for cell in sorted([*inside, empty])]
 
 
+def _ask_box(rng, scene, about, form="fractions"):
+    """Ask for the boxes around objects, in fractions of the picture's sides."""
+    return [
+        (f"draw a box around {rng.choice(names)}.", write_box(find_box(o), form))
+        for o in about
+        if (names := _names(o, scene))
+    ]
+
+
+def _ask_point(rng, scene, about, form="fractions"):
+    """Ask for the centers of objects; every other point of an object is right, too: its box is a reference."""
+    return [
+        (
+            f"point at {rng.choice(names)}.",
+            write_point((o.x / IMAGE_SIZE, o.y / IMAGE_SIZE), form),
+            write_box(find_box(o), form),
+        )
+        for o in about
+        if (names := _names(o, scene))
+    ]
+
+
+def find_box(o: Object) -> Box:
+    """Return the box around an object, in fractions of the picture's sides; corners may lie a little outside."""
+    return Box(*(min(max(side / IMAGE_SIZE, 0.0), 1.0) for side in find_extent(o)))
+
+
 def _a(pair):
     return f"{'an' if pair[0][0] in 'aeiou' else 'a'} {pair[0]} {pair[1]}"
 
@@ -249,76 +245,13 @@ QUESTIONS = {
     "digits": _ask_digits,
     "caption": _ask_caption,
 }
-LESSON_KINDS = QUESTIONS | {"cells": _ask_cells}
-
-# --- pixels ------------------------------------------------------------------------------------------------
-
-SCALE = 2  # shapes are drawn this much larger and averaged down, for smooth edges
-GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)] * 2))
-
-# Glyphs of 5 x 7 dots: two hexadecimal digits per row, whose low five bits are the dots.
-GLYPHS = (
-    "0e11131519110e", "040c040404040e", "0e11010204081f", "1f02040201110e", "02060a121f0202",
-    "1f101e0101110e", "0608101e11110e", "1f010204080808", "0e11110e11110e", "0e11110f01020c",
-)  # fmt: skip
-
-
-def _render(rng, scene):
-    """Draw the scene: paint is black outside the shapes, so background * (1 - cover) + paint blends them."""
-    side = IMAGE_SIZE * SCALE
-    layer = Image.new("CMYK", (side, side))  # as four plain channels: red, green, blue, cover
-    canvas = ImageDraw.Draw(layer)
-    grey = rng.uniform(40, 215)
-    for thing in [*scene.objects, scene.digit]:
-        if thing.digit is not None:
-            color = (15, 15, 15) if grey > 128 else (250, 250, 250)
-        else:
-            color = tuple(min(255, max(0, c + rng.randint(-15, 15))) for c in COLORS[thing.color])
-        _draw_thing(canvas, thing, (*color, 255))
-    layer = np.asarray(layer.reduce(SCALE)).astype(np.float32)
-    paint, cover = layer[..., :3], layer[..., 3:] / 255
-    tint = np.array([grey + rng.uniform(-20, 20) for _ in range(3)], dtype=np.float32)
-    background = tint + (rng.uniform(-25, 25) * GRID[0] + rng.uniform(-25, 25) * GRID[1])[..., None]
-    noise = np.frombuffer(rng.randbytes(paint.size), dtype=np.uint8).reshape(paint.shape) * np.float32(24 / 255) - 12
-    pixels = background * (1 - cover) + paint + noise
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def _draw_thing(canvas, thing, ink):
-    """Draw a shape or a digit about its centre."""
-    cos, sin = math.cos(thing.angle) * SCALE, math.sin(thing.angle) * SCALE
-    left, top, r = thing.x * SCALE, thing.y * SCALE, thing.radius
-
-    def polygon(points):
-        canvas.polygon([(round(left + x * cos - y * sin), round(top + x * sin + y * cos)) for x, y in points], fill=ink)
-
-    if thing.digit is not None:
-        dot = 2 * r / 7
-        for row, bits in enumerate(bytes.fromhex(GLYPHS[thing.digit])):
-            for run in re.finditer("1+", f"{bits:05b}"):
-                left_dot, right_dot, top_dot = run.start() - 2.5, run.end() - 2.5, row - 3.5
-                polygon(_box(left_dot * dot, top_dot * dot, right_dot * dot, (top_dot + 1) * dot))
-    elif thing.shape == "circle":
-        canvas.ellipse([round(c + side * r * SCALE) for side in (-1, 1) for c in (left, top)], fill=ink)
-    elif thing.shape == "square":
-        polygon(_box(-0.75 * r, -0.75 * r, 0.75 * r, 0.75 * r))
-    elif thing.shape == "triangle":
-        polygon(_polar(r, r, r))
-    elif thing.shape == "star":
-        polygon(_polar(*(r, 0.42 * r) * 5))
-    elif thing.shape == "cross":
-        polygon(_box(-r, -0.28 * r, r, 0.28 * r))
-        polygon(_box(-0.28 * r, -r, 0.28 * r, r))
-
-
-def _polar(*radii):
-    """Return corners at equal angles and these distances from the origin, the first at the top."""
-    steps = [(r, 2 * math.pi * i / len(radii)) for i, r in enumerate(radii)]
-    return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in steps]
-
-
-def _box(left, top, right, bottom):
-    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+LESSON_KINDS = QUESTIONS | {
+    "cells": _ask_cells,
+    "box": _ask_box,
+    "point": _ask_point,
+    "box_tokens": functools.partial(_ask_box, form="tokens"),
+    "point_tokens": functools.partial(_ask_point, form="tokens"),
+}
 
 
 class Scenes:

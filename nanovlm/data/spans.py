@@ -1,9 +1,9 @@
 """Spans of a text -> tokens. What a person wrote stays text, what the template or an image wrote can be control tokens.
 
 Control tokens are the special tokens and all tokens added to a tokenizer beside them, such as `<think>`, `<tool_call>`
-or `<|user|>`, be they marked as special or not. White space that was added is text, and so is what the model's own
-vocabulary makes of the same characters. The text between two control tokens is tokenised in one piece, so that the
-tokens are those of the model's own tokenizer.
+or `<|user|>`, be they marked as special or not. White space that was added is text, and so are location tokens and what
+the model's own vocabulary makes of the same characters. The text between two control tokens is tokenised in one piece,
+so that the tokens are those of the model's own tokenizer.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from nanovlm.data.boxes import LOCATION
 from nanovlm.data.tokenizer import tokenizer_errors
 from nanovlm.errors import UserError
 
@@ -43,7 +44,11 @@ class SpanEncoder:
             token.content: i
             for i, token in added.items()
             if token.content not in special
-            and (_is_space(token) or bare.encode(token.content, add_special_tokens=False).ids == [i])
+            and (
+                _is_space(token)
+                or LOCATION.fullmatch(token.content)
+                or bare.encode(token.content, add_special_tokens=False).ids == [i]
+            )
         }
         self._first = self._later = _read(data, texts) if texts else bare
         # Where a space is put before the beginning of a text, it is not put before what follows a control token.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nanovlm.data.boxes import NUM_LOCATIONS
 from nanovlm.data.tilings import FAKE
 from nanovlm.errors import UserError
 
@@ -81,6 +82,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Iterabl
     )
     tokenizer.train_from_iterator(texts, trainer)
     return with_blank_line(tokenizer, vocab_size) if FAKE in special_tokens else tokenizer
+
+
+def with_locations(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer with PaliGemma's location tokens appended; they are text, which an answer may have."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy
+    names = [f"<loc{number:04}>" for number in range(NUM_LOCATIONS)]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    return tokenizer
 
 
 def with_blank_line(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:

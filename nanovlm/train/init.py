@@ -43,6 +43,7 @@ from nanovlm.data.tokenizer import (
     CONTINUATION_TEMPLATE,
     extend_tokenizer,
     train_tokenizer,
+    with_locations,
 )
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
@@ -142,6 +143,7 @@ def prepare(config: TrainConfig, texts: Iterable[str]) -> tuple[Any, Callable[[A
             return Processor(theirs.tokenizer, _template(config, theirs.chat_template), wanted)
         if decoder is None:
             tokenizer = train_tokenizer(texts, config.data.tokenizer_size, marker_tokens(wanted))
+            tokenizer = with_locations(tokenizer) if config.data.location_tokens else tokenizer
             return Processor(tokenizer, _template(config, "roles"), wanted)
         tokenizer = extend_tokenizer(decoder.processor.tokenizer, marker_tokens(wanted), wanted.image_token_id)
         return Processor(tokenizer, _template(config, decoder.processor.chat_template), wanted)

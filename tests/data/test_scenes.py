@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from nanovlm.data import scenes
+from nanovlm.data.boxes import contains, read_boxes, read_places
+from nanovlm.data.scene_pixels import blend
 from nanovlm.data.scenes import COLORS, HELD_OUT, SEEN, SHAPES, SPLITS, Scenes, draw
 from nanovlm.presets import PRESETS
 
@@ -204,3 +206,31 @@ def test_scenes_are_written_to_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; name a folder"):
         scenes.main(tmp_path / "file")
+
+
+def test_boxes_and_points_are_those_of_the_pixels(monkeypatch):
+    """Each answer is about one object, and its box ends where the object's pixels do."""
+    composed, compose = [], scenes._compose
+    monkeypatch.setattr(scenes, "_compose", lambda *a, **b: composed.append(compose(*a, **b)) or composed[-1])
+    seen = Counter()
+    for i in range(40):
+        texts = draw("train", i, ("box", "point"))["texts"]
+        scene = composed[-1]
+        objects = [o for o in scene.objects if scenes._names(o, scene)]
+        boxes, points = texts[: len(objects)], texts[len(objects) :]
+        for o, box, point in zip(objects, boxes, points, strict=True):
+            black = np.zeros((48, 48, 3), np.float32)
+            alone = np.asarray(blend(random.Random(0), black, [o], [(255, 255, 255)]))
+            rows, columns = np.nonzero(alone.min(axis=2) > 128)
+            (read,) = read_boxes(box["assistant"])
+            edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            assert np.abs(np.array(read) * 48 - edges).max() < 1.5, o
+            assert (box["kind"], point["kind"]) == ("box", "point")
+            assert find(scene, box["user"].removeprefix("draw a box around the ").rstrip(".")) is o
+            assert find(scene, point["user"].removeprefix("point at the ").rstrip(".")) is o
+            (place,) = read_places(point["assistant"])
+            assert contains(read, place) and "references" not in box and point["references"] == [box["assistant"]]
+            seen[o.shape] += 1
+        in_tokens = draw("train", i, ("box_tokens", "point_tokens"))["texts"]
+        assert all(text["kind"].endswith("_tokens") and "<loc" in text["assistant"] for text in in_tokens)
+    assert len(seen) == len(SHAPES)
