@@ -145,7 +145,12 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     objective = find_objective(config.objective)(as_run, processor, device)
     loader = make_loader(source, processor, config, learns_from=objective.learns_from)
     # Read before the first step, so that what cannot be asked is named now.
-    how = {"layout": data.layout, "fields": parse_fields(data.fields), "allow_urls": data.allow_urls}
+    how = {
+        "layout": data.layout,
+        "fields": parse_fields(data.fields),
+        "allow_urls": data.allow_urls,
+        "video": data.video,
+    }
     tasks = [open_task(name, config.eval.limit, **how) for name in config.eval.tasks]
     asked = [(task, read_questions(task)) for task in tasks]
     held_out = {}
@@ -269,7 +274,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         results["best"] = best.describe_best(state)
     training = None
     if asked and config.eval.controls:
-        training = TrainingScan(source, (ref.key for ref in loader.refs_read()), **options_of(data))
+        training = TrainingScan(source, (ref.key for ref in loader.refs_read()), **options_of(data), video=data.video)
         training.add_up()
     loader.close()
     print(describe_counts(distributed.add_up(dict(loader.counts)), source))
@@ -339,7 +344,7 @@ def ask_held_out(
 ) -> list[tuple[Task, list[Question]]]:
     """Return the held-out records as a task, with those questions that can be asked; nothing if there are none."""
     held_out = HeldOut([loader.reader for loader in loaders.values()])
-    task = Records("held_out", held_out, config.eval.limit, **options_of(config.data))
+    task = Records("held_out", held_out, config.eval.limit, **options_of(config.data), video=config.data.video)
     longest = config.model.decoder.max_position_embeddings - MAX_NEW_TOKENS
 
     def can_be_asked(question: Question) -> bool:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from nanovlm import distributed
 from nanovlm.data.records import to_sample
 from nanovlm.data.source import Source
+from nanovlm.data.video import shows_video
 from nanovlm.eval.questions import Question, ask
 
 MOST_RECORDS = 50_000
@@ -71,6 +72,16 @@ def digest(image: Image.Image) -> bytes:
 def blank_images(questions: list[Question]) -> list[list[Image.Image]]:
     """Return grey images in place of those of each question."""
     return [[Image.new("RGB", image.size, (128, 128, 128)) for image in question.images] for question in questions]
+
+
+def still_images(questions: list[Question]) -> list[list[Image.Image]]:
+    """Return, for each question about a video, its middle frame in place of all; the images of each other question."""
+    return [
+        [question.images[len(question.images) // 2]] * len(question.images)
+        if shows_video(question.messages)
+        else question.images
+        for question in questions
+    ]
 
 
 def shuffled_images(questions: list[Question]) -> list[list[Image.Image]]:

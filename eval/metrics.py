@@ -11,6 +11,7 @@ import string
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from nanovlm.data.boxes import Point, contains, iou, match_boxes, read_boxes, read_places
 from nanovlm.errors import UserError
 from nanovlm.eval.letters import LETTERS, find_letter
 from nanovlm.eval.normalise import normalise, normalise_vqav2
@@ -149,6 +150,39 @@ def find_yes_no(answer: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def box_iou(answer: str, references: Sequence[str]) -> float:
+    """Return the IoU of the answer's box and the reference's; of several the mean, of which each has one partner.
+
+    What has no partner counts as 0. The best reference with a box counts.
+    """
+
+    def mean(said, true):
+        return sum(match_boxes(said, true)) / max(len(said), len(true))
+
+    return max((mean(read_boxes(answer), true) for x in references if (true := read_boxes(x))), default=0.0)
+
+
+def box_hit(answer: str, references: Sequence[str]) -> float:
+    """Return whether the answer's first box has an IoU of at least 0.5 with that of a reference (RefCOCO)."""
+    said = read_boxes(answer)[:1]
+    return float(any(iou(said[0], true) >= 0.5 for x in references for true in read_boxes(x)[:1]) if said else 0)
+
+
+def box_f1(answer: str, references: Sequence[str]) -> float:
+    """Return the F1 of the answer's boxes: one is right whose IoU with a reference's box of its own is 0.5 or more."""
+
+    def f1(said, true):
+        return 2 * sum(overlap >= 0.5 for overlap in match_boxes(said, true)) / (len(said) + len(true))
+
+    return max((f1(read_boxes(answer), true) for x in references if (true := read_boxes(x))), default=0.0)
+
+
+def point_hit(answer: str, references: Sequence[str]) -> float:
+    """Return whether the answer's first point is in a box of a reference."""
+    said = [place for place in read_places(answer) if isinstance(place, Point)][:1]
+    return float(any(contains(box, point) for point in said for x in references for box in read_boxes(x)))
+
+
 def rouge(answer: str, references: Sequence[str], kind: str) -> float:
     """Return the F1 of n-grams, or of the longest common subsequence; the best reference counts (rouge-score)."""
     return max(_rouge_scorer(kind).score(reference, answer)[kind].fmeasure for reference in references)
@@ -200,6 +234,10 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "ocrbench_formula": ocrbench_formula,
     "yes_no": yes_no,
     "yes_no_lenient": yes_no_lenient,
+    "box_iou": box_iou,
+    "box_hit": box_hit,
+    "box_f1": box_f1,
+    "point_hit": point_hit,
     "rouge_1": rouge_1,
     "rouge_2": rouge_2,
     "rouge_l": rouge_l,

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from nanovlm.config import VideoConfig
 from nanovlm.data.records import choices, content_parts, references, to_sample, turns_of_texts
 from nanovlm.errors import printable
 
@@ -69,15 +70,20 @@ class Task(Protocol):
 
 
 def ask(
-    raw: dict, number: int, layout: str = "", fields: dict | None = None, min_ratings: dict[str, int] | None = None
+    raw: dict,
+    number: int,
+    layout: str = "",
+    fields: dict | None = None,
+    min_ratings: dict[str, int] | None = None,
+    video: VideoConfig | None = None,
 ) -> list[Question]:
     """Turn a raw record (nanovlm/data/records.py) into questions, one for each answer in it.
 
     In a conversation, earlier turns are shown with their true answers. A turn of `texts`, or a record, may name its
-    `kind`.
+    `kind`, and a turn what else is right as a list, `references`.
     """
     how = {"min_ratings": min_ratings, "layout": layout, "fields": fields}
-    sample, right, options = to_sample(raw, **how), references(raw, **how), choices(raw, **how)
+    sample, right, options = to_sample(raw, **how, video=video), references(raw, **how), choices(raw, **how)
     answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
     turns = turns_of_texts(raw, **how) or [{}] * len(answers)
     kinds = [printable(str(turn.get("kind", raw.get("kind", "answer")))) for turn in turns]
@@ -87,11 +93,16 @@ def ask(
             kind,
             sample.images,
             sample.messages[i - 1 : i] if sample.independent else sample.messages[:i],
-            tuple(reference.strip() for reference in all_right),
+            tuple(reference.strip() for reference in (*all_right, *_more_references(turn))),
             options,
         )
-        for i, kind, all_right in zip(answers, kinds, right, strict=True)
+        for i, turn, kind, all_right in zip(answers, turns, kinds, right, strict=True)
     ]
+
+
+def _more_references(turn: dict) -> list[str]:
+    found = turn.get("references")
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
 
 def text_of(message: dict) -> str:

@@ -5,7 +5,8 @@
     python -m nanovlm.eval.run owner/name --tasks docvqa pope --out runs/scores     published benchmarks, and a report
 
 All answers are generated greedily. Controls are scored too: answers to the same questions about a grey image (`blank`),
-about another record's image (`shuffled`) and without any (`alone`), and, of what `--training` names, the commonest
+about another record's image (`shuffled`), about the middle frame of a video alone (`still`) and without any (`alone`),
+and, of what `--training` names, the commonest
 answer to the same question, or to its kind if training never asks it (`majority`). docs/evaluation.md has the tasks,
 the metrics and how to read the figures.
 """
@@ -19,7 +20,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,22 +28,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm import load
-from nanovlm.config import SamplingConfig
+from nanovlm.config import SamplingConfig, VideoConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.columns import parse_fields
-from nanovlm.data.source import first_pass
-from nanovlm.data.sources import open_sources
+from nanovlm.data.source import Source, first_pass
+from nanovlm.data.sources import open_source, open_sources
+from nanovlm.data.video import shows_video
 from nanovlm.environment import find_device, keep_freed_memory
 from nanovlm.errors import UserError
 from nanovlm.eval.benchmarks import BENCHMARKS
 from nanovlm.eval.compare import compare, format_comparison, read_answers
-from nanovlm.eval.controls import TrainingScan, blank_images, shuffled_images
+from nanovlm.eval.controls import TrainingScan, blank_images, shuffled_images, still_images
 from nanovlm.eval.judge import Judge, open_judge
 from nanovlm.eval.likelihood import check_branches, score_by_likelihood
 from nanovlm.eval.questions import MAX_NEW_TOKENS, Question, Task
 from nanovlm.eval.report import Answers, write_report
 from nanovlm.eval.scores import format_table, summarise
-from nanovlm.eval.tasks import TASKS, open_records, open_task, read_questions
+from nanovlm.eval.tasks import TASKS, TRAINED_ON, open_records, open_task, read_questions
 from nanovlm.infer.asking import answer_all
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
@@ -131,6 +133,8 @@ def collect(
     if controls and any(question.images for question in questions):
         asked["blank"] = questions, blank_images(questions)
         asked["shuffled"] = questions, shuffled_images(questions)
+        if any(shows_video(question.messages) for question in questions):
+            asked["still"] = questions, still_images(questions)
         bare = [question.without_images() for question in questions]
         asked["alone"] = bare, [[] for _ in bare]
     everything = [question for qs, _ in asked.values() for question in qs]
@@ -186,6 +190,8 @@ class AskConfig:
     fields: tuple[str, ...] = ()
     # Fetch images that records name by an http or https address.
     allow_urls: bool = False
+    # Which frames are shown of a record's video.
+    video: VideoConfig = field(default_factory=VideoConfig)
     # How many records of a task are asked, from its first on.
     limit: int = 512
     # Where answers are cut off; 0 for the task's own limit.
@@ -267,6 +273,7 @@ def open_tasks(config: AskConfig) -> list[Task]:
         raise UserError(f"--limit {config.limit} must be at least 1")
     if config.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens {config.max_new_tokens} must be 0 or more")
+    config.video.validate("--video.")
     if not config.tasks and not config.data:
         raise UserError(
             "nothing to ask: give --data FILE with records of yours (and --metric), or --tasks with one or more of "
@@ -282,6 +289,7 @@ def open_tasks(config: AskConfig) -> list[Task]:
         "layout": config.layout,
         "fields": parse_fields(config.fields),
         "allow_urls": config.allow_urls,
+        "video": config.video,
     }
     return [open_task(name, config.limit, config.root, **how) for name in config.tasks] + [
         open_records(spec, config.limit, **how) for spec in config.data
@@ -293,9 +301,12 @@ def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, Trainin
     compared = [task.name for task in tasks if config.training or task.name in TASKS]
     if not compared:
         return {}
-    source = open_sources(config.training or ("scenes",), shuffle=False, allow_urls=config.allow_urls)
-    how = {"layout": config.layout, "fields": parse_fields(config.fields)} if config.training else {}
-    scan = TrainingScan(source, (ref.key for ref in first_pass(source)), **how)
+    if not config.training:
+        sources = {name: TRAINED_ON.get(name, "scenes") for name in compared}
+        scans = {spec: scan_source(open_source(spec)) for spec in dict.fromkeys(sources.values())}
+        return {name: scans[spec] for name, spec in sources.items()}
+    source = open_sources(config.training, shuffle=False, allow_urls=config.allow_urls)
+    scan = scan_source(source, layout=config.layout, fields=parse_fields(config.fields), video=config.video)
     if not scan.num_read:
         raise UserError(
             f"no record of --training {' '.join(config.training)} can be read as those that are asked are, by --layout "
@@ -303,6 +314,10 @@ def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, Trainin
             "with the same columns"
         )
     return dict.fromkeys(compared, scan)
+
+
+def scan_source(source: Source, **how) -> TrainingScan:
+    return TrainingScan(source, (ref.key for ref in first_pass(source)), **how)
 
 
 def is_answers(name: str) -> bool:

@@ -12,7 +12,7 @@ from nanovlm.eval.intervals import bootstrap
 from nanovlm.eval.questions import Question, Task
 
 LONGEST_KIND = 40  # characters of a kind that a table shows
-CONTROLS = ("blank", "shuffled", "alone", "majority")
+CONTROLS = ("blank", "shuffled", "still", "alone", "majority")
 
 
 class Measure(NamedTuple):

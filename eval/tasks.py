@@ -3,6 +3,8 @@
 ```
 scenes                  held-out drawn scenes
 scenes:compositional    drawn scenes with a pair of color and shape that training never shows
+scenes_boxes            boxes and points of what is in drawn scenes, as text
+scenes_video            drawn clips: what happens in them
 docvqa, ...             published benchmarks, read from the hub (benchmarks.py)
 questions.jsonl, ...    any source of records (nanovlm/data/sources.py), scored by metrics of your choice
 ```
@@ -15,15 +17,18 @@ import difflib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from nanovlm.config import VideoConfig
+from nanovlm.data.boxes import read_boxes
 from nanovlm.data.reader import explain
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.scenes_video import Clips
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
 from nanovlm.eval.benchmarks import BENCHMARKS, Benchmark
 from nanovlm.eval.corpus import CORPUS_METRICS
 from nanovlm.eval.letters import LETTERS
-from nanovlm.eval.metrics import METRICS, exact_match, letter
+from nanovlm.eval.metrics import METRICS, box_hit, box_iou, exact_match, letter, point_hit
 from nanovlm.eval.questions import Question, Task, ask
 
 
@@ -43,6 +48,7 @@ class Records:
         layout: str = "",
         fields: dict | None = None,
         min_ratings: dict[str, int] | None = None,
+        video: VideoConfig | None = None,
     ):
         for metric in metrics:
             if metric not in METRICS and metric not in CORPUS_METRICS:
@@ -53,7 +59,7 @@ class Records:
                     + f"There are {', '.join([*METRICS, *CORPUS_METRICS])}"
                 )
         self.name, self.source, self.limit = name, source, limit
-        self.how = {"layout": layout, "fields": fields, "min_ratings": min_ratings}
+        self.how = {"layout": layout, "fields": fields, "min_ratings": min_ratings, "video": video}
         self.metrics = [metric for metric in metrics if metric in METRICS]
         self.corpus = tuple(metric for metric in metrics if metric in CORPUS_METRICS)
         self.main = metrics[0] if metrics else None
@@ -83,26 +89,40 @@ def _are_yes_or_no(references):
     return {reference.lower() for reference in references} <= {"yes", "no"}
 
 
+def _have_boxes(references):
+    return any(map(read_boxes, references))
+
+
 # What references must be, so that a metric means anything.
 NEEDS = (
     dict.fromkeys(("letter", "letter_mmstar", "letter_strict", "letter_ai2d"), (_are_letters, "letters as references"))
     | dict.fromkeys(("yes_no", "yes_no_lenient", "pope", "pope_lenient"), (_are_yes_or_no, "yes or no as references"))
+    | dict.fromkeys(("box_iou", "box_hit", "box_f1", "point_hit"), (_have_boxes, "a reference with a box"))
     | dict.fromkeys(("vqa_soft", "vqa_soft_vqav2"), (lambda x: len(x) >= 4, "at least four references, usually ten"))
 )
 
 
 class DrawnScenes:
-    """The drawn scenes of a held-out split; captions have many details to miss, so they do not count in the mean."""
+    """Drawn scenes or clips, held out; captions have many details to miss, so they do not count in the mean."""
 
-    def __init__(self, name: str, split: str, limit: int):
-        self.name, self.source, self.limit = name, Scenes(split), limit
+    def __init__(self, name: str, source: Source, limit: int, is_about_places: bool = False):
+        self.name, self.source, self.limit = name, source, limit
+        self.score = score_place if is_about_places else score_words
 
     def questions(self) -> Iterator[Question]:
         return _questions_of(self.source, self.limit)
 
-    def score(self, question: Question, answer: str) -> dict[str, float]:
-        figure = "caption_exact" if question.kind == "caption" else "accuracy"
-        return {figure: float(exact_match(answer, question.references))}
+
+def score_words(question: Question, answer: str) -> dict[str, float]:
+    figure = "caption_exact" if question.kind == "caption" else "accuracy"
+    return {figure: float(exact_match(answer, question.references))}
+
+
+def score_place(question: Question, answer: str) -> dict[str, float]:
+    """Count a box with an IoU of 0.5 or more as right, and a point that is in the box of what it shows."""
+    if question.kind == "point":
+        return {"accuracy": point_hit(answer, question.references)}
+    return {"accuracy": box_hit(answer, question.references), "box_iou": box_iou(answer, question.references)}
 
 
 def _questions_of(source: Source, limit: int, **how) -> Iterator[Question]:
@@ -128,9 +148,13 @@ def read_questions(task: Task) -> list[Question]:
 
 # (name, number of records) -> Task
 TASKS = {
-    "scenes": lambda name, limit: DrawnScenes(name, "test", limit),
-    "scenes:compositional": lambda name, limit: DrawnScenes(name, "compositional", limit),
+    "scenes": lambda name, limit: DrawnScenes(name, Scenes("test"), limit),
+    "scenes:compositional": lambda name, limit: DrawnScenes(name, Scenes("compositional"), limit),
+    "scenes_boxes": lambda name, limit: DrawnScenes(name, Scenes("test", kinds=("box", "point")), limit, True),
+    "scenes_video": lambda name, limit: DrawnScenes(name, Clips("test"), limit),
 }
+# What they are compared with where nobody names what a model was trained on; else drawn scenes.
+TRAINED_ON = {"scenes_boxes": "scenes:box,point", "scenes_video": "scenes_video"}
 
 
 def open_task(name: str, limit: int, root: str = "", **how) -> Task:

@@ -405,6 +405,9 @@ class VLMConfig:
     has_score_head: bool = False
     # Low-bit linear layers, which nanovlm/model/quantized.py makes from a trained model; null (None) for none.
     quantization: QuantizationConfig | None = None
+    # How a video is written, a key of nanovlm.data.video.PROMPTS: smolvlm says how many frames of how long a video
+    # follow, and the time of each, as SmolVLM2 does; times gives the time of each in seconds.
+    video_prompt: Literal["smolvlm", "times"] = "smolvlm"
     # Token id of padding.
     pad_token_id: int = 0
     # Token id of the image placeholders, whose embeddings image features replace; null (None) without an image encoder.

@@ -6,6 +6,8 @@ and plain text where a person wrote it. An image becomes the text of its layout 
 stands for all those of a tile.
 """
 
+import copy
+import dataclasses
 import functools
 import math
 import re
@@ -25,6 +27,7 @@ from nanovlm.data.spans import Span, SpanEncoder, boundaries
 from nanovlm.data.tilings import FAKE
 from nanovlm.data.tokenizer import read_tokenizer
 from nanovlm.data.types import IGNORE, Batch, Document, Sample
+from nanovlm.data.video import frame_tiling, shows_video, tell
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
 
@@ -93,6 +96,9 @@ class Processor:
         It trains the answers and their ends, or with `train_on` "all" whatever is no image. A sample of one message of
         the role text is no conversation: all of it is trained, as it stands (`text_document`).
         """
+        if shows_video(sample.messages):
+            told = dataclasses.replace(sample, messages=tell(sample.messages, self.config.video_prompt))
+            return self.for_frames().document(told, train_on)
         if [message["role"] for message in sample.messages] == ["text"]:
             return self.text_document(_parts(sample.messages[0]["content"]), sample.images)
         sees_prompt = self.config.decoder.sees_prompt
@@ -133,6 +139,9 @@ class Processor:
         """
         if sample.rejected is None:
             raise UserError("the record is no pair, which the objective learns from: it needs chosen and rejected")
+        if shows_video(sample.messages):
+            told = dataclasses.replace(sample, messages=tell(sample.messages, self.config.video_prompt))
+            return self.for_frames().pair(told)
         answers = (sample.messages[-1], sample.rejected)
         chosen, rejected = (
             self._trained_tokens([*sample.messages[:-1], answer], sample.images, "answers") for answer in answers
@@ -183,6 +192,8 @@ class Processor:
             raise UserError("the prompt is empty: write a question or an instruction")
         if re.search("[\ud800-\udfff]", _text(messages[-1]["content"])):
             raise UserError("the prompt is not valid UTF-8 text")
+        if shows_video(messages):
+            return self.for_frames().prompt(tell(messages, self.config.video_prompt), images)
         messages = [dict(message, content=_parts(message["content"])) for message in messages]
         if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
             first = next(message for message in messages if message["role"] == "user")
@@ -202,6 +213,12 @@ class Processor:
         spans = (*(Span(token, from_template=True) for token in before), Span(text))
         ids, _labels = self._tokens(spans)
         return self._make_document(ids, [IGNORE] * len(ids), [0] * len(ids), ())
+
+    def for_frames(self) -> "Processor":
+        """Return the processor of conversations that show a video, in which each picture has as few tiles as can be."""
+        processor = copy.copy(self)
+        processor.config = dataclasses.replace(self.config, tiling=frame_tiling(self.config))
+        return processor
 
     def token_ids(self) -> list[int]:
         """Return the ids of all tokens, in order; the model's table may have more rows."""

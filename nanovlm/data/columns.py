@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Sequence
 
 from nanovlm.data.layouts import LAYOUTS
-from nanovlm.data.pictures import PICTURE_KEYS, Record, is_empty, list_keys
+from nanovlm.data.pictures import PICTURE_KEYS, VIDEO_KEYS, Record, is_empty, list_keys
 from nanovlm.errors import UserError
 
 # Names that `data.fields` may give to columns.
 FIELDS = sorted(
-    {*PICTURE_KEYS, "independent", "system"}
+    {*PICTURE_KEYS, *VIDEO_KEYS, "independent", "system"}
     | {key for layout in LAYOUTS.values() for need in (*layout.needs, *layout.also) for key in need.split("|")}
 )
 

@@ -10,6 +10,7 @@ import binascii
 import io
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -27,7 +28,19 @@ BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how the base64 of PNG, JP
 # How files begin, and their kinds.
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 KINDS |= {b"II*\0": "tiff", b"MM\0*": "tiff"}
-OTHER_MEDIA = ("video", "videos", "audio", "audios")
+VIDEO_KEYS = ("videos", "video")
+OTHER_MEDIA = ("audio", "audios")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video among the pictures of a record: an encoded file, whatever `fetch` makes one of, or a Clip (video.py)."""
+
+    source: Any
+
+    def tobytes(self) -> bytes:
+        """Return what tells it from others: its file, or the pixels of its frames."""
+        return self.source if isinstance(self.source, bytes) else b"".join(x.tobytes() for x in self.source.images)
 
 
 class Record(dict):
@@ -53,13 +66,23 @@ def list_keys(raw: dict) -> str:
 
 
 def find_pictures(raw: dict) -> list:
-    """Return the pictures of a record that are beside its text, not fetched yet. Raises UserError for other media."""
+    """Return the pictures or videos of a record that are beside its text, not fetched yet.
+
+    Raises UserError for a record of both, and for other media.
+    """
     for key in OTHER_MEDIA:
         if not is_empty(raw.get(key)):
-            raise UserError(f"{key} is not empty, and only pictures are read: give its frames as images")
-    for key in PICTURE_KEYS:
+            raise UserError(f"{key} is not empty, and sound is not read: leave it out")
+    pictures = _find_values(raw, PICTURE_KEYS)
+    if (videos := _find_values(raw, VIDEO_KEYS)) and pictures:
+        raise UserError("the record has pictures and videos: give a picture as a video of one frame, or leave it out")
+    return pictures or [Video(video) for video in videos]
+
+
+def _find_values(raw: dict, keys: tuple[str, ...]) -> list:
+    for key in keys:
         if not is_empty(pictures := raw.get(key)):
-            if key in ("images", "file_names") and not isinstance(pictures, list):
+            if key in ("images", "file_names", "videos") and not isinstance(pictures, list):
                 raise UserError(f"{key} must be a list, not {kind_of(pictures)}")
             return pictures if isinstance(pictures, list) else [pictures]
     return []
@@ -69,7 +92,7 @@ def refuse_unread(raw: dict, known: set[str]):
     """Raise UserError that names a key which seems to hold a picture that the sample would lack."""
     has_pictures = bool(find_pictures(raw)) or any(map(_carries_pictures, raw.values()))
     for key, value in raw.items():
-        if key in known or key in PICTURE_KEYS:
+        if key in known or key in PICTURE_KEYS or key in VIDEO_KEYS:
             continue
         if re.fullmatch(r"image[ _]?\d+", str(key).lower()) if has_pictures else _seems_picture(key, value):
             key = str(key)[:40]
@@ -125,6 +148,8 @@ def fetch(picture, read: Callable[[str], Any] | None):
 
     What is no picture comes back as it is. Raises UserError for a `data:` URL that is damaged.
     """
+    if isinstance(picture, Video):
+        return Video(fetch(picture.source, read))
     if isinstance(picture, dict):
         found = [picture[key] for key in ("bytes", "path", "url") if picture.get(key) is not None]
         picture = found[0] if found else picture

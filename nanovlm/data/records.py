@@ -5,21 +5,24 @@ A raw record is a dict in one of the forms of layouts.py, such as
     {"images": [...], "texts": [{"user": str, "assistant": str}, ...], "independent": bool}
     {"images": [...], "messages": [{"role": str, "content": str | [{"type": "text", "text": str}, {"type": "image"}]}]}
 
-Its images are encoded files (bytes), PIL images, or what pictures.py fetches; a text-only sample has none. What a task
-needs of the same record, all right answers and the options of a multiple choice, are `references` and `choices`.
+Its images are encoded files (bytes), PIL images, or what pictures.py fetches; a text-only sample has none. In their
+place it may have a `video`, an encoded file, or `videos`: frames of each are its images (video.py). What a task needs
+of the same record, all right answers and the options of a multiple choice, are `references` and `choices`.
 """
 
+import itertools
 import re
 
 from PIL import Image
 
-from nanovlm.config import DataConfig, pick
+from nanovlm.config import DataConfig, VideoConfig, pick
 from nanovlm.data.columns import parse_fields, rename
 from nanovlm.data.images import decode_image, to_rgb
 from nanovlm.data.layouts import LAYOUTS, Conversation, known_keys, read_layout, recognise
 from nanovlm.data.pictures import (
     MARKER,
     Record,
+    Video,
     carried_picture,
     fetch,
     find_pictures,
@@ -27,6 +30,7 @@ from nanovlm.data.pictures import (
     refuse_unread,
 )
 from nanovlm.data.types import Filtered, Sample
+from nanovlm.data.video import Clip, decode_video
 from nanovlm.errors import UserError
 
 # FineVision's ratings of each turn, from 1 (bad) to 5: columns parallel to `texts`.
@@ -42,13 +46,23 @@ def options_of(config: DataConfig) -> dict:
 
 
 def to_sample(
-    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+    raw: dict,
+    min_ratings: dict[str, int] | None = None,
+    layout: str = "",
+    fields: dict | None = None,
+    video: VideoConfig | None = None,
 ) -> Sample:
-    """Check a raw record and decode its images. Raises UserError for anything malformed, Filtered as `check` does."""
+    """Check a raw record and decode its images, or the frames of its videos that `video` chooses.
+
+    Raises UserError for anything malformed, Filtered as `check` does.
+    """
     raw, conversation = _read(raw, min_ratings, layout, fields)
     images, messages, independent = _check(raw, conversation)
     rejected = None if conversation.rejected is None else _read_rejected(conversation.rejected)
-    images = [_to_image(image, i) for i, image in enumerate(images)]
+    if any(isinstance(image, Video) for image in images):
+        images, messages = _show_frames(images, messages, video or VideoConfig())
+    else:
+        images = [_to_image(image, i) for i, image in enumerate(images)]
     return Sample(images, messages, independent, rejected, conversation.ref_logprobs)
 
 
@@ -70,10 +84,14 @@ def _check(raw: dict, conversation: Conversation) -> tuple[list, list[dict], boo
         raise UserError(f"independent must be true or false, not {kind_of(independent)}")
     if not isinstance(conversation.messages, list):
         raise UserError(f"messages must be a list, not {kind_of(conversation.messages)}")
-    messages = [_read_message(message, f"message {number}") for number, message in enumerate(conversation.messages)]
+    pictures = find_pictures(raw)
+    told = conversation.messages
+    if any(isinstance(picture, Video) for picture in pictures):
+        told = list(map(_mark_videos, told))
+    messages = [_read_message(message, f"message {number}") for number, message in enumerate(told)]
     _check_roles([message["role"] for message in messages], independent)
     read = raw.read if isinstance(raw, Record) else None
-    images = [fetch(image, read) for image in _place(messages, find_pictures(raw), bool(independent))]
+    images = [fetch(image, read) for image in _place(messages, pictures, bool(independent))]
     if not any(_text(message).strip() for message in messages if message["role"] in ("assistant", "text")):
         raise UserError(f"{'the text' if messages[0]['role'] == 'text' else 'every answer'} of the record is empty")
     return images, messages, bool(independent)
@@ -175,6 +193,37 @@ def _to_image(image, number: int) -> Image.Image:
     name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
     found = f"only the name {name!r}" if isinstance(name, str) else kind_of(image)
     raise UserError(f"image {number} must be an encoded file (bytes) or a PIL image, not {found}")
+
+
+def _mark_videos(message):
+    """Write where a message shows a video, <video> or a part of that type, as it would show a picture."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return {**message, "content": content.replace("<video>", "<image>")}
+    if not isinstance(content, list):
+        return message
+    parts = [{"type": "image"} if part == {"type": "video"} else part for part in content]
+    return {**message, "content": parts}
+
+
+def _show_frames(videos: list, messages: list[dict], config: VideoConfig) -> tuple[list[Image.Image], list[dict]]:
+    """Decode the videos of a record; return their frames, and messages that show them in the places of the videos."""
+    clips = [_to_clip(video.source, f"video {i}", config) for i, video in enumerate(videos)]
+    shown, following = [], itertools.cycle(clips)  # independent questions show all of them each
+    for message in messages:
+        content = content_parts(message["content"])
+        parts = [next(following).part() if part["type"] == "image" else part for part in content]
+        shown.append({**message, "content": parts})
+    return [image for clip in clips for image in clip.images], shown
+
+
+def _to_clip(video, name: str, config: VideoConfig) -> Clip:
+    if isinstance(video, Clip):
+        return video
+    if not isinstance(video, bytes):
+        found = f"only the name {video!r}" if isinstance(video, str) else kind_of(video)
+        raise UserError(f"{name} must be an encoded file (bytes), not {found}")
+    return decode_video(video, name, config)
 
 
 def _drop_low(raw: dict, min_ratings: dict[str, int]) -> dict:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from nanovlm.data.mixture import Concatenation, Mixture, by_temperature, parts_of
 from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.scenes_video import Clips
 from nanovlm.data.shard_cache import is_address
 from nanovlm.data.shard_index import is_indexed
 from nanovlm.data.source import IN_ORDER, Order, Source, first_pass
@@ -53,6 +54,8 @@ def open_source(
     if spec == "scenes" or spec.startswith("scenes:"):
         kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
         return Scenes(split, kinds=kinds, order=order)
+    if spec == "scenes_video" or spec.startswith("scenes_video:"):
+        return Clips(split, kinds=tuple(filter(None, spec.partition(":")[2].split(","))), order=order)
     if spec.startswith("hub:"):
         return Hub(spec, split, order, allow_urls)
     if is_address(spec):

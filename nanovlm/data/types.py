@@ -56,7 +56,8 @@ class Sample:
     """One training example, before tokenisation.
 
     `messages` are dicts with `role` (user, assistant, system) and `content`, a string or a list of parts
-    `{"type": "text", "text": ...}` and `{"type": "image"}`; the n-th image part shows `images[n]`. A single message of
+    `{"type": "text", "text": ...}` and `{"type": "image"}`; the n-th image part shows `images[n]`. A part
+    `{"type": "video", "times": [...], "duration": ...}` shows as many images as it has times. A single message of
     the role text is no conversation, but text to go on with.
     With `independent` the user/assistant pairs are separate questions, each about all the images.
     """

@@ -97,7 +97,7 @@ REFUSED = {
     "refused_text_label": "has the label of a class: .* question=text answer=label",
     "refused_text_empty": "the text of the record is empty",
     "refused_detection": r"no layout has the keys of this record: \w+, \w+; name its columns, as in --data.fields",
-    "refused_video": "video is not empty, and only pictures are read: give its frames as images",
+    "refused_audio": "audio is not empty, and sound is not read: leave it out",
     "refused_audio_part": "each part of message 0 must be .*, not a part of type audio",
     "refused_tools": "messages have calls of tools, which are not trained",
     "refused_untrained": "messages leave answers out of training by loss or weight or train; here all are trained",
