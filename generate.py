@@ -11,6 +11,8 @@
     python generate.py --model smolvlm-256m --adapter runs/mine/adapter --image a.png --prompt "..."   docs/hub.md
     python generate.py --model owner/large --image a.png --prompt "..." --draft owner/small     the same answer, sooner
     python generate.py --model smolvlm-256m --image a.png --prompt "..." --prune-image-tokens 0.5    fewer of its tokens
+    python generate.py --model smolvlm2-256m --video cat.mp4 --prompt "what happens?"           frames with their times
+    python generate.py --model runs/mine/model --image a.png --prompt "draw a box around ..." --draw boxes.png
     python generate.py --model smollm2 --prompt "..." --documents INDEX    answered from documents: docs/search.md
 
 An image belongs to every prompt, and is encoded once. With `--json` one JSON object is printed for each answer.
@@ -43,9 +45,11 @@ import torch
 
 import nanovlm
 from nanovlm.config import QuantizationConfig, SamplingConfig
+from nanovlm.data.boxes import draw_places, read_places
 from nanovlm.data.chat import Processor
 from nanovlm.data.images import open_image, place_tiles
 from nanovlm.data.types import IGNORE, Document
+from nanovlm.data.video import open_video
 from nanovlm.environment import find_device, keep_freed_memory
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
@@ -71,6 +75,9 @@ def main(config: GenerateConfig):
     config.validate()
     keep_freed_memory()
     images = [open_image(path) for path in config.image]
+    clip = None if config.video is None else open_video(config.video, config.frames)
+    if clip is not None:
+        images = clip.images
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
     model, processor = nanovlm.load(config.model, find_device(config.device), dtype)
     sources = find_sources(config, model, processor)  # while the weights are those that an index knows
@@ -85,10 +92,13 @@ def main(config: GenerateConfig):
     if config.show_attention is not None:
         check_attention(config, model)
     if images and model.config.vision is None:
-        raise UserError(f"{config.model} is a language model, which sees no pictures: leave --image out")
+        option = "--image" if clip is None else "--video"
+        raise UserError(f"{config.model} is a language model, which sees no pictures: leave {option} out")
     if not config.prompt:
         return chat(lambda: open_engine(config, model, processor, 1), processor, images, config.sampling, adapter)
     asked = [ask_about(text, images, *found) for text, found in zip(config.prompt, sources, strict=True)]
+    if clip is not None:
+        asked = [([clip.part(), {"type": "text", "text": text}], images) for text in config.prompt]
     prompts = [processor.prompt([{"role": "user", "content": content}], shown) for content, shown in asked]
     if config.prune_image_tokens:
         for text, prompt in zip(config.prompt, prompts, strict=True):
@@ -120,6 +130,10 @@ def main(config: GenerateConfig):
     if failed:
         causes = [f"to {config.prompt[one.request][:200]!r}: {one.end.message}" for one in failed]
         raise UserError(f"{len(failed)} of {len(said)} answers failed; {'; '.join(causes)}")
+    if config.draw is not None:
+        if not (places := read_places(said[0].text)):
+            raise UserError(f"the answer names no box and no point, so {config.draw} is not written")
+        write_file(config.draw, draw_places(images[0], places))
     if config.show_attention is not None:
         write_file(config.show_attention, draw_attention(config, model, processor, asked[0][1], prompts[0], said[0]))
 

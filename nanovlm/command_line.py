@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nanovlm.config import MoEConfig, SamplingConfig, TrainConfig, pick
+from nanovlm.config import MoEConfig, SamplingConfig, TrainConfig, VideoConfig, pick
 from nanovlm.config.fields import comments
 from nanovlm.errors import UserError
 from nanovlm.presets import PRESETS
@@ -59,6 +59,10 @@ class GenerateConfig:
     image: tuple[Path, ...] = ()
     # Questions about the images; several are answered at a time. Without any: a chat.
     prompt: tuple[str, ...] = ()
+    # A video file, in place of images: .mp4, .webm or .gif, of which some frames are shown. Needs the extra `video`.
+    video: Path | None = None
+    # Which frames are shown of it.
+    frames: VideoConfig = field(default_factory=VideoConfig)
     # The folder of an index of documents or pictures (python -m nanovlm.search): each prompt is answered from the
     # passages that are found for it, which are shown beside the answer. What a model thinks first is left out.
     documents: Path | None = None
@@ -77,6 +81,9 @@ class GenerateConfig:
     attention_layer: int | None = None
     # Draw this query head alone, counted from 0.
     attention_head: int | None = None
+    # Draw the boxes and points that the answer names on the picture, into this PNG file. Takes one --prompt and one
+    # --image.
+    draw: Path | None = None
     # Leave out this share of the image tokens, those that the question looks at least, in all blocks after the first
     # few: a longer picture in less time and memory, with other answers (FastV). One prompt at a time.
     prune_image_tokens: float = 0.0
@@ -110,6 +117,13 @@ class GenerateConfig:
     def validate(self) -> "GenerateConfig":
         """Return self, or raise UserError that names a value and what would be right."""
         self.sampling.validate()
+        self.frames.validate("--")
+        if self.video is not None:
+            others = {"--image": self.image, "--documents": self.documents is not None}
+            others |= {"--draw": self.draw is not None, "--show-attention": self.show_attention is not None}
+            others |= {"no --prompt, which is a chat": not self.prompt}
+            if names := [name for name, is_given in others.items() if is_given]:
+                raise UserError(f"--video does not go with {', '.join(names)}")
         if self.json and not self.prompt:
             raise UserError("--json needs a --prompt; a chat has no JSON form")
         if self.show_routing and self.json:
@@ -129,6 +143,7 @@ class GenerateConfig:
             others = {"--json": self.json, "--draft": self.draft, "--compile": self.compile}
             others |= {"--documents": self.documents is not None}
             others |= {"--num-answers": self.num_answers > 1, "--show-attention": self.show_attention is not None}
+            others |= {"--draw": self.draw is not None}
             others |= {"--show-routing": self.show_routing, "--adapter": self.adapter, "no --prompt": not self.prompt}
             others |= {"--cache-format": self.cache_format != "float"}
             if names := [name for name, is_given in others.items() if is_given]:
@@ -139,28 +154,36 @@ class GenerateConfig:
             raise UserError(f"--num-answers {self.num_answers} needs a --prompt; a chat has one answer a turn")
         if self.num_answers > 1 and self.sampling.temperature == 0:
             raise UserError(f"--num-answers {self.num_answers} would all be equal at temperature 0: add --temperature")
+        if self.draw is not None:
+            self._check_picture("--draw", self.draw, "draws what the answer names on a picture")
+            if len(self.image) != 1:
+                raise UserError(f"--draw draws on one picture, not on {len(self.image)}: give one --image")
         if self.show_attention is None:
             if self.attention_layer is not None or self.attention_head is not None:
                 raise UserError("--attention-layer and --attention-head say what --show-attention FILE draws: add it")
             return self
-        if not self.image:
-            raise UserError("--show-attention draws attention over a picture, but there is none: add --image FILE")
-        if len(self.prompt) != 1:
-            raise UserError(f"--show-attention draws the answer to one --prompt, not to {len(self.prompt)}")
-        if self.num_answers > 1:
-            raise UserError(f"--show-attention draws one answer, not {self.num_answers}")
+        self._check_picture("--show-attention", self.show_attention, "draws attention over a picture")
         if self.cache_format != "float":
             raise UserError(
                 f"--show-attention computes with whole keys and values, and answers of --cache-format "
                 f"{self.cache_format} were not made so: leave one of the two out"
             )
-        if self.show_attention.suffix.lower() != ".png":
-            raise UserError(f"--show-attention writes a PNG file: let the name {self.show_attention} end in .png")
-        if self.show_attention.resolve() in [path.resolve() for path in self.image]:
-            raise UserError(f"--show-attention would write over the picture {self.show_attention}: give another name")
-        if not self.show_attention.absolute().parent.is_dir():
-            raise UserError(f"--show-attention: there is no folder {self.show_attention.absolute().parent}")
         return self
+
+    def _check_picture(self, option: str, path: Path, does: str):
+        """Raise UserError that names the option unless an answer can be drawn into its file."""
+        if not self.image:
+            raise UserError(f"{option} {does}, but there is none: add --image FILE")
+        if len(self.prompt) != 1:
+            raise UserError(f"{option} draws the answer to one --prompt, not to {len(self.prompt)}")
+        if self.num_answers > 1:
+            raise UserError(f"{option} draws one answer, not {self.num_answers}")
+        if path.suffix.lower() != ".png":
+            raise UserError(f"{option} writes a PNG file: let the name {path} end in .png")
+        if path.resolve() in [image.resolve() for image in self.image]:
+            raise UserError(f"{option} would write over the picture {path}: give another name")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{option}: there is no folder {path.absolute().parent}")
 
 
 def parse_generate(args: list[str], about: str | None = None) -> GenerateConfig:

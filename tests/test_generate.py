@@ -18,9 +18,11 @@ import generate
 import nanovlm
 from generate import Said
 from nanovlm.command_line import GenerateConfig
-from nanovlm.config import FusionConfig, MoEConfig, ProjectorConfig, SamplingConfig
+from nanovlm.config import FusionConfig, MoEConfig, ProjectorConfig, SamplingConfig, VideoConfig
+from nanovlm.data.boxes import Box, draw_places
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from nanovlm.data.video import open_video
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.engine import Engine
@@ -393,6 +395,12 @@ def user(text):
             ["--image", "a.png", "--prompt", "a", "--show-attention", "x.png", "--cache-format", "int4"],
             "answers of --cache-format int4 were not made so: leave one of the two out",
         ),
+        (["--video", "a.mp4"], "--video does not go with no --prompt, which is a chat"),
+        (["--video", "a.mp4", "--image", "a.png", "--prompt", "a"], "--video does not go with --image"),
+        (["--video", "a.mp4", "--num-frames", "0", "--prompt", "a"], "--num-frames = 0 must be from 1 to 999"),
+        (["--video", "no.mp4", "--prompt", "a"], "there is no video file no.mp4"),
+        (["--image", "a.png", "b.png", "--prompt", "a", "--draw", "x.png"], "--draw draws on one picture, not on 2"),
+        (["--prompt", "a", "--draw", "x.png"], "--draw draws what the answer names on a picture, but there is none"),
         (["--prompt", "a", "--device", "tpu"], "device = 'tpu' is not here; there are auto, cpu"),
         (["--prompt", "a", "--top-p", "0"], "top_p = 0.0 must be above 0 and at most 1"),
         (["--model", "nowhere", "--prompt", "a"], "there is no model folder nowhere"),
@@ -457,3 +465,36 @@ def test_attention_of_one_answer(folder):
     sheets = [np.asarray(Image.open(folder / name)) for name in ("where.png", "one.png")]
     assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
     assert not list(folder.glob(".where*"))
+
+
+def test_a_video_is_asked_about(folder, processor):
+    """Its frames are images of the prompt, with their times between; written and read again as a file."""
+    pytest.importorskip("av", reason="needs av, the extra video")
+    frames = [noise(seed).resize((24, 16)) for seed in range(6)]
+    frames[0].save(folder / "six.gif", save_all=True, append_images=frames[1:], duration=500)
+    options = ["--video", "six.gif", "--num-frames", "3", "--fps", "0", "--prompt", "what?", "--max-new-tokens", "3"]
+    done = call(folder, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    clip = open_video(folder / "six.gif", VideoConfig(3, 0))
+    assert len(clip.images) == 3 and clip.duration == pytest.approx(3)
+    messages = [{"role": "user", "content": [clip.part(), {"type": "text", "text": "what?"}]}]
+    model, _ = nanovlm.load(folder / "model", "cpu")
+    batch = processor(messages, clip.images)
+    (ids,) = nanovlm.generate(model, batch, max_new_tokens=3)
+    told = json.loads(done.stdout)
+    assert (told["text"], told["prompt_tokens"]) == (processor.decode(ids), batch.input_ids.shape[1])
+    assert "three frames from a 0:00:03" in processor.tokenizer.decode(batch.input_ids[0].tolist())
+
+
+def test_boxes_of_an_answer_are_drawn(folder, processor, monkeypatch):
+    text = "[0.25, 0.25, 0.75, 0.75]"
+    monkeypatch.setattr(nanovlm, "load", lambda *_: (VLM(TINY), processor))
+    monkeypatch.setattr(generate, "answer", lambda *_: [Said(0, 0, text, [7], End(0, 0, "stop"))])
+    config = GenerateConfig("model", (folder / "a.png",), ("where?",), draw=folder / "boxes.png", device="cpu")
+    generate.main(config)
+    expected = draw_places(Image.open(folder / "a.png"), [Box(0.25, 0.25, 0.75, 0.75)])
+    assert (folder / "boxes.png").read_bytes() == expected
+    text = "nowhere"
+    with pytest.raises(UserError, match=r"the answer names no box and no point, so .*none.png is not written"):
+        generate.main(dataclasses.replace(config, draw=folder / "none.png"))
+    assert not (folder / "none.png").exists()
