@@ -95,6 +95,20 @@ def run(main: Callable):
             signal.signal(signal.SIGINT, handler)
 
 
+def run_command(args: list[str], commands: dict[str, tuple[type, Callable]], prog: str, description: str | None):
+    """Run the command that the first argument names: of each, its config class and its function."""
+    import tyro
+
+    if not args or args[0] in ("-h", "--help"):
+        print(description)
+        return
+    if args[0] not in commands:
+        raise UserError(f"there is no command {args[0]!r}; there are {', '.join(commands)}")
+    config, function = commands[args[0]]
+    style = (tyro.conf.PositionalRequiredArgs,)
+    function(tyro.cli(config, args=args[1:], prog=f"{prog} {args[0]}", description=function.__doc__, config=style))
+
+
 def end(status: int):
     """End the process; one that torchrun started, without the interpreter's own end.
 

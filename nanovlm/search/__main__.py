@@ -111,17 +111,8 @@ COMMANDS = {
 
 def main(args: list[str]):
     """Run the command that the first argument names."""
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    if args[0] not in COMMANDS:
-        raise UserError(f"there is no command {args[0]!r}; there are {', '.join(COMMANDS)}")
-    config, run = COMMANDS[args[0]]
-    prog = f"python -m nanovlm.search {args[0]}"
-
     torch.set_num_threads(choose_threads(torch.device("cpu")))
-    options = (tyro.conf.PositionalRequiredArgs,)
-    run(tyro.cli(config, args=args[1:], prog=prog, description=run.__doc__, config=options))
+    cli.run_command(args, COMMANDS, "python -m nanovlm.search", __doc__)
 
 
 if __name__ == "__main__":
