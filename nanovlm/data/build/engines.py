@@ -17,7 +17,7 @@ import functools
 import itertools
 import json
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ def _judge_columns(recipe: Recipe, stages: dict[str, Stage], columns):
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     refs, found = [Ref(0, i, 0, i, "rows", f"row {i}", None) for i in range(len(rows))], []
     for start in range(0, len(refs), BATCH):
-        found += judge_batch(rows.__getitem__, refs[start : start + BATCH], recipe.options, _opened[key], Counter())
+        found += judge_batch(
+            rows.__getitem__, refs[start : start + BATCH], recipe.options, _opened[key], defaultdict(float)
+        )
     texts = np.array([json.dumps(line) for line in found], dtype=object)
     if isinstance(columns, Mapping):
         return {**columns, COLUMN: texts}

@@ -25,7 +25,7 @@ import itertools
 import json
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +113,7 @@ class Funnel:
 
     def __init__(self, recipe: Recipe, stages: dict[str, Stage], source: Source, work: Path):
         self.recipe, self.stages, self.source, self.work = recipe, stages, source, work
-        self.steps, self.seconds = plan(recipe.stages, stages), Counter()
+        self.steps, self.seconds = plan(recipe.stages, stages), defaultdict(float)
 
     def chunks(self) -> Iterator[tuple[int, list[Ref]]]:
         """Yield the refs of each chunk, in the order of the source."""
@@ -148,7 +148,8 @@ class Funnel:
             is_on_cpu = all(device.type == "cpu" for device in devices)
             worker, jobs = Worker(self, step, judges), itertools.chain([first], missing)
             for num, seconds in work_all(worker, jobs, self.recipe.num_workers if is_on_cpu else 0):
-                self.seconds.update(seconds)
+                for name, some in seconds.items():
+                    self.seconds[name] += some
                 progress.update(num)
 
     def compare(self, step: int, compare: Compare, progress: tqdm):
@@ -187,7 +188,7 @@ class Worker(Dataset):
 
     def __getitem__(self, job: tuple[int, list[Ref]]) -> tuple[int, dict[str, float]] | str:
         chunk, refs = job
-        funnel, seconds, lines = self.funnel, Counter(), []
+        funnel, seconds, lines = self.funnel, defaultdict(float), []
         before = None
         if self.step:
             before = {line["number"]: line for line in read_lines(funnel.ledger(self.step - 1, chunk))}

@@ -11,7 +11,7 @@ take longer than what it holds.
 
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def judge_batch(
     refs: Sequence[Ref],
     options: dict,
     judges: dict[str, Judge],
-    seconds: Counter,
+    seconds: defaultdict[str, float],
     before: dict[int, dict] | None = None,
 ) -> list[dict]:
     """Return the lines of some records, in their order; `before` are those of earlier steps. Adds to `seconds`."""

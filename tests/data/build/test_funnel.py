@@ -397,4 +397,4 @@ def test_memory_does_not_grow_with_the_records(tmp_path):
         return most
 
     peak(40)  # what is imported, and cached
-    assert peak(1500) < peak(150) + 200_000
+    assert peak(1500) < peak(150) + 300_000
