@@ -72,7 +72,7 @@ class Report:
                        "kept": self.of_source[name, False]}
                 for name in sources
             },
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
         assert found["kept"] + sum(found["dropped"].values()) == found["read"]
         write_file(out / "funnel.png", draw_funnel(self.num, rows))
