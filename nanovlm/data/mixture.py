@@ -4,7 +4,7 @@ import bisect
 import itertools
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import NamedTuple
 
 from nanovlm.data.source import IN_ORDER, Order, Ref, Source, deal
@@ -37,17 +37,17 @@ class Concatenation:
 
     def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
         for ref in deal(self, slots, num_slots, start):
-            source, index = self.find(ref.key)
-            yield ref._replace(source=source.name, where=f"sample {index}")
+            part, index = self.find(ref.key)
+            yield ref._replace(source=self.sources[part].name, where=f"sample {index}", part=part)
 
     def read(self, key: int) -> dict:
-        source, index = self.find(key)
-        return source.read(index)
+        part, index = self.find(key)
+        return self.sources[part].read(index)
 
-    def find(self, index: int) -> tuple:
-        """Return the source in which an index of the whole falls, and the index there."""
-        number = bisect.bisect_right(self.starts, index) - 1
-        return self.sources[number], index - self.starts[number]
+    def find(self, index: int) -> tuple[int, int]:
+        """Return the number of the source in which an index of the whole falls, and the index there."""
+        part = bisect.bisect_right(self.starts, index) - 1
+        return part, index - self.starts[part]
 
 
 class Stage(NamedTuple):
@@ -72,7 +72,7 @@ class Mixture:
 
     With weights, a fixed schedule of 1000 rounds repeats, in which each source has its share, evenly spread; so every
     slot sees the same shares. As lessons, each source gives as many records as `lengths` says, rounded up to whole
-    rounds, before the next one takes over. An epoch ends when it has ended for every source.
+    rounds, before the next one takes over. An epoch ends for a slot when it has ended there for every source.
 
     With `stages`, the numbers of records of all stages but the last, `weights` has those of each stage, one stage after
     the other, some of them 0; with `is_gradual` they move along a stage towards those of the next. `most` is the number
@@ -112,8 +112,10 @@ class Mixture:
 
     def refs(self, slots: Sequence[int], num_slots: int, start: dict | None = None) -> Iterator[Ref]:
         start = start or {"number": 0, "parts": [None] * len(self.sources), "epochs": [0] * len(self.sources)}
-        after, epochs = list(start["parts"]), list(start["epochs"])
-        rounds = list(start.get("rounds", [0] * len(self.sources)))  # that each source was read for
+        after = list(start["parts"])
+        # How many rounds each source was read for; of what older runs saved, those with a length tell it.
+        rounds = list(start.get("rounds", [part if isinstance(part, int) else 0 for part in after]))
+        epochs = self._find_epochs(slots, num_slots, rounds, start["epochs"])
         is_over = [self._is_over(k, rounds[k], num_slots) for k in range(len(rounds))]
         parts = [source.refs(slots, num_slots, after[k]) for k, source in enumerate(self.sources)]
         stages = self._stages(num_slots) if self.lengths is None else []
@@ -124,14 +126,33 @@ class Mixture:
             rounds[k] += 1
             is_over[k] = self._is_over(k, rounds[k], num_slots)
             for ref in itertools.islice(parts[k], len(slots)):
-                after[k], epochs[k] = ref.after, ref.epoch
-                now = {"number": number + 1, "parts": list(after), "epochs": list(epochs), "rounds": list(rounds)}
-                going_on = [epoch for epoch, ends in zip(epochs, is_over, strict=True) if not ends]
-                yield ref._replace(number=number, epoch=min(going_on, default=max(epochs)), key=(k, ref.key), after=now)
+                own = epochs[str(ref.slot)]
+                after[k], own = ref.after, (*own[:k], ref.epoch, *own[k + 1 :])
+                epochs[str(ref.slot)] = own
+                now = {"number": number + 1, "parts": list(after), "epochs": dict(epochs), "rounds": list(rounds)}
+                going_on = [epoch for epoch, ends in zip(own, is_over, strict=True) if not ends]
+                epoch = min(going_on, default=max(own))
+                yield ref._replace(number=number, epoch=epoch, key=(k, ref.key), after=now, part=k)
 
     def read(self, key: tuple) -> dict:
         k, of_part = key
         return self.sources[k].read(of_part)
+
+    def _find_epochs(self, slots: Sequence[int], num_slots: int, rounds: list[int], saved) -> dict[str, tuple]:
+        """Return the pass of each source in which the last record of each slot was, before a round.
+
+        It follows from the rounds where a source has a length. That of a stream is `saved`, of each slot of a rank, or
+        of a rank (by older runs); a slot that was on another rank takes the earliest.
+        """
+        saved = saved if isinstance(saved, dict) else {"": saved}
+        found = {}
+        for slot in slots:
+            told = saved.get(str(slot)) or [min(of_slot) for of_slot in zip(*saved.values(), strict=True)]
+            found[str(slot)] = tuple(
+                max(0, (rounds[k] - 1) * num_slots + slot) // len(source) if isinstance(source, Sized) else told[k]
+                for k, source in enumerate(self.sources)
+            )
+        return found
 
     def _is_over(self, k: int, rounds: int, num_slots: int) -> bool:
         most = self.most[k]

@@ -34,6 +34,8 @@ class Ref(NamedTuple):
     where: str
     # `start` for the round after this one, JSON-serialisable; valid once this round is complete.
     after: Any
+    # Of several sources that are read as one the index of that which it is from.
+    part: int = 0
 
 
 class Source(Protocol):

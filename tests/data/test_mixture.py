@@ -111,6 +111,37 @@ def test_it_goes_on_where_it_was_and_slots_are_the_same_on_any_rank(name):
         assert [ref.key for ref in alone] == [ref.key for ref in whole if ref.slot == slot]
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_pass_ends_at_the_same_record_for_any_number_of_ranks(is_stream):
+    """The shortest source has its pass in few rounds, the longest ends within a round; also where a run goes on."""
+
+    class Stream(Numbers):
+        __len__ = None
+
+        def refs(self, slots, num_slots, start=None):
+            return deal(Numbers(self.name, self.length), slots, num_slots, start)
+
+    def read(slots, start=None):
+        kinds = [Stream if is_stream else Numbers] * 2
+        mixture = Mixture([kind(name, length) for kind, name, length in zip(kinds, "ab", (5, 41), strict=True)], [1, 1])
+        return list(itertools.takewhile(lambda ref: ref.number < 60, mixture.refs(slots, 4, start)))
+
+    whole = read([0, 1, 2, 3])
+    ends = [next(ref.number for ref in whole if ref.slot == slot and ref.epoch == 1) for slot in range(4)]
+    assert len({*ends}) > 1, "the pass ends within a round"
+    for ranks in ([(0, 2), (1, 3)], [(0,), (1,), (2,), (3,)]):
+        for slots in ranks:
+            for at in (None, 7, 4 * ends[0] + 3, 4 * ends[0] + 7):
+                start = None if at is None else json.loads(json.dumps(whole[at].after))
+                found = [(ref.slot, ref.number, ref.epoch, ref.key) for ref in read(slots, start)]
+                first = start["number"] if start else 0
+                assert found == [
+                    (ref.slot, ref.number, ref.epoch, ref.key)
+                    for ref in whole
+                    if ref.slot in slots and ref.number >= first
+                ]
+
+
 def test_temperature():
     """mT5's: the shares of sizes 8 and 1 are as their cube roots at a temperature of 3."""
     np.testing.assert_allclose(by_temperature([8, 1], 3), [2 / 3, 1 / 3])
