@@ -179,7 +179,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     replica = parallel.parallelize(model, config.parallel, device, precision, fill)
     optimizers = make_optimizers(model, config.optim, precision, config.adapter, objective.state)
     adapt.part_ranks(config)
-    state = TrainState(model, replica, optimizers, loader, threads, precision, objective)
+    state = TrainState(model, replica, optimizers, loader, threads, precision, objective, sources=loader.sources)
     feed = Rollouts(state, processor, config) if objective.learns_from == "own" else loader
     distributed.wait()  # until all have seen whether the run is new
     if checkpoints:

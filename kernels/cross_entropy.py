@@ -130,9 +130,10 @@ def forward(
     chunk: int,
     has_gradients: tuple[bool, bool],
 ):
-    """Return the loss, and the gradients of hidden and weight that are asked for, else None."""
+    """Return the loss, the gradients of hidden and weight that are asked for, else None, and the losses of the rows."""
     N = len(hidden)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    losses = total.new_empty(N)
     dx = hidden.new_empty(hidden.shape) if has_gradients[0] else None
     dw = weight.new_zeros(weight.shape) if has_gradients[1] and not N else None
     for i in range(0, N, chunk):
@@ -140,13 +141,14 @@ def forward(
         if ignore_index is not None:  # 0 times NaN is NaN in the product for dw
             x = x.masked_fill((labels[i : i + chunk] == ignore_index)[:, None], 0)
         z = x @ weight.T
-        total += cross_entropy_(z, labels[i : i + chunk], any(has_gradients), ignore_index).sum()
+        losses[i : i + chunk] = each = cross_entropy_(z, labels[i : i + chunk], any(has_gradients), ignore_index)
+        total += each.sum()
         if dx is not None:
             torch.mm(z, weight, out=dx[i : i + chunk])
         if has_gradients[1]:
             product = z.T @ x
             dw = product.to(torch.float32 if N > chunk else weight.dtype) if dw is None else dw.add_(product)
-    return total, dx, dw
+    return total, dx, dw, losses
 
 
 # --- autograd ------------------------------------------------------------------------------------------------
@@ -154,21 +156,21 @@ def forward(
 
 def fake(hidden, weight, labels, ignore_index, chunk, needs_dx, needs_dw):
     dx = hidden.new_empty(hidden.shape if needs_dx else 0)
-    dtype = torch.float32 if len(hidden) > chunk else weight.dtype
-    return hidden.new_empty((), dtype=torch.float32), dx, weight.new_empty(weight.shape if needs_dw else 0, dtype=dtype)
+    dw = weight.new_empty(weight.shape if needs_dw else 0, dtype=torch.float32 if len(hidden) > chunk else weight.dtype)
+    return *(hidden.new_empty(shape, dtype=torch.float32) for shape in ((), len(hidden))), dx, dw
 
 
 @operator("linear_cross_entropy", fake)
 def run(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, chunk: int, needs_dx: bool, needs_dw: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, dx, dw = forward(hidden, weight, labels, ignore_index, chunk, (needs_dx, needs_dw))
-    nothing = fake(hidden, weight, labels, ignore_index, chunk, False, False)
-    return loss, nothing[1] if dx is None else dx, nothing[2] if dw is None else dw
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, dx, dw, losses = forward(hidden, weight, labels, ignore_index, chunk, (needs_dx, needs_dw))
+    *_, no_dx, no_dw = fake(hidden, weight, labels, ignore_index, chunk, False, False)
+    return loss, losses, no_dx if dx is None else dx, no_dw if dw is None else dw
 
 
 def save(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[2:])
     ctx.weight_dtype, ctx.needs = inputs[1].dtype, inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros of the sizes of dx and dw would be made for them
@@ -201,6 +203,13 @@ def linear_cross_entropy(
     (None) every label counts. At most `chunk` rows of logits exist at once. Under autocast the products are in its
     dtype. Raises ValueError for shapes or dtypes that do not fit, and on a CPU where Triton does not interpret.
     """
+    return linear_cross_entropies(hidden, weight, labels, ignore_index, chunk)[0]
+
+
+def linear_cross_entropies(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Return the sum as linear_cross_entropy does, and what it is of: the loss of each row, fp32[N], no gradient."""
     hidden, weight = autocast(hidden, weight)
     if not (hidden.is_cuda or is_interpreted()):
         raise ValueError(f"hidden is on {hidden.device}; kernels run on a GPU, or interpreted with TRITON_INTERPRET=1")
@@ -213,4 +222,4 @@ def linear_cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1")
     needs_dx, needs_dw = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    return run(hidden, weight, labels, ignore_index, chunk, needs_dx, needs_dw)[0]
+    return run(hidden, weight, labels, ignore_index, chunk, needs_dx, needs_dw)[:2]

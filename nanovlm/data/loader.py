@@ -117,7 +117,8 @@ class Loader:
         self.num_slots, self.num_epochs = num_slots, num_epochs
         self.reader = Reader(source, process, config, split)
         self.slots = {number: Slot() for number in slots}
-        self.names = [*COUNTED, *(f"documents of {part.name}" for part in parts_of(source))]
+        self.parts = [part.name for part in parts_of(source)]
+        self.names = [*COUNTED, *(f"documents of {name}" for name in self.parts)]
         self.starts = {0: None}  # round -> `start` of the source for it, from the oldest round still needed
         self.batch_names = []  # the records of the last step
         self._printed, self._epoch = set(), None
@@ -129,6 +130,11 @@ class Loader:
     def counts(self) -> Counter:
         """The sum of our slots' counts: those in COUNTED, and the documents of each source."""
         return Counter({name: sum(slot.counts[name] for slot in self.slots.values()) for name in self.names})
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of several sources; of a single one nothing need be told apart."""
+        return self.parts if len(self.parts) > 1 else []
 
     def __iter__(self):
         return self
@@ -269,6 +275,8 @@ class Loader:
     def _take(self, ref: Ref, result: Document | Skipped):
         """Put a document into the inbox of its slot, or note why there is none."""
         slot, name = self.slots[ref.slot], printable(f"{ref.source}, {ref.where}", most=300)
+        if self.sources and isinstance(result, Document):
+            result.values["source"] = torch.full((len(result),), float(ref.part))
         if ref.number in slot.waiting:  # it was read before the run was resumed
             mark = slot.waiting.pop(ref.number)
             is_buffered, slot.num_buffered = slot.num_buffered > 0, max(0, slot.num_buffered - 1)
@@ -294,7 +302,7 @@ class Loader:
             return
         slot.counts["documents"] += 1
         slot.counts["shrunk"] += isinstance(result, Shrunk)
-        slot.counts[f"documents of {ref.source}"] += 1
+        slot.counts[f"documents of {self.parts[ref.part]}"] += 1
         slot.inbox.append((ref, result))
 
     def _note(self, slot: Slot, kind: str, sentence: str):
@@ -338,8 +346,9 @@ class Loader:
 
 
 def fingerprint(document: Document) -> str:
-    """Hash the tokens, the labels, the values, the grids and every 64th pixel of a document."""
+    """Hash the tokens, the labels, the values, the grids and every 64th pixel of a document, but not its source."""
     digest = hashlib.blake2b(str(document.grids or "").encode(), digest_size=8)
-    for tensor in (document.input_ids, document.labels, document.tiles[..., ::8, ::8], *document.values.values()):
+    values = [value for name, value in document.values.items() if name != "source"]
+    for tensor in (document.input_ids, document.labels, document.tiles[..., ::8, ::8], *values):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -43,6 +43,8 @@ class Extras:
         self.router_loss: Tensor | int = 0
         # Over the step: metrics of the objective, each the sum of something and the number of what it is summed over.
         self.means: dict[str, tuple[Tensor, Tensor | int]] = {}
+        # The names of the sources that are mixed: a loss may tell that of each, whose number is values["source"].
+        self.sources: Sequence[str] = ()
         # Parts of the model, by their names, that no loss reaches. Ranks that exchange gradients run them nonetheless,
         # and a step clears their gradients, with which weight decay and momentum would move them.
         self.unreached: tuple[str, ...] = ()

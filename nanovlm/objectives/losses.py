@@ -18,12 +18,20 @@ def next_token_loss(
     gradients are 0. Logits are computed in chunks of at most `max_logits`, by default a size that suits the `backend`,
     a key of CROSS_ENTROPY; so those of a large vocabulary are never all in memory.
     """
+    return next_token_losses(hidden, labels, head_weight, max_logits, backend)[0]
+
+
+def next_token_losses(
+    hidden: Tensor, labels: Tensor, head_weight: Tensor, max_logits: int | None = None, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """Return what next_token_loss does, and the cross-entropy of each position, fp32[N], which has no gradient."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return pick(CROSS_ENTROPY, backend, "decoder.cross_entropy")(hidden, head_weight, labels, dtype, max_logits)
 
 
-# A backend computes products in `dtype`: (hidden [N, D], weight [V, D], labels int64[N], dtype, max_logits) -> fp32.
+# A backend computes products in `dtype`: (hidden [N, D], weight [V, D], labels int64[N], dtype, max_logits) -> the sum,
+# fp32, and the losses that it is of, fp32[N].
 def cross_entropy_torch(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
     """torch, with at most 64 MiB of fp32 logits at once unless `max_logits` is given."""
     return LinearCrossEntropy.apply(hidden, weight, labels, dtype, max(1, (max_logits or 2**24) // len(weight)))
@@ -38,15 +46,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int):
+        total, losses = torch.zeros((), device=hidden.device), torch.empty(len(labels), device=hidden.device)
         hidden_grad, weight_grad = torch.empty_like(hidden), None
         matrix = weight.to(dtype)
-        for x, y, x_grad in zip(*(part.split(chunk) for part in (hidden, labels, hidden_grad)), strict=True):
+        parts = (part.split(chunk) for part in (hidden, labels, hidden_grad, losses))
+        for x, y, x_grad, loss in zip(*parts, strict=True):
             x = x.to(dtype)
             logits = (x @ matrix.T).float()
             log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(-1, y[:, None])).sum()
+            loss.copy_(each := (log_sum - logits.gather(-1, y[:, None]))[:, 0])
+            total += each.sum()
             grad = logits.sub_(log_sum).exp_().scatter_add_(-1, y[:, None], torch.full_like(log_sum, -1.0)).to(dtype)
             del logits  # the next chunk's would be beside them
             x_grad.copy_(grad @ matrix)
@@ -55,11 +65,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                 weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _losses_grad):
         hidden_grad, weight_grad = ctx.saved_tensors
         weight_grad = None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype)
         return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
@@ -68,11 +79,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, max_logits: int | None):
     """Our own kernel from logits to their gradient, both in the dtype of `hidden`."""
     try:
-        from nanovlm.kernels.cross_entropy import CHUNK, linear_cross_entropy
+        from nanovlm.kernels.cross_entropy import CHUNK, linear_cross_entropies
     except ImportError as error:
         raise UserError(f"decoder.cross_entropy = 'triton' needs the package triton: {error}") from error
     chunk = max(1, max_logits // len(weight)) if max_logits else CHUNK
-    return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels, chunk=chunk)
+    return linear_cross_entropies(hidden.to(dtype), weight.to(dtype), labels, chunk=chunk)
 
 
 def load_balancing_loss(shares: Tensor, is_token: Tensor, load: Tensor, num_tokens: Tensor) -> Tensor:

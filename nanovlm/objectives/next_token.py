@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nanovlm.data.types import Batch
 from nanovlm.model.vlm import VLM, Extras
-from nanovlm.objectives.losses import next_token_loss, router_loss
+from nanovlm.objectives.losses import next_token_losses, router_loss
 
 
 class NextToken:
@@ -24,7 +24,10 @@ class NextToken:
         extras = extras or Extras()
         hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
         labels, backend = batch.labels.flatten()[batch.trained], model.config.decoder.cross_entropy
-        loss = next_token_loss(hidden, labels, model.decoder.head_weight, backend=backend)
+        loss, losses = next_token_losses(hidden, labels, model.decoder.head_weight, backend=backend)
+        for number, name in enumerate(extras.sources):
+            is_own = batch.value("source") == number
+            extras.add(f"loss_of_{name}", losses.where(is_own, 0).sum(), is_own.sum())
         return loss + balance(model, batch, extras, len(batch.trained))
 
 

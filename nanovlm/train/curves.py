@@ -7,7 +7,7 @@ from pathlib import Path
 
 # title of a panel -> which numbers it shows
 CURVES: dict[str, Callable[[str], bool]] = {
-    "loss": lambda name: name == "loss" or name.startswith("val_loss"),
+    "loss": lambda name: name == "loss" or name.startswith(("loss_of_", "val_loss")),
     "reward": lambda name: name == "reward" or name.startswith("rewards_"),
     "accuracy": lambda name: name.startswith("accuracy_"),
     "samples": lambda name: name.startswith("documents_of_"),

@@ -1,5 +1,6 @@
 """Everything that a run needs to resume; every rank saves and restores its own part."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class TrainState:
     pending: list[Batch] = field(default_factory=list)
     sampled: Extras = field(default_factory=Extras)
     rollout_s: float = 0.0
+    # The names of the sources that are mixed, of which a step tells the losses; none of a single one.
+    sources: Sequence[str] = ()
 
     def save(self, run_dir: Path, keep: int) -> checkpoint.Saving:
         """Start writing a checkpoint; once it is finished, only the newest `keep` stay."""

@@ -25,6 +25,7 @@ def train_step(state: TrainState, batches: list[Batch], num_units: int, config: 
     lr = learning_rate(state.step, config.optim)
     set_learning_rate(state.optimizers, lr)
     loss, extras, stats = torch.zeros((), device=device), Extras(), RoutingStats()
+    extras.sources = state.sources
     if state.objective.learns_from == "captions":  # each is compared with those of all micro-batches
         batches = [join(batches)]
     with autocast(state):  # around all of them, so that a weight is cast once

@@ -14,7 +14,7 @@ from nanovlm.model.attention import ATTENTION, make_mask
 from nanovlm.model.vision import normalize, whitening_filters
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken
-from nanovlm.objectives.losses import CROSS_ENTROPY, next_token_loss
+from nanovlm.objectives.losses import CROSS_ENTROPY, next_token_loss, next_token_losses
 from nanovlm.presets import scenes
 from nanovlm.train.parallel import parallelize
 from tests.conftest import TINY, make_batch, make_document, skip_without_interpreter
@@ -183,17 +183,19 @@ def test_the_loss_can_be_differentiated_twice_through_one_graph():
 @pytest.mark.parametrize("num", [0, 1, 7])
 @pytest.mark.parametrize("backend", CROSS_ENTROPY)
 def test_loss_in_chunks_is_cross_entropy(backend, num, max_logits):
-    """Value and gradients, also where the loss is scaled afterwards; against torch in fp64."""
+    """Values and gradients, also where the loss is scaled afterwards; against torch in fp64."""
     skip_without_interpreter(backend)
     torch.manual_seed(0)
     hidden, weight = torch.randn(num, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
     labels = torch.randint(11, (num,))
-    loss = next_token_loss(hidden, labels, weight, max_logits, backend)
+    loss, losses = next_token_losses(hidden, labels, weight, max_logits, backend)
     (0.3 * loss).backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")
-    (0.3 * expected).backward()
-    torch.testing.assert_close(loss, expected.float())  # what is fp32 is as near as fp32 can be
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="none")
+    (0.3 * expected.sum()).backward()
+    torch.testing.assert_close(loss, expected.sum().float())  # what is fp32 is as near as fp32 can be
+    torch.testing.assert_close(losses, expected.detach().float())
+    assert not losses.requires_grad
     for ours, theirs in zip((hidden, weight), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
 

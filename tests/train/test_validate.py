@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import train
 from nanovlm.config import EvalConfig, MoEConfig
 from nanovlm.data.sources import open_source
 from nanovlm.data.split import _hash, is_below
+from nanovlm.data.types import IGNORE
 from nanovlm.model.vlm import Extras
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.validate import read_held_out, validate
@@ -47,7 +50,11 @@ def test_a_look_says_losses_and_accuracy_and_changes_nothing(tmp_path, own):
     assert one < looked[2][f"val_loss_{own.sources[1]}"] and one < many
     assert min(one, many) < looked[5]["val_loss"] < max(one, many)
     assert "val_loss" in results and "blank_mean" not in results["tasks"]["scenes"]
-    assert all(f"accuracy_held_out_{source}" in looked[2] for source in own.sources) and looked[2]["alerts"] == 0
+    of_sources = {name for name in looked[2] if name.startswith("accuracy_held_out_")}
+    assert of_sources and of_sources <= {f"accuracy_held_out_{source}" for source in own.sources}
+    assert looked[2]["alerts"] == 0
+    of_each = [[line[f"loss_of_{source}"] for source in own.sources] for line in plain]
+    assert all(min(losses) < line["loss"] < max(losses) for losses, line in zip(of_each, plain, strict=True))
 
 
 def test_looks_are_no_part_of_the_seconds_of_a_run(tmp_path, own, monkeypatch):
@@ -158,6 +165,30 @@ def test_accuracy_is_told_for_each_source(own):
     expected = {f"accuracy_held_out_{name}": share for name, share in zip(own.sources, (0.0, 1.0), strict=True)}
     assert train.score_sources(task, questions, answers) == expected
     assert not train.score_sources(train.open_task("scenes", 2), questions, answers)
+
+
+def test_the_loss_of_a_source_is_that_of_its_documents(own):
+    """Found again by the words of each document; against torch's cross-entropy of the logits."""
+    config = train.share_micro_batches(dataclasses.replace(SMALL, data=own, precision="fp32"))
+    model, processor = train.init.start(config, ["what is 1 of many or one?"])
+    loader = train.make_loader(train.open_sources(own.sources, own.weights), processor, config)
+    batches, sums, counts = next(loader), {}, Counter()
+    for batch in batches:
+        with torch.no_grad():
+            logits = model.logits(batch).flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+        for number in range(int(batch.doc_ids.max()) + 1):
+            is_own = (batch.doc_ids == number).flatten()
+            text = processor.tokenizer.decode(batch.input_ids.flatten()[is_own].tolist())
+            [source] = [source for source in own.sources if f"of {Path(source).stem}?" in text]
+            sums[source] = sums.get(source, 0) + losses[is_own].sum()
+            counts[source] += int((batch.labels.flatten()[is_own] != IGNORE).sum())
+    loader.close()
+    state = train.TrainState(model, model, {}, loader, threads=1, precision="fp32", sources=loader.sources)
+    found = train.train_step(state, batches, sum(counts.values()), config)
+    assert len(sums) == 2
+    for source, total in sums.items():
+        torch.testing.assert_close(found[f"loss_of_{source}"], total / counts[source], rtol=1e-5, atol=1e-6)
 
 
 def test_what_balances_experts_is_no_part_of_the_validation_loss(own):
