@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo browser test quick kernels-3.6 serve-test browser-test harness engines other-transformers lint clean
+.PHONY: demo browser test quick kernels-3.6 serve-test browser-test harness engines data-test other-transformers lint clean
 
 demo: .venv/installed  ## train the default preset, then answer questions about images it never saw
 	$(BIN)/python train.py scenes --run-dir runs/demo
@@ -92,6 +92,15 @@ engines: .venv/installed-test  ## every engine of docs/engines.md answers as our
 	ENGINES="$(PLACES) $(if $(VLLM),vLLM=$(VLLM))" $(ASK) $(BIN)/python -m pytest -m engines tests/test_engines_benchmark.py
 	PYTHONPATH=$E/llama.cpp $(ASK) $(BIN)/python -m pytest tests/hub/test_llama_cpp.py
 	PYTHONPATH=$E/mlx-vlm $(ASK) $(BIN)/python -m pytest tests/hub/test_mlx_vlm.py
+
+# What tests of data compare with and is too large for all: the processor of SmolVLM's videos, and Ray Data.
+RAY := ray==2.60.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 msgpack==1.2.4 referencing==0.37.0 \
+  rpds-py==2026.9.1
+
+data-test: .venv/installed-test  ## videos against SmolVLM's own processor, and a funnel of records on Ray
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/data torchvision==0.28.0 $(RAY)
+	PYTHONPATH=.venv/data OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs \
+	  tests/data/test_video.py tests/data/build/test_engines.py
 
 # Each in a folder of its own; what a version needs and what it does not accept of ours comes with it.
 other-transformers: .venv/installed-test  ## what is exported gives the same answers in older versions of transformers
