@@ -86,11 +86,12 @@ def ask(
     sample, right, options = to_sample(raw, **how, video=video), references(raw, **how), choices(raw, **how)
     answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
     turns = turns_of_texts(raw, **how) or [{}] * len(answers)
-    kinds = [printable(str(turn.get("kind", raw.get("kind", "answer")))) for turn in turns]
+    of_record = "answer" if raw.get("kind") is None else raw["kind"]
+    kinds = [of_record if turn.get("kind") is None else turn["kind"] for turn in turns]
     return [
         Question(
             number,
-            kind,
+            printable(str(kind)),
             sample.images,
             sample.messages[i - 1 : i] if sample.independent else sample.messages[:i],
             tuple(reference.strip() for reference in (*all_right, *_more_references(turn))),

@@ -213,25 +213,23 @@ def format_ranking(ranking: dict) -> str:
     return "\n".join(lines)
 
 
-def show_presets():
+@dataclasses.dataclass(frozen=True)
+class PresetsConfig:
+    pass
+
+
+def show_presets(_config: PresetsConfig):
+    """Show the weights of published models' mixtures."""
     for name, weights in MIXTURES.items():
         print(f"{name:<16}--data.weights {' '.join(map(str, weights))}")
 
 
+COMMANDS = {"search": (SearchConfig, search), "presets": (PresetsConfig, show_presets)}
+
+
 def main(args: list[str]):
     """Run the command that the first argument names."""
-    import tyro
-
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    if args == ["presets"]:
-        show_presets()
-        return
-    if args[0] != "search":
-        raise UserError(f"there is no command {args[0]!r}; there are search, presets")
-    prog, style = "python -m nanovlm.data.mix search", (tyro.conf.PositionalRequiredArgs,)
-    search(tyro.cli(SearchConfig, args=args[1:], prog=prog, description=search.__doc__, config=style))
+    cli.run_command(args, COMMANDS, "python -m nanovlm.data.mix", __doc__)
 
 
 if __name__ == "__main__":

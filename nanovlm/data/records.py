@@ -56,9 +56,9 @@ def to_sample(
 
     Raises UserError for anything malformed, Filtered as `check` does.
     """
-    raw, conversation = _read(raw, min_ratings, layout, fields)
+    raw, conversation = read_raw(raw, min_ratings, layout, fields)
     images, messages, independent = _check(raw, conversation)
-    rejected = None if conversation.rejected is None else _read_rejected(conversation.rejected)
+    rejected = None if conversation.rejected is None else read_rejected(conversation.rejected)
     if any(isinstance(image, Video) for image in images):
         images, messages = _show_frames(images, messages, video or VideoConfig())
     else:
@@ -75,7 +75,7 @@ def check(
     places stand at the beginning of the first user turn, or of every one with `independent`. Turns of `texts` that are
     rated below `min_ratings` are dropped. Raises UserError for anything malformed, Filtered where no turn is left.
     """
-    return _check(*_read(raw, min_ratings, layout, fields))
+    return _check(*read_raw(raw, min_ratings, layout, fields))
 
 
 def _check(raw: dict, conversation: Conversation) -> tuple[list, list[dict], bool]:
@@ -101,7 +101,7 @@ def references(
     raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
 ) -> list[tuple[str, ...]]:
     """Return all that is right for each answer of the sample, in their order; what is trained is the first."""
-    _raw, conversation = _read(raw, min_ratings, layout, fields)
+    _raw, conversation = read_raw(raw, min_ratings, layout, fields)
     if conversation.references:
         return conversation.references
     messages = [_read_message(message, f"message {number}") for number, message in enumerate(conversation.messages)]
@@ -112,24 +112,26 @@ def choices(
     raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
 ) -> tuple[str, ...]:
     """Return the options of a multiple choice in the order of their letters, none for another record."""
-    return _read(raw, min_ratings, layout, fields)[1].options
+    return read_raw(raw, min_ratings, layout, fields)[1].options
 
 
 def is_pair(raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None) -> bool:
     """Tell whether a record has an answer that is worse than its last message."""
-    return _read(raw, min_ratings, layout, fields)[1].rejected is not None
+    return read_raw(raw, min_ratings, layout, fields)[1].rejected is not None
 
 
 def turns_of_texts(
     raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
 ) -> list[dict]:
     """Return the turns of a record of the layout texts that are rated well enough, none for another record."""
-    raw, _conversation = _read(raw, min_ratings, layout, fields)
+    raw, _conversation = read_raw(raw, min_ratings, layout, fields)
     return raw["texts"] if (layout or recognise(raw)) == "texts" else []
 
 
-def _read(raw: dict, min_ratings, layout: str, fields: dict | None) -> tuple[dict, Conversation]:
-    """Return a record with the names of `fields`, and what its layout makes of it."""
+def read_raw(
+    raw: dict, min_ratings: dict[str, int] | None = None, layout: str = "", fields: dict | None = None
+) -> tuple[dict, Conversation]:
+    """Return a record with the names of `fields`, without turns rated too low, and what its layout makes of it."""
     if not isinstance(raw, dict):
         raise UserError(f"a record must be a dict, not {kind_of(raw)}")
     raw = rename(raw, fields or {})
@@ -242,7 +244,8 @@ def _drop_low(raw: dict, min_ratings: dict[str, int]) -> dict:
         low |= {number for number, rating in enumerate(ratings) if rating is not None and rating < lowest}
     if texts and len(low) == len(texts):
         raise Filtered(f"all {len(texts)} turns are rated below the minimum")
-    kept = {**raw, "texts": [turn for number, turn in enumerate(texts) if number not in low]}
+    columns = ("texts", *(name for name in RATINGS if isinstance(raw.get(name), list)))
+    kept = raw | {key: [x for number, x in enumerate(raw[key]) if number not in low] for key in columns}
     return Record(kept, raw.read) if isinstance(raw, Record) else kept
 
 
@@ -282,7 +285,7 @@ def _read_message(message, where: str) -> dict:
     return {"role": role, "content": parts}
 
 
-def _read_rejected(message: dict) -> dict:
+def read_rejected(message: dict) -> dict:
     message = _read_message(message, "the rejected answer")
     if _num_images(message):
         raise UserError("the rejected answer shows a picture or has the marker <image>: move it into the prompt")

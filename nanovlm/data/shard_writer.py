@@ -11,22 +11,17 @@ The bytes depend on the records and the settings alone: not on the date, the mac
 """
 
 import dataclasses
-import io
 import itertools
 import json
 import os
 import tarfile
 from collections.abc import Sized
 from pathlib import Path
-from typing import BinaryIO
 
-from PIL import Image
 from tqdm import tqdm
 
-from nanovlm.data.columns import rename
-from nanovlm.data.pictures import KINDS, PICTURE_KEYS, Record, fetch, find_pictures
+from nanovlm.data.members import members_of
 from nanovlm.data.reader import RECORD_SECONDS, explain
-from nanovlm.data.records import check
 from nanovlm.data.shard_index import NAME, Shard, format_members, write_index
 from nanovlm.data.source import Source, first_pass
 from nanovlm.errors import UserError, printable
@@ -57,6 +52,47 @@ class ShardSize:
 USUAL = ShardSize()
 
 
+class TarShard:
+    """A tar file that is written under a temporary name, until `finish` gives it its own, and a .idx beside it."""
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
+        self.file = open(self.temporary, "wb")
+        self.samples: list[tuple[str, list[tuple[str, int, int]]]] = []
+
+    def write(self, key: str, members: dict[str, bytes]):
+        """Write a sample, whose members are named by their suffixes."""
+        places = []
+        for suffix, data in members.items():
+            self.file.write(make_header(f"{key}.{suffix}", len(data)))
+            places.append((suffix.lower(), self.file.tell(), len(data)))
+            self.file.write(data.ljust(_padded(len(data)), b"\0"))
+        self.samples.append((key, places))
+
+    def has_room(self, key: str, members: dict[str, bytes], size: ShardSize) -> bool:
+        """Tell whether a shard of limited size may have this sample, too; the first one it may have in any case."""
+        needed = sum(len(make_header(f"{key}.{suffix}", len(x))) + _padded(len(x)) for suffix, x in members.items())
+        is_small = self.file.tell() + needed <= size.max_mb * 1e6 - END
+        return not self.samples or (len(self.samples) < size.max_samples and is_small)
+
+    def finish(self) -> Shard:
+        """Give the file its name once it is on the disk."""
+        self.file.write(bytes(END))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        shard = Shard(self.path.name, len(self.samples), self.file.tell())
+        self.file.close()
+        if (text := format_members(self.samples)) is not None:
+            write_file(self.path.with_suffix(".idx"), text)
+        self.temporary.rename(self.path)
+        flush(self.path.parent)
+        return shard
+
+    def discard(self):
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Writes samples into the shards of a folder, one after the other; `shards` are those that are whole.
 
@@ -65,8 +101,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, size: ShardSize = USUAL, shards: tuple[Shard, ...] = (), prefix: str = ""):
         self.folder, self.size, self.prefix, self.shards = folder, size, prefix, list(shards)
-        self.samples: list[tuple[str, list[tuple[str, int, int]]]] = []
-        self.file: BinaryIO | None = None
+        self.open: TarShard | None = None
 
     def __enter__(self):
         return self
@@ -74,100 +109,35 @@ class ShardWriter:
     def __exit__(self, kind, _error, _trace):
         if kind is None:
             self.finish()
-        elif self.file is not None:
-            self.file.close()
-            self._temporary().unlink(missing_ok=True)
+        elif self.open is not None:
+            self.open.discard()
 
     def write(self, key: str, members: dict[str, bytes]) -> bool:
         """Write a sample, whose members are named by their suffixes; return whether a shard was finished before it."""
-        infos = [(suffix, self._header(f"{key}.{suffix}", len(data)), data) for suffix, data in members.items()]
-        needed = sum(len(header) + _padded(len(data)) for _suffix, header, data in infos)
-        most = self.size.max_mb * 1e6 - END
-        is_full = self.file is not None and (
-            len(self.samples) >= self.size.max_samples or self.file.tell() + needed > most
-        )
+        is_full = self.open is not None and not self.open.has_room(key, members, self.size)
         if is_full:
             self.finish()
-        if self.file is None:
-            self.file = open(self._temporary(), "wb")
-        places = []
-        for suffix, header, data in infos:
-            self.file.write(header)
-            places.append((suffix.lower(), self.file.tell(), len(data)))
-            self.file.write(data.ljust(_padded(len(data)), b"\0"))
-        self.samples.append((key, places))
+        if self.open is None:
+            self.open = TarShard(self.folder / f"{self.prefix}{len(self.shards):06}.tar")
+        self.open.write(key, members)
         return is_full
 
     def finish(self):
         """Give the shard that is being written its name."""
-        if self.file is None:
-            return
-        name, file = self._name(), self.file
-        file.write(bytes(END))
-        file.flush()
-        os.fsync(file.fileno())
-        num_bytes, self.file = file.tell(), None
-        file.close()
-        if (text := format_members(self.samples)) is not None:
-            write_file((self.folder / name).with_suffix(".idx"), text)
-        self._temporary().rename(self.folder / name)
-        flush(self.folder)
-        self.shards.append(Shard(name, len(self.samples), num_bytes))
-        self.samples = []
+        if self.open is not None:
+            self.shards.append(self.open.finish())
+            self.open = None
 
-    def _name(self) -> str:
-        return f"{self.prefix}{len(self.shards):06}.tar"
 
-    def _temporary(self) -> Path:
-        return self.folder / f".{self._name()}.tmp"
-
-    @staticmethod
-    def _header(name: str, size: int) -> bytes:
-        member = tarfile.TarInfo(name)
-        member.size, member.mode = size, 0o644
-        return member.tobuf(tarfile.GNU_FORMAT)
+def make_header(name: str, size: int) -> bytes:
+    """Return the header of a member, which depends on nothing else."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    return member.tobuf(tarfile.GNU_FORMAT)
 
 
 def _padded(size: int) -> int:
     return (size + tarfile.BLOCKSIZE - 1) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-
-
-def members_of(raw: dict, options: dict | None = None) -> dict[str, bytes]:
-    """Return the members of a raw record: its pictures as they are encoded, and the rest of it as JSON.
-
-    `options` are those of `records.check`. Raises UserError for what is no record, Filtered as `check` does.
-    """
-    options = options or {}
-    images, messages, independent = check(raw, **options)
-    raw = rename(raw, options.get("fields") or {})
-    read = raw.read if isinstance(raw, Record) else None
-    beside = [fetch(picture, read) for picture in find_pictures(raw)]
-    if beside or not images:  # the record as it is, of whatever layout
-        images, record = beside, {name: value for name, value in raw.items() if name not in PICTURE_KEYS}
-    else:  # its parts carry the pictures
-        record = {"messages": messages} | ({"independent": True} if independent else {})
-    members = {}
-    for number, image in enumerate(images):
-        kind, data = encode(image)
-        members[f"{number}.{kind}"] = data
-    try:
-        members["json"] = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the record cannot be written as JSON: {error}") from error
-    return members
-
-
-def encode(image) -> tuple[str, bytes]:
-    """Return a picture's suffix and file: as it is, or of a decoded one a PNG."""
-    if isinstance(image, bytes):
-        kind = next((name for head, name in KINDS.items() if image.startswith(head)), None)
-        if kind is None:
-            with Image.open(io.BytesIO(image)) as opened:
-                kind = (opened.format or "").lower()
-        return {"jpeg": "jpg", "jpeg2000": "jp2"}.get(kind, kind), bytes(image)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "png", file.getvalue()
 
 
 def write_shards(

@@ -84,16 +84,7 @@ COMMANDS = {"write": (WriteConfig, write), "index": (IndexConfig, index)}
 
 def main(args: list[str]):
     """Run the command that the first argument names."""
-    import tyro
-
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    if args[0] not in COMMANDS:
-        raise UserError(f"there is no command {args[0]!r}; there are {', '.join(COMMANDS)}")
-    config, run = COMMANDS[args[0]]
-    prog, style = f"python -m nanovlm.data.shards {args[0]}", (tyro.conf.PositionalRequiredArgs,)
-    run(tyro.cli(config, args=args[1:], prog=prog, description=run.__doc__, config=style))
+    cli.run_command(args, COMMANDS, "python -m nanovlm.data.shards", __doc__)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import torch
 from nanovlm.config import DataConfig
 from nanovlm.data import shards
 from nanovlm.data.loader import Loader
+from nanovlm.data.members import members_of
 from nanovlm.data.shard_cache import CacheOptions, fetch
 from nanovlm.data.shard_index import format_members, parse_index, parse_members
-from nanovlm.data.shard_writer import ShardSize, ShardWriter, members_of
+from nanovlm.data.shard_writer import ShardSize, ShardWriter
 from nanovlm.data.source import Order
 from nanovlm.data.source_lines import TextFiles
 from nanovlm.data.source_shards import ShardOptions, Shards

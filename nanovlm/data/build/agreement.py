@@ -18,6 +18,7 @@ from nanovlm.data.reader import explain
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError, printable
 from nanovlm.hub.dual import load_dual
+from nanovlm.objectives.reference import fingerprint
 
 BLOCK = 4096  # vectors that are compared at a time
 
@@ -59,6 +60,11 @@ def named_model(stage: str, model: str):
 @functools.cache
 def open_model(name: str, device: str):
     return load_dual(name, find_device(device), torch.float32)
+
+
+def digest_model(options: AgreementOptions | AlikeOptions) -> str:
+    """Return what tells the weights of a model from others."""
+    return f"{int(fingerprint(open_model(options.model, options.device)[0].state_dict())):x}"
 
 
 @torch.inference_mode()

@@ -129,6 +129,11 @@ def open_safety(options: SafetyOptions) -> Judge:
     return each(is_listed)
 
 
+def digest_lists(options: SafetyOptions) -> str:
+    """Return a digest of what is listed."""
+    return hashlib.sha256(repr([read_lines(options.pictures), read_lines(options.words)]).encode()).hexdigest()
+
+
 def read_lines(files: tuple[str, ...]) -> list[str]:
     """Return the lines of files that say something."""
     lines = []

@@ -41,6 +41,7 @@ from nanovlm.data.build.report import Report
 from nanovlm.data.build.shards import describe_shard, to_written, write_shard
 from nanovlm.data.build.stages import STAGES
 from nanovlm.data.build.workers import work_all
+from nanovlm.data.shard_index import KIND
 from nanovlm.data.source import Ref, Source, first_pass
 from nanovlm.data.sources import open_sources
 from nanovlm.environment import find_device
@@ -83,7 +84,7 @@ def run(recipe: Recipe, stages: dict[str, Stage] = STAGES) -> dict:
         if (out / "index.json").exists():
             raise UserError(f"{out} is written already: name another folder, or remove it")
         work = out / ".work"
-        take_up(work, recipe, source)
+        take_up(work, recipe, stages, source)
         funnel = Funnel(recipe, stages, source, work)
         for step in range(len(funnel.steps)):
             funnel.take(step)
@@ -92,9 +93,12 @@ def run(recipe: Recipe, stages: dict[str, Stage] = STAGES) -> dict:
     return report
 
 
-def take_up(work: Path, recipe: Recipe, source: Source):
+def take_up(work: Path, recipe: Recipe, stages: dict[str, Stage], source: Source):
     """Begin a run, or make sure that the one that is there was begun with the same recipe and as many records."""
     settings = recipe.settings() | {"records": len(source) if isinstance(source, Sized) else None}
+    for name, options in recipe.stages.items():
+        if (digest := stages[name].digest) is not None:
+            settings[f"what stages.{name} names"] = digest(options)
     path = work / "settings.json"
     work.mkdir(exist_ok=True)
     if path.exists():
@@ -218,7 +222,8 @@ def write_shards(funnel: Funnel, out: Path) -> dict:
 
         writer = Writer(funnel, out)
         shards = list(work_all(writer, enumerate(cut(kept(), recipe)), recipe.num_workers))
-    index = {"recipe": recipe.settings(), "records": report.kept, "shards": shards}
+    index = {"__kind__": KIND} if recipe.shards.format == "tar" else {}  # by which a folder is read as shards
+    index |= {"wids_version": 1, "shardlist": shards, "records": report.kept, "recipe": recipe.settings()}
     found = report.write(out, funnel.seconds)
     if not report.kept:
         raise UserError(
@@ -259,7 +264,8 @@ class Writer(Dataset):
         check_unchanged([ref], [] if isinstance(item, Drop) else [item], {ref.number: line | {"marks": {}}})
         assert isinstance(item, Item)
         about = {"source": ref.source, "where": ref.where, "number": ref.number, "content": line["content"]}
-        return to_written(item, about | {"stages": self.names, "scores": line["scores"]})
+        about |= {"stages": self.names, "scores": line["scores"]}
+        return to_written(item, about, self.funnel.recipe.shards.format)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from nanovlm.data.members import refuse_videos
 from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.records import check, content_parts, to_sample
 from nanovlm.data.source import Ref
@@ -97,13 +98,15 @@ class Stage(NamedTuple):
     """A stage: the class of its options, what judges or marks a record, and what compares the marks.
 
     `open` takes the options and returns a Judge; `compare` takes them and the folder of the run's temporary files. A
-    costly stage begins when all before it have judged and compared.
+    costly stage begins when all before it have judged and compared. `digest` tells the model or the files that the
+    options name from others of the same name, so that a run does not go on with these.
     """
 
     options: type
     open: Callable[[Any], Judge]
     compare: Callable[[Any, Path], Compare] | None = None
     is_costly: bool = False
+    digest: Callable[[Any], str] | None = None
 
 
 def read_item(read: Callable[[Any], dict], ref: Ref, options: dict) -> Item | Drop:
@@ -111,7 +114,9 @@ def read_item(read: Callable[[Any], dict], ref: Ref, options: dict) -> Item | Dr
     try:
         with time_limit(RECORD_SECONDS, "the record"):
             raw = read(ref.key)
-            return Item(ref.number, ref.source, ref.where, raw, options, *check(raw, **options))
+            images, messages, independent = check(raw, **options)
+            refuse_videos(images)
+            return Item(ref.number, ref.source, ref.where, raw, options, images, messages, independent)
     except Filtered as error:
         return Drop(str(error), stage="ratings")
     except Exception as error:  # whatever a record does, it is counted and named

@@ -5,6 +5,8 @@ without pictures by its text.
 """
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -66,17 +68,32 @@ def text_of(item: Item) -> str:
     return hashes.digest_text("\n".join(item.texts("system", "user", "assistant", "text")))
 
 
-def open_leakage(options: LeakageOptions) -> Judge:
-    """Read what evaluation asks about. Raises UserError for a record that cannot be read, as it could not be found."""
-    asked = Asked(options.most_bits)
+def read_asked(options: LeakageOptions) -> Iterator[tuple[str, Item]]:
+    """Yield what evaluation asks about, and where it is. Raises UserError for a record that cannot be read."""
+    how = {"layout": options.layout, "fields": parse_fields(options.fields)}
     for spec in options.sources:
         source = open_source(spec, options.split)
         for ref in tqdm(first_pass(source), desc=f"reading {spec}", unit="record", delay=2):
-            item = read_item(source.read, ref, {"layout": options.layout, "fields": parse_fields(options.fields)})
-            try:
-                if isinstance(item, Drop):
-                    raise UserError(item.reason)
-                asked.add(item)
-            except Exception as error:  # whatever a record does, it is named
-                raise UserError(f"stages.leakage.sources: {spec}, {ref.where}: {explain(error)}") from error
+            item, where = read_item(source.read, ref, how), f"{spec}, {ref.where}"
+            if isinstance(item, Drop):
+                raise UserError(f"stages.leakage.sources: {where}: {item.reason}")
+            yield where, item
+
+
+def open_leakage(options: LeakageOptions) -> Judge:
+    """Raise UserError for a record of evaluation that cannot be read, as it could not be found."""
+    asked = Asked(options.most_bits)
+    for where, item in read_asked(options):
+        try:
+            asked.add(item)
+        except Exception as error:  # whatever a record does, it is named
+            raise UserError(f"stages.leakage.sources: {where}: {explain(error)}") from error
     return each(asked.find)
+
+
+def digest_asked(options: LeakageOptions) -> str:
+    """Return a digest of all that evaluation asks about."""
+    digest = hashlib.sha256()
+    for _where, item in read_asked(options):
+        digest.update(item.content.encode())
+    return digest.hexdigest()

@@ -11,11 +11,19 @@ STAGES = {
     "text": Stage(checks.TextOptions, checks.open_text),
     "corrupt": Stage(checks.CorruptOptions, checks.open_corrupt),
     "size": Stage(checks.SizeOptions, checks.open_size),
-    "safety": Stage(checks.SafetyOptions, checks.open_safety),
-    "leakage": Stage(leakage.LeakageOptions, leakage.open_leakage),
+    "safety": Stage(checks.SafetyOptions, checks.open_safety, digest=checks.digest_lists),
+    "leakage": Stage(leakage.LeakageOptions, leakage.open_leakage, digest=leakage.digest_asked),
     "exact": Stage(comparing.ExactOptions, comparing.mark_exact, comparing.compare_exact),
     "near": Stage(comparing.NearOptions, comparing.mark_near, comparing.compare_near),
-    "agreement": Stage(agreement.AgreementOptions, agreement.open_agreement, is_costly=True),
-    "alike": Stage(agreement.AlikeOptions, agreement.mark_alike, agreement.compare_alike, is_costly=True),
+    "agreement": Stage(
+        agreement.AgreementOptions, agreement.open_agreement, is_costly=True, digest=agreement.digest_model
+    ),
+    "alike": Stage(
+        agreement.AlikeOptions,
+        agreement.mark_alike,
+        agreement.compare_alike,
+        is_costly=True,
+        digest=agreement.digest_model,
+    ),
     "caps": Stage(comparing.CapsOptions, comparing.mark_caps, comparing.compare_caps),
 }

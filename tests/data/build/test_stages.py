@@ -1,5 +1,6 @@
 """Each stage against a plain reading of what it promises."""
 
+import copy
 import hashlib
 import io
 import json
@@ -16,12 +17,14 @@ from nanovlm.data.build import agreement, checks, comparing, hashes, leakage
 from nanovlm.data.build.agreement import AgreementOptions, AlikeOptions
 from nanovlm.data.build.items import Drop, Item, read_item
 from nanovlm.data.build.ledger import is_whole, read_lines, write_lines
-from nanovlm.data.build.shards import Written, encode, to_written, write_shard
+from nanovlm.data.build.shards import Written, to_written, write_shard
 from nanovlm.data.build.stages import STAGES
+from nanovlm.data.members import encode
 from nanovlm.data.records import RATINGS, content_parts, to_sample
 from nanovlm.data.source import Ref
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
+from nanovlm.eval.questions import ask
 from nanovlm.hub.dual import save_dual
 from tests.data.build.test_funnel import jpeg, picture, png
 from tests.data.build.test_hashes import to_bits
@@ -225,6 +228,23 @@ def test_agreement_is_the_cosine_of_text_and_pictures(dual):
     assert [bool(drop) for drop in drops] == [x.scores.get("agreement") == low for x in items]
 
 
+def test_another_model_of_the_same_name_is_told_and_another_list_too(dual, tmp_path):
+    folder, model, processor = dual
+    before = agreement.digest_model(AgreementOptions(folder))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        max(other.parameters(), key=torch.numel).view(-1)[3] += 1e-3
+    save_dual(tmp_path / "model", other, processor)
+    assert STAGES["alike"].digest(AlikeOptions(folder)) == before
+    assert agreement.digest_model(AgreementOptions(str(tmp_path / "model"))) != before
+    options = checks.SafetyOptions(words=(str(tmp_path / "words"),))
+    found = []
+    for words in ("bad\n", "bad # a comment\n", "worse\n"):
+        (tmp_path / "words").write_text(words)
+        found.append(STAGES["safety"].digest(options))
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("resumed", (False, True))
 def test_alike_pictures_are_those_of_the_definition(dual, tmp_path, resumed, monkeypatch):
     monkeypatch.setattr(agreement, "BLOCK", 4)
@@ -264,7 +284,7 @@ def test_pairs_independent_questions_and_all_formats_are_written(tmp_path, suffi
     written = []
     for number, raw in enumerate(raws):
         found = read_item(lambda key: key, Ref(0, number, 0, raw, "here", "a.png?#.png", None), {})
-        written.append(to_written(found, {"where": "a.png?#.png"}))
+        written.append(to_written(found, {"where": "a.png?#.png"}, suffix))
     for some, name in ((written, f"a.{suffix}"), (written, f"b.{suffix}")):
         write_shard(tmp_path / name, some)
     assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
@@ -275,6 +295,49 @@ def test_pairs_independent_questions_and_all_formats_are_written(tmp_path, suffi
         assert now.ref_logprobs == was.ref_logprobs
         assert now.independent == was.independent and (now.rejected is None) == (was.rejected is None)
         assert texts_of(now) == texts_of(was)
+
+
+@pytest.mark.parametrize("suffix", ("tar", "parquet"))
+def test_what_a_task_asks_is_asked_of_shards_too(tmp_path, suffix):
+    """References, options, kinds and ratings; of turns that are rated too low nothing is left."""
+    turns = [{"user": f"q{i}?", "assistant": f"a{i}", "kind": f"k{i}", "references": [f"b{i}"]} for i in range(3)]
+    turns[1].pop("kind"), turns[2].pop("references")
+    raws = [
+        {"texts": turns, "relevance_ratings": [5, 1, 3], "kind": "of the record", "taken": "in May"},
+        {"question": "How many?", "answers": ["two", "2"], "kind": "count"},
+        {"question": "Which?", "options": ["red", "blue"], "answer": "blue"},
+        {"caption": ["a dog", "a brown dog"]},
+        {"q": "Who?", "a": "me", "prompt": "unread", "messages": None},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "kind": "x"},
+    ]
+    least = {"min_ratings": dict(zip(RATINGS, (2, 0, 0, 0), strict=True))}
+    written, asked = [], []
+    for number, raw in enumerate(raws):
+        options = least | ({"fields": {"question": ["q"], "answer": ["a"]}} if "q" in raw else {})
+        raw["image"] = png(picture(number))
+        found = read_item(lambda key, raw=raw: raw, Ref(0, number, 0, raw, "here", "", None), options)
+        written.append(to_written(found, {}, suffix))
+        asked.append([simplify(question) for question in ask(raw, number, **options)])
+    write_shard(tmp_path / f"a.{suffix}", written)
+    source = open_source(str(tmp_path / f"a.{suffix}"))
+    back = [source.read(number) for number in range(len(raws))]
+    assert [list(map(simplify, ask(raw, number, **least))) for number, raw in enumerate(back)] == asked
+    assert [len(questions) for questions in asked] == [2, 1, 1, 1, 1, 1]
+    assert asked[0][0][:2] == ("k0", ("a0", "b0")) and asked[2][0][2] == ("red", "blue")
+    assert back[0]["relevance_ratings"] == [5, 3] and back[0]["taken"] == "in May"
+
+
+def simplify(question):
+    texts = [[(part["type"], part.get("text")) for part in content_parts(m["content"])] for m in question.messages]
+    return question.kind, question.references, question.choices, texts, [x.tobytes() for x in question.images]
+
+
+def test_a_column_of_two_types_is_named(tmp_path):
+    rows = [Written(i, {}, {"question": "a?", "answer": "b", "size": size}, {}) for i, size in enumerate((1, "large"))]
+    write_shard(tmp_path / "a.tar", rows)
+    with pytest.raises(UserError, match=r"a.parquet cannot be written.*shards.format be tar.*\(size: "):
+        write_shard(tmp_path / "a.parquet", rows)
+    assert [path.name for path in tmp_path.glob("*.parquet*")] == []
 
 
 def texts_of(sample):
@@ -294,7 +357,7 @@ def test_a_ledger_without_its_end_does_not_count(tmp_path):
 
 
 def test_what_is_written_needs_no_picture(tmp_path):
-    write_shard(tmp_path / "a.tar", [Written(3, [], {"messages": [{"role": "text", "content": "x"}]}, {})])
+    write_shard(tmp_path / "a.tar", [Written(3, {}, {"messages": [{"role": "text", "content": "x"}]}, {})])
     assert to_sample(open_source(str(tmp_path / "a.tar")).read(0)).messages == [{"role": "text", "content": "x"}]
 
 
