@@ -82,7 +82,7 @@ def test_clips_have_a_control_of_one_frame(monkeypatch, processor):
     assert still_images(plain) == [plain[0].images]
 
     asked = []
-    monkeypatch.setattr(run, "answer", lambda _m, _p, qs, images, _t: asked.extend(images) or ["left"] * len(qs))
+    monkeypatch.setattr(run, "answer", lambda _m, _p, qs, images, *_: asked.extend(images) or ["left"] * len(qs))
     columns = run.collect(None, processor, questions, controls=True)
     assert list(columns) == ["accuracy", "blank", "shuffled", "still", "alone"]
     assert asked[3 * len(questions) : 4 * len(questions)] == still_images(questions)
