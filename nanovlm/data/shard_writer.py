@@ -53,12 +53,24 @@ USUAL = ShardSize()
 
 
 class TarShard:
-    """A tar file that is written under a temporary name, until `finish` gives it its own, and a .idx beside it."""
+    """A tar file that is written under a temporary name, until `finish` gives it its own, and a .idx beside it.
+
+    As a context it is finished at the end, and removed on an error.
+    """
 
     def __init__(self, path: Path):
         self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
         self.file = open(self.temporary, "wb")
         self.samples: list[tuple[str, list[tuple[str, int, int]]]] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, _error, _trace):
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()
 
     def write(self, key: str, members: dict[str, bytes]):
         """Write a sample, whose members are named by their suffixes."""

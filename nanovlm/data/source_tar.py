@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from nanovlm.data.pictures import is_empty
+from nanovlm.data import video
+from nanovlm.data.pictures import PICTURE_KEYS, VIDEO_KEYS, is_empty
 from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.source_files import IMAGE_SUFFIXES, LARGEST_FILE, check_index, find_files, join_names
 from nanovlm.data.source_folder import read_record
@@ -19,10 +20,10 @@ class Tar:
     """WebDataset shards: tar files in which the members with the same key are one sample, in any order.
 
     The key is a member's path up to the first dot of the file name. Members with an image suffix are images, sorted by
-    name (`a.0.jpg a.1.jpg`); `.json` is the record, or `.txt` a caption. Headers are scanned once; members are read
-    by offset. A damaged shard keeps its complete samples. The last sample counts as complete only if an earlier one has
-    the same suffixes; if the members of a sample are not adjacent, any sample counts unless its suffixes are a proper
-    subset of another's.
+    name (`a.0.jpg a.1.jpg`), and where there are none those with a video suffix are videos; `.json` is the record, or
+    `.txt` a caption. Headers are scanned once; members are read by offset. A damaged shard keeps its complete samples.
+    The last sample counts as complete only if an earlier one has the same suffixes; if the members of a sample are not
+    adjacent, any sample counts unless its suffixes are a proper subset of another's.
     """
 
     blocks = None
@@ -94,9 +95,9 @@ def find_samples(file: Path, shapes: Shapes) -> tuple[list[tuple], list[str]]:
 
 def read_sample(opened: BinaryIO, members: Sequence[tuple[str, int, int]], where: str) -> dict:
     """Return the record in some members of an open shard. Raises UserError that begins with `where`."""
-    contents = {}
+    contents, is_shown = {}, _is_image if any(_is_image(suffix) for suffix, *_ in members) else _is_video
     for suffix, offset, size in members:
-        if suffix in ("json", "txt") or _is_image(suffix):
+        if suffix in ("json", "txt") or is_shown(suffix):
             if suffix in contents:
                 raise UserError(f"{where} has two members .{suffix}")
             if size > LARGEST_FILE:
@@ -105,15 +106,17 @@ def read_sample(opened: BinaryIO, members: Sequence[tuple[str, int, int]], where
             contents[suffix] = opened.read(size)
             if len(contents[suffix]) != size:
                 raise UserError(f"{where} is cut off: the file became shorter since it was opened")
-    images = [contents[suffix] for suffix in sorted(filter(_is_image, contents), key=_natural_order)]
-    record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(images))
-    for name in ("images", "image", "file_names", "file_name"):
-        named = record.pop(name, None)
-        num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
-        if num_named > len(images):
-            raise UserError(f"{where} names {num_named} images in {name!r} and has {len(images)}")
-    if images:
-        record["images"] = images
+    shown = [contents[suffix] for suffix in sorted(filter(is_shown, contents), key=_natural_order)]
+    record = read_record(contents.get("json"), contents.get("txt"), where, has_image=bool(shown))
+    for kind, names, is_own in (("images", PICTURE_KEYS, _is_image), ("videos", VIDEO_KEYS, _is_video)):
+        num = len(shown) if is_shown is is_own else 0
+        for name in names:
+            named = record.pop(name, None)
+            num_named = 0 if is_empty(named) else len(named) if isinstance(named, list) else 1
+            if num_named > num:
+                raise UserError(f"{where} names {num_named} {kind} in {name!r} and has {num}")
+        if num:
+            record[kind] = shown
     return record
 
 
@@ -191,6 +194,10 @@ def _shape(group: list[tuple]) -> frozenset[str]:
 def _is_image(suffix: str) -> bool:
     """Return whether a member's suffix is that of an image: jpg, 0.jpg, left.jpg, jpg.0."""
     return "." + re.sub(r"\.\d+$", "", suffix).rpartition(".")[2] in IMAGE_SUFFIXES
+
+
+def _is_video(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in video.SUFFIXES
 
 
 def _natural_order(name: str) -> list:

@@ -28,6 +28,9 @@ from nanovlm.errors import UserError
 
 # How containers begin, from a byte on, and FFmpeg's name of them.
 CONTAINERS = {(4, b"ftyp"): "mp4", (0, b"\x1a\x45\xdf\xa3"): "matroska", (0, b"GIF8"): "gif"}
+# How the names of files end, whose pictures are tar members, too; of what is written by FFmpeg's names.
+SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv")
+SUFFIX_OF = {"mp4": "mp4", "matroska": "webm"}
 CODECS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4", "gif")
 MOST_FRAMES = 2_000_000  # of which a file may tell the times
 SKIPPED = 1.0  # seconds at both ends of a long video, of which no frame is shown
@@ -83,7 +86,7 @@ def decode_video(data: bytes, name: str, config: VideoConfig) -> Clip:
     if isinstance(origin := getattr(data, "name", None), str):
         name = f"{name} ({origin})"
     av = needed()
-    kind = next((kind for (at, head), kind in CONTAINERS.items() if data[at : at + len(head)] == head), None)
+    kind = find_container(data)
     if kind is None:
         raise UserError(f"{name} cannot be read as a video: its {len(data)} bytes are no mp4, webm or gif")
     try:
@@ -94,6 +97,11 @@ def decode_video(data: bytes, name: str, config: VideoConfig) -> Clip:
         return Clip(images, [(index.times[i] - index.times[0]) * index.unit for i in chosen], index.duration)
     except Exception as error:  # on damaged files, decoders raise anything
         raise UserError(f"{name} cannot be read as a video: {error or type(error).__name__}") from error
+
+
+def find_container(data: bytes) -> str | None:
+    """Return FFmpeg's name of the container that a file is, None if it is none of CONTAINERS."""
+    return next((kind for (at, head), kind in CONTAINERS.items() if data[at : at + len(head)] == head), None)
 
 
 def needed() -> Any:

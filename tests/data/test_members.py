@@ -8,7 +8,9 @@ from PIL import Image
 
 from nanovlm.data.columns import parse_fields
 from nanovlm.data.members import encode, members_of, to_record
-from nanovlm.data.records import to_sample
+from nanovlm.data.records import check, to_sample
+from nanovlm.data.shard_writer import ShardWriter
+from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
 
 
@@ -55,9 +57,39 @@ def test_what_is_written_reads_as_the_record_did_without_its_options(raw, option
         assert [x.tobytes() for x in now.images] == [x.tobytes() for x in was.images]
 
 
-def test_videos_are_refused():
-    with pytest.raises(UserError, match="the record has a video, and shards hold pictures"):
-        to_record({"video": b"no matter", "texts": [{"user": "a?", "assistant": "b"}]})
+MP4, WEBM = b"\0\0\0\x20ftypisom", b"\x1a\x45\xdf\xa3 and so on"
+
+
+def test_videos_are_written_as_they_are(tmp_path):
+    raws = [
+        {"video": MP4, "texts": [{"user": "a?", "assistant": "b"}]},
+        {"videos": [WEBM, MP4], "messages": [{"role": "user", "content": "<video> or <video>?"},
+                                             {"role": "assistant", "content": "the first"}]},
+    ]  # fmt: skip
+    with ShardWriter(tmp_path) as writer:
+        for number, raw in enumerate(raws):
+            writer.write(str(number), members_of(raw))
+    source = open_source(str(tmp_path / "*.tar"))
+    back = [source.read(number) for number in range(2)]
+    assert [record["videos"] for record in back] == [[MP4], [WEBM, MP4]]
+    assert list(map(check, back)) == list(map(check, raws))
+    assert list(members_of(raws[1])) == ["0.webm", "1.mp4", "json"]
+
+
+def test_a_sample_that_has_pictures_shows_no_video_beside_them(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", {"mp4": MP4, "jpg": picture(), "json": b'{"caption": "b"}'})
+        writer.write("b", {"mp4": MP4, "json": b'{"caption": "b", "videos": ["x.mp4", "y.mp4"]}'})
+    source = open_source(str(tmp_path / "*.tar"))
+    assert source.read(0) == {"caption": "b", "images": [picture()]}
+    with pytest.raises(UserError, match=r"sample b of .* names 2 videos in 'videos' and has 1"):
+        source.read(1)
+
+
+@pytest.mark.parametrize("video", [b"GIF89a", b"no video"])
+def test_a_video_that_a_tar_cannot_tell_from_a_picture_is_refused(video):
+    with pytest.raises(UserError, match="a video that is no mp4 or webm file"):
+        members_of({"video": video, "texts": [{"user": "a?", "assistant": "b"}]})
 
 
 def test_a_picture_of_no_kind_that_is_read_is_refused():

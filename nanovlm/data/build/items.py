@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from nanovlm.data.members import refuse_videos
+from nanovlm.data.members import encode
+from nanovlm.data.pictures import Video
 from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.records import check, content_parts, to_sample
 from nanovlm.data.source import Ref
@@ -44,7 +45,7 @@ class Item:
     raw: dict
     # Of records.check.
     options: dict
-    # The pictures as encoded files or PIL images, and the messages.
+    # The pictures as encoded files or PIL images, or the videos, and the messages.
     images: list
     messages: list[dict]
     independent: bool
@@ -55,7 +56,7 @@ class Item:
 
     @functools.cached_property
     def pictures(self) -> list[Image.Image]:
-        """The pictures, RGB, decoded as training does."""
+        """The pictures, RGB, decoded as training does; of videos frames."""
         return to_sample(self.raw, **self.options).images
 
     def texts(self, *roles: str) -> list[str]:
@@ -80,7 +81,8 @@ class Item:
     @property
     def num_bytes(self) -> int:
         """About how large the record is in a shard."""
-        sizes = [len(x) if isinstance(x, bytes) else x.width * x.height * 3 for x in self.images]
+        files = [image.source if isinstance(image, Video) else image for image in self.images]
+        sizes = [len(x) if isinstance(x, bytes) else x.width * x.height * 3 for x in files]
         return sum(sizes) + len(json.dumps(self.messages))
 
 
@@ -115,7 +117,8 @@ def read_item(read: Callable[[Any], dict], ref: Ref, options: dict) -> Item | Dr
         with time_limit(RECORD_SECONDS, "the record"):
             raw = read(ref.key)
             images, messages, independent = check(raw, **options)
-            refuse_videos(images)
+            for video in (image for image in images if isinstance(image, Video)):
+                encode(video)  # which refuses what shards cannot hold
             return Item(ref.number, ref.source, ref.where, raw, options, images, messages, independent)
     except Filtered as error:
         return Drop(str(error), stage="ratings")

@@ -9,6 +9,7 @@ provenance, a text of JSON; there a column has one type, so records are messages
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from nanovlm.data.members import name_images, to_json, to_record
 from nanovlm.data.records import content_parts
 from nanovlm.data.shard_writer import TarShard
 from nanovlm.data.source_parquet import import_arrow
+from nanovlm.data.video import SUFFIX_OF
 from nanovlm.errors import UserError, printable
 from nanovlm.files import new_file
 
@@ -41,11 +43,10 @@ def to_written(item: Item, provenance: dict, kind: str = "tar") -> Written:
 
 
 def write_tar(path: Path, records: Sequence[Written]):
-    shard = TarShard(path)
-    for written in records:
-        members = {"json": to_json(written.record), "provenance.json": to_json(written.provenance)}
-        shard.write(f"{written.number:09d}", written.images | members)
-    shard.finish()
+    with TarShard(path) as shard:
+        for written in records:
+            members = {"json": to_json(written.record), "provenance.json": json.dumps(written.provenance).encode()}
+            shard.write(f"{written.number:09d}", written.images | members)
 
 
 def write_parquet(path: Path, records: Sequence[Written]):
@@ -56,17 +57,18 @@ def write_parquet(path: Path, records: Sequence[Written]):
         record = written.record
         messages = {key: [_plain(x) for x in record[key]] for key in MESSAGES if _has_messages(record, key)}
         names = [(f"{written.number:09d}.{name}", data) for name, data in written.images.items()]
-        images = [{"bytes": data, "path": name} for name, data in names]
+        files = [{"bytes": data, "path": name} for name, data in names]
+        shown = {"videos" if any(_is_video(name) for name, _data in names) else "images": files}
         # With a line break it cannot be taken for the name of a picture, whatever it ends in.
-        rows.append(record | messages | {"images": images, "provenance": json_line(written.provenance)})
+        rows.append(record | messages | shown | {"provenance": json.dumps(written.provenance) + "\n"})
     part = arrow.struct([("type", arrow.string()), ("text", arrow.string())])
     message = arrow.struct([("role", arrow.string()), ("content", arrow.list_(part))])
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
-    types = {**dict.fromkeys(MESSAGES, arrow.list_(message)), "images": arrow.list_(image)}
+    types = {**dict.fromkeys(MESSAGES, arrow.list_(message)), **dict.fromkeys(SHOWN, arrow.list_(image))}
     columns, key = {}, ""
     try:
         for key in dict.fromkeys(key for row in rows for key in row if row[key] is not None):
-            kind = types.get(key) if key == "images" or any(_has_messages(row, key) for row in rows) else None
+            kind = types.get(key) if key in SHOWN or any(_has_messages(row, key) for row in rows) else None
             columns[key] = arrow.array([row.get(key) for row in rows], kind)
         with new_file(path) as file:
             parquet.write_table(arrow.table(columns), file, row_group_size=GROUP)
@@ -77,6 +79,7 @@ def write_parquet(path: Path, records: Sequence[Written]):
         ) from error
 
 
+SHOWN = ("images", "videos")
 MESSAGES = ("messages", "prompt", "chosen", "rejected")
 
 
@@ -86,8 +89,8 @@ def _has_messages(record: dict, key: str) -> bool:
     return isinstance(found, list) and all(isinstance(x, dict) and {"role", "content"} <= x.keys() for x in found)
 
 
-def json_line(data: dict) -> str:
-    return to_json(data).decode() + "\n"
+def _is_video(name: str) -> bool:
+    return name.endswith(tuple(SUFFIX_OF.values()))
 
 
 def _plain(message: dict) -> dict:

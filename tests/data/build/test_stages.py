@@ -20,7 +20,8 @@ from nanovlm.data.build.ledger import is_whole, read_lines, write_lines
 from nanovlm.data.build.shards import Written, to_written, write_shard
 from nanovlm.data.build.stages import STAGES
 from nanovlm.data.members import encode
-from nanovlm.data.records import RATINGS, content_parts, to_sample
+from nanovlm.data.pictures import Video
+from nanovlm.data.records import RATINGS, check, content_parts, to_sample
 from nanovlm.data.source import Ref
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
@@ -28,6 +29,7 @@ from nanovlm.eval.questions import ask
 from nanovlm.hub.dual import save_dual
 from tests.data.build.test_funnel import jpeg, picture, png
 from tests.data.build.test_hashes import to_bits
+from tests.data.test_members import MP4
 from tests.model.test_dual import make, tokenizer
 
 assert tokenizer  # a fixture
@@ -325,6 +327,19 @@ def test_what_a_task_asks_is_asked_of_shards_too(tmp_path, suffix):
     assert [len(questions) for questions in asked] == [2, 1, 1, 1, 1, 1]
     assert asked[0][0][:2] == ("k0", ("a0", "b0")) and asked[2][0][2] == ("red", "blue")
     assert back[0]["relevance_ratings"] == [5, 3] and back[0]["taken"] == "in May"
+
+
+@pytest.mark.parametrize("suffix", ("tar", "parquet"))
+def test_videos_are_written_too(tmp_path, suffix):
+    turns = [{"user": "a?", "assistant": "b"}]
+    found = read_item(lambda _key: {"video": MP4, "texts": turns}, Ref(0, 0, 0, 0, "here", "", None), {})
+    assert found.num_bytes > len(MP4) and found.content
+    plain = Written(1, {}, {"messages": [{"role": "text", "content": "b"}]}, {})
+    write_shard(tmp_path / f"a.{suffix}", [to_written(found, {}, suffix), plain])
+    source = open_source(str(tmp_path / f"a.{suffix}"))
+    assert [check(source.read(number))[0] for number in range(2)] == [[Video(MP4)], []]
+    lost = read_item(lambda _key: {"video": b"GIF89a", "texts": turns}, Ref(0, 0, 0, 0, "here", "", None), {})
+    assert lost.stage == "corrupt" and "a video that is no mp4 or webm file" in lost.reason
 
 
 def simplify(question):
