@@ -46,7 +46,7 @@ USUAL = (
 # Packages of pyproject.toml, by the names under which they are imported.
 NEEDED = (
     *("torch", "tyro", "PIL", "numpy", "einops", "jinja2", "safetensors", "tokenizers", "tqdm"),
-    *("matplotlib", "huggingface_hub"),
+    *("matplotlib", "huggingface_hub", "fsspec", "yaml"),
 )
 
 

@@ -65,7 +65,7 @@ def ask_an_oracle(task):
     return answer
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted({*TASKS} - {"scenes_boxes", "scenes_video"}))  # which test_places.py asks
 def test_scores_and_controls(monkeypatch, name):
     task = open_task(name, 40)
     monkeypatch.setattr(run, "answer", ask_an_oracle(task))

@@ -269,5 +269,5 @@ def test_no_more_tokens_are_written_than_the_model_has(tmp_path, teacher, source
 
 
 def test_a_command_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="there is no command 'make'; there are answer, top-k, reference"):
+    with pytest.raises(ValueError, match="there is no command 'make'; there are recipe, answer, top-k, reference"):
         command(["make"])
