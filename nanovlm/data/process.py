@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def make_process(
     record of both gives the chosen); for teacher it has what its record has of one (data/build/top_k.py); for own each
     has a question. The processor of a dual model makes a caption and its picture of each.
     """
-    options = options_of(config) | {"video": config.video}
+    options: dict[str, Any] = options_of(config) | {"video": config.video}
     if isinstance(processor, DualProcessor):
         return lambda raw: processor.document(to_sample(raw, **options))
     if learns_from == "pairs" and config.train_on == "all":
