@@ -298,7 +298,7 @@ def open_tasks(config: AskConfig) -> list[Task]:
 
 def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, TrainingScan]:
     """Scan the training records that each task is compared with: those named, or drawn scenes for drawn scenes."""
-    compared = [task.name for task in tasks if config.training or task.name in TASKS]
+    compared = [task.name for task in tasks if config.training or task.name.partition(":")[0] == "scenes"]
     if not compared:
         return {}
     if not config.training:

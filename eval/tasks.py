@@ -5,6 +5,7 @@ scenes                  held-out drawn scenes
 scenes:compositional    drawn scenes with a pair of color and shape that training never shows
 scenes_boxes            boxes and points of what is in drawn scenes, as text
 scenes_video            drawn clips: what happens in them
+documents               drawn documents with templates, fonts and words that training never shows
 docvqa, ...             published benchmarks, read from the hub (benchmarks.py)
 questions.jsonl, ...    any source of records (nanovlm/data/sources.py), scored by metrics of your choice
 ```
@@ -19,6 +20,7 @@ from itertools import islice
 
 from nanovlm.config import VideoConfig
 from nanovlm.data.boxes import read_boxes
+from nanovlm.data.documents.draw import Documents
 from nanovlm.data.reader import explain
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.scenes_video import Clips
@@ -125,6 +127,33 @@ def score_place(question: Question, answer: str) -> dict[str, float]:
     return {"accuracy": box_hit(answer, question.references), "box_iou": box_iou(answer, question.references)}
 
 
+class DrawnDocuments:
+    """The drawn documents of the split for tests, each kind scored as its published benchmark is."""
+
+    main = "score"
+
+    def __init__(self, name: str, limit: int):
+        self.name, self.source, self.limit = name, Documents("test"), limit
+
+    def questions(self) -> Iterator[Question]:
+        for metric in dict.fromkeys(DOCUMENT_METRICS.values()):
+            METRICS[metric]("1", ["1"])  # says before anything is asked which package it needs
+        yield from _questions_of(self.source, self.limit)
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        said = answer.strip()
+        score = METRICS[DOCUMENT_METRICS[question.kind]](said, question.references)
+        return {"score": float(score), "exact": float(exact_match(said, question.references))}
+
+
+# How answers about drawn documents are scored, by kind: as DocVQA, as ChartQA, word for word.
+DOCUMENT_METRICS = (
+    dict.fromkeys(("letter", "form", "receipt", "table", "table_reason", "text"), "anls")
+    | dict.fromkeys(("chart", "chart_reason"), "relaxed_accuracy")
+    | {"formula": "exact_match"}
+)
+
+
 def _questions_of(source: Source, limit: int, **how) -> Iterator[Question]:
     """Yield the questions of the first records of a source. Raises UserError that names a record without any."""
     for number, ref in enumerate(islice(first_pass(source), limit)):
@@ -152,6 +181,7 @@ TASKS = {
     "scenes:compositional": lambda name, limit: DrawnScenes(name, Scenes("compositional"), limit),
     "scenes_boxes": lambda name, limit: DrawnScenes(name, Scenes("test", kinds=("box", "point")), limit, True),
     "scenes_video": lambda name, limit: DrawnScenes(name, Clips("test"), limit),
+    "documents": DrawnDocuments,
 }
 # What they are compared with where nobody names what a model was trained on; else drawn scenes.
 TRAINED_ON = {"scenes_boxes": "scenes:box,point", "scenes_video": "scenes_video"}

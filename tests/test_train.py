@@ -828,5 +828,5 @@ def test_what_is_registered_can_be_named_on_the_command_line(tmp_path, monkeypat
     monkeypatch.setitem(ATTENTION, "mine", attend_sdpa)
     config = parse_train(["scenes", "--model.decoder.attention", "mine", "--data.sources", "mine"])
     assert VLM(config.model).decoder.layers[0].self_attn.attend is attend_sdpa
-    with pytest.raises(ValueError, match="the source 'mine' does not exist: give scenes, scenes:KIND,KIND, files"):
+    with pytest.raises(ValueError, match="the source 'mine' does not exist: give scenes, scenes:KIND,KIND, documents,"):
         train.main(dataclasses.replace(config, run_dir=str(tmp_path), threads=1))

@@ -28,8 +28,9 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), files (.jsonl, .json,
-    # .csv, .tsv, .parquet, .arrow, .tar; globs and {000..127}), a folder, hub:owner/name, or tar shards at an address.
+    # Where the samples come from: scenes (scenes:color,cells for only these kinds of questions), documents
+    # (documents:receipt,chart for only these kinds), files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .tar; globs
+    # and {000..127}), a folder, hub:owner/name, or tar shards at an address.
     sources: tuple[str, ...] = ("scenes",)
     # How often each source is read, relative to the others; without weights, each sample once an epoch.
     weights: tuple[float, ...] = ()

@@ -51,8 +51,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     # What the model is asked at the end of the run and every `every` steps: names of eval/tasks.py (scenes,
-    # scenes:compositional, scenes_boxes, scenes_video) or sources of records, where an answer must match the record's
-    # word for word. With `every` and data.val_fraction the held-out records are a task too, held_out.
+    # scenes:compositional, scenes_boxes, scenes_video, documents) or sources of records, where an answer must match the
+    # record's word for word. With `every` and data.val_fraction the held-out records are a task too, held_out.
     tasks: tuple[str, ...] = ()
     # How many records of a task are asked, from its first on.
     limit: int = 512
