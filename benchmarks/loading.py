@@ -20,7 +20,7 @@ import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.packing import documents
+from benchmarks.packing import Tokenised, documents, make_document
 from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import DataConfig, TilingConfig, VisionConfig, VLMConfig
@@ -29,10 +29,8 @@ from nanovlm.data.images import decode_image, make_tiles, marker_tokens
 from nanovlm.data.loader import Loader
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
-from nanovlm.data.source import IN_ORDER, deal
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from nanovlm.data.types import Document
 from nanovlm.environment import describe_environment
 from nanovlm.presets import scenes
 
@@ -45,35 +43,11 @@ class LoadingConfig:
     repeats: int = 5
 
 
-class Tokenised:
-    """A source of texts that are tokenised already; the images are left out."""
-
-    name, damaged, blocks, order = "tokenised text", (), None, IN_ORDER
-
-    def __init__(self, num: int):
-        self.lengths, _num_tiles = documents(num)
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def refs(self, slots, num_slots, start=None):
-        return deal(self, slots, num_slots, start)
-
-    def read(self, index: int) -> dict:
-        return {"input_ids": np.full(self.lengths[index], index)}
-
-
-def make_document(raw: dict) -> Document:
-    """Wrap tokens: every one is trained."""
-    ids = torch.from_numpy(raw["input_ids"])
-    branch_ids = torch.zeros(len(ids), dtype=torch.int32)
-    return Document(ids, ids, branch_ids, torch.empty(0, 3, 1, 1, dtype=torch.uint8))
-
-
 def time_rows(repeats: int) -> dict:
     """Time whole batches, reading and packing included; check the last one."""
     config = DataConfig(row_length=2048, batch_rows=8, pack_buffer=256)
-    source = Tokenised(10_000)
+    lengths, _num_tiles = documents(10_000)
+    source = Tokenised(lengths, [0] * len(lengths))
     loader = Loader(source, make_document, config, pad_token_id=0)
     speeds, padding = [], []
     for _ in range(repeats):

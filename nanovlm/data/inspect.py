@@ -26,7 +26,7 @@ from nanovlm.data.chat import Processor
 from nanovlm.data.drawing import describe, draw_histogram, draw_rows, draw_tiles, histogram, render, show_text, stack
 from nanovlm.data.images import marker_tokens
 from nanovlm.data.packing import image_cost, pack
-from nanovlm.data.packing_baselines import STRATEGIES, pad
+from nanovlm.data.packing_baselines import STRATEGIES
 from nanovlm.data.process import make_process
 from nanovlm.data.reader import Reader, Skipped, explain
 from nanovlm.data.records import options_of
@@ -65,12 +65,13 @@ def report(name: str, documents: list[Document], skipped: list[tuple[int, Skippe
         label = str(first) if first == last else f"{first} to {last}"
         lines.append(f"  {label:>15}  {'█' * (count and max(1, round(40 * count / most)))} {count or ''}".rstrip())
     limit = f" and at most {config.max_tiles} tiles" if config.max_tiles else ""
-    lines += ["", f"  {f'rows of {config.row_length} tokens{limit}':<41} rows   fill %   most tiles"]
+    lines += ["", f"  {f'rows of {config.row_length} tokens{limit}':<41} rows   fill %   most tiles   left out"]
     for strategy, function in STRATEGIES.items():
-        rows = function(lengths, num_tiles, config.row_length, config.max_tiles or None)
-        fill = 100 * sum(lengths) / sum(pad(strategy, rows, lengths, config.row_length))
-        tiles = max(sum(num_tiles[i] for i in row) for row in rows)
-        lines.append(f"    {strategy:<37} {len(rows):6} {fill:8.1f} {tiles:12}")
+        rows, widths = function(lengths, num_tiles, config.row_length, config.max_tiles or None)
+        fill = 100 * sum(lengths[i] for row in rows for i in row) / max(1, sum(widths))
+        tiles = max((sum(num_tiles[i] for i in row) for row in rows), default=0)
+        left_out = len(lengths) - sum(map(len, rows))
+        lines.append(f"    {strategy:<37} {len(rows):6} {fill:8.1f} {tiles:12} {left_out:10}")
     return "\n".join(lines)
 
 

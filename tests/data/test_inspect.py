@@ -163,7 +163,7 @@ def test_the_summary_counts_everything(show):
     bars = re.findall(r"^ +\d+(?: to \d+)? +█+ (\d+)$", text, re.MULTILINE)
     assert sum(map(int, bars)) == 8
     for strategy in inspect.STRATEGIES:
-        assert re.search(rf"^    {strategy} +\d+ +[\d.]+ +\d+$", text, re.MULTILINE)
+        assert re.search(rf"^    {strategy} +\d+ +[\d.]+ +\d+ +\d+$", text, re.MULTILINE)
     assert picture.format == "PNG" and picture.width == WIDTH
 
 

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovlm.data.packing import _exchange_tiles, document_cost, make_row, pack
-from nanovlm.data.packing_baselines import first_fit_decreasing, pack_in_order, pad, pad_to_longest
+from nanovlm.data.packing_baselines import (
+    STRATEGIES,
+    balanced_knapsack,
+    constrained_padding,
+    greedy_knapsack,
+    in_pools,
+    naive_packing,
+    naive_padding,
+    ours,
+)
 from nanovlm.data.types import IGNORE, Document
 
 
@@ -22,14 +31,15 @@ def test_every_document_once_and_no_row_too_full(data):
     tiles = [data.draw(st.integers(0, most)) for _ in lengths]
     for max_tiles in (None, most):
         least = max(-(-sum(lengths) // row_length), -(-sum(tiles) // most) if max_tiles else 0)
-        for strategy in (pack, pack_in_order, first_fit_decreasing):
-            rows = strategy(lengths, tiles, row_length, max_tiles)
+        for strategy in (ours, naive_packing, greedy_knapsack, balanced_knapsack):
+            rows, widths = strategy(lengths, tiles, row_length, max_tiles)
+            assert widths == [row_length] * len(rows)
             assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
             assert len(rows) >= least and all(rows)
             for row in rows:
                 assert sum(lengths[i] for i in row) <= row_length
                 assert max_tiles is None or sum(tiles[i] for i in row) <= max_tiles
-            assert rows == strategy(lengths, tiles, row_length, max_tiles)
+            assert (rows, widths) == strategy(lengths, tiles, row_length, max_tiles)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +61,7 @@ def test_rows_are_full_and_alike(ten_thousand, max_tiles, most_padding, share):
     lengths, tiles = ten_thousand
     rows = pack(lengths, tiles, 2048, max_tiles)
     assert 1 - sum(lengths) / (2048 * len(rows)) <= most_padding
-    simple = first_fit_decreasing(lengths, tiles, 2048, max_tiles)
+    simple = greedy_knapsack(lengths, tiles, 2048, max_tiles).rows
     assert spread(rows, lengths, tiles) <= share * spread(simple, lengths, tiles)
     assert len(rows) <= len(simple)
 
@@ -98,14 +108,61 @@ def test_a_document_that_fits_no_row_is_named():
     assert pack([], [], 8) == [] == pack([], [], 8, 2)
 
 
-def test_padding_is_that_of_the_strategy():
-    lengths = [3, 9, 4, 5]
-    rows = pad_to_longest(lengths, [0] * 4, 10)
-    assert pad("pad to longest", rows, lengths, 10) == [9, 9, 9, 9]
-    assert pad("constrained padding", rows, lengths, 10, batch_rows=2) == [9, 9, 5, 5]
-    assert pad("ours", pack(lengths, [0] * 4, 10), lengths, 10) == [10, 10, 10]
-    assert pack_in_order(lengths, [0] * 4, 10) == [[0], [1], [2, 3]]
-    assert first_fit_decreasing(lengths, [0] * 4, 10) == [[1], [3, 2], [0]]
+def test_strategies_pack_by_their_definitions():
+    """A small example, worked out by hand: rows of 10 tokens, at most 3 tiles where there is a limit."""
+    lengths, tiles = [3, 9, 4, 5, 2, 6], [1, 0, 2, 1, 2, 1]
+    alone = [[0], [1], [2], [3], [4], [5]]
+    assert naive_padding(lengths, tiles, 10, batch_rows=4) == (alone, [9, 9, 9, 9, 6, 6])
+    assert constrained_padding(lengths, tiles, 10) == ([[0], [2], [3], [4]], [5, 5, 5, 5])
+    assert constrained_padding(lengths, tiles, 10, cap=6).rows == [[0], [2], [3], [4], [5]]
+    assert naive_packing(lengths, tiles, 10).rows == [[0], [1], [2, 3], [4, 5]]
+    assert naive_packing(lengths, tiles, 10, 2).rows == [[0], [1], [2], [3], [4], [5]]
+    # Longest first: 9, 6, 5, 4, 3, 2. First fit puts 4 beside 6, then 3 and 2 beside 5.
+    assert greedy_knapsack(lengths, tiles, 10).rows == [[1], [5, 2], [3, 0, 4]]
+    assert greedy_knapsack(lengths, tiles, 10, 3).rows == [[1], [5, 2], [3, 0], [4]]
+    # 29 tokens fill three rows: 9 | 6 | 5, then 4 to the emptiest, 5; 3 to 6; 2 fits nowhere, as all have 9.
+    assert balanced_knapsack(lengths, tiles, 10).rows == [[1], [5, 0], [3, 2], [4]]
+    # With three more, a row each.
+    assert balanced_knapsack(lengths, tiles, 10, delta=3).rows == [[1], [5], [3], [2], [0], [4]]
+    assert balanced_knapsack(lengths, tiles, 10, delta=9).rows == [[1], [5], [3], [2], [0], [4]]  # empty ones dropped
+    # Of two tiles a row: 4 would make 3 beside 5 or 6, so it comes last to an additional row; 3 to 5; then 2 to none.
+    assert balanced_knapsack(lengths, tiles, 10, 2).rows == [[1], [5], [3, 0], [2], [4]]
+    shuffled = balanced_knapsack(lengths, tiles, 10, delta=3, seed=0).rows
+    assert sorted(shuffled) == sorted([[1], [5], [3], [2], [0], [4]]) and shuffled != [[1], [5], [3], [2], [0], [4]]
+    assert in_pools(naive_padding, 4, lengths, tiles, 10) == (alone, [9, 9, 9, 9, 6, 6])
+    assert in_pools(greedy_knapsack, 2, lengths, tiles, 10).rows == [[1], [0], [3, 2], [5, 4]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_balanced_knapsack_is_that_of_its_paper(data):
+    """Against its definition, row by row: every document looks at all rows from the emptiest on."""
+    lengths = data.draw(st.lists(st.integers(1, 30), max_size=40))
+    tiles, delta = [data.draw(st.integers(0, 4)) for _ in lengths], data.draw(st.integers(0, 4))
+    for most in (None, 6):
+        rows = [[] for _ in range(-(-sum(lengths) // 30) + delta)]
+
+        def load(row):
+            return sum(lengths[i] for i in row)
+
+        def holds(row, i, most=most):
+            return load(row) + lengths[i] <= 30 and (most is None or sum(tiles[j] for j in [*row, i]) <= most)
+
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            row = next((row for row in sorted(rows, key=load) if holds(row, i)), None)
+            if row is None:
+                rows.append(row := [])
+            row.append(i)
+        assert balanced_knapsack(lengths, tiles, 30, most, delta).rows == [row for row in rows if row]
+
+
+def test_every_strategy_loses_none_but_the_one_that_discards(ten_thousand):
+    lengths, tiles = (numbers[:500] for numbers in ten_thousand)
+    for name, strategy in STRATEGIES.items():
+        rows, widths = in_pools(strategy, 50, lengths, tiles, 2048, 18)
+        kept = [i for i in range(500) if name != "constrained padding" or lengths[i] <= 1024]
+        assert sorted(i for row in rows for i in row) == kept and len(kept) in (500, sum(n <= 1024 for n in lengths))
+        assert all(sum(lengths[i] for i in row) <= width for row, width in zip(rows, widths, strict=True))
 
 
 def document(length, branch_ids=None):
