@@ -39,6 +39,7 @@ from nanovlm.config import TrainConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.columns import parse_fields
 from nanovlm.data.dual import DualProcessor
+from nanovlm.data.features import open_features
 from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.process import make_process
@@ -65,7 +66,7 @@ from nanovlm.eval.tasks import Question, Records, Task, open_task, read_question
 from nanovlm.files import lock, read_json, write_file
 from nanovlm.model import adapters
 from nanovlm.objectives import find_objective
-from nanovlm.train import adapt, best, checkpoint, init, parallel
+from nanovlm.train import adapt, best, checkpoint, frozen, init, parallel
 from nanovlm.train.alerts import Alerts
 from nanovlm.train.curves import draw_curves
 from nanovlm.train.log import Log, import_wandb
@@ -187,6 +188,8 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         best.check_kept(state, run_dir)
         begin -= state.elapsed_s
         print(f"continuing {run_dir} at step {state.step}")
+    if data.features:
+        frozen.check_encoder(model, open_features(data.features, config.model))
     if is_first:
         write_config(run_dir / "config.json", config, is_new=not checkpoints)
         if not checkpoints:

@@ -64,6 +64,9 @@ class DataConfig:
     shard_cache: str = ""
     # About how many gigabytes of them are kept; those that were not used for longest go first.
     shard_cache_gb: float = 100.0
+    # A folder of what the frozen encoder makes of each picture, which is read in place of the picture (python -m
+    # nanovlm.features); empty to encode pictures at every step.
+    features: str = ""
     # Passes over the data after which the run ends, if its steps do not end first; 0 for no limit.
     num_epochs: int = 0
     # Worker processes of each rank that read samples; 0 reads in the training process.

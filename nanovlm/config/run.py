@@ -271,6 +271,8 @@ class TrainConfig:
             f"parallel.shard_ranks = {self.parallel.shard_ranks} needs parallel.strategy = fsdp, "
             f"not {self.parallel.strategy}",
         )
+        if d.features:
+            self.check_features()
         if self.dual is not None:
             return self
         check(
@@ -295,6 +297,28 @@ class TrainConfig:
             f"data.row_length = {d.row_length} leaves no room for text beside one image of {least} tokens",
         )
         return self
+
+    def check_features(self):
+        """Raise UserError for what needs pictures, where only their features are read."""
+        model, read = self.model, f"data.features = {self.data.features}"
+        check(
+            self.objective == "next_token" and self.dual is None,
+            f"{read} serves objective = next_token alone: {self.objective} reads the pictures themselves",
+        )
+        check(model.vision is not None, f"{read} is what an image encoder makes of pictures, but model.vision = None")
+        check(
+            not model.is_native,
+            f"{read} is for encoders that read tiles of one size: with model.tiling.policy = {model.tiling.policy} "
+            "pictures are read at their own",
+        )
+        check(
+            self.data.too_long == "skip",
+            f"data.too_long = {self.data.too_long} must be skip: {read} has the features of all tiles of a picture",
+        )
+        check(
+            not self.adapter.rank and not self.init.adapter,
+            f"{read} is for runs without adapters: leave adapter.rank and init.adapter out, or data.features",
+        )
 
     def check_dual(self):
         """Raise UserError for what contradicts a dual model, or its absence."""

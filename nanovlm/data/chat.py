@@ -18,6 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from nanovlm.config import VLMConfig
+from nanovlm.data.features import Seen
 from nanovlm.data.images import find_grids, layout, make_tiles, marker_tokens, plan_tiles, to_rgb
 from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
@@ -253,7 +254,8 @@ class Processor:
 
     def _make_document(self, ids, labels, branch_ids, images, num_prompt=0):
         size, per_tile = self.config.tile_size, self.config.num_image_tokens
-        tiles, grids = [make_tiles(image, self.config) for image in images], find_grids(images, self.config)
+        tiles = [image.features if isinstance(image, Seen) else make_tiles(image, self.config) for image in images]
+        grids = find_grids(images, self.config)
         counts = count_places(self.config, grids) if grids else [len(own) * per_tile for own in tiles]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if (placeholders := ids.count(self.config.image_token_id)) != sum(counts):

@@ -153,6 +153,7 @@ def main(config: InspectConfig):
         layout=config.layout or preset.data.layout,
         fields=config.fields or preset.data.fields,
         val_fraction=0.0,
+        features="",
     )
     source = open_source(config.source, allow_urls=config.allow_urls or data.allow_urls)
     if isinstance(source, Sized) and config.index >= len(source):

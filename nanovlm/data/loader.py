@@ -277,6 +277,8 @@ class Loader:
         slot, name = self.slots[ref.slot], printable(f"{ref.source}, {ref.where}", most=300)
         if self.sources and isinstance(result, Document):
             result.values["source"] = torch.full((len(result),), float(ref.part))
+        if isinstance(result, Skipped) and result.kind == "missing":
+            raise UserError(f"{name}: {result.reason}")
         if ref.number in slot.waiting:  # it was read before the run was resumed
             mark = slot.waiting.pop(ref.number)
             is_buffered, slot.num_buffered = slot.num_buffered > 0, max(0, slot.num_buffered - 1)
@@ -346,9 +348,9 @@ class Loader:
 
 
 def fingerprint(document: Document) -> str:
-    """Hash the tokens, the labels, the values, the grids and every 64th pixel of a document, but not its source."""
+    """Hash the tokens, labels, values, grids and every 64th pixel, or feature, of a document, but not its source."""
     digest = hashlib.blake2b(str(document.grids or "").encode(), digest_size=8)
     values = [value for name, value in document.values.items() if name != "source"]
     for tensor in (document.input_ids, document.labels, document.tiles[..., ::8, ::8], *values):
-        digest.update(tensor.numpy().tobytes())
+        digest.update((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import torch
 from nanovlm.config import DataConfig, TilingConfig
 from nanovlm.data.chat import Processor
 from nanovlm.data.dual import DualProcessor
+from nanovlm.data.features import open_features
 from nanovlm.data.images import plan_tiles
 from nanovlm.data.reader import why_too_long
 from nanovlm.data.records import options_of, to_sample
@@ -38,6 +39,9 @@ def make_process(
             "decoder.prefix_attention = whole_prompt must be prompt: the objective compares answers, each of which "
             "begins with the last token of their prompt, so that the rest of it cannot see that"
         )
+    features = open_features(config.features, processor.config) if config.features else None
+    if features is not None:
+        options["decode"] = features.find
     known_k: list[int] = []  # of the first record, as tokens of a row need equally many
 
     def process(raw: dict) -> Document:
@@ -49,6 +53,8 @@ def make_process(
             return processor.pair(sample) if learns_from == "pairs" else processor.document(sample, config.train_on)
 
         document = make(processor)
+        if features is not None and not sample.images:
+            document.tiles = features.nothing
         if learns_from == "teacher":
             document = add_teacher(document, raw.get("teacher"), processor.config.decoder.vocab_size)
             k = document.values["top_ids"].shape[1]

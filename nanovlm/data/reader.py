@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.config import DataConfig
+from nanovlm.data.features import Missing
 from nanovlm.data.records import options_of
 from nanovlm.data.source import Ref, Source
 from nanovlm.data.split import is_validation
@@ -28,7 +29,7 @@ CHUNK = 16  # records that a worker turns into documents at a time
 
 
 class Skipped(NamedTuple):
-    """Why a record gave no document: filtered, other split, too long or corrupt; or how a source is damaged."""
+    """Why a record gave no document: filtered, other split, too long, corrupt, missing; or how a source is damaged."""
 
     kind: str
     reason: str = ""
@@ -69,6 +70,8 @@ class Reader(Dataset):
                 document = self.process(raw)
         except Filtered as error:
             return Skipped("filtered", printable(str(error)))
+        except Missing as error:
+            return Skipped("missing", printable(str(error)))
         except Exception as error:  # whatever a record does, it is counted and named
             if raw is None and self.split == "val":  # of what cannot be read no one knows the split: once is enough
                 return Skipped("other split")

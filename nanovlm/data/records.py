@@ -12,6 +12,8 @@ of the same record, all right answers and the options of a multiple choice, are 
 
 import itertools
 import re
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 
@@ -51,18 +53,19 @@ def to_sample(
     layout: str = "",
     fields: dict | None = None,
     video: VideoConfig | None = None,
+    decode: Callable[[Any, int], Any] | None = None,
 ) -> Sample:
     """Check a raw record and decode its images, or the frames of its videos that `video` chooses.
 
-    Raises UserError for anything malformed, Filtered as `check` does.
+    `decode` makes of an image, and its number, what the sample has in its place. Raises UserError for anything
+    malformed, Filtered as `check` does.
     """
     raw, conversation = read_raw(raw, min_ratings, layout, fields)
     images, messages, independent = _check(raw, conversation)
     rejected = None if conversation.rejected is None else read_rejected(conversation.rejected)
     if any(isinstance(image, Video) for image in images):
         images, messages = _show_frames(images, messages, video or VideoConfig())
-    else:
-        images = [_to_image(image, i) for i, image in enumerate(images)]
+    images = [(decode or to_image)(image, i) for i, image in enumerate(images)]
     return Sample(images, messages, independent, rejected, conversation.ref_logprobs)
 
 
@@ -183,7 +186,7 @@ def _place(messages: list[dict], images: list, independent: bool) -> list:
     return images
 
 
-def _to_image(image, number: int) -> Image.Image:
+def to_image(image, number: int) -> Image.Image:
     """Decode one item of `images`."""
     if isinstance(image, bytes):
         return decode_image(image, f"image {number}")

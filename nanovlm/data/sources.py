@@ -7,12 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from nanovlm.data.mixture import Concatenation, Mixture, by_temperature, parts_of
-=======
 from nanovlm.data.documents.draw import Documents
-from nanovlm.data.mixture import Concatenation, Mixture, parts_of
->>>>>>> 8e164fd (data: drawn letters, forms, receipts, tables, charts, formulas, signs and web pages with exact answers, as a source, a task and a command; templates, fonts, photographs and words of the tests are never in training)
+from nanovlm.data.mixture import Concatenation, Mixture, by_temperature, parts_of
 from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.scenes_video import Clips
@@ -59,14 +55,11 @@ def open_source(
     if spec == "scenes" or spec.startswith("scenes:"):
         kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
         return Scenes(split, kinds=kinds, order=order)
-<<<<<<< HEAD
     if spec == "scenes_video" or spec.startswith("scenes_video:"):
         return Clips(split, kinds=tuple(filter(None, spec.partition(":")[2].split(","))), order=order)
-=======
     if spec == "documents" or spec.startswith("documents:"):
         kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
         return Documents(split, kinds=kinds, order=order)
->>>>>>> 8e164fd (data: drawn letters, forms, receipts, tables, charts, formulas, signs and web pages with exact answers, as a source, a task and a command; templates, fonts, photographs and words of the tests are never in training)
     if spec.startswith("hub:"):
         return Hub(spec, split, order, allow_urls)
     if is_address(spec):
@@ -86,15 +79,10 @@ def open_source(
         problem = "is of no kind that is understood" if len(paths) == 1 else "stands for files of more than one kind"
         problem = f"cannot be read: {advice}" if (advice := OTHERS.get(paths[0].suffix.lower())) else problem
     raise UserError(
-<<<<<<< HEAD
-        f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, files .jsonl, .json, .csv, .tsv (also .gz, "
-        ".zst), .parquet, .arrow or .tar, a folder of these, of images with .txt or .json beside them or of a folder "
-        "for each class, hub:owner/name, or the address of .tar files, as in https://, s3:// or hf://"
-=======
         f"the source {spec!r} {problem}: give scenes, scenes:KIND,KIND, documents, documents:KIND,KIND, files .jsonl, "
         ".json, .csv, .tsv (also .gz, .zst), .parquet, .arrow or .tar, a folder of these, of images with .txt or .json "
-        "beside them or of a folder for each class, or hub:owner/name"
->>>>>>> 8e164fd (data: drawn letters, forms, receipts, tables, charts, formulas, signs and web pages with exact answers, as a source, a task and a command; templates, fonts, photographs and words of the tests are never in training)
+        "beside them or of a folder for each class, hub:owner/name, or the address of .tar files, as in https://, "
+        "s3:// or hf://"
     )
 
 

@@ -32,6 +32,9 @@ Where the encoder reads pictures at their own size (tiling.policy = native or qw
 `grids` are the rows and columns of tiles of each picture, in order (of anyres: places.py); elsewhere it is empty, as
 each tile is read by itself. They are plain numbers, not a tensor, as the shapes of what is computed follow from them.
 
+Where a frozen encoder's features are stored (features.py), they stand in the place of tiles: float[n, P, F], P patches
+a tile.
+
 Labels are already shifted: `labels[t]` is the token to predict after `input_ids[t]`, -100 for none. What else is
 known about each trained token, such as a weight or the log-probability under a reference, travels beside the labels as
 `values`: by its name a float32 tensor of their shape, or of one dimension more.

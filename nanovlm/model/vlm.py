@@ -153,10 +153,11 @@ class VLM(nn.Module):
         if num_places == 0:
             if not self.always_sees:
                 return x_BTD, None
-            pixel_values = pixel_values.new_zeros(1, 3, *[self.config.tile_size] * 2)
+            shape = pixel_values.shape[1:] if pixel_values.ndim == 3 else (3, *[self.config.tile_size] * 2)
+            pixel_values = pixel_values.new_zeros(1, *shape)
             grids = [(1, 1)] if self.config.is_native else []
             if self.config.tiling.policy == "anyres":
-                pixel_values, grids = pixel_values.expand(2, -1, -1, -1), [(1, 1, 1, 1)]
+                pixel_values, grids = pixel_values.expand(2, *shape), [(1, 1, 1, 1)]
         # Their number is known here, so neither the forward nor the backward pass waits for a GPU.
         places = torch.nonzero_static(is_image.flatten(), size=num_places)[:, 0]
         return self.fusion(x_BTD, self.encode(pixel_values, grids), batch, places)
@@ -167,13 +168,21 @@ class VLM(nn.Module):
         `grids` are those of the pictures, where the encoder reads them whole, or the tiles are put together: then the
         K image tokens of all pictures are [K, 1, D].
         """
+        features = self.projector(self.see(pixel_values, grids))
+        if self.config.tiling.policy == "anyres":
+            assert isinstance(self.projector, MLPProjector) and self.projector.newline is not None  # as validate says
+            return join_tiles(features, grids, self.projector.newline, self.config) if grids else features
+        return features
+
+    def see(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
+        """Return what the encoder makes of tiles, [I, P, F], before the projector; stored features are this already."""
+        if pixel_values.ndim == 3:  # data/features.py
+            return pixel_values.float()
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values, self.vision.config.mean, self.vision.config.std)
         if self.config.tiling.policy == "anyres":
-            features = self.projector(self.vision(pixel_values))
-            assert isinstance(self.projector, MLPProjector) and self.projector.newline is not None  # as validate says
-            return join_tiles(features, grids, self.projector.newline, self.config) if grids else features
-        return self.projector(self.vision(pixel_values, grids, self.config.projector.deepstack_layers))
+            return self.vision(pixel_values)
+        return self.vision(pixel_values, grids, self.config.projector.deepstack_layers)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""

@@ -109,7 +109,7 @@ def count_flops(config: VLMConfig | DualConfig, batch: Batch, trains: dict[str, 
     vision = patches = projector = 0
     grids = batch.grids if config.is_native else []
     pictures = [rows * columns * config.num_tile_patches for rows, columns, *_ in grids]
-    for encoder in (v, v.second) if v is not None else ():
+    for encoder in (v, v.second) if v is not None and batch.pixel_values.ndim == 4 else ():  # else features are stored
         if encoder is not None:
             counted = [count_encoder(encoder, P) for P in pictures] or [count_encoder(encoder)] * num_tiles
             patches += sum(first for first, _rest in counted)

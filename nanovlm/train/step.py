@@ -119,5 +119,7 @@ def fill_up(batches: list[Batch], config: TrainConfig) -> list[Batch]:
     ids = torch.full((1, config.data.row_length), config.built.pad_token_id)
     nothing = torch.zeros_like(ids)
     tiles, tile_doc_ids = torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32)
+    if config.data.features and config.model.vision is not None:
+        tiles = torch.zeros(0, config.model.num_tile_patches, config.model.vision.feature_size)
     padding = Batch(ids, nothing + IGNORE, (nothing - 1).int(), nothing.int(), nothing, tiles, tile_doc_ids)
     return batches + [padding] * (config.optim.micro_batches // distributed.num_ranks() - len(batches))

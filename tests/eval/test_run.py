@@ -65,11 +65,7 @@ def ask_an_oracle(task):
     return answer
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", sorted({*TASKS} - {"scenes_boxes", "scenes_video"}))  # which test_places.py asks
-=======
-@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("scenes")])
->>>>>>> 8e164fd (data: drawn letters, forms, receipts, tables, charts, formulas, signs and web pages with exact answers, as a source, a task and a command; templates, fonts, photographs and words of the tests are never in training)
+@pytest.mark.parametrize("name", ["scenes", "scenes:compositional"])  # test_places.py asks the others
 def test_scores_and_controls(monkeypatch, name):
     task = open_task(name, 40)
     monkeypatch.setattr(run, "answer", ask_an_oracle(task))
