@@ -22,7 +22,7 @@ from nanovlm.eval.routing import draw_routing, measure_routing
 from nanovlm.eval.run import AskConfig, evaluate, format_table
 from nanovlm.eval.scores import average
 from nanovlm.eval.sheet import choose, describe, draw_sheet
-from nanovlm.eval.tasks import TASKS, open_task, read_questions
+from nanovlm.eval.tasks import open_task, read_questions
 from nanovlm.hub.model_folder import save_model
 from nanovlm.infer.answers import generate
 from nanovlm.infer.asking import Answer
