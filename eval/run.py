@@ -298,11 +298,11 @@ def open_tasks(config: AskConfig) -> list[Task]:
 
 def scan_training(config: AskConfig, tasks: Sequence[Task]) -> dict[str, TrainingScan]:
     """Scan the training records that each task is compared with: those named, or drawn scenes for drawn scenes."""
-    compared = [task.name for task in tasks if config.training or task.name.partition(":")[0] == "scenes"]
+    compared = [task.name for task in tasks if config.training or task.name in TRAINED_ON]
     if not compared:
         return {}
     if not config.training:
-        sources = {name: TRAINED_ON.get(name, "scenes") for name in compared}
+        sources = {name: TRAINED_ON[name] for name in compared}
         scans = {spec: scan_source(open_source(spec)) for spec in dict.fromkeys(sources.values())}
         return {name: scans[spec] for name, spec in sources.items()}
     source = open_sources(config.training, shuffle=False, allow_urls=config.allow_urls)

@@ -183,8 +183,13 @@ TASKS = {
     "scenes_video": lambda name, limit: DrawnScenes(name, Clips("test"), limit),
     "documents": DrawnDocuments,
 }
-# What they are compared with where nobody names what a model was trained on; else drawn scenes.
-TRAINED_ON = {"scenes_boxes": "scenes:box,point", "scenes_video": "scenes_video"}
+# What they are compared with where nobody names what a model was trained on.
+TRAINED_ON = {
+    "scenes": "scenes",
+    "scenes:compositional": "scenes",
+    "scenes_boxes": "scenes:box,point",
+    "scenes_video": "scenes_video",
+}
 
 
 def open_task(name: str, limit: int, root: str = "", **how) -> Task:
