@@ -242,18 +242,18 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             state.until, state.shows_blocks = float("inf"), False
 
 
-def compile_template(source: str) -> tuple[jinja2.Template, set[str]]:
-    """Compile a chat template; return it and the names of the variables that it reads. Raises UserError."""
+def compile_template(source: str, what: str = "the chat template") -> tuple[jinja2.Template, set[str]]:
+    """Compile a template, which errors call `what`; return it and the variables that it reads. Raises UserError."""
     environment = TemplateEnvironment()
     if len(source) > LONGEST_TEMPLATE:
-        raise UserError(f"the chat template has {len(source)} characters, more than {LONGEST_TEMPLATE}")
+        raise UserError(f"{what} has {len(source)} characters, more than {LONGEST_TEMPLATE}")
     try:
         variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         return environment.from_string(source), variables
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+        raise UserError(f"{what} has an error in line {error.lineno}: {error.message}") from error
     except Exception as error:  # of Python, which compiles it, such as a {% break %} outside a loop
-        raise UserError(f"the chat template cannot be compiled: {error}") from error
+        raise UserError(f"{what} cannot be compiled: {error}") from error
 
 
 def render(template: jinja2.Template, shows_blocks: bool = False, **variables) -> str:

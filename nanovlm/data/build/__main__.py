@@ -4,6 +4,7 @@
     python -m nanovlm.data.build answer MODEL SOURCE OUT.jsonl        the questions of a source with a model's answers
     python -m nanovlm.data.build top-k MODEL SOURCE OUT.jsonl         its records with the tokens that a model expects
     python -m nanovlm.data.build reference MODEL SOURCE OUT.jsonl     its pairs with the log-probabilities by a model
+    python -m nanovlm.data.build questions RECIPE.yaml                questions and answers that a model writes
 
 SOURCE is what data.sources of train.py takes, and OUT.jsonl can be one. It appears once it is whole; a command that was
 killed goes on when it is given again. So does a recipe.
@@ -18,12 +19,14 @@ if __name__ == "__main__":
     cli.end_on_interrupt()  # the imports below take seconds
 
 from nanovlm.data.build import answer, funnel, reference, top_k
+from nanovlm.data.build.questions import command as questions
 
 COMMANDS = {
     "recipe": (funnel.RecipeConfig, funnel.main),
     "answer": (answer.AnswerConfig, answer.main),
     "top-k": (top_k.TopKConfig, top_k.main),
     "reference": (reference.ReferenceConfig, reference.main),
+    "questions": (questions.QuestionsConfig, questions.main),
 }
 
 

@@ -1,0 +1,132 @@
+"""Who writes: a model here and the same one behind our server say the same; a key goes to its server alone."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nanovlm.data.build.questions.writers import Ask, WriterOptions, ask_model, open_writer
+from nanovlm.data.build.records import Unusable
+from nanovlm.errors import UserError
+from nanovlm.hub.model_folder import save_model
+from nanovlm.infer import chat_client
+from nanovlm.infer.answers import generate
+from nanovlm.infer.chat_client import complete_chat
+from nanovlm.infer.engine import Engine
+from nanovlm.model.vlm import VLM
+from tests.conftest import TINY, noise
+from tests.data.build.questions.fake_server import as_reply, picture_of, serving, text_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BODY = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
+
+
+def ask(i: int, text="what is it?") -> Ask:
+    return Ask(f"{text} {i}", [noise(i)], seed=i, schema={"type": "object"})
+
+
+def test_a_model_says_what_it_says_alone_and_behind_our_server(processor, tmp_path):
+    """The oracle is generate(), one prompt at a time."""
+    serving_tests = pytest.importorskip("tests.infer.serving", reason="needs starlette, uvicorn and openai")
+    torch.manual_seed(3)
+    model = VLM(TINY).eval()
+    save_model(tmp_path / "model", model, processor)
+    options = WriterOptions(str(tmp_path / "model"), max_new_tokens=12, temperature=0.8, num_rows=3, device="cpu")
+    asked = [ask(i) for i in range(5)]
+    here = open_writer(options)(asked)
+    ids = []
+    for a in asked:
+        prompt = processor.prompt(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": a.text}]}], a.images
+        )
+        ids += generate(model, processor.batch([prompt]), options.sampling(a.seed))
+    for reply, own in zip(here, ids, strict=True):
+        if len(own) == 12:
+            assert isinstance(reply, Unusable) and str(reply) == "the reply is longer than max_new_tokens"
+        else:
+            assert reply == processor.decode(own).strip()
+    assert here == open_writer(dataclasses.replace(options, num_rows=1))(asked)
+    with serving_tests.running(processor, Engine(model, 3)) as server:
+        there = open_writer(dataclasses.replace(options, model="tiny", address=f"{server.url}/v1"))(asked)
+    assert there == [processor.decode(own) for own in ids]
+
+
+def test_what_a_model_cannot_be_asked_is_unusable(processor):
+    torch.manual_seed(0)
+    decoder = dataclasses.replace(TINY.decoder, max_position_embeddings=64)
+    model = VLM(dataclasses.replace(TINY, decoder=decoder)).eval()
+    options = WriterOptions("m", max_new_tokens=2)
+    replies = ask_model(model, processor, options, [ask(0, "long " * 100), ask(1, "long " * 100)])
+    assert [str(reply) for reply in replies] == ["the prompt is longer than the model can read"] * 2
+
+
+def test_a_picture_is_sent_as_its_pixels_alone():
+    """What a file says of place and time does not go to a server, and a large picture is made small."""
+    image = noise(0, 64)
+    image.info["exif"], image.info["comment"] = b"Exif\0\0GPS", b"secret"
+    with serving(lambda _body: "ok") as (address, seen):
+        writer = open_writer(WriterOptions("m", address, longest_side=32))
+        assert writer([Ask("?", [image], 7), Ask("?", [noise(1)], 8)]) == ["ok", "ok"]
+    large, small = sorted(map(picture_of, seen.bodies), key=lambda picture: -picture.width)
+    assert large.size == (32, 32) and not large.info and small.tobytes() == noise(1).tobytes()
+    assert image.size == (64, 64)
+    assert {body["seed"] for body in seen.bodies} == {7, 8} and {body["model"] for body in seen.bodies} == {"m"}
+
+
+def test_replies_come_in_the_order_of_the_prompts():
+    with serving(text_of) as (address, _seen):
+        asked = [Ask(f"{i}", [], i) for i in range(20)]
+        assert open_writer(WriterOptions("m", address, num_rows=5))(asked) == [f"{i}" for i in range(20)]
+
+
+def test_a_prompt_that_a_server_refuses_is_unusable_and_a_server_that_refuses_all_ends_the_run(monkeypatch):
+    monkeypatch.setattr(chat_client, "WAIT", 0.01)
+    refuse = {"1": (400, "too long"), "2": (413, "too large")}
+    with serving(lambda body: refuse.get(text_of(body), "fine")) as (address, _seen):
+        replies = open_writer(WriterOptions("m", address))([Ask(f"{i}", [], 0) for i in range(4)])
+        assert [str(reply) for reply in replies] == ["fine", *["the server refuses the prompt"] * 2, "fine"]
+        assert "400 Bad Request: too long" in str(replies[1].__cause__)
+    for status, text, message in (
+        (401, "wrong key", "401 Unauthorized: wrong key"),
+        (404, "no model", "404 Not Found: no model"),
+        (503, "busy", "503 Service Unavailable: busy"),
+        (200, "{}", r"its reply is not that of chat completions \(KeyError"),
+        (200, "[" * 100_000, "its reply is not that of chat completions"),
+        (200, json.dumps({"choices": [{"message": {"content": "x" * 2**21}}]}), "is not that of chat completions"),
+    ):
+        with serving(lambda _body, made=(status, text): made) as (address, seen):
+            with pytest.raises(UserError, match=message):
+                open_writer(WriterOptions("m", address))([Ask("?", [], 0)])
+            assert len(seen.bodies) == (4 if status == 503 else 1)
+    with pytest.raises(
+        UserError, match=r"the server at http://127.0.0.1:9/v1/chat/completions gives no reply: .*refused"
+    ):
+        open_writer(WriterOptions("m", "http://127.0.0.1:9/v1"))([Ask("?", [], 0)])
+
+
+def test_a_busy_server_is_asked_again(monkeypatch):
+    monkeypatch.setattr(chat_client, "WAIT", 0.01)
+    replies = [(503, "busy"), (429, "slow down"), (200, as_reply("yes"))]
+    with serving(lambda _body: replies.pop(0)) as (address, seen):
+        assert complete_chat(address + "/", BODY) == "yes" and len(seen.bodies) == 3
+
+
+def test_a_key_goes_to_its_server_and_is_never_shown(monkeypatch):
+    """A server that repeats it, one that sends us elsewhere, and a key that is none."""
+    monkeypatch.setattr(chat_client, "WAIT", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    with serving(lambda _body: (401, "Bearer sk-secret is wrong: sk-secret" + "x" * 4000)) as (address, seen):
+        with pytest.raises(UserError, match=r"401 .*Bearer \[key\] is wrong: \[key\]") as caught:
+            complete_chat(address, BODY)
+        assert seen.keys == ["Bearer sk-secret"] and "secret" not in str(caught.value) and len(str(caught.value)) < 700
+    for status in (301, 302, 303, 307, 308):
+        with serving(lambda _body: "stolen") as (thief, taken):
+            with serving(lambda _body, to=(status, f"{thief}/x"): to) as (address, _seen):
+                with pytest.raises(UserError, match=f"gives no reply: {status}"):
+                    complete_chat(address, BODY)
+            assert not taken.keys
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
+    with pytest.raises(UserError, match="OPENAI_API_KEY has characters that are of no key") as caught:
+        complete_chat("http://127.0.0.1:9", BODY)
+    assert "secret" not in str(caught.value)
