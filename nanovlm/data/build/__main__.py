@@ -5,6 +5,8 @@
     python -m nanovlm.data.build top-k MODEL SOURCE OUT.jsonl         its records with the tokens that a model expects
     python -m nanovlm.data.build reference MODEL SOURCE OUT.jsonl     its pairs with the log-probabilities by a model
     python -m nanovlm.data.build questions RECIPE.yaml                questions and answers that a model writes
+    python -m nanovlm.data.build page SOURCE PAGE.html                a sample of records, for a person to judge
+    python -m nanovlm.data.build verdicts SOURCE VERDICTS OUT.jsonl   the records without those that were judged bad
 
 SOURCE is what data.sources of train.py takes, and OUT.jsonl can be one. It appears once it is whole; a command that was
 killed goes on when it is given again. So does a recipe.
@@ -18,7 +20,7 @@ from nanovlm import cli
 if __name__ == "__main__":
     cli.end_on_interrupt()  # the imports below take seconds
 
-from nanovlm.data.build import answer, funnel, reference, top_k
+from nanovlm.data.build import answer, funnel, reference, review, top_k
 from nanovlm.data.build.questions import command as questions
 
 COMMANDS = {
@@ -27,6 +29,8 @@ COMMANDS = {
     "top-k": (top_k.TopKConfig, top_k.main),
     "reference": (reference.ReferenceConfig, reference.main),
     "questions": (questions.QuestionsConfig, questions.main),
+    "page": (review.PageConfig, review.write_page),
+    "verdicts": (review.VerdictsConfig, review.apply_verdicts),
 }
 
 
