@@ -40,13 +40,14 @@ from nanovlm.eval.benchmarks import BENCHMARKS
 from nanovlm.eval.compare import compare, format_comparison, read_answers
 from nanovlm.eval.controls import TrainingScan, blank_images, shuffled_images, still_images
 from nanovlm.eval.judge import Judge, open_judge
-from nanovlm.eval.likelihood import check_branches, score_by_likelihood
+from nanovlm.eval.likelihood import score_by_likelihood
 from nanovlm.eval.questions import MAX_NEW_TOKENS, Question, Task
 from nanovlm.eval.report import Answers, write_report
 from nanovlm.eval.scores import format_table, summarise
 from nanovlm.eval.tasks import TASKS, TRAINED_ON, open_records, open_task, read_questions
 from nanovlm.infer.asking import answer_all
 from nanovlm.infer.engine import Engine
+from nanovlm.infer.likelihood import check_branches
 from nanovlm.infer.request import Request
 from nanovlm.model.inference import prepare
 from nanovlm.model.vlm import VLM

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nanovlm.data.types import IGNORE, Sample
-from nanovlm.eval.likelihood import make_branches, option_scores, score_by_likelihood
+from nanovlm.eval.likelihood import score_by_likelihood
 from nanovlm.eval.questions import Question
+from nanovlm.infer.likelihood import make_branches, option_scores
 from nanovlm.model.vlm import VLM
 from tests.conftest import TINY, make_batch, noise
 

@@ -5,6 +5,8 @@
     python -m nanovlm.data.build top-k MODEL SOURCE OUT.jsonl         its records with the tokens that a model expects
     python -m nanovlm.data.build reference MODEL SOURCE OUT.jsonl     its pairs with the log-probabilities by a model
     python -m nanovlm.data.build questions RECIPE.yaml                questions and answers that a model writes
+    python -m nanovlm.data.build label MODEL SOURCE OUT.jsonl         its records with a category of a taxonomy
+    python -m nanovlm.data.build balance SOURCE OUT.jsonl             a choice of them with balanced categories
     python -m nanovlm.data.build page SOURCE PAGE.html                a sample of records, for a person to judge
     python -m nanovlm.data.build verdicts SOURCE VERDICTS OUT.jsonl   the records without those that were judged bad
 
@@ -20,7 +22,7 @@ from nanovlm import cli
 if __name__ == "__main__":
     cli.end_on_interrupt()  # the imports below take seconds
 
-from nanovlm.data.build import answer, funnel, reference, review, top_k
+from nanovlm.data.build import answer, balance, funnel, label, reference, review, top_k
 from nanovlm.data.build.questions import command as questions
 
 COMMANDS = {
@@ -29,6 +31,8 @@ COMMANDS = {
     "top-k": (top_k.TopKConfig, top_k.main),
     "reference": (reference.ReferenceConfig, reference.main),
     "questions": (questions.QuestionsConfig, questions.main),
+    "label": (label.LabelConfig, label.main),
+    "balance": (balance.BalanceConfig, balance.main),
     "page": (review.PageConfig, review.write_page),
     "verdicts": (review.VerdictsConfig, review.apply_verdicts),
 }

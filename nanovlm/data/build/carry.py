@@ -56,8 +56,9 @@ def as_line(carried: Carried, kept: Sequence[int] | None = None, **more) -> dict
         sample = to_sample(carried.raw)
         messages = pairs if carried.independent else carried.messages
         names = {key: raw[key] for key in ("id", "kind", "record", "category") if isinstance(raw.get(key), str | int)}
-        return names | as_record(Found(carried.number, sample, carried.images), messages) | more
-    return raw | {"images": [encode(picture) for picture in pictures]} | more
+        return names | as_record(Found(carried.number, sample, carried.images, raw), messages) | more
+    shown = {"images": [encode(picture) for picture in pictures]} if pictures else {}
+    return raw | shown | more
 
 
 def is_plain(raw: dict, pictures: list, num: int) -> bool:

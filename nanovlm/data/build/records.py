@@ -39,11 +39,12 @@ NAMED = 5  # records that were left out to name
 
 
 class Found(NamedTuple):
-    """A record of a source: its number, what it holds, and its pictures as encoded files or PIL images."""
+    """A record of a source: its number, what it holds, its pictures as encoded files or PIL images, and all of it."""
 
     number: int
     sample: Sample
     images: list
+    raw: dict
 
 
 class Unusable(Exception):
@@ -155,7 +156,7 @@ def read(source: Source, ref, options: dict) -> Found | Unusable:
     try:
         with time_limit(RECORD_SECONDS, "the record"):
             raw = source.read(ref.key)
-            return Found(ref.number, to_sample(raw, **options), check(raw, **options)[0])
+            return Found(ref.number, to_sample(raw, **options), check(raw, **options)[0], raw)
     except Filtered as error:
         return Unusable(str(error))
     except Exception as error:  # whatever a record does, it is counted and named
