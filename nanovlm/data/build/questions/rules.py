@@ -93,7 +93,8 @@ def find_numbers(text: str) -> list[float]:
 
 def find_colours(text: str) -> set[str]:
     """Return the colours that a text names, by the words of COLOURS."""
-    return {SAME.get(word, word) for word in re.findall(r"[a-z]+", text.lower())} & {*COLOURS}
+    words = {SAME.get(word, word) for word in re.findall(r"[a-z]+", text.lower())}
+    return {colour for colour in COLOURS if colour in words}
 
 
 def share_of(colour: str, image: Image.Image) -> float:
