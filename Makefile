@@ -54,7 +54,8 @@ kernels-3.6: .venv/installed-test  ## the kernels compile with the oldest Triton
 serve-test: .venv/installed-test  ## the server under load, and its page in a browser
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/browser playwright==1.65.2 greenlet==3.5.6
 	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load tests/infer
-	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/infer/test_page.py
+	PYTHONPATH=.venv/browser OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/infer/test_page.py \
+	  tests/data/build/test_review_page.py
 
 browser-test: .venv/installed-test  ## the page in examples/browser answers as the model does
 	$(MAKE) $(VENDOR)/transformers.min.js
