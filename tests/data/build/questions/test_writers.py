@@ -8,6 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
+from nanovlm.data.build.questions.recipe import Recipe
+from nanovlm.data.build.questions.write import run
 from nanovlm.data.build.questions.writers import Ask, WriterOptions, ask_model, open_writer
 from nanovlm.data.chat import Processor
 from nanovlm.errors import UserError
@@ -59,6 +61,22 @@ def test_a_model_says_what_it_says_alone_and_behind_our_server(processor, tmp_pa
     with serving_tests.running(own, Engine(model, 3)) as server:
         there = open_writer(dataclasses.replace(options, model="tiny", address=f"{server.url}/v1"))(asked)
     assert there == [own.decode(x) for x in ids]
+
+
+def test_a_model_that_writes_no_json_gives_no_records(processor, tmp_path):
+    """A whole run with a random model: every reply is counted, and none of its words is kept."""
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", VLM(TINY), processor)
+    writer = WriterOptions(str(tmp_path / "model"), max_new_tokens=6, temperature=1.0, device="cpu")
+    recipe = Recipe(("scenes",), str(tmp_path / "out.jsonl"), num=3, writer=writer, max_bad_fraction=1.0)
+    report = run(recipe)
+    assert report["records"]["without_any"] == report["records"]["read"] == 3 and not report["records"]["unusable"]
+    for counts in report["kinds"].values():
+        assert counts["kept"] == 0 and sum(counts["dropped"].values()) == 3
+        assert {*counts["dropped"]} <= {"reply: the reply is longer than max_new_tokens", "reply: it is no JSON"}
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    with pytest.raises(UserError, match=r"nothing is kept of 3 of 3 records, .*; most often: .*reply is longer"):
+        run(dataclasses.replace(recipe, out=str(tmp_path / "b.jsonl"), max_bad_fraction=0.9))
 
 
 def test_what_a_model_cannot_be_asked_is_unusable(processor):
