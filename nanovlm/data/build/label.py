@@ -12,6 +12,8 @@ becomes it. `category` is then animals/dogs, animals/other, documents or other.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +61,9 @@ def main(config: LabelConfig):
     model, processor = load(config.model, find_device(config.device))
     check_branches(model.config.decoder)
     prepare(model)
-    write_records(config, source, lambda records: label(model, processor, records, taxonomy, config))
+    digest = hashlib.sha256(json.dumps(taxonomy).encode()).hexdigest()[:16]
+    noted = dataclasses.replace(config, taxonomy=Path(digest))  # so that a command that goes on notices another one
+    write_records(noted, source, lambda records: label(model, processor, records, taxonomy, config))
 
 
 def read_taxonomy(path: Path) -> dict[str, list[str]]:

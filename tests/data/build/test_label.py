@@ -93,6 +93,13 @@ def test_a_category_is_the_likeliest_name_of_each_level(tmp_path, model, process
     assert [choices(record) for record in found[:6]] == [("x", "y")] * 6 and found[2]["id"] == "r2"
     assert [check(record)[1] for record in found] == [check(r)[1] for r in records(tmp_path / "source.jsonl")[:7]]
 
+    config = LabelConfig(str(tmp_path / "model"), str(tmp_path / "source.jsonl"), tmp_path / "half.jsonl", device="cpu")
+    config = dataclasses.replace(config, taxonomy=tmp_path / "taxonomy.yaml", max_bad_fraction=0.0)
+    with pytest.raises(UserError, match="2 of 9 records are unusable"):
+        label(config)
+    (tmp_path / "taxonomy.yaml").write_text(json.dumps(TAXONOMY | {"blue": ["star"]}))
+    with pytest.raises(UserError, match=r"was begun with other settings \(taxonomy: "):
+        label(config)
     config = LabelConfig(str(tmp_path / "model"), str(tmp_path / "out.jsonl"), tmp_path / "o.jsonl", device="cpu")
     config = dataclasses.replace(config, taxonomy=tmp_path / "taxonomy.yaml", least_probability=1.0)
     label(config)

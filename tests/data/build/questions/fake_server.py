@@ -18,12 +18,18 @@ class Seen:
         self.bodies, self.keys = [], []
 
 
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # with the usual 5, some of many clients at once would wait a second
+
+
 @contextlib.contextmanager
 def serving(reply: Callable[[dict], str | tuple[int, str]]):
     """Yield the address and what was seen; `reply(body)` is the text of an answer, or a status and a whole body."""
     seen = Seen()
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        wbufsize = -1  # head and body go together
+
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.bodies.append(body)
@@ -43,7 +49,7 @@ def serving(reply: Callable[[dict], str | tuple[int, str]]):
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
