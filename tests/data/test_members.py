@@ -45,6 +45,8 @@ def test_what_messages_say_is_written_as_messages_where_that_is_asked():
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (4, 4))}]},
                        {"role": "assistant", "content": "b"}]}, {}),
         ({"prompt": "a?", "chosen": "b", "rejected": "c", "text": "d", "image": picture()}, {"layout": "preference"}),
+        ({"messages": [{"role": "user", "content": "a?", "at": datetime.date.today()},
+                       {"role": "assistant", "content": "b"}], "image": picture()}, {}),
     ],
 )  # fmt: skip
 def test_what_is_written_reads_as_the_record_did_without_its_options(raw, options):

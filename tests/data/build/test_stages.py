@@ -303,7 +303,7 @@ def test_pairs_independent_questions_and_all_formats_are_written(tmp_path, suffi
 def test_what_a_task_asks_is_asked_of_shards_too(tmp_path, suffix):
     """References, options, kinds and ratings; of turns that are rated too low nothing is left."""
     turns = [{"user": f"q{i}?", "assistant": f"a{i}", "kind": f"k{i}", "references": [f"b{i}"]} for i in range(3)]
-    turns[1].pop("kind"), turns[2].pop("references")
+    del turns[2]["kind"], turns[2]["references"]
     raws = [
         {"texts": turns, "relevance_ratings": [5, 1, 3], "kind": "of the record", "taken": "in May"},
         {"question": "How many?", "answers": ["two", "2"], "kind": "count"},
@@ -326,6 +326,7 @@ def test_what_a_task_asks_is_asked_of_shards_too(tmp_path, suffix):
     assert [list(map(simplify, ask(raw, number, **least))) for number, raw in enumerate(back)] == asked
     assert [len(questions) for questions in asked] == [2, 1, 1, 1, 1, 1]
     assert asked[0][0][:2] == ("k0", ("a0", "b0")) and asked[2][0][2] == ("red", "blue")
+    assert asked[0][1][0] == "of the record"
     assert back[0]["relevance_ratings"] == [5, 3] and back[0]["taken"] == "in May"
 
 
