@@ -4,12 +4,13 @@
     python benchmarks/funnel.py near --model RUN/model      and by the vectors of a dual encoder
     python benchmarks/funnel.py stages                      samples a second and core of each stage, 10,000 pictures
     python benchmarks/funnel.py records                     a million records of metadata: seconds and highest memory
-    python benchmarks/funnel.py tables                      print the committed results as Markdown
+    python benchmarks/funnel.py draw                        a run over drawn documents (funnel_drawn.py), and its pictures
+    python benchmarks/funnel.py tables                      put the committed results into docs/data.md
 
 Pictures are drawn: coloured noise with shapes on it, and pages of words. A pair is a picture and what a change made of
 it; recall is the share of pairs that are found. Precision is the share of true pairs among all that are found in the
 whole collection, of which a third differs in details only: shapes on the same noise, words on the same page. Appends
-lines to benchmarks/results/funnel.jsonl.
+lines to benchmarks/results/funnel.jsonl; `draw` writes benchmarks/results/funnel_drawn.json.
 """
 
 import io
@@ -31,6 +32,8 @@ import tyro
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import pages
+from benchmarks.funnel_drawn import DOCS, format_drawn, measure_drawn
 from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.data.build import funnel
@@ -38,9 +41,10 @@ from nanovlm.data.build.hashes import distances, hash_picture, parse_hashes
 from nanovlm.data.build.recipe import Recipe, ShardOptions
 from nanovlm.data.source import IN_ORDER, deal
 from nanovlm.environment import describe_environment
-from nanovlm.errors import UserError
+from nanovlm.files import read_json, write_file
 
 RESULTS = Path(__file__).resolve().parent / "results" / "funnel.jsonl"
+DRAWN = RESULTS.with_name("funnel_drawn.json")
 SIZE = (320, 240)
 WORDS = "red green blue small large circle square house tree river total price invoice street open left right".split()
 BITS = (8, 16, 24, 31, 40)
@@ -49,8 +53,8 @@ COSINES = (0.9, 0.95, 0.98)
 
 @dataclass(frozen=True)
 class FunnelConfig:
-    # near, stages, records, or tables.
-    what: Annotated[Literal["near", "stages", "records", "tables"], tyro.conf.Positional]
+    # near, stages, records, draw, or tables.
+    what: Annotated[Literal["near", "stages", "records", "draw", "tables"], tyro.conf.Positional]
     # Pictures that are drawn: 1,000 originals for near, 10,000 for stages; 1,000,000 records of metadata.
     num: int = 0
     # A dual encoder: its vectors find pairs too, and judge how well text and pictures agree.
@@ -294,15 +298,23 @@ def measure_records(config: FunnelConfig) -> list[dict]:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def tables(lines: list[dict]) -> str:
-    """Write the newest results as Markdown."""
+def tables(lines: list[dict]) -> dict[str, str]:
+    """Write the newest results of each subject as Markdown."""
     newest: dict = {}
     for line in lines:
         key = line["what"], line.get("by"), line.get("change"), line.get("stage"), line.get("records")
         newest[key] = line
+    found = {
+        what: [line for line in newest.values() if line["what"] == what]
+        for what in MEASURES  # in their order on the page
+    }
+    return {what: "\n".join(FORMATS[what](some)) if some else "not measured yet" for what, some in found.items()}
+
+
+def format_near(lines: list[dict]) -> list[str]:
     text = []
     for unit, sign in (("bits", "at most"), ("cosine", "at least")):
-        rows = [line for key, line in newest.items() if key[:2] == ("near", unit)]
+        rows = [line for line in lines if line["by"] == unit]
         if rows:
             limits = list(rows[0]["recall"])
             text += [f"| found by {unit} | " + " | ".join(f"{sign} {limit}" for limit in limits) + " |"]
@@ -312,38 +324,58 @@ def tables(lines: list[dict]) -> str:
                 for row in rows
             ]
             text += [""]
-    rows = [line for key, line in newest.items() if key[0] == "stages"]
-    if rows:
-        text += ["| stage | samples a second and core |", "|---|--:|"]
-        text += [f"| {row['stage']} | {row['samples_per_second_and_core']:,.0f} |" for row in rows] + [""]
-    rows = [line for key, line in newest.items() if key[0] == "records"]
-    if rows:
-        text += ["| records | seconds | memory before, MB | highest, MB |", "|--:|--:|--:|--:|"]
-        text += [
-            f"| {row['records']:,} | {row['seconds']:,.0f} | {row['memory_before_mb']:.0f} | "
-            f"{row['highest_memory_mb']:.0f} |"
-            for row in rows
-        ]
-    return "\n".join(text)
+    return text[:-1]
 
 
+def format_stages(lines: list[dict]) -> list[str]:
+    rows = [f"| `{line['stage']}` | {line['samples_per_second_and_core']:,.0f} |" for line in lines]
+    return ["| stage | samples a second and core |", "|---|--:|", *rows]
+
+
+def format_records(lines: list[dict]) -> list[str]:
+    return [
+        "| records | seconds | memory before, MB | highest, MB |",
+        "|--:|--:|--:|--:|",
+        *(
+            f"| {line['records']:,} | {line['seconds']:,.0f} | {line['memory_before_mb']:.0f} | "
+            f"{line['highest_memory_mb']:.0f} |"
+            for line in lines
+        ),
+    ]
+
+
+def put_tables():
+    """Put all committed results between their marks on the page."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    found = tables(lines)
+    if DRAWN.exists():
+        found["drawn"] = format_drawn(read_json(DRAWN))
+    for name, table in found.items():
+        pages.put(DOCS / "data.md", name, "funnel.py", table)
+
+
+FORMATS = {"near": format_near, "stages": format_stages, "records": format_records}
 MEASURES = {"near": measure_near, "stages": measure_stages, "records": measure_records}
 
 
 def main(config: FunnelConfig):
     if config.what == "tables":
-        if not RESULTS.exists():
-            raise UserError(f"there is no {RESULTS}: measure first")
-        print(tables([json.loads(line) for line in RESULTS.read_text().splitlines()]))
+        put_tables()
         return
     if config.worker:
         print(json.dumps(run_records(config.worker)))
         return
     torch.set_num_threads(1)
     environment = describe_environment(torch.device("cpu"), threads=1)  # before a line changes the file of results
+    if config.what == "draw":
+        counts = measure_drawn()
+        print(format_drawn(counts))
+        write_file(DRAWN, json.dumps(environment | counts, indent=1) + "\n")
+        put_tables()
+        return
     lines = MEASURES[config.what](config)
     if config.dry:
-        print(tables(lines))
+        print(tables(lines)[config.what])
     else:
         append_lines(RESULTS, lines, environment)
 

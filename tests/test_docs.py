@@ -145,7 +145,7 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys, processor):
 
 
 def test_the_table_of_layouts_is_that_of_the_code():
-    assert "\n".join(["", *table(), ""]) in read(ROOT / "docs" / "data.md")
+    assert "\n".join(["", *table(), ""]) in read(ROOT / "docs" / "records.md")
 
 
 def test_the_tests_of_make_quick_are_there():

@@ -25,7 +25,7 @@ def parse_fields(fields: Sequence[str]) -> dict[str, list[str]]:
             nearest = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)[0]
             raise UserError(
                 f"data.fields: no layout reads {name!r} (in {field!r}, name=column); the nearest is {nearest!r}, "
-                "all are in the table of docs/data.md"
+                "all are in the table of docs/records.md"
             )
         parsed[name] = columns.split(",")
     return parsed

@@ -352,7 +352,7 @@ def recognise(raw: dict) -> str:
     if not found:
         raise UserError(
             f"no layout has the keys of this record: {list_keys(raw)}; name its columns, as in --data.fields "
-            "image=... question=... answer=..., or write texts or messages (docs/data.md)"
+            "image=... question=... answer=..., or write texts or messages (docs/records.md)"
         )
     best = min(LAYOUTS[name].rank for name in found)
     names = [name for name in found if LAYOUTS[name].rank == best]
@@ -401,7 +401,7 @@ def known_keys(name: str) -> set[str]:
 
 
 def table() -> list[str]:
-    """Return the lines of the table of layouts in docs/data.md."""
+    """Return the lines of the table of layouts in docs/records.md."""
     lines = ["| layout | told by the keys | is |", "|---|---|---|"]
     for name, layout in LAYOUTS.items():
         needs = ", ".join(" or ".join(f"`{key}`" for key in need.split("|")) for need in layout.needs)

@@ -10,6 +10,7 @@ import html
 import io
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Sized
 from pathlib import Path
@@ -23,7 +24,8 @@ from nanovlm.errors import printable
 from nanovlm.files import write_file
 
 SHOWN = 20  # records on a sheet
-SIDE, GAP, LINE, LINES, COLUMNS = 160, 10, 13, 3, 5
+SIDE, GAP, LINE, LINES = 160, 10, 13, 3
+COLUMNS = 6  # even, so that a record stands beside the one that is kept in its place
 WIDTH = 26  # letters in a line below a picture
 
 
@@ -89,7 +91,8 @@ class Report:
         """Draw some records that a stage dropped, and beside each the one that is kept in its place, as PNG."""
         cells = []
         for _order, number, ref, line in chosen:
-            cells.append((self.look(ref.key), f"{number}: {line['reason']}"))
+            shown = self.look(ref.key)
+            cells.append((shown, str(number) if shown == line["reason"] else f"{number}: {line['reason']}"))
             if "like" in line and isinstance(self.source, Sized):
                 cells.append((self.look(line["like"]), f"{line['like']} is kept"))
         height = SIDE + LINES * LINE + GAP
@@ -125,10 +128,10 @@ class Report:
 
 
 def wrap(text: str, num_lines: int) -> str:
-    """Cut a text into lines, and leave out what does not fit."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    lines = [shown[start : start + WIDTH] for start in range(0, len(shown), WIDTH)]
-    return "\n".join([*lines[: num_lines - 1], lines[num_lines - 1][:-3] + "..."] if len(lines) > num_lines else lines)
+    """Break a text into lines between words, longer words anywhere, and leave out what does not fit."""
+    most = num_lines * WIDTH + 1  # a stranger's text may be long
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+    return textwrap.fill(shown, WIDTH, max_lines=num_lines, placeholder="...", break_on_hyphens=False)
 
 
 def draw_funnel(num: int, rows: list[tuple[str, int, int]]) -> bytes:
