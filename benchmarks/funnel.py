@@ -4,7 +4,7 @@
     python benchmarks/funnel.py near --model RUN/model      and by the vectors of a dual encoder
     python benchmarks/funnel.py stages                      samples a second and core of each stage, 10,000 pictures
     python benchmarks/funnel.py records                     a million records of metadata: seconds and highest memory
-    python benchmarks/funnel.py draw                        a run over drawn documents (funnel_drawn.py), and its pictures
+    python benchmarks/funnel.py draw                        a run over drawn documents, and pictures of it
     python benchmarks/funnel.py tables                      put the committed results into docs/data.md
 
 Pictures are drawn: coloured noise with shapes on it, and pages of words. A pair is a picture and what a change made of
