@@ -57,6 +57,8 @@ class Index(NamedTuple):
     """When the frames of a video are shown, in units of `unit` seconds, and at which of them decoding can begin."""
 
     times: list[int]
+    # Frames in the file, with those that it says are not to be shown, as of a video that was trimmed.
+    num_stored: int
     keys: list[int]
     unit: float
     # From the first frame to the end of the last, in seconds.
@@ -131,9 +133,11 @@ def _survey(container, config: VideoConfig) -> tuple[Index, list[int]]:
     most = Image.MAX_IMAGE_PIXELS or 0
     if codec.width * codec.height > most:
         raise UserError(f"it has frames of {codec.width} x {codec.height} pixels, more than data.max_pixels = {most}")
+    # Of a trimmed mp4, FFmpeg reads those frames alone that its edit list needs.
+    told_frames = len(stream.index_entries) if "mp4" in container.format.name else stream.frames
     index = read_index(container, stream, config)
-    if len(index.times) < stream.frames:
-        raise UserError(f"it is cut off: it has {len(index.times)} of its {stream.frames} frames")
+    if index.num_stored < told_frames:
+        raise UserError(f"it is cut off: it has {index.num_stored} of its {told_frames} frames")
     if len(container.streams) == 1 and index.duration < 0.9 * told - 1:
         raise UserError(f"it is cut off: it has {index.duration:.1f} of its {told:.1f} seconds")
     chosen = choose(len(index.times), index.duration, config)
@@ -147,7 +151,12 @@ def _read_frames(container, wanted: Sequence[int], keys: Sequence[int]) -> list[
     stream = container.streams.video[0]
     stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}  # frames may say another size
     stream.codec_context.thread_count = 1
-    images = [_upright(frame) for frame in _decode(container, stream, wanted, keys)]
+    images, most = [], Image.MAX_IMAGE_PIXELS or 0
+    for frame in _decode(container, stream, wanted, keys):
+        most -= frame.width * frame.height  # which may grow along the stream
+        if most < 0:
+            raise UserError(f"its frames have more pixels than data.max_pixels = {Image.MAX_IMAGE_PIXELS}")
+        images.append(_upright(frame))
     if len(images) < len(wanted):
         raise UserError(f"it is cut off: {len(images)} of the {len(wanted)} frames to show were found")
     return images
@@ -155,15 +164,17 @@ def _read_frames(container, wanted: Sequence[int], keys: Sequence[int]) -> list[
 
 def read_index(container, stream, config: VideoConfig) -> Index:
     """Read the times of all frames, in the order in which they are shown, and decode none."""
-    times, keys, end, unit = set(), set(), 0, float(stream.time_base)
+    times, keys, end, unit, num_stored = set(), set(), 0, float(stream.time_base), 0
     for packet in container.demux(stream):
         if packet.pts is None or packet.size == 0:
             continue
-        times.add(packet.pts)
-        end = max(end, packet.pts + (packet.duration or 0))
+        num_stored += 1
         if packet.is_keyframe:
             keys.add(packet.pts)
-        if len(times) > MOST_FRAMES:
+        if not packet.is_discard:  # else decoders need it, and give no frame for it
+            times.add(packet.pts)
+            end = max(end, packet.pts + (packet.duration or 0))
+        if num_stored > MOST_FRAMES:
             raise UserError(f"it has more than {MOST_FRAMES} frames")
     if not times:
         raise UserError("it has no frames")
@@ -172,7 +183,7 @@ def read_index(container, stream, config: VideoConfig) -> Index:
         end = ordered[-1] + ordered[-1] - ordered[-2]
     duration = max(end - ordered[0], 0) * unit
     _check_length(duration, config)
-    return Index(ordered, sorted(keys), unit, duration)
+    return Index(ordered, num_stored, sorted(keys), unit, duration)
 
 
 def _check_length(seconds: float, config: VideoConfig):

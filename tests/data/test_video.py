@@ -7,6 +7,7 @@ import io
 import json
 import random
 import struct
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -236,6 +237,22 @@ def test_a_frame_is_turned_upright(mp4):
     assert np.array_equal(upright, np.rot90(np.asarray(plain), -1))  # the bar grows from above
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.0, 2.5), (1.5, 5.0), (1.5, 3.0)])
+def test_of_a_trimmed_video_the_rest_is_shown(mp4, start, end):
+    """Phones trim by the edit list: which part of the track is shown, the frames of the rest are still in the file."""
+    av = pytest.importorskip("av", reason="needs av, the extra video")
+    at = mp4.index(b"elst") + 12
+    length, first, _rate = struct.unpack(">iii", mp4[at : at + 12])
+    with av.open(io.BytesIO(mp4)) as opened:
+        ticks = round(start / opened.streams.video[0].time_base)
+    trimmed = mp4[:at] + struct.pack(">ii", round(length * (end - start) / 5), first + ticks) + mp4[at + 8 :]
+    whole, rest = (decode_video(x, "the clip", VideoConfig(50, 10)) for x in (mp4, trimmed))
+    assert rest.duration == pytest.approx(end - start, abs=0.11)
+    shown = [i for i, time in enumerate(whole.times) if start - 1e-6 <= time < end - 1e-6]
+    assert rest.times == pytest.approx([whole.times[i] - start for i in shown], abs=0.01)
+    assert all(np.array_equal(image, whole.images[i]) for image, i in zip(rest.images, shown, strict=True))
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -269,6 +286,31 @@ def test_frames_that_are_larger_than_the_file_says_are_not_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
     with pytest.raises(UserError, match=r"^the clip cannot be read as a video: "):
         decode_video(data, "the clip", MANY)
+
+
+def test_frames_that_grow_along_a_video_are_counted_as_they_come(monkeypatch):
+    """The header of the file tells the size of the first."""
+    av = pytest.importorskip("av", reason="needs av, the extra video")
+    if "libvpx" not in av.codecs_available:
+        pytest.skip("this build of FFmpeg has no libvpx")
+    file = io.BytesIO()
+    with av.open(file, "w", format="webm") as out:
+        stream = out.add_stream("libvpx", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number, side in enumerate((32, 32, 96, 96)):
+            codec = av.CodecContext.create("libvpx", "w")
+            codec.width = codec.height = side
+            codec.pix_fmt, codec.time_base = "yuv420p", Fraction(1, 10)
+            frame = av.VideoFrame.from_ndarray(np.full((side, side, 3), 50, np.uint8), format="rgb24")
+            frame.pts = number
+            for packet in [*codec.encode(frame), *codec.encode()]:
+                packet.stream, packet.time_base = stream, Fraction(1, 10)
+                out.mux(packet)
+    sizes = [image.size for image in decode_video(file.getvalue(), "the clip", MANY).images]
+    assert sizes == [(32, 32)] * 2 + [(96, 96)] * 2
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 128)
+    with pytest.raises(UserError, match=r"its frames have more pixels than data\.max_pixels = 16384"):
+        decode_video(file.getvalue(), "the clip", MANY)
 
 
 @pytest.mark.parametrize(
