@@ -35,7 +35,7 @@ def scene_scores(images: Sequence[Image.Image]) -> np.ndarray:
     """
     small = [_shrink(image) for image in images]
     pairs = itertools.pairwise(small)
-    apart = np.array([0.0, *(np.abs(a - b).mean() / 100 for a, b in pairs)])
+    apart = np.array([0.0, *(_differ(a, b) / 100 for a, b in pairs)])
     return np.minimum(apart, np.abs(apart - np.concatenate(([0.0], apart[:-1])))).clip(0, 1)
 
 
@@ -49,8 +49,8 @@ def find_still(clip: Clip, noise: float = NOISE, seconds: float = STILL_SECONDS)
     small, found, start = [_shrink(image) for image in clip.images], [], 0
     for number in range(1, len(small) + 1):
         is_end = number == len(small)
-        if is_end or np.abs(small[number] - small[start]).mean() / 256 > noise:
-            end = clip.times[0] + clip.duration if is_end else clip.times[number]
+        if is_end or _differ(small[number], small[start]) / 256 > noise:
+            end = clip.duration if is_end else clip.times[number]
             if end - clip.times[start] >= seconds:
                 found.append((clip.times[start], end))
             start = number
@@ -63,6 +63,11 @@ def still_share(clip: Clip, noise: float = NOISE, seconds: float = STILL_SECONDS
     return min(sum(end - start for start, end in find_still(clip, noise, seconds)) / whole, 1.0) if whole > 0 else 0.0
 
 
+def _differ(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the mean difference of two frames; it is the largest of those of different sizes, as of joined videos."""
+    return float(np.abs(a - b).mean()) if a.shape == b.shape else 256.0
+
+
 def _shrink(image: Image.Image) -> np.ndarray:
     """Return the pixels of a frame at SIDE at most, float64[H, W, C]."""
     small = image.copy()
@@ -72,12 +77,12 @@ def _shrink(image: Image.Image) -> np.ndarray:
 
 def describe(path: Path, config: VideoConfig) -> dict:
     """Say how long a video is and how large, how many cuts it has, and how much of it stands still."""
-    clip = open_video(path, config)
+    clip = open_video(path, config, side=SIDE)
     return {
         "file": str(path),
         "seconds": round(clip.duration, 3),
-        "width": clip.images[0].width,
-        "height": clip.images[0].height,
+        "width": clip.size[0],
+        "height": clip.size[1],
         "frames": len(clip.images),
         "cuts": [round(time, 3) for time in find_cuts(clip)],
         "still": round(still_share(clip), 4),

@@ -47,6 +47,8 @@ class Clip(NamedTuple):
     images: list[Image.Image]
     times: list[float]
     duration: float
+    # Width and height of the first frame in the file, which may have been shrunk.
+    size: tuple[int, int] = (0, 0)
 
     def part(self) -> dict:
         """Return the part of a message that shows the clip, whose frames are among the images of the conversation."""
@@ -68,19 +70,19 @@ class Index(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------------------
 
 
-def open_video(path: str | Path, config: VideoConfig) -> Clip:
-    """Read frames of a video file. Raises UserError that names the file when it is missing or no video."""
+def open_video(path: str | Path, config: VideoConfig, side: int | None = None) -> Clip:
+    """Read frames of a video file, as decode_video. Raises UserError that names it when it is missing or no video."""
     if not Path(path).is_file():
         raise UserError(f"there is no video file {path}")
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return decode_video(data, str(path), config)
+    return decode_video(data, str(path), config, side)
 
 
-def decode_video(data: bytes, name: str, config: VideoConfig) -> Clip:
-    """Read the frames that `choose` chooses of a video file's bytes, RGB and upright.
+def decode_video(data: bytes, name: str, config: VideoConfig, side: int | None = None) -> Clip:
+    """Read the frames that `choose` chooses of a video file's bytes, RGB and upright, no longer than `side` pixels.
 
     Raises UserError that begins with `name`, and where the data are from if they know it, for data that are no video,
     are cut off, or exceed a limit.
@@ -93,10 +95,11 @@ def decode_video(data: bytes, name: str, config: VideoConfig) -> Clip:
         raise UserError(f"{name} cannot be read as a video: its {len(data)} bytes are no mp4, webm or gif")
     try:
         with _open(av, data, kind) as container:
-            index, chosen = _survey(container, config)
+            index, chosen = _survey(container, config, side)
         with _open(av, data, kind) as container:
-            images = _read_frames(container, [index.times[i] for i in chosen], index.keys if kind != "gif" else [])
-        return Clip(images, [(index.times[i] - index.times[0]) * index.unit for i in chosen], index.duration)
+            wanted, keys = [index.times[i] for i in chosen], index.keys if kind != "gif" else []
+            images, size = _read_frames(container, wanted, keys, side)
+        return Clip(images, [(index.times[i] - index.times[0]) * index.unit for i in chosen], index.duration, size)
     except Exception as error:  # on damaged files, decoders raise anything
         raise UserError(f"{name} cannot be read as a video: {error or type(error).__name__}") from error
 
@@ -120,7 +123,7 @@ def _open(av, data: bytes, kind: str):
     return av.open(io.BytesIO(data), format=kind, options={"codec_whitelist": ",".join(CODECS)})
 
 
-def _survey(container, config: VideoConfig) -> tuple[Index, list[int]]:
+def _survey(container, config: VideoConfig, side: int | None) -> tuple[Index, list[int]]:
     """Return when the frames of a video are shown, and those to show; raise UserError for what exceeds a limit."""
     if not container.streams.video:
         raise UserError("it has no pictures, or is cut off before what describes them")
@@ -141,25 +144,36 @@ def _survey(container, config: VideoConfig) -> tuple[Index, list[int]]:
     if len(container.streams) == 1 and index.duration < 0.9 * told - 1:
         raise UserError(f"it is cut off: it has {index.duration:.1f} of its {told:.1f} seconds")
     chosen = choose(len(index.times), index.duration, config)
-    if (pixels := len(chosen) * codec.width * codec.height) > most:
+    if (pixels := len(chosen) * _count_pixels(codec, side)) > most:
         raise UserError(f"{len(chosen)} of its frames have {pixels} pixels, more than data.max_pixels = {most}")
     return index, chosen
 
 
-def _read_frames(container, wanted: Sequence[int], keys: Sequence[int]) -> list[Image.Image]:
-    """Return the frames that are shown at these times, which ascend, upright."""
+def _count_pixels(frame, side: int | None) -> int:
+    """Return how many pixels at most are kept of a frame."""
+    return frame.width * frame.height if side is None else min(frame.width * frame.height, side**2)
+
+
+def _read_frames(
+    container, wanted: Sequence[int], keys: Sequence[int], side: int | None
+) -> tuple[list[Image.Image], tuple[int, int]]:
+    """Return the frames that are shown at these times, which ascend, upright, and the size of the first in the file."""
     stream = container.streams.video[0]
     stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}  # frames may say another size
     stream.codec_context.thread_count = 1
-    images, most = [], Image.MAX_IMAGE_PIXELS or 0
+    images, size, most = [], (0, 0), Image.MAX_IMAGE_PIXELS or 0
     for frame in _decode(container, stream, wanted, keys):
-        most -= frame.width * frame.height  # which may grow along the stream
+        most -= _count_pixels(frame, side)  # which may grow along the stream
         if most < 0:
             raise UserError(f"its frames have more pixels than data.max_pixels = {Image.MAX_IMAGE_PIXELS}")
-        images.append(_upright(frame))
+        image = _upright(frame)
+        size = size if images else image.size
+        if side is not None:
+            image.thumbnail((side, side), Image.Resampling.BOX)
+        images.append(image)
     if len(images) < len(wanted):
         raise UserError(f"it is cut off: {len(images)} of the {len(wanted)} frames to show were found")
-    return images
+    return images, size
 
 
 def read_index(container, stream, config: VideoConfig) -> Index:

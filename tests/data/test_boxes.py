@@ -25,6 +25,7 @@ from nanovlm.data.boxes import (
 )
 from nanovlm.data.chat import Processor
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer, with_locations
+from nanovlm.limits import time_limit
 from tests.conftest import TINY
 
 
@@ -135,3 +136,9 @@ def test_location_tokens_are_text_of_a_message():
     assert processor.decode(ids) == answer
     again = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str())))  # as it is read from its file
     assert Processor(again, CHAT_TEMPLATE, config).encode_answer(answer) == ids
+
+
+def test_a_text_of_digits_is_read_at_once():
+    """Quadratic time would be minutes."""
+    with time_limit(5, "reading"):
+        assert read_places("[" + "1" * 100_000) == []

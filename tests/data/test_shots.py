@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nanovlm.config import VideoConfig
 from nanovlm.data import shots
 from nanovlm.data.shots import find_cuts, find_still, scene_scores, still_share
-from nanovlm.data.video import Clip
+from nanovlm.data.video import Clip, open_video
 
 RATE = 5
 
@@ -89,6 +90,33 @@ def test_one_frame_and_large_ones():
     one = Clip([Image.new("RGB", (2000, 10))], [0.0], 3.0)
     assert find_cuts(one) == [] and find_still(one) == [(0.0, 3.0)] and still_share(one) == 1.0
     assert still_share(Clip(one.images, [0.0], 0.0)) == 0.0
+
+
+def test_a_clip_that_begins_later_ends_with_its_video():
+    """As of a long video, whose ends are left out: its first frame is that of 1 s."""
+    black = Image.new("RGB", (8, 8))
+    clip = Clip([black] * 9, [float(i) for i in range(1, 10)], 11.0)
+    assert find_still(clip) == [(1.0, 11.0)] and still_share(clip) == 1.0
+    moving = Clip([*[black] * 6, *(Image.new("RGB", (8, 8), (50 * i, 0, 0)) for i in range(1, 4))], *clip[1:3])
+    assert find_still(moving) == [(1.0, 7.0), (9.0, 11.0)] and still_share(moving) == pytest.approx(0.8)
+
+
+def test_frames_of_another_size_are_another_shot():
+    clip = Clip([Image.new("RGB", (8, 8))] * 3 + [Image.new("RGB", (16, 8))] * 3, [float(i) for i in range(6)], 6.0)
+    assert find_cuts(clip) == [3.0] and find_still(clip) == [(0.0, 3.0), (3.0, 6.0)]
+
+
+def test_only_small_frames_are_kept(tmp_path, monkeypatch):
+    """So that the limit of pixels is none of the length: as many frames as are looked at are seldom below it."""
+    pytest.importorskip("av", reason="needs av, the extra video")
+    path = tmp_path / "large.gif"
+    frames = [Image.new("RGB", (640, 480), (0, 25 * i, 0)) for i in range(10)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=200, loop=0)
+    config = VideoConfig(num_frames=10, fps=5)
+    assert open_video(path, config, side=128).size == (640, 480)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700 * 500)
+    told = shots.describe(path, config)
+    assert (told["width"], told["height"], told["frames"]) == (640, 480, 10)
 
 
 def test_files_are_described_and_broken_ones_counted(tmp_path, capsys):
