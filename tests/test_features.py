@@ -264,6 +264,28 @@ def test_a_record_without_features_ends_the_run(folder, stored, tmp_path):
         train.main(config)
 
 
+def test_a_video_is_no_picture_that_was_forgotten(folder, stored, cutting):
+    """It is a record that cannot be used, and is counted; to write features again would not help."""
+    process = make_process(cutting, config_of(folder, data__features=stored["float32"]).data)
+    file = io.BytesIO()
+    noise(0, 32).save(file, "GIF")
+    with pytest.raises(UserError, match=r"video 0 has no place in data\.features") as raised:
+        process({"video": file.getvalue(), "question": "what?", "answer": "this"})
+    assert not isinstance(raised.value, Missing)
+
+
+def test_the_sources_are_read_as_in_the_run(folder, tmp_path, monkeypatch):
+    """By stages, and with shards where data.shard_cache has them."""
+    given = []
+    opened = features.open_source
+    monkeypatch.setattr(features, "open_source", lambda spec, **how: given.append(how["shards"]) or opened(spec, **how))
+    sources = (str(folder / "mine.jsonl"),) * 2
+    changes = {"data__weights": (1.0, 2.0, 3.0, 4.0), "data__stages": (10,), "data__shard_cache": str(tmp_path)}
+    said = store(FeaturesConfig(tmp_path / "out"), config_of(folder, data__sources=sources, **changes))
+    assert f"in {2 * len(SHOWN) + 2} records" in said
+    assert [shards.cache.folder for shards in given] == [str(tmp_path)] * 2
+
+
 def test_objectives_that_read_pictures_are_refused(folder):
     config = dataclasses.replace(config_of(folder, data__features="x"), objective="distill")
     with pytest.raises(UserError, match="serves objective = next_token alone: distill reads the pictures"):

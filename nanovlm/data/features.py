@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nanovlm.config import VLMConfig
 from nanovlm.data.images import to_rgb
-from nanovlm.data.pictures import kind_of
+from nanovlm.data.pictures import Video, kind_of
 from nanovlm.errors import UserError
 from nanovlm.files import read_json
 from nanovlm.tensor_files import open_tensors, read_tensors
@@ -48,6 +48,8 @@ def digest(picture, number: int = 0) -> bytes:
     """Hash a picture of a record: an encoded file, or the pixels of one that comes decoded."""
     if isinstance(picture, bytes):
         return hashlib.blake2b(picture, digest_size=DIGEST).digest()
+    if isinstance(picture, Video):
+        raise UserError(f"video {number} has no place in data.features, which are of pictures: leave data.features out")
     if not isinstance(picture, Image.Image):
         raise UserError(f"image {number} must be an encoded file (bytes) or a PIL image, not {kind_of(picture)}")
     image = to_rgb(picture)

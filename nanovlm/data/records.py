@@ -57,13 +57,13 @@ def to_sample(
 ) -> Sample:
     """Check a raw record and decode its images, or the frames of its videos that `video` chooses.
 
-    `decode` makes of an image, and its number, what the sample has in its place. Raises UserError for anything
-    malformed, Filtered as `check` does.
+    `decode` makes of an image, or a video that is not decoded, and its number, what the sample has in its place.
+    Raises UserError for anything malformed, Filtered as `check` does.
     """
     raw, conversation = read_raw(raw, min_ratings, layout, fields)
     images, messages, independent = _check(raw, conversation)
     rejected = None if conversation.rejected is None else read_rejected(conversation.rejected)
-    if any(isinstance(image, Video) for image in images):
+    if decode is None and any(isinstance(image, Video) for image in images):
         images, messages = _show_frames(images, messages, video or VideoConfig())
     images = [(decode or to_image)(image, i) for i, image in enumerate(images)]
     return Sample(images, messages, independent, rejected, conversation.ref_logprobs)
