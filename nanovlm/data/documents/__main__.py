@@ -12,6 +12,7 @@ of its own: `--data.sources documents`.
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -37,6 +38,7 @@ from nanovlm.files import new_folder, write_file
 
 ALL_KINDS = (*TEMPLATES, "web")
 AT_ONCE = 16  # web pages in a screenshot
+AHEAD = 64  # pictures that each worker draws before they are written
 SHOWN, COLUMNS, CELL, LINE = 12, 4, 380, 15  # pictures of a split on the sheet
 
 
@@ -117,7 +119,10 @@ def draw_all(split: str, number: int, kinds: tuple[str, ...], config, families) 
         drawings = map(draw, alone)
         if config.num_workers:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(config.num_workers))
-            drawings = pool.imap(draw, alone, chunksize=8)
+            some = AHEAD * config.num_workers  # so that what waits to be written does not fill the memory
+            drawings = itertools.chain.from_iterable(
+                pool.map(draw, alone[i : i + some], chunksize=8) for i in range(0, len(alone), some)
+            )
         shown = draw_web(split, len(pages), config.seed, families)
         for kind, _number in places:
             yield kind, next(shown if kind == "web" else drawings)

@@ -18,6 +18,8 @@ from nanovlm.errors import UserError
 
 # What pages are written with. The fonts of TeX have other signs in the places of " < > \ ^ _ { | } ~.
 CHARACTERS = "".join(map(chr, range(33, 127))).translate({ord(c): None for c in '"<>\\^_`{|}~'})
+# What is measured, so that no font needs more room than one of ours.
+GROUPS = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SUFFIXES = (".ttf", ".otf")
 TEST_SHARE = 0.25  # of the families that a user names
 PLAIN_STYLES = ("regular", "book", "roman", "normal", "medium", "text")
@@ -63,7 +65,8 @@ def own_families() -> dict[str, tuple[Family, ...]]:
 def read_families(paths: Sequence[str]) -> dict[str, tuple[Family, ...]]:
     """Return our families and those of font files and folders, by split; `system` names the folders of the system.
 
-    A font that cannot write CHARACTERS is left out. Raises UserError for a path without any font.
+    A font that cannot write CHARACTERS, or is wider than all of ours, is left out. Raises UserError for a path
+    without any font.
     """
     families = dict(own_families())
     found: dict[str, list[tuple[bool, bool, str, Path]]] = {}
@@ -123,12 +126,24 @@ def _describe(file: Path) -> tuple[str, bool, bool, str] | None:
         font = FT2Font(str(file))
         letters = font.get_charmap()
         style = font.style_name.lower()
+        is_wide = any(own > most for own, most in zip(_widths(file), widest(), strict=True))
     except (RuntimeError, OSError, UnicodeError):  # damaged, or of pixels
         return None
     words = style.split()
-    if "italic" in style or "oblique" in style or any(ord(c) not in letters for c in CHARACTERS):
+    if "italic" in style or "oblique" in style or is_wide or any(ord(c) not in letters for c in CHARACTERS):
         return None
     return font.family_name, "bold" in words, not {*words} <= {"bold", *PLAIN_STYLES}, style
+
+
+@cache
+def widest() -> list[float]:
+    """Return the most room that each of GROUPS takes in a font of ours."""
+    own = [family for families in own_families().values() for family in families]
+    return [max(widths) for widths in zip(*(_widths(x) for f in own for x in (f.regular, f.bold)), strict=True)]
+
+
+def _widths(file: Path | bytes) -> list[float]:
+    return [load_font(file, MEASURED).getlength(letters) for letters in GROUPS]
 
 
 @cache
@@ -138,6 +153,7 @@ def load_font(file: Path | bytes, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(source, size, layout_engine=ImageFont.Layout.BASIC)
 
 
+MEASURED = 100  # size at which widths are compared
 LOADED = 10  # size at which Pillow's own font is opened, of which only the bytes are used
 
 # By split: name, regular font, bold font if there is one, matplotlib's fontset for formulas.

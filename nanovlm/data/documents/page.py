@@ -7,6 +7,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from nanovlm.data.documents.fonts import Family, load_font
+from nanovlm.errors import UserError
 
 SIDE = 512  # most pixels of a side of a picture
 LEAST = 12  # smallest font, in pixels
@@ -71,7 +72,11 @@ class Page:
         self.canvas.text((x, base), text, fill=ink or self.ink, font=font, anchor=f"{align}s")
         box = self.canvas.textbbox((x, base), text, font=font, anchor=f"{align}s")
         self.texts.append((box, text))
-        assert box[2] - box[0] <= room + 1, f"{text!r} needs {box[2] - box[0]} pixels in {self.family.name}, not {room}"
+        if box[2] - box[0] > room + 1:
+            raise UserError(
+                f"{text!r} needs {box[2] - box[0]:.0f} pixels in {self.family.name}, and has {room:.0f}: leave that "
+                "font out of --fonts"
+            )
         return box
 
     def put(self, text: str, x: float = MARGIN, room: float | None = None, skip: float = 1.0, scale=1.0, **how):

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from matplotlib import get_data_path
 from nanovlm.data.documents import __main__ as command
 from nanovlm.data.documents import fonts, web
 from nanovlm.data.documents.__main__ import DocumentsConfig, main
+from nanovlm.data.documents.page import Page
 from nanovlm.data.documents.words import Words
 from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_source
@@ -68,11 +71,40 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, capsys):
         main(DocumentsConfig(tmp_path / "out"))
 
 
+def test_workers_draw_no_more_than_can_be_written(monkeypatch):
+    """A pool hands all pictures that wait to the one process that writes, which is slower, and has to hold them."""
+    drawn = []
+
+    class Pool:
+        def __init__(self, _number):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_error):
+            pass
+
+        def map(self, draw, places, chunksize):
+            drawn.extend(places)
+            return [draw(place) for place in places]
+
+        def imap(self, draw, places, chunksize):
+            return iter(self.map(draw, places, chunksize))
+
+    monkeypatch.setattr(command.multiprocessing, "get_context", lambda _name: SimpleNamespace(Pool=Pool))
+    monkeypatch.setattr(command, "draw_one", lambda place, **_how: place)
+    config = DocumentsConfig(Path("out"), num_workers=2)
+    drawings = command.draw_all("train", 1000, ("text", "form"), config, {})
+    assert next(drawings) == ("text", ("text", 0)) and len(drawn) <= 200
+    assert [place for _kind, place in drawings] == [("text" if i % 2 == 0 else "form", i // 2) for i in range(1, 1000)]
+
+
 # --- fonts ------------------------------------------------------------------------------------------------------------
 
 
-def rename(file, name, style="Regular"):
-    """Write a font of matplotlib's under another name."""
+def rename(file, name, style="Regular", wider=1.0):
+    """Write a font of matplotlib's under another name, with more room for each letter."""
     from fontTools.ttLib import TTFont
 
     font = TTFont(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if style == 'Bold' else ''}.ttf")
@@ -80,7 +112,18 @@ def rename(file, name, style="Regular"):
         record.string = {1: name, 2: style, 4: f"{name} {style}", 16: name, 17: style}.get(
             record.nameID, record.toUnicode()
         )
+    metrics = font["hmtx"].metrics
+    metrics |= {letter: (round(wider * width), left) for letter, (width, left) in metrics.items()}
     font.save(file)
+
+
+def test_a_font_that_is_wider_than_ours_is_left_out(tmp_path):
+    """Its texts would not fit the pages, and a drawing of thousands would end with an error."""
+    rename(tmp_path / "wide.ttf", "Wide", wider=1.6)
+    assert fonts.read_families([str(tmp_path)]) == fonts.own_families()
+    wide = fonts.Family("Wide", tmp_path / "wide.ttf", tmp_path / "wide.ttf")
+    with pytest.raises(UserError, match="pixels in Wide, and has 100: leave that font out of --fonts"):
+        Page(Random(0), wide).write(0, 0, "a word that is too long", 100)
 
 
 def test_fonts_of_ones_own_have_a_split_by_their_name(tmp_path):
