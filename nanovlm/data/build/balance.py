@@ -59,7 +59,7 @@ def main(config: BalanceConfig):
     kept = share_out(counts, {name: weights.get(name, 1.0) for name in counts}, config.num)
     chosen = {number for name, num in kept.items() for number in draw(numbers[name], num, config.seed)}
     with new_file(config.out) as file:
-        for carried in tqdm(walk(source), desc="writing", unit="record"):
+        for carried in tqdm(walk(source, is_told=False), desc="writing", unit="record"):
             if carried.number in chosen:
                 file.write(json.dumps(as_line(carried)).encode() + b"\n")
     report = {name: {"before": counts[name], "after": kept[name]} for name in counts}

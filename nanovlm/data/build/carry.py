@@ -1,72 +1,69 @@
 """Records of a source -> the same records in a file of JSON lines, whatever else they hold."""
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from PIL import Image
+from tqdm import tqdm
 
-from nanovlm.data.build.records import Found, Unusable, as_record, encode
-from nanovlm.data.pictures import PICTURE_KEYS
+from nanovlm.data.build.records import NAMED, Unusable, encode
+from nanovlm.data.columns import FIELDS
+from nanovlm.data.members import to_record
 from nanovlm.data.reader import RECORD_SECONDS, explain
-from nanovlm.data.records import check, to_sample
+from nanovlm.data.records import RATINGS, check
 from nanovlm.data.source import Ref, Source, first_pass
+from nanovlm.errors import printable
 from nanovlm.limits import time_limit
 
 
 class Carried(NamedTuple):
-    """A record: its number in the source, all of it, its pictures (encoded files or PIL images), and its messages."""
+    """A record: its number in the source, all of it, its pictures in base64, the rest as JSON, and its messages."""
 
     number: int
     raw: dict
-    images: list
+    pictures: list[str]
+    rest: dict
     messages: list[dict]
     independent: bool
 
 
+def carry(number: int, raw: dict, options: dict | None = None) -> Carried:
+    """Return a record to carry. Raises what `check` does, and UserError for what JSON lines cannot hold."""
+    _images, messages, independent = check(raw, **options or {})
+    pictures, rest = to_record(raw, options)
+    return Carried(number, raw, [encode(picture) for picture in pictures], rest, messages, independent)
+
+
 def read_carried(source: Source, ref: Ref) -> Carried | Unusable:
-    """Read a record; its pictures are not decoded."""
+    """Read a record; a picture that JSON lines hold as it is is not decoded."""
     try:
         with time_limit(RECORD_SECONDS, "the record"):
-            raw = source.read(ref.key)
-            return Carried(ref.number, raw, *check(raw))
+            return carry(ref.number, source.read(ref.key))
     except Exception as error:  # whatever a record does
         return Unusable(explain(error))
 
 
-def walk(source: Source) -> Iterator[Carried]:
-    """Yield the records that can be read, in the order of the source."""
+def walk(source: Source, is_told: bool = True) -> Iterator[Carried]:
+    """Yield the records that can be read, in the order of the source; count the others, and name the first of them."""
+    lost = 0
     for ref in first_pass(source):
         if isinstance(carried := read_carried(source, ref), Carried):
             yield carried
+        elif (lost := lost + 1) <= NAMED and is_told:
+            tqdm.write(printable(f"left out: {ref.source}, {ref.where}: {carried}"))
+    if lost and is_told:
+        print(f"{lost} records of {printable(source.name, 200)} cannot be read, and are left out")
 
 
 def as_line(carried: Carried, kept: Sequence[int] | None = None, **more) -> dict:
-    """Return a record for a file of JSON lines, with `more` keys; of independent questions, those of indices `kept`.
-
-    A record whose pictures are in its messages, or that JSON cannot hold as it is, becomes one of images and messages.
-    """
-    raw = {key: value for key, value in carried.raw.items() if key not in PICTURE_KEYS}
-    pictures = carried.raw.get("images") or []
-    if "texts" in raw and kept is not None:
-        raw["texts"] = [raw["texts"][i] for i in kept]
-    elif kept is not None or not is_plain(raw, pictures, len(carried.images)):
-        kept = range(len(carried.messages) // 2) if kept is None else kept
-        pairs = [message for i in kept for message in carried.messages[2 * i : 2 * i + 2]]
-        sample = to_sample(carried.raw)
-        messages = pairs if carried.independent else carried.messages
-        names = {key: raw[key] for key in ("id", "kind", "record", "category") if isinstance(raw.get(key), str | int)}
-        return names | as_record(Found(carried.number, sample, carried.images, raw), messages) | more
-    shown = {"images": [encode(picture) for picture in pictures]} if pictures else {}
-    return raw | shown | more
-
-
-def is_plain(raw: dict, pictures: list, num: int) -> bool:
-    """Tell whether JSON can hold a record whose pictures are beside it."""
-    if len(pictures) != num or not all(isinstance(picture, bytes | Image.Image) for picture in pictures):
-        return False
-    try:
-        json.dumps(raw)
-    except (TypeError, ValueError):
-        return False
-    return True
+    """Return a record for a file of JSON lines, with `more` keys; of independent questions, those of indices `kept`."""
+    rest, messages = carried.rest, carried.messages
+    if kept is not None:
+        if isinstance(rest.get("texts"), list) and 2 * len(rest["texts"]) == len(messages):
+            turns = len(rest["texts"])
+            columns = [name for name in ("texts", *RATINGS) if isinstance(rest.get(name), list)]
+            rest = rest | {name: [rest[name][i] for i in kept] for name in columns if len(rest[name]) == turns}
+        else:
+            pairs = [message for i in kept for message in messages[2 * i : 2 * i + 2]]
+            others = {name: value for name, value in rest.items() if name not in FIELDS}
+            rest = {"messages": pairs, "independent": True} | others
+    return rest | ({"images": carried.pictures} if carried.pictures else {}) | more

@@ -21,10 +21,11 @@ from pathlib import Path
 import yaml
 
 from nanovlm.config.fields import check
-from nanovlm.data.build.carry import Carried, as_line
+from nanovlm.data.build.carry import as_line, carry
 from nanovlm.data.build.questions.write import show_words
-from nanovlm.data.build.records import BuildConfig, Found, Unusable, as_record, write_records
+from nanovlm.data.build.records import BuildConfig, Found, Unusable, write_records
 from nanovlm.data.chat import Processor
+from nanovlm.data.columns import parse_fields
 from nanovlm.data.sources import open_source
 from nanovlm.data.types import Sample
 from nanovlm.environment import find_device, keep_freed_memory
@@ -154,9 +155,7 @@ def softmax(values: list[float]) -> list[float]:
 
 
 def labelled(found: Found, category: str, chances: list[float], config: BuildConfig) -> dict:
-    """Return a record with its category, all of it where its columns have the names that layouts know."""
+    """Return a record with its category and all else that it has."""
+    options = {"layout": config.layout, "fields": parse_fields(config.fields)}
     more = {"category": category, "category_probabilities": chances}
-    if config.layout or config.fields:
-        return as_record(found, found.sample.messages) | more
-    sample = found.sample
-    return as_line(Carried(found.number, found.raw, found.images, sample.messages, sample.independent), **more)
+    return as_line(carry(found.number, found.raw, options), **more)

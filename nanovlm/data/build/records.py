@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanovlm.data.columns import parse_fields
-from nanovlm.data.pictures import BASE64
+from nanovlm.data.images import FORMATS
+from nanovlm.data.pictures import BASE64, Video
 from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.records import check, to_sample
 from nanovlm.data.source import Source, first_pass
@@ -156,7 +157,10 @@ def read(source: Source, ref, options: dict) -> Found | Unusable:
     try:
         with time_limit(RECORD_SECONDS, "the record"):
             raw = source.read(ref.key)
-            return Found(ref.number, to_sample(raw, **options), check(raw, **options)[0], raw)
+            images = check(raw, **options)[0]
+            if any(isinstance(image, Video) for image in images):
+                raise UserError("the record has a video, which JSON lines do not hold")
+            return Found(ref.number, to_sample(raw, **options), images, raw)
     except Filtered as error:
         return Unusable(str(error))
     except Exception as error:  # whatever a record does, it is counted and named
@@ -169,10 +173,13 @@ def as_record(found: Found, messages: list[dict]) -> dict:
     return record | ({"independent": True} if found.sample.independent else {})
 
 
-def encode(image: bytes | Image.Image) -> str:
+def encode(image: bytes | Image.Image | Video) -> str:
     """Return a picture as base64; what is no PNG, JPEG, GIF or WebP becomes a PNG."""
     if isinstance(image, bytes) and (text := base64.b64encode(image).decode()).startswith(BASE64):
         return text
+    if isinstance(image, Video):
+        raise UserError("the record has a video, which JSON lines do not hold")
     file = io.BytesIO()
-    (Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image).save(file, "PNG")
+    # Without FORMATS the bytes of a stranger could name any format, as EPS, for which Pillow runs Ghostscript.
+    (Image.open(io.BytesIO(image), formats=FORMATS) if isinstance(image, bytes) else image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
