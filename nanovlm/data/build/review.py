@@ -45,7 +45,8 @@ button{font:inherit;margin-right:.5rem;padding:.2rem .8rem}button[aria-pressed=t
 small{color:#666}
 """
 SCRIPT = """
-const verdicts = {}, count = document.getElementById("count"), units = document.querySelectorAll(".unit");
+const verdicts = Object.create(null);  // so that __proto__ is a name as any other
+const count = document.getElementById("count"), units = document.querySelectorAll(".unit");
 const tell = () => { count.textContent = Object.keys(verdicts).length + " of " + units.length; };
 for (const unit of units) for (const button of unit.querySelectorAll("button")) button.onclick = () => {
   const name = unit.dataset.name, verdict = button.value;
@@ -106,11 +107,12 @@ def write_page(config: PageConfig):
     chosen = sorted(sorted(refs, key=lambda ref: rank(config.seed, ref))[:num], key=lambda ref: ref.number)
     sections, lost = [], 0
     for ref in tqdm(chosen, unit="record"):
-        carried = read_carried(source, ref)
-        if isinstance(carried, Unusable):
+        try:
+            carried = read_carried(source, ref)
+            sections += [] if isinstance(carried, Unusable) else [show_record(carried)]
+            lost += isinstance(carried, Unusable)
+        except Exception:  # whatever its pictures do
             lost += 1
-            continue
-        sections.append(show_record(carried))
     check(sections, f"none of the {num} records that were drawn from {config.source} can be read")
     page = hashlib.sha256("".join(sections).encode()).hexdigest()[:16]
     title = f"{len(sections)} of {len(refs)} records of {printable(config.source, 200)}"
@@ -141,7 +143,7 @@ def show_record(carried: Carried) -> str:
             f"<dt>{html.escape(visible(asked))}</dt><dd>{html.escape(visible(answer))}</dd>" for asked, answer in pairs
         )
         buttons = "".join(f'<button value="{x}" aria-pressed="false">{x}</button>' for x in ("good", "bad"))
-        label = html.escape(visible(name))
+        label = html.escape(name)
         blocks.append(f'<div class="unit" data-name="{label}"><dl>{shown}</dl>{buttons}<small>{label}</small></div>')
     return f"<section><div>{pictures}</div><div>{''.join(blocks)}</div></section>\n"
 
@@ -152,16 +154,17 @@ def visible(text: str) -> str:
 
 
 def units_of(carried: Carried) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Yield what is judged of a record: its name, its kind, and pairs of a question and its answer."""
+    """Yield what is judged of a record: its name in the page, its kind, and pairs of a question and its answer."""
     raw, texts = carried.raw, [text_of(m["content"]) for m in carried.messages if m["role"] != "system"]
     pairs = list(itertools.zip_longest(texts[::2], texts[1::2], fillvalue=""))
-    name, kind = word_of(raw, "id", str(carried.number)), word_of(raw, "kind", "record")
+    name, kind = visible(word_of(raw, "id", str(carried.number))), word_of(raw, "kind", "record")
     if not carried.independent:
         yield name, kind, pairs
         return
-    turns = raw["texts"] if isinstance(raw.get("texts"), list) else [{}] * len(pairs)
+    turns = raw["texts"] if isinstance(raw.get("texts"), list) else []
+    turns = turns if len(turns) == len(pairs) and all(isinstance(x, dict) for x in turns) else [{}] * len(pairs)
     for i, (turn, pair) in enumerate(zip(turns, pairs, strict=True)):
-        yield word_of(turn, "id", f"{name}.{i}"), word_of(turn, "kind", kind), [pair]
+        yield visible(word_of(turn, "id", f"{name}.{i}")), word_of(turn, "kind", kind), [pair]
 
 
 def word_of(raw: dict, key: str, otherwise: str) -> str:
@@ -236,7 +239,7 @@ def apply_verdicts(config: VerdictsConfig):
     low = {kind for kind, counts in judged.items() if counts["good"] < config.least_good * counts.total()}
     counts: Counter[str] = Counter()
     with new_file(config.out) as file:
-        for carried in walk(source):
+        for carried in walk(source, is_told=False):
             units = list(units_of(carried))
             kept = [i for i, (name, kind, _) in enumerate(units) if kind not in low and verdicts.get(name) != "bad"]
             counts.update(questions=len(units), kept=len(kept), records=bool(kept))

@@ -115,6 +115,24 @@ def test_verdicts_are_applied(source, tmp_path, capsys):
     assert [record.get("id") for record in records(tmp_path / "strict.jsonl")] == [before[0]["id"], None]
 
 
+def test_a_damaged_picture_is_counted_and_odd_names_come_back(tmp_path, capsys):
+    names = ["a\u200bb", "c\rd", "e\nf", "__proto__", "\x1b[2J"]
+    lines = [{"id": name, "text": f"text {i}"} for i, name in enumerate(names)]
+    Image.new("RGB", (99, 99)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    lines += [{"images": ["a.png"], "caption": "x"}, {"messages": messages, "independent": True, "texts": ["odd", "x"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page(PageConfig(str(tmp_path / "a.jsonl"), tmp_path / "page.html"))
+    page = Tags((tmp_path / "page.html").read_text(encoding="utf-8"))
+    shown = [attributes["data-name"] for _tag, attributes in page.tags if "data-name" in attributes]
+    assert shown[:5] == ["a\\u200bb", "c\\rd", "e\nf", "__proto__", "\\x1b[2J"]
+    assert f"{len(shown)} of 7 records" in (told := capsys.readouterr().out) and "more cannot be read" in told
+    (tmp_path / "v.json").write_text(json.dumps({"page": "x", "verdicts": dict.fromkeys(shown[:4], "bad")}))
+    apply_verdicts(VerdictsConfig(str(tmp_path / "a.jsonl"), tmp_path / "v.json", tmp_path / "out.jsonl"))
+    assert records(tmp_path / "out.jsonl")[0]["id"] == names[4]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -22,8 +22,8 @@ def test_a_person_judges_and_data_runs_nothing(tmp_path, monkeypatch, is_escaped
     Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
     evil = EVIL.replace("alert", "document.title = document.title + ")
     records = [
-        {"images": ["red.png"], "id": f"r{i}", "texts": [{"user": text, "assistant": text}]}
-        for i, text in enumerate((evil, "fine"))
+        {"images": ["red.png"], "id": name, "texts": [{"user": text, "assistant": text}]}
+        for name, text in (("r0", evil), ("__proto__", "fine"))
     ]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if not is_escaped:
@@ -51,6 +51,6 @@ def test_a_person_judges_and_data_runs_nothing(tmp_path, monkeypatch, is_escaped
         saved.value.save_as(tmp_path / "verdicts.json")
         browser.close()
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
-    assert json.loads((tmp_path / "verdicts.json").read_text())["verdicts"] == {"r0": "bad", "r1": "good"}
+    assert json.loads((tmp_path / "verdicts.json").read_text())["verdicts"] == {"r0": "bad", "__proto__": "good"}
     apply_verdicts(VerdictsConfig(str(tmp_path / "records.jsonl"), tmp_path / "verdicts.json", tmp_path / "out.jsonl"))
-    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["r1"]
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["__proto__"]
