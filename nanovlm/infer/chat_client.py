@@ -4,6 +4,7 @@ The key in OPENAI_API_KEY goes to the server that the user names and to no other
 shows the key, also where the server repeats it.
 """
 
+import http.client
 import json
 import os
 import time
@@ -63,12 +64,14 @@ def complete_chat(address: str, body: dict, trouble: str = "the server at {} giv
                 content = json.loads(response.read(LARGEST_REPLY))["choices"][0]["message"]["content"]
                 return content if isinstance(content, str) else ""
         except urllib.error.HTTPError as error:
-            refusal = f"{error.code} {error.reason}: {error.read(4096).decode(errors='replace')}"
+            refusal = f"{error.code} {error.reason}: {read_words(error)}"
             if error.code not in (408, 409, 429) and error.code < 500:
                 kind = Refused if error.code in REFUSALS else UserError
                 break
-        except (urllib.error.URLError, OSError) as error:
-            refusal = str(error)
+        except http.client.InvalidURL as error:
+            raise UserError(f"{address!r} is no address: {error}") from error
+        except (http.client.HTTPException, OSError) as error:
+            refusal = f"{type(error).__name__}: {error}" if isinstance(error, http.client.HTTPException) else str(error)
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             refusal = f"its reply is not that of chat completions ({type(error).__name__}: {error})"
             break
@@ -76,3 +79,11 @@ def complete_chat(address: str, body: dict, trouble: str = "the server at {} giv
             time.sleep(WAIT * 2**attempt)
     shown = (refusal.replace(key, "[key]") if key else refusal)[:500]
     raise kind(f"{trouble.format(url)}: {shown}")
+
+
+def read_words(error: urllib.error.HTTPError) -> str:
+    """Return what a server says beside its status, as far as it comes."""
+    try:
+        return error.read(4096).decode(errors="replace")
+    except (http.client.HTTPException, OSError):
+        return ""

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import socket
+import threading
 from collections import Counter
 
 import pytest
@@ -137,6 +139,37 @@ def test_a_busy_server_is_asked_again(monkeypatch):
     replies = [(503, "busy"), (429, "slow down"), (200, as_reply("yes"))]
     with serving(lambda _body: replies.pop(0)) as (address, seen):
         assert complete_chat(address + "/", BODY) == "yes" and len(seen.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (b"garbage\r\n\r\n", "BadStatusLine"),
+        (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{"a":', "IncompleteRead"),
+        (b"HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nno", "500 Oh"),
+        (b"", "closed connection"),
+    ],
+)
+def test_a_server_that_speaks_no_http_is_asked_again_and_named(monkeypatch, reply, reason):
+    monkeypatch.setattr(chat_client, "WAIT", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            for _ in range(chat_client.TRIES):
+                connection, _address = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(UserError, match=f"gives no reply: .*{reason}"):
+            complete_chat(f"http://127.0.0.1:{server.getsockname()[1]}/v1", BODY)
+        thread.join(10)
+        assert not thread.is_alive()  # it was asked so often
+    for address in ("http://127.0.0.1:80a/v1", "http://local host/v1"):
+        with pytest.raises(UserError, match=f"'{address}' is no address"):
+            complete_chat(address, BODY)
 
 
 def test_a_key_goes_to_its_server_and_is_never_shown(monkeypatch):
