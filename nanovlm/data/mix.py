@@ -104,14 +104,29 @@ def search(config: SearchConfig):
     """Train with several mixtures for some steps each, rank them, and propose one."""
     config.validate()
     mixtures = choose_mixtures(len(config.sources), config.num)
+    settings = take_up(config)
     losses = np.zeros((len(mixtures), len(config.seeds), len(config.sources)))
     for (m, (name, weights)), (s, seed) in itertools.product(enumerate(mixtures.items()), enumerate(config.seeds)):
         print(f"{name}, seed {seed}: {', '.join(f'{weight:.3f}' for weight in weights)}", flush=True)
         losses[m, s] = run(config, weights, seed, config.folder / f"{name}-{seed}")
     ranking = rank(mixtures, losses, config.goals)
-    settings = {"preset": config.preset, "sources": config.sources, "steps": config.steps, "seeds": config.seeds}
-    write_file(config.folder / "ranking.json", json.dumps(settings | ranking, indent=1))
+    write_file(config.folder / "ranking.json", json.dumps(settings | {"seeds": config.seeds} | ranking, indent=1))
     print(format_ranking(ranking))
+
+
+def take_up(config: SearchConfig) -> dict:
+    """Return all that decides a run beside its mixture and seed. Raises UserError where runs were made with another."""
+    names = ("preset", "sources", "steps", "val_fraction", "options")
+    settings = json.loads(json.dumps({name: getattr(config, name) for name in names}))
+    path = config.folder / "search.json"
+    if not path.exists():
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(settings, indent=1))
+    before = read_json(path)
+    changed = [f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x]
+    if changed:
+        raise UserError(f"the runs in {config.folder} are others ({'; '.join(changed)}): name another folder")
+    return settings
 
 
 def run(config: SearchConfig, weights: Sequence[float], seed: int, run_dir: Path) -> list[float]:

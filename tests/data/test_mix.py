@@ -109,6 +109,11 @@ def test_a_search_trains_each_mixture_once_with_each_seed(tmp_path, monkeypatch,
     mix.main(args)
     assert len(asked) == 11 and asked[-1].run_dir == str(tmp_path / "equal-0")
     assert json.loads((tmp_path / "ranking.json").read_text()) == ranking
+    for changed in (["--steps", "80"], ["--sources", "a.jsonl", "b", "c"], ["--val-fraction", "0.1"]):
+        with pytest.raises(ValueError, match=rf"are others \({changed[0][2:].replace('-', '_')}: .*another folder"):
+            mix.main([*args, *changed])
+    mix.main([*args, "--seeds", "0"])  # fewer or more of the same runs
+    assert len(asked) == 11
 
 
 def test_mistakes_of_a_search_are_named(tmp_path, monkeypatch, capsys):
