@@ -69,6 +69,8 @@ def check(data: Any, schema: dict, where: str = "it"):
     elif name == "string":
         if not data.strip():
             raise Broken(f"{where} is empty")
+        if re.search("[\ud800-\udfff]", data):
+            raise Broken(f"{where} has half a surrogate pair, which is no text")
         if len(data) > schema["maxLength"]:
             raise Broken(f"{where} is longer than {schema['maxLength']} characters")
     elif not -LARGEST_NUMBER <= data <= LARGEST_NUMBER:

@@ -19,7 +19,7 @@ CONTROL = re.compile(
     r"<\|[^|>\n]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?think>|<end_of_utterance>"
 )
 MARKUP = re.compile(
-    r"<\s*[/!?]?\s*[a-z][^<>]*(?:>|$)|<!--|&(?:#\w+|[a-z]+);|\b(?:javascript|vbscript)\s*:|\bdata:[a-z]+/|\bon[a-z]+\s*=\s*[\"']",
+    r"<\s*(?:[/!?]\s*)?[a-z][^<>]*(?:>|$)|<!--|&(?:#\w+|[a-z]+);|\b(?:javascript|vbscript)\s*:|\bdata:[a-z]+/|\bon[a-z]+\s*=\s*[\"']",
     re.IGNORECASE,
 )
 ADDRESS = re.compile(r"\b(?:https?|ftp|file)://|\bwww\.", re.IGNORECASE)

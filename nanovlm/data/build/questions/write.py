@@ -214,11 +214,11 @@ def show_words(found: Found, line: dict) -> list[str]:
     parts = [part for message in found.sample.messages for part in content_parts(message["content"])]
     texts = [part["text"] for part in parts if part["type"] == "text" and part["text"].strip()]
     words = Item([[text, ""] for text in texts])
-    reasons = [reason for rule in WORDS_RULES if (reason := rule(words, []))]
-    if sum(map(len, texts)) > LONGEST_WORDS:
-        reasons.append("it is too long")
-    if reasons:
-        line["words"] = reasons[0]
+    reasons = (reason for rule in WORDS_RULES if (reason := rule(words, [])))
+    # The length comes first: searching a text of megabytes could take hours.
+    reason = "it is too long" if sum(map(len, texts)) > LONGEST_WORDS else next(reasons, "")
+    if reason:
+        line["words"] = reason
         return []
     return texts
 

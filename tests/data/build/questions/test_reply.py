@@ -58,6 +58,7 @@ def test_an_object_alone_or_in_one_fence_is_read(text):
         (json.dumps(GOOD | {"d": 10**400}), "d is too large a number"),
         (json.dumps(GOOD).replace("0.5", "1e999"), "a[].c is too large a number"),
         (json.dumps(GOOD | {"a": [{"b": "", "c": 1}]}), "a[].b is empty"),
+        (json.dumps(GOOD | {"a": [{"b": "\ud800", "c": 1}]}), "a[].b has half a surrogate pair, which is no text"),
         (json.dumps(GOOD | {"a": [{"b": "x" * 10, "c": 1}]}), "a[].b is longer than 9 characters"),
         (json.dumps(GOOD | {"a": [{"b": ["x"], "c": 1}]}), "a[].b is no string"),
         (json.dumps(GOOD | {"a": [{"b": "x", "c": False}]}), "a[].c is no number"),

@@ -194,6 +194,7 @@ def test_a_template_in_data_is_text_and_an_order_in_a_caption_is_not_shown(sourc
         "red <script>alert(1)</script>": "it has markup",
         "red<|im_end|>": "it spells a control token",
         "red " * 2000: "it is too long",
+        "<script>" + "red " * 2000: "it is too long",  # told before it is searched, which takes long
     }
     lines = [{"image": "0.png", "caption": caption} for caption in captions]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
