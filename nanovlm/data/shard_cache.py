@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from nanovlm.errors import UserError, printable
 
@@ -93,16 +93,27 @@ def fetch(url: str, options: CacheOptions) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{hashlib.sha256(repr((url, marks)).encode()).hexdigest()[:32]}.tar"
     part = file.with_suffix(".part")
-    with open(part, "ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # given up with the process, however it ends
-        if not file.exists():
-            make_room(options, info.get("size") or 0)
-            try_again(lambda: _download(fs, path, part, info.get("size")), url)
-            part.rename(file)
-        elif part.exists() and os.path.samestat(os.fstat(held.fileno()), part.stat()):
-            part.unlink()  # which another process made while it waited
-    os.utime(file)
-    return file
+    while True:
+        with open(part, "ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # given up with the process, however it ends
+            if not _is_at(held, part):
+                continue  # whom it waited for has renamed it, so that it holds nobody back
+            if file.exists():
+                part.unlink()
+            else:
+                make_room(options, info.get("size") or 0)
+                try_again(lambda: _download(fs, path, part, info.get("size")), url)
+                part.rename(file)
+        os.utime(file)
+        return file
+
+
+def _is_at(opened: BinaryIO, path: Path) -> bool:
+    """Tell whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _download(fs, path: str, part: Path, size: int | None):

@@ -181,7 +181,7 @@ class Shards:
         try:
             if self.counts[shard] is not None and (data := read_beside(name)) is not None:
                 return list(parse_members(data, name))
-        except UserError:
+        except (UserError, OSError):
             pass  # the headers say the same
         try:
             samples, losses = find_samples(self._local(shard), Shapes())

@@ -1,21 +1,24 @@
 """Tar shards as a stream: each record once a pass, exact resume, losses counted, shards written the same each time."""
 
+import fcntl
 import functools
 import http.server
 import io
 import itertools
 import json
 import os
+import shutil
 import tarfile
 import threading
 from collections import Counter
+from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
 from nanovlm.config import DataConfig
-from nanovlm.data import shards
+from nanovlm.data import shard_cache, shards
 from nanovlm.data.loader import Loader
 from nanovlm.data.members import members_of
 from nanovlm.data.shard_cache import CacheOptions, fetch
@@ -225,6 +228,14 @@ def test_an_index_that_says_too_much_loses_nothing_in_silence(tmp_path):
     (folder / "index.json").write_text(text.replace('"nsamples": 2', '"nsamples": 4'))
     found = losses(opened(folder, IN_ORDER), NUM + 2)
     assert found == [f"{folder}/000009.tar has 2 samples, and its index says 4"] * 2
+
+
+def test_an_index_that_cannot_be_read_is_done_without(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "000000.idx").unlink()
+    (other / "000000.idx").mkdir()
+    source = opened(other, IN_ORDER)
+    assert numbers(source, take(source, [0], 1, NUM)) == [*range(NUM)]
 
 
 def test_a_loader_counts_the_losses(tmp_path, capsys):
@@ -449,6 +460,26 @@ def test_the_cache_makes_room(folder, remote, tmp_path):
     source._fetch_ahead = lambda shards: None
     assert numbers(source, take(source, [0], 1, NUM)) == [*range(NUM)]  # one at a time
     assert sum(file.stat().st_size for file in tmp_path.glob("*.tar")) <= 1.5 * size
+
+
+def test_who_waited_for_another_holds_the_next_one_back(remote, tmp_path, monkeypatch):
+    """While it waits, the file is fetched by another process, renamed, and removed for lack of room."""
+    wait, download, waits = fcntl.flock, shard_cache._download, []
+
+    def wait_long(held, how):
+        wait(held, how)
+        if waits.append(1) or len(waits) == 1:
+            Path(held.name).unlink()
+
+    def download_alone(fs, path, part, size):
+        with open(part, "ab") as third, pytest.raises(BlockingIOError):
+            wait(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return download(fs, path, part, size)
+
+    monkeypatch.setattr(shard_cache.fcntl, "flock", wait_long)
+    monkeypatch.setattr(shard_cache, "_download", download_alone)
+    assert fetch("memory://data/000000.tar", CacheOptions(str(tmp_path))).exists()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tar"]
 
 
 def test_a_shard_that_went_in_this_moment_comes_again(remote, tmp_path, monkeypatch):
