@@ -100,6 +100,8 @@ def take_up(work: Path, recipe: Recipe, stages: dict[str, Stage], source: Source
         if (digest := stages[name].digest) is not None:
             settings[f"what stages.{name} names"] = digest(options)
     path = work / "settings.json"
+    if not path.exists() and (others := sorted(work.parent.glob(f"shard-*.{recipe.shards.format}"))):
+        raise UserError(f"{others[0]} is there, and nothing tells of which recipe: name another folder, or remove this")
     work.mkdir(exist_ok=True)
     if path.exists():
         before = read_json(path)
@@ -256,7 +258,7 @@ class Writer(Dataset):
         number, records = job
         path = self.out / f"shard-{number:05d}.{self.funnel.recipe.shards.format}"
         if not path.exists():
-            write_shard(path, [self.read(ref, line) for ref, line in records])
+            write_shard(path, (self.read(ref, line) for ref, line in records))
         return describe_shard(path, len(records))
 
     def read(self, ref: Ref, line: dict):

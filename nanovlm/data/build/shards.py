@@ -10,7 +10,7 @@ provenance, a text of JSON; there a column has one type, so records are messages
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,14 +42,14 @@ def to_written(item: Item, provenance: dict, kind: str = "tar") -> Written:
     return Written(item.number, name_images(images), record, provenance)
 
 
-def write_tar(path: Path, records: Sequence[Written]):
+def write_tar(path: Path, records: Iterable[Written]):
     with TarShard(path) as shard:
         for written in records:
             members = {"json": to_json(written.record), "provenance.json": json.dumps(written.provenance).encode()}
             shard.write(f"{written.number:09d}", written.images | members)
 
 
-def write_parquet(path: Path, records: Sequence[Written]):
+def write_parquet(path: Path, records: Iterable[Written]):
     """Raise UserError for what a column cannot hold, such as values of several types."""
     arrow, parquet = import_arrow("pyarrow"), import_arrow("pyarrow.parquet")
     rows = []
@@ -98,7 +98,7 @@ def _plain(message: dict) -> dict:
     return {"role": message["role"], "content": content_parts(message["content"])}
 
 
-def write_shard(path: Path, records: Sequence[Written]):
+def write_shard(path: Path, records: Iterable[Written]):
     """Write a shard under a temporary name, and rename it."""
     FORMATS[path.suffix[1:]](path, records)
 
@@ -113,4 +113,4 @@ def describe_shard(path: Path, num_records: int) -> dict:
     return {"url": path.name, "nsamples": num_records, "filesize": path.stat().st_size, "sha256": digest}
 
 
-FORMATS: dict[str, Callable[[Path, Sequence[Written]], None]] = {"tar": write_tar, "parquet": write_parquet}
+FORMATS: dict[str, Callable[[Path, Iterable[Written]], None]] = {"tar": write_tar, "parquet": write_parquet}

@@ -20,6 +20,7 @@ from nanovlm.data.build.items import Stage, each
 from nanovlm.data.build.recipe import Recipe, ShardOptions, read_recipe
 from nanovlm.data.build.stages import STAGES
 from nanovlm.data.records import to_sample
+from nanovlm.data.shard_writer import TarShard
 from nanovlm.data.source import IN_ORDER, deal
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
@@ -294,6 +295,19 @@ def test_shards_end_at_their_bytes(planted, made, tmp_path):
     shards = json.loads((tmp_path / "out" / "index.json").read_text())["shardlist"]
     assert len(shards) > 3 and all(shard["filesize"] < 40_000 + 10240 + 2048 * shard["nsamples"] for shard in shards)
     assert sum(shard["nsamples"] for shard in shards) == json.loads((made / "report.json").read_text())["kept"]
+
+
+def test_a_shard_is_written_as_it_is_read_and_none_of_another_recipe_is_taken(planted, tmp_path, monkeypatch):
+    recipe, events = make(planted[0], tmp_path / "out", stages={}, num=6), []
+    for owner, name in ((funnel.Writer, "read"), (TarShard, "write")):
+        call = getattr(owner, name)
+        noted = lambda self, *rest, name=name, call=call: events.append(name) or call(self, *rest)  # noqa: E731
+        monkeypatch.setattr(owner, name, noted)
+    run(recipe)
+    assert len(events) > 4 and events == ["read", "write"] * (len(events) // 2)
+    (tmp_path / "out" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"shard-00000.tar is there, and nothing tells of which recipe"):
+        run(recipe)
 
 
 def test_a_source_that_has_changed_is_noticed(planted, tmp_path):
