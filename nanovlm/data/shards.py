@@ -61,6 +61,7 @@ def write(config: WriteConfig):
         print(f"lost: {printable(sentence)}")
     options = {"layout": config.layout, "fields": parse_fields(config.fields)}
     size, settings = ShardSize(config.max_samples, config.max_mb), dataclasses.asdict(config)
+    del settings["max_bad_fraction"]  # which changes no record: a run that it ended goes on with a larger one
     write_shards(source, config.folder, size, config.num, options, config.max_bad_fraction, settings)
 
 

@@ -1,5 +1,6 @@
 """Tar shards as a stream: each record once a pass, exact resume, losses counted, shards written the same each time."""
 
+import dataclasses
 import fcntl
 import functools
 import http.server
@@ -381,6 +382,18 @@ def test_what_is_written_is_the_record_of_any_layout(tmp_path):
     assert first == record(5) and fourth == {"text": "no picture"}
     assert second["images"] == [picture(1)] and second["messages"][0]["content"][0] == {"type": "image"}
     assert third == {"prompt": "which?", "chosen": "this", "rejected": "that", "images": [picture(2)]}
+
+
+def test_a_command_that_lost_too_much_goes_on_with_a_larger_share(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanovlm.data.shard_writer.JUDGED_AFTER", 4)
+    rows = [record(0), record(1), {"texts": 3}, record(2), {"texts": 4}, record(3)]
+    rows = [{name: value for name, value in row.items() if name != "images"} for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = shards.WriteConfig(1, source=str(tmp_path / "a.jsonl"), folder=tmp_path / "out", max_bad_fraction=0.3)
+    with pytest.raises(ValueError, match="2 of 5 records are unusable"):
+        shards.write(config)
+    shards.write(dataclasses.replace(config, max_bad_fraction=0.5))
+    assert len(open_source(str(tmp_path / "out")).files) == 4  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_mistakes_of_a_command_are_named(lines, tmp_path):

@@ -92,6 +92,7 @@ def write_records(config: BuildConfig, source: Source, make: Callable[[list[Foun
         if config.out.exists():
             raise UserError(f"{config.out} is there already: name another file, or remove it")
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        del settings["max_bad_fraction"]  # which changes no record: a run that it ended goes on with a larger one
         part, (num_read, num_kept), named = folder / NAME, take_up(folder, settings), 0
         total = min(len(source), config.num or len(source)) if isinstance(source, Sized) else config.num or None
         refs = itertools.islice(first_pass(source), num_read, config.num or None)
