@@ -8,7 +8,6 @@ compositional, whose pairs of color and shape no training scene has. A run that 
 benchmarks/results/contrast.jsonl is not made again while the preset stays.
 """
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import arguments, pages
-from benchmarks.engine_report import where
+from benchmarks.pages import read_lines, where
 from benchmarks.recipes import digest, summarise, train_apart
 from benchmarks.speed import append_lines
 from nanovlm import cli
@@ -58,14 +57,14 @@ def main(config: ContrastConfig):
     for seed, threads in () if config.table else config.runs:
         run_dir = Path(config.folder) / f"seed-{seed}-threads-{threads}"
         about = {"seed": seed, "threads": threads, "config": name_run(seed, threads)}
-        if any(about.items() <= line.items() for line in read_lines()):
+        if any(about.items() <= line.items() for line in read_lines(RESULTS)):
             continue
         measured = train_apart(make_run(seed, threads, str(run_dir)))
         torch.set_num_threads(threads)
         found = dual.main(dual.DualEvalConfig(str(run_dir / "model"), splits, splits, train="scenes"))
         environment = describe_environment(torch.device("cpu"), threads, measured.pop("precision"))
         append_lines(RESULTS, [about | measured | {"found": found, "commit": commit}], environment)
-    pages.put(DOCS, "contrast", "contrast.py", format_table(read_lines()))
+    pages.put(DOCS, "contrast", "contrast.py", format_table(read_lines(RESULTS)))
 
 
 def make_run(seed: int, threads: int, run_dir: str = "") -> TrainConfig:
@@ -74,10 +73,6 @@ def make_run(seed: int, threads: int, run_dir: str = "") -> TrainConfig:
 
 def name_run(seed: int, threads: int) -> str:
     return digest(make_run(seed, threads))
-
-
-def read_lines() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
 
 
 def format_table(lines: list[dict]) -> str:

@@ -3,14 +3,13 @@
 python benchmarks/engine_report.py       write them into the page
 """
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import pages
-from nanovlm.environment import short_commit
+from benchmarks.pages import where
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "engine.jsonl", ROOT / "docs" / "inference.md"
@@ -67,13 +66,9 @@ MODELS |= {"460m": "460M: 512 px, SmolLM2-360M"}
 
 def main():
     """Write the tables into the page."""
-    lines = read_lines()
+    lines = pages.read_lines(RESULTS)
     for name, table in TABLES.items():
         pages.put(PAGE, name, "engine.py", "\n".join(table(lines)))
-
-
-def read_lines() -> list[dict]:
-    return [json.loads(text) for text in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
 
 
 def find(lines: Iterable[dict], **fields) -> dict | None:
@@ -144,13 +139,6 @@ def memory(lines: list[dict]) -> list[str]:
                 cells += [f"{line['feature_bytes_a_tile'] / 1e3:.1f}", str(line["tokens_a_tile"]), where(line)]
             text.append(f"| {title} | {weights} | {' | '.join(cells)} |")
     return text
-
-
-def where(line: dict) -> str:
-    """Return what a line was measured on; a + says that files were changed after the commit."""
-    threads = f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}"
-    commit = short_commit(line["commit"]) if line["commit"] else "no commit"
-    return f"{line['device']}, {threads}, {commit}, {line['date']}"
 
 
 TABLES = {"speed": speed, "ratios": ratios, "speculation": speculation, "memory": memory}

@@ -1,6 +1,6 @@
 """What it saves to read stored features of a frozen encoder in place of pictures, and what they take.
 
-    python benchmarks/features.py                  print, and append to benchmarks/results/features.jsonl
+    python benchmarks/features.py                  append to results/features.jsonl, write the table of docs/data.md
     python benchmarks/features.py --shapes tiny    the same in small, for a look
 
 JPEG files of drawn noise are encoded once (python -m nanovlm.features), in both dtypes. Then steps of stage 1, of which
@@ -23,6 +23,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import pages
 from benchmarks.pictures import draw
 from benchmarks.speed import append_lines
 from nanovlm import cli
@@ -99,6 +100,32 @@ def main(config: Config):
             of_run = prepare(Path(folder), model, config, precision)
             lines = measure(Path(folder), of_run, config.repeats, device, precision)
             append_lines(RESULTS, [{"shape": shape, "pictures": config.num, **line} for line in lines], environment)
+    pages.put(cli.PROJECT / "docs" / "data.md", "features", "features.py", format_table(pages.read_lines(RESULTS)))
+
+
+def format_table(lines: list[dict]) -> str:
+    """Lay out the last line of each dtype of the shape that a plain run measures."""
+    [shape] = Config().shapes
+    newest = {line["dtype"]: line for line in lines if line["shape"] == shape}
+    if not newest:
+        return "not measured yet"
+    rows = [
+        (
+            f"`{dtype}`",
+            f"{line['bytes_a_tile']:,}",
+            f"{line['seconds_to_store_a_tile']:.3f}",
+            f"{line['seconds_a_step_pictures']:.2f}",
+            f"{line['seconds_a_step_features']:.2f}",
+            f"{line['speedup']:.2f}",
+            f"{line['largest_difference_of_losses']:.1e}",
+        )
+        for dtype, line in newest.items()
+    ]
+    header = ["stored as", "bytes a tile", "seconds to store a tile", "seconds a step from pictures", "from features"]
+    table = pages.lay_out([*header, "times as fast", "largest difference of losses"], rows)
+    last = newest[next(reversed(newest))]
+    asked = f"{shape}; {last['tiles_a_step']:.1f} tiles a step; {last['pixel_bytes_a_tile']:,} bytes of pixels a tile"
+    return f"{table}\n\n({asked}; {pages.where(last)})"
 
 
 def prepare(folder: Path, model: VLMConfig, config: Config, precision: str) -> TrainConfig:

@@ -308,7 +308,12 @@ def tables(lines: list[dict]) -> dict[str, str]:
         what: [line for line in newest.values() if line["what"] == what]
         for what in MEASURES  # in their order on the page
     }
-    return {what: "\n".join(FORMATS[what](some)) if some else "not measured yet" for what, some in found.items()}
+    return {what: format_lines(what, some) if some else "not measured yet" for what, some in found.items()}
+
+
+def format_lines(what: str, lines: list[dict]) -> str:
+    places = dict.fromkeys(pages.where(line) for line in lines)
+    return "\n".join([*FORMATS[what](lines), "", *(f"({place})" for place in places)])
 
 
 def format_near(lines: list[dict]) -> list[str]:
@@ -346,8 +351,7 @@ def format_records(lines: list[dict]) -> list[str]:
 
 def put_tables():
     """Put all committed results between their marks on the page."""
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    found = tables(lines)
+    found = tables(pages.read_lines(RESULTS))
     if DRAWN.exists():
         found["drawn"] = format_drawn(read_json(DRAWN))
     for name, table in found.items():
@@ -375,7 +379,7 @@ def main(config: FunnelConfig):
         return
     lines = MEASURES[config.what](config)
     if config.dry:
-        print(tables(lines)[config.what])
+        print(format_lines(config.what, [environment | line for line in lines]))
     else:
         append_lines(RESULTS, lines, environment)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import arguments, fusion_report
+from benchmarks import arguments, fusion_report, pages
 from benchmarks.fusion_cells import (
     CELLS,
     Cell,
@@ -119,7 +119,7 @@ def start(config: FusionBenchConfig, seed: int, worker: str):
 def is_done(about: dict, results: Path) -> bool:
     """Whether there is a line of the same run, of whichever commit."""
     about = {name: x for name, x in about.items() if name != "commit"}
-    return any(about.items() <= line.items() for line in fusion_report.read_lines(results))
+    return any(about.items() <= line.items() for line in pages.read_lines(results))
 
 
 def measure_encoder(config: FusionBenchConfig):
@@ -155,7 +155,7 @@ def read_lines() -> list[dict]:
         "fusion": lambda x: digest(base, Cell(**x["cell"]), x["seed"]),
         "encoder": lambda x: name_encoder_run(base),
     }
-    return [line for line in fusion_report.read_lines(RESULTS) if line["config"] == names[line["subject"]](line)]
+    return [line for line in pages.read_lines(RESULTS) if line["config"] == names[line["subject"]](line)]
 
 
 SUBJECTS = {

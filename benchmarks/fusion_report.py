@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,10 +17,6 @@ PARTS = ("projector", "fusion", "decoder", "encoder")
 TUNED = ("frozen", "lora", "full")
 FUSIONS = {"sequence": "sequence", "cross_attention": "cross-attention"}
 BARS = (50, 80, 90)  # percent of right answers
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def newest(lines: Sequence[dict], subject: str) -> list[dict]:

@@ -1,7 +1,10 @@
 """Tables of benchmarks -> a page: between its marks a page has what a benchmark writes, and nothing by hand."""
 
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from nanovlm.environment import short_commit
 from nanovlm.errors import UserError
 from nanovlm.files import write_file
 
@@ -20,3 +23,18 @@ def find(page: Path, name: str, by: str) -> tuple[str, str, str]:
     if not begin or not end:
         raise UserError(f"{page} has no {first.strip()} with {last.strip()} after it, for a table to stand between")
     return before + begin, table, end + after
+
+
+def read_lines(results: Path) -> list[dict]:
+    return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+
+
+def lay_out(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def where(line: dict) -> str:
+    """Return what a line was measured on; a + says that files were changed after the commit."""
+    threads = f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}"
+    commit = short_commit(line["commit"]) if line["commit"] else "no commit"
+    return f"{line['device']}, {threads}, {commit}, {line['date']}"

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nanovlm
-from benchmarks import quantized_report
+from benchmarks import pages, quantized_report
 from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.config import QuantizationConfig, SamplingConfig
@@ -187,7 +187,7 @@ def measure(
 
     `look` is given a model, the format of its cache, and what fp32 has done, if that is known.
     """
-    done = [line["way"] for line in quantized_report.read_lines(config.results) if about.items() <= line.items()]
+    done = [line["way"] for line in pages.read_lines(config.results) if about.items() <= line.items()]
     expected = None
     for way in (way for way in WAYS if way in ("fp32", *config.ways) and way not in done):
         if expected is None and way != "fp32":

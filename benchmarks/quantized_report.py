@@ -1,24 +1,19 @@
 """Lines of benchmarks/quantized.py -> the tables of docs/quantization.md."""
 
 import itertools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import pages
-from benchmarks.engine_report import where
+from benchmarks.pages import lay_out, where
 from nanovlm import cli
 
 PAGE = cli.PROJECT / "docs" / "quantization.md"
 
 
-def read_lines(results: Path) -> list[dict]:
-    return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-
-
 def write(results: Path, ways: Sequence[str]):
     """Put the table of each subject into the page, the ways in this order."""
-    lines = sorted(choose(read_lines(results)), key=lambda line: ways.index(line["way"]))
+    lines = sorted(choose(pages.read_lines(results)), key=lambda line: ways.index(line["way"]))
     for subject, format_table in TABLES.items():
         found = [line for line in lines if line["subject"] == subject]
         pages.put(PAGE, subject, "quantized.py", format_table(found) if found else "not measured yet")
@@ -29,10 +24,6 @@ def choose(lines: Sequence[dict]) -> list[dict]:
     settings = {(line["subject"], line["model"]): line["settings"] for line in lines}
     kept = [line for line in lines if settings[line["subject"], line["model"]] == line["settings"]]
     return list({(line["subject"], line["model"], line["way"]): line for line in kept}.values())
-
-
-def lay_out(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def format_smollm2(lines: Sequence[dict]) -> str:

@@ -23,7 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import pages
-from benchmarks.engine_report import where
+from benchmarks.pages import where
 from benchmarks.real_data import CLOTHES, HELD_OUT, RealDataConfig, names_of, write
 from benchmarks.recipes import PLAIN, digest, train_apart
 from nanovlm import cli, load

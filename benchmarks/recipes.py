@@ -333,7 +333,7 @@ def main(config: RecipesConfig):
 def record(name: str, way: str, config: TrainConfig, run: Callable[[], dict], place: Place, commit: str, progress):
     """Make a run and measure its model, unless that has been done; append its line."""
     about = {"recipe": name, "way": way, "seed": place.seed, "config": digest(config)}
-    if any(about.items() <= line.items() for line in read_lines()):
+    if any(about.items() <= line.items() for line in pages.read_lines(RESULTS)):
         return
     measured = run()
     model, processor = adapt.load(Path(config.run_dir), config, torch.device("cpu"))
@@ -390,10 +390,6 @@ def work(text: str):
     write_file(measured, json.dumps(said))
 
 
-def read_lines() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
-
-
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 # For each recipe the figures of its columns.
@@ -431,7 +427,7 @@ def draw_rewards(png: Path, window: int = 20):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {line["seed"]: line["rewards"] for line in read_lines() if line["way"] == "grpo"}
+    runs = {line["seed"]: line["rewards"] for line in pages.read_lines(RESULTS) if line["way"] == "grpo"}
     figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
     for seed, rewards in runs.items():
         means = torch.tensor(rewards).unfold(0, window, 1).mean(1).tolist()
@@ -448,7 +444,7 @@ def draw_rewards(png: Path, window: int = 20):
 
 def format_table(name: str) -> str:
     """Lay out mean, deviation and worst of the seeds of each way; of lines of one config the last counts."""
-    lines = [line for line in read_lines() if line["recipe"] == name]
+    lines = [line for line in pages.read_lines(RESULTS) if line["recipe"] == name]
     lines = list({(line["way"], line["seed"]): line for line in lines}.values())
     columns = COLUMNS[name]
     text = [

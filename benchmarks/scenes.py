@@ -139,9 +139,8 @@ def recipe() -> str:
 
 def read_lines() -> list[dict]:
     """Return the lines of the file that are of today's recipe."""
-    lines = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
     today = recipe()
-    return [line for line in lines if line["recipe"] == today]
+    return [line for line in pages.read_lines(RESULTS) if line["recipe"] == today]
 
 
 def run_seeds(config: ScenesConfig) -> int:

@@ -1,7 +1,7 @@
 """How fast tar shards are read, beside webdataset and datasets, from the same files on one core.
 
     pip install webdataset datasets
-    python benchmarks/shards.py              print, and append to benchmarks/results/shards.jsonl
+    python benchmarks/shards.py    append to benchmarks/results/shards.jsonl, and write the table of docs/data.md
 
 A sample is a JPEG and a JSON record, read into memory, the JSON parsed, the JPEG not decoded. All shuffle: shards, and
 the samples of a buffer of 1000 (ours: of a window of shards). Before anything is timed each reader must give every
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import arguments
+from benchmarks import arguments, pages
 from benchmarks.speed import append_lines
 from nanovlm import cli
 from nanovlm.data.shard_index import write_index
@@ -37,6 +37,7 @@ from nanovlm.data.source_tar import Tar
 from nanovlm.environment import describe_environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "shards.jsonl"
+DOCS = RESULTS.parents[2] / "docs" / "data.md"
 BUFFER = 1000  # samples
 
 Sample = tuple[dict, bytes]
@@ -140,6 +141,20 @@ def main(config: ShardsConfig):
             }
         )
     append_lines(RESULTS, lines, describe_environment(torch.device("cpu"), threads=1))
+    pages.put(DOCS, "shards", "shards.py", format_table(pages.read_lines(RESULTS)))
+
+
+def format_table(lines: list[dict]) -> str:
+    """Lay out the last line of each reader."""
+    newest = {line["reader"]: line for line in lines}
+    if not newest:
+        return "not measured yet"
+    rows = [
+        (reader, f"{line['samples_per_second']:,}", f"{line['ours_is_times_as_fast']:.2f}")
+        for reader, line in newest.items()
+    ]
+    table = pages.lay_out(("reader", "samples a second", "ours is so many times as fast"), rows)
+    return f"{table}\n\n({pages.where(lines[-1])})"
 
 
 if __name__ == "__main__":

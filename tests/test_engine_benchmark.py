@@ -11,7 +11,8 @@ pytest.importorskip("tyro")  # a machine that is lent for minutes may lack it
 from benchmarks import engine, engine_report, pages, turns
 from benchmarks.engine import measure_memory
 from benchmarks.engine_bench import Bench, compare, decoding_rate, is_alike
-from benchmarks.engine_report import PAGE, TABLES, read_lines, speed
+from benchmarks.engine_report import PAGE, RESULTS, TABLES, speed
+from benchmarks.pages import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_turns_alternate():
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_the_page_is_that_of_the_results(name):
     table = pages.find(PAGE, name, "engine.py")[1]
-    assert table.splitlines() == TABLES[name](read_lines()), "run python benchmarks/engine_report.py"
+    assert table.splitlines() == TABLES[name](read_lines(RESULTS)), "run python benchmarks/engine_report.py"
 
 
 def test_the_last_line_counts_and_what_is_missing_says_so(tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ from benchmarks.fusion_cells import (
     put_in_words,
     score,
 )
-from benchmarks.fusion_report import accuracy_at, first_reaches, read_lines, write_tables
+from benchmarks.fusion_report import accuracy_at, first_reaches, write_tables
+from benchmarks.pages import read_lines
 from nanovlm.command_line import parse_train
 from nanovlm.data.scenes import draw
 from nanovlm.errors import UserError

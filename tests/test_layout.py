@@ -64,3 +64,14 @@ def test_the_readme_shows_the_committed_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "scenes.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert format_results(results) in readme and format_runs(read_lines()) in readme
+
+
+def test_the_page_of_data_shows_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # of which one imports another as the script beside it
+    from benchmarks import features, funnel, pages, shards
+
+    found = {(name, "funnel.py"): table for name, table in funnel.tables(pages.read_lines(funnel.RESULTS)).items()}
+    for benchmark in (features, shards):
+        name = benchmark.RESULTS.stem
+        found[name, f"{name}.py"] = benchmark.format_table(pages.read_lines(benchmark.RESULTS))
+    assert found == {key: pages.find(ROOT / "docs" / "data.md", *key)[1] for key in found}

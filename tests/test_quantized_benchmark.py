@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from benchmarks import quantized, quantized_report
+from benchmarks import pages, quantized, quantized_report
 from benchmarks.quantized import WAYS, QuantizedBenchmarkConfig, Seen, measure, read_text, round_cache
 from nanovlm.errors import UserError
 from nanovlm.model.vlm import VLM
@@ -38,7 +38,7 @@ def test_each_way_is_measured_once_and_compared_with_fp32(processor, tmp_path):
     config = QuantizedBenchmarkConfig("smollm2", ways=MODELS, results=results, group_size=32)
     measure_some(config, processor, looked, batch)
     assert looked == [("float", False), ("float", True), ("float", True), ("int4", True)]
-    lines = {line["way"]: line for line in quantized_report.read_lines(results)}
+    lines = {line["way"]: line for line in pages.read_lines(results)}
     assert tuple(lines) == MODELS
     assert lines["fp32"]["next token as in fp32"] == 100 and lines["fp32"]["divergence"] == 0
     assert len({line["divergence"] for line in lines.values()}) == 4
@@ -52,7 +52,7 @@ def test_each_way_is_measured_once_and_compared_with_fp32(processor, tmp_path):
     results.write_text("".join(json.dumps(line) + "\n" for line in kept))
     measure_some(config, processor, looked, batch)
     assert looked[4:] == [("float", False), ("float", True)]  # fp32, to be compared with, and what was missing
-    again = quantized_report.read_lines(results)[-1]
+    again = pages.read_lines(results)[-1]
     assert [again[key] for key in ("way", "divergence")] == ["int4 round", lines["int4 round"]["divergence"]]
     with pytest.raises(UserError, match="--ways 'int3' is not known; there are fp32, bf16, "):
         QuantizedBenchmarkConfig("smollm2", ways=("int3",)).validate()
