@@ -95,8 +95,7 @@ engines: .venv/installed-test  ## every engine of docs/engines.md answers as our
 	PYTHONPATH=$E/mlx-vlm $(ASK) $(BIN)/python -m pytest tests/hub/test_mlx_vlm.py
 
 # What tests of data compare with and is too large for all: the processor of SmolVLM's videos, and Ray Data.
-RAY := ray==2.60.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 msgpack==1.2.4 referencing==0.37.0 \
-  rpds-py==2026.9.1
+RAY := ray==2.60.0 msgpack==1.2.4
 
 data-test: .venv/installed-test  ## videos against SmolVLM's own processor, and a funnel of records on Ray
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/data torchvision==0.28.0 $(RAY)

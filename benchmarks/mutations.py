@@ -76,7 +76,7 @@ MUTATIONS = {
         ("gradient where none was asked for", "ignore_index, gradient, BV", "ignore_index, True, BV"),
         ("blocks of half the vocabulary", "triton.next_power_of_2(V))", "triton.next_power_of_2(V // 2))"),
         ("labels of the first chunk", "labels[i : i + chunk], any", "labels[:chunk][: len(z)], any"),
-        ("loss of the last chunk only", "total += cross_entropy_", "total = cross_entropy_"),
+        ("loss of the last chunk only", "total += each.sum()", "total = each.sum()"),
         ("gradient of hidden of one chunk", "out=dx[i : i + chunk]", "out=dx[: len(z)]"),
         ("gradient of weight of the last chunk", "else dw.add_(product)", "else product.float()"),
         ("gradient of weight added in 16 bits", "product.to(torch.float32 if N > chunk else weight.dtype)", "product"),

@@ -1,6 +1,7 @@
 """Who imports whom, what is needed to import, and what the README shows."""
 
 import ast
+import fnmatch
 import json
 import subprocess
 import sys
@@ -75,3 +76,9 @@ def test_the_page_of_data_shows_the_committed_results(monkeypatch):
         name = benchmark.RESULTS.stem
         found[name, f"{name}.py"] = benchmark.format_table(pages.read_lines(benchmark.RESULTS))
     assert found == {key: pages.find(ROOT / "docs" / "data.md", *key)[1] for key in found}
+
+
+def test_every_test_file_is_collected(pytestconfig):
+    skipped = pytestconfig.getini("norecursedirs")
+    folders = {folder for path in (ROOT / "tests").rglob("test_*.py") for folder in path.relative_to(ROOT).parts[:-1]}
+    assert "build" in folders and not [x for x in folders if any(fnmatch.fnmatch(x, pattern) for pattern in skipped)]
