@@ -163,9 +163,10 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         }
         held_out = read_held_out(loaders, config)
         asked += ask_held_out(loaders, processor, config) if config.eval.every and config.dual is None else []
-    shown = asked[0][1] if asked else []
+    about, shown = asked[0] if asked else (None, [])
     if config.eval.show:
-        shown = read_questions(open_task(config.eval.show, SHOWN, **how))
+        about = open_task(config.eval.show, SHOWN, **how)
+        shown = read_questions(about)
     shown = choose(shown, SHOWN) if config.eval.show_every else []
     scores = [f"accuracy_{task.name}" for task, _ in asked]
     metric = best.choose_metric(config.eval, loss_names(held_out), scores, objective.learns_from)
@@ -246,7 +247,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
             profile_step()
             if shown and state.step % config.eval.show_every == 0:
                 with log.paused():
-                    log.say(f"step {state.step}:\n  " + "\n  ".join(show(state, processor, shown)))
+                    log.say(f"step {state.step}:\n  " + "\n  ".join(show(state, processor, about, shown)))
             if state.step % config.checkpoint_every == 0 or totals["signals"]:
                 log.settle()
                 if saving:
@@ -299,9 +300,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         first, questions = asked[0]
         if chosen := choose(training.leave_out(questions) if training else questions, num=12):
             answers = answer(model, processor, chosen)
-            write_file(run_dir / "samples.png", draw_sheet(chosen, answers))
+            write_file(run_dir / "samples.png", draw_sheet(first, chosen, answers))
             print(f"Questions of {first.name}, drawn in {run_dir / 'samples.png'}:")
-            print(*(f"  {line}" for line in map(describe, chosen, answers)), sep="\n")
+            print(*(f"  {describe(first, *each)}" for each in zip(chosen, answers, strict=True)), sep="\n")
         if config.model.decoder.moe is not None:
             loads = measure_routing(model, processor, questions)
             write_file(run_dir / "routing.png", draw_routing(loads, config.model.decoder.mixtures))
@@ -395,10 +396,11 @@ def score_sources(task: Task, questions: list[Question], answers: list[str]) -> 
     return found
 
 
-def show(state: TrainState, processor: Processor, questions: list[Question]) -> list[str]:
+def show(state: TrainState, processor: Processor, task: Task, questions: list[Question]) -> list[str]:
     """Return what the model answers to a few questions."""
     with evaluating(state):
-        return list(map(describe, questions, answer(state.model, processor, questions)))
+        answers = answer(state.model, processor, questions)
+        return [describe(task, *each) for each in zip(questions, answers, strict=True)]
 
 
 @contextlib.contextmanager

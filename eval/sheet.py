@@ -5,7 +5,8 @@ import io
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from nanovlm.eval.metrics import exact_match
-from nanovlm.eval.questions import Question
+from nanovlm.eval.questions import Question, Task
+from nanovlm.eval.scores import find_main
 
 COLUMNS, SIDE, GAP, LINE = 4, 256, 12, 18
 
@@ -23,18 +24,25 @@ def choose(questions: list[Question], num: int) -> list[Question]:
     return chosen
 
 
-def describe(question: Question, answer: str) -> str:
-    """Put question, answer and truth into one line; unprintable text is escaped."""
-    verdict = "right" if exact_match(answer, question.references) else "WRONG"
+def judge(task: Task, question: Question, answer: str) -> float:
+    """Return the main figure of an answer; of figures that all answers have together, whether it is the truth."""
+    figures = task.score(question, answer) or {"exact": float(exact_match(answer, question.references))}
+    return figures[find_main(getattr(task, "main", None), [figures], figures)]
+
+
+def describe(task: Task, question: Question, answer: str) -> str:
+    """Put verdict, question, answer and truth into one line; unprintable text is escaped."""
+    score = judge(task, question, answer)
+    verdict = {0.0: "WRONG", 1.0: "right"}.get(score, f"{score:5.0%}")
     asked, said, truth = (x if x.isprintable() else repr(x) for x in (question.text, answer, question.truth))
     return f"{verdict}  {asked} {said} (truth: {truth})"
 
 
-def draw_sheet(questions: list[Question], answers: list[str]) -> bytes:
-    """Draw each question with its first image, the answer (green where it is right) and the truth, as a PNG file."""
+def draw_sheet(task: Task, questions: list[Question], answers: list[str]) -> bytes:
+    """Draw questions with their first images, answers (green if at least half right) and truths, as a PNG file."""
     font, cells = ImageFont.load_default(15), []
     for question, said in zip(questions, answers, strict=True):
-        color = (0, 110, 40) if exact_match(said, question.references) else (180, 0, 0)
+        color = (0, 110, 40) if judge(task, question, said) >= 0.5 else (180, 0, 0)
         lines = [(line, (0, 0, 0)) for line in _wrap(font, question.text)]
         lines += [(line, color) for line in _wrap(font, f"answer: {said}")]
         lines += [(line, (110, 110, 110)) for line in _wrap(font, f"truth: {question.truth}")]

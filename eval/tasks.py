@@ -109,7 +109,7 @@ class DrawnScenes:
 
     def __init__(self, name: str, source: Source, limit: int, is_about_places: bool = False):
         self.name, self.source, self.limit = name, source, limit
-        self.score = score_place if is_about_places else score_words
+        self.main, self.score = ("hit", score_place) if is_about_places else ("accuracy", score_words)
 
     def questions(self) -> Iterator[Question]:
         return _questions_of(self.source, self.limit)
@@ -123,8 +123,8 @@ def score_words(question: Question, answer: str) -> dict[str, float]:
 def score_place(question: Question, answer: str) -> dict[str, float]:
     """Count a box with an IoU of 0.5 or more as right, and a point that is in the box of what it shows."""
     if question.kind == "point":
-        return {"accuracy": point_hit(answer, question.references)}
-    return {"accuracy": box_hit(answer, question.references), "box_iou": box_iou(answer, question.references)}
+        return {"hit": point_hit(answer, question.references)}
+    return {"hit": box_hit(answer, question.references), "box_iou": box_iou(answer, question.references)}
 
 
 class DrawnDocuments:

@@ -105,6 +105,23 @@ def train_step(state, *args):
     return step(state, *args)
 train.train_step = train_step
 """
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Runs that were killed at steps 5 and 8, after their checkpoints of 3 and 6: each is run once, and only read."""
+    folders = {5: tmp_path_factory.mktemp("killed"), 8: tmp_path_factory.mktemp("killed")}
+    run_and_kill(folders[5], KILL_BEHIND_SAVE_OF_STEP_3)
+    while not (folders[8] / "checkpoints" / "step_00000006").exists():  # maybe not written yet when it is killed
+        run_and_kill(folders[8], KILL_AT_STEP.format(8))
+    return folders
+
+
+@pytest.fixture
+def copy_killed(killed, tmp_path):
+    return lambda step: shutil.copytree(killed[step], tmp_path, dirs_exist_ok=True)
+
+
 KILL_IN_SAVE = """
 import io, time
 from nanovlm.train import checkpoint
@@ -166,9 +183,9 @@ def test_a_killed_run_of_two_threads_goes_on_bit_for_bit(tmp_path):
     assert comparable(metrics(tmp_path / "killed")) == comparable(metrics(unbroken))
 
 
-def test_a_run_goes_on_with_its_tokenizer(tmp_path, unbroken, monkeypatch):
+def test_a_run_goes_on_with_its_tokenizer(tmp_path, copy_killed, unbroken, monkeypatch):
     """Even when the code that makes tokenizers changed in between."""
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    copy_killed(5)
     monkeypatch.setattr(train.init, "train_tokenizer", lambda *args: 1 / 0)
     run(tmp_path)
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
@@ -214,8 +231,8 @@ def test_weights_and_biases_gets_every_step_of_one_run(tmp_path, monkeypatch):
     assert calls[2]["mode"] == "offline" and "id" not in calls[2]
 
 
-def test_a_half_written_line_is_dropped(tmp_path, unbroken):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_a_half_written_line_is_dropped(tmp_path, copy_killed, unbroken):
+    copy_killed(5)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     run(tmp_path)
@@ -258,20 +275,12 @@ cli.run(lambda: run({str(tmp_path)!r}))
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_lost_metrics_are_noticed(tmp_path, unbroken, capsys):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_lost_metrics_are_noticed(tmp_path, copy_killed, unbroken, capsys):
+    copy_killed(5)
     (tmp_path / "metrics.jsonl").write_text("")
     run(tmp_path)
     assert "metrics.jsonl has lines of 0 of the 3 steps before; the others are lost" in capsys.readouterr().out
     assert comparable(metrics(tmp_path)) == comparable(unbroken[3:])
-
-
-def damage(run_dir, change):
-    """Let a run be killed after its checkpoints of steps 3 and 6, and change one of the newer one's files."""
-    newest = run_dir / "checkpoints" / "step_00000006"
-    while not newest.exists():  # it may not be written yet when the run is killed
-        run_and_kill(run_dir, KILL_AT_STEP.format(8))
-    change(newest)
 
 
 def flip_a_bit(checkpoint):
@@ -288,7 +297,7 @@ def forget_a_checksum(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("change", "damage_named"),
+    ("change", "named"),
     [
         (flip_a_bit, "is not as it was written"),
         (lambda folder: next((folder / "tensors").glob("*")).write_bytes(b""), "is not as it was written"),
@@ -299,16 +308,21 @@ def forget_a_checksum(checkpoint):
         (forget_a_checksum, "checksums.json has no tensors"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, unbroken, capsys, change, damage_named):
-    damage(tmp_path, change)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
+    tmp_path, copy_killed, unbroken, capsys, change, named
+):
+    copy_killed(8)
+    change(tmp_path / "checkpoints" / "step_00000006")
     run(tmp_path)
     shown = capsys.readouterr().out
-    assert re.search(rf"the checkpoint .*step_00000006 is damaged: .*{damage_named}", shown) and "at step 3" in shown
+    assert re.search(rf"the checkpoint .*step_00000006 is damaged: .*{named}", shown) and "at step 3" in shown
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_a_run_whose_checkpoints_but_the_first_are_damaged_goes_on_from_that_and_is_not_begun_anew(tmp_path, unbroken):
-    run_and_kill(tmp_path, KILL_BEHIND_SAVE_OF_STEP_3)
+def test_a_run_whose_checkpoints_but_the_first_are_damaged_goes_on_from_that_and_is_not_begun_anew(
+    tmp_path, copy_killed, unbroken
+):
+    copy_killed(5)
     flip_a_bit(tmp_path / "checkpoints" / "step_00000003")
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"seed: .* against 7"):
@@ -317,8 +331,8 @@ def test_a_run_whose_checkpoints_but_the_first_are_damaged_goes_on_from_that_and
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, monkeypatch, unbroken):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, copy_killed, monkeypatch, unbroken):
+    copy_killed(5)
 
     def fail(_file):
         raise OSError(5, "Input/output error")
@@ -330,8 +344,8 @@ def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, monkeypatch, un
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path, unbroken):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path, copy_killed, unbroken):
+    copy_killed(5)
     (tmp_path / "checkpoints" / "step_notes").mkdir()
     (tmp_path / "checkpoints" / "step_00000099").write_text("a file")
     run(tmp_path)
@@ -339,8 +353,8 @@ def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path, unbroken):
     assert (tmp_path / "checkpoints" / "step_notes").is_dir()
 
 
-def test_a_run_that_lost_its_checkpoints_or_its_config_is_not_begun_anew(tmp_path):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_a_run_that_lost_its_checkpoints_or_its_config_is_not_begun_anew(tmp_path, copy_killed):
+    copy_killed(5)
     kept = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"took \d steps and has lost its config.json: use another --run-dir"):
@@ -351,8 +365,8 @@ def test_a_run_that_lost_its_checkpoints_or_its_config_is_not_begun_anew(tmp_pat
         run(tmp_path)
 
 
-def test_half_a_line_in_the_metrics_is_not_glued_to_the_next(tmp_path, unbroken):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_half_a_line_in_the_metrics_is_not_glued_to_the_next(tmp_path, copy_killed, unbroken):
+    copy_killed(5)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
     (tmp_path / "metrics.jsonl").write_text("".join(lines)[:-20])
     run(tmp_path)
@@ -368,8 +382,8 @@ def test_what_a_failed_attempt_asked_for_does_not_bind_the_next(tmp_path, monkey
     assert comparable(metrics(tmp_path)) == comparable(unbroken)
 
 
-def test_the_folder_alone_continues_a_run(tmp_path, unbroken):
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+def test_the_folder_alone_continues_a_run(tmp_path, copy_killed, unbroken):
+    copy_killed(5)
     for option in (["--run-dir", str(tmp_path)], [f"--run-dir={tmp_path}"]):
         config = parse_train(option)
         assert config.optim.steps == SMALL.optim.steps and config.model == SMALL.model
@@ -645,9 +659,9 @@ def test_a_step_asks_the_device_nothing(processor, moe, monkeypatch):
     assert len(asked.names) == 2 * len(batches) + 3
 
 
-def test_the_steps_that_are_named_are_profiled_also_after_a_resumption(tmp_path):
+def test_the_steps_that_are_named_are_profiled_also_after_a_resumption(tmp_path, copy_killed):
     """Steps 5 and 6 of the run, of which the second start takes 4, 5, 6, ..."""
-    run_and_kill(tmp_path, KILL_AT_STEP.format(5))
+    copy_killed(5)
     run(tmp_path, profile=(5, 6))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}

@@ -64,6 +64,7 @@ from nanovlm.sharded import Places, Rows, local_part, places, writable
 from nanovlm.train.adapt import base_places, build, check_drawn, draw_adapter
 
 # Settings that may differ from those of the model that a run starts from: none changes what the weights mean.
+FREE_OF_MODEL = ("video_prompt",)
 FREE_OF_VISION = ("attention",)
 FREE_OF_DUAL = ("initial_scale", "resize", "resample")
 # How many tiles, not what is in one.
@@ -257,7 +258,8 @@ def _prepare_from_model(config):
     if vision is not None and wanted.vision is not None:
         vision = _with(vision, wanted.vision, FREE_OF_VISION)
     tiling = _with(theirs.tiling, wanted.tiling, FREE_OF_TILING)
-    _check_same(init.model, dataclasses.replace(theirs, vision=vision, tiling=tiling, decoder=decoder), wanted)
+    theirs = dataclasses.replace(theirs, vision=vision, tiling=tiling, decoder=decoder)
+    _check_same(init.model, _with(theirs, wanted, FREE_OF_MODEL), wanted)
     first = open_adapter(init.adapter, meta_model(wanted)) if init.adapter else None
 
     def make_processor():

@@ -1,5 +1,8 @@
 """Metrics of boxes and points, and the tasks of boxes and of clips with their controls."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
@@ -9,6 +12,7 @@ from nanovlm.eval.controls import still_images
 from nanovlm.eval.metrics import METRICS, box_f1, box_hit, box_iou, point_hit
 from nanovlm.eval.questions import ask
 from nanovlm.eval.scores import format_table, summarise
+from nanovlm.eval.sheet import describe
 from nanovlm.eval.tasks import TRAINED_ON, open_records, open_task, read_questions
 
 WHOLE, LEFT, TOP = "[0, 0, 1, 1]", "[0.00, 0.00, 0.50, 1.00]", "[0, 0, 1, 0.5]"
@@ -64,6 +68,7 @@ def test_the_task_of_boxes_takes_every_form_of_the_right_answer():
     assert result["mean"] == 1 and result["box_iou"] == 1 and "box iou 100.0" in format_table({"scenes_boxes": result})
     nothing, _ = summarise(task, questions, {"accuracy": ["red"] * len(questions)})
     assert nothing["mean"] == nothing["box_iou"] == 0
+    assert format_table({"scenes_boxes": nothing}).split()[1:3] == ["hit", "%"]
     from nanovlm.data.boxes import read_boxes
 
     boxes = [question for question in questions if question.kind == "box"]
@@ -99,3 +104,13 @@ def test_tasks_are_compared_with_what_they_are_trained_on(monkeypatch):
     kinds = {name: set(scan.by_kind) for name, scan in scans.items()}
     assert kinds["scenes_boxes"] == {"box", "point"} and "box" not in kinds["scenes"]
     assert kinds["scenes_video"] <= {"moves", "first", "times"}
+
+
+def test_what_is_shown_is_judged_as_it_is_scored():
+    """A box that hits is right though its words differ; an answer that is right in part shows how much."""
+    task = open_task("scenes_boxes", 3)
+    box = replace(read_questions(task)[0], kind="box", references=("[0.10, 0.10, 0.30, 0.30]",))
+    assert describe(task, box, "[0.11, 0.10, 0.30, 0.30]").startswith("right  ")
+    assert describe(task, box, "[0.31, 0.10, 0.50, 0.30]").startswith("WRONG  ")
+    by_overlap = SimpleNamespace(main="box_iou", score=task.score)
+    assert describe(by_overlap, box, "[0.10, 0.10, 0.30, 0.20]").startswith("  50%  ")

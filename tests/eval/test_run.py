@@ -260,17 +260,18 @@ def test_a_task_that_cannot_be_asked_is_refused_before_the_first_step(tmp_path, 
 
 
 def test_the_sheet_shows_question_answer_and_truth():
-    questions = choose(read_questions(open_task("scenes", 30)), num=12)
+    task = open_task("scenes", 30)
+    questions = choose(read_questions(task), num=12)
     assert [q.record for q in questions] == list(range(12)) and len({q.kind for q in questions}) > 5
     answers = ["green"] * len(questions)
-    assert Image.open(io.BytesIO(draw_sheet(questions, answers))).width == 4 * 268 + 12
-    lines = list(map(describe, questions, answers))
+    assert Image.open(io.BytesIO(draw_sheet(task, questions, answers))).width == 4 * 268 + 12
+    lines = [describe(task, *each) for each in zip(questions, answers, strict=True)]
     assert len(lines) == 12 and all(" green (truth: " in line for line in lines)
     assert any(line.startswith("WRONG") for line in lines)
-    escaped = describe(question(0, text="a\nb"), "\x1b[2J")
+    escaped = describe(task, question(0, text="a\nb"), "\x1b[2J")
     assert escaped == r"WRONG  'a\nb' '\x1b[2J' (truth: 1)"
     wide = question(0, images=[Image.new("RGB", (600, 200), "red")])
-    sheet = Image.open(io.BytesIO(draw_sheet([wide], ["1"])))
+    sheet = Image.open(io.BytesIO(draw_sheet(task, [wide], ["1"])))
     assert sheet.getpixel((20, 20)) == (255, 255, 255) and sheet.getpixel((140, 140)) == (255, 0, 0)  # not stretched
 
 

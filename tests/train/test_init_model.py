@@ -220,6 +220,12 @@ def test_a_mixture_keeps_what_it_is(own):
         init.start(parse_train(["scenes", *start, "--model.decoder.moe.num-experts-per-tok", "1"]), ())
 
 
+def test_how_a_video_is_written_may_differ(own):
+    config = parse_train(["scenes", "--init.model", str(own / "dense"), "--model.video-prompt", "times"]).validate()
+    _model, processor = init.start(config, ())
+    assert processor.config.video_prompt == "times"
+
+
 @pytest.mark.parametrize(
     ("option", "values"),
     [
