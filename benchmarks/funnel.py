@@ -256,7 +256,7 @@ class Metadata:
     def read(self, key: int) -> dict:
         number = key // 2 if key % 4 == 3 else key
         answer = f"The file with the number {number} is in the folder and has {number % 977} lines of text."
-        return {"question": "What is it?", "answer": answer, "kind": f"kind {key % 1000}"}
+        return {"question": "What is it?", "answer": answer, "kind": f"kind {number % 1000}"}
 
 
 def run_records(num: int) -> dict:

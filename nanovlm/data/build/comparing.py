@@ -15,7 +15,7 @@ import numpy as np
 
 from nanovlm.data.build import hashes
 from nanovlm.data.build.items import Compare, Drop, Item, Judge, at_least, each
-from nanovlm.data.build.leakage import text_of
+from nanovlm.data.records import content_parts, read_raw, read_rejected, turns_of_texts
 from nanovlm.errors import UserError
 
 MOST_KINDS = 100_000  # that are counted
@@ -23,8 +23,9 @@ MOST_KINDS = 100_000  # that are counted
 
 @dataclasses.dataclass(frozen=True)
 class ExactOptions:
-    # What must be the same: the pixels of all pictures and the text, or one of these. A record without pictures is
-    # compared by its text in any case.
+    # What must be the same: the pixels of all pictures and the text, or one of these. To the text belongs all that
+    # training and scoring read: the worse answer of a pair, all right answers, options, kinds, what a teacher says. A
+    # record without pictures is compared by its text in any case.
     of: Literal["both", "pictures", "text"] = "both"
 
 
@@ -37,8 +38,31 @@ def mark_exact(options: ExactOptions) -> Judge:
 
 
 def said(item: Item, of: str) -> list[str]:
-    """Return the digest of the text if it is compared."""
-    return [] if of == "pictures" and item.images else [text_of(item)]
+    """Return the digest of all that training and scoring read beside the pictures, if it is compared.
+
+    Neither case nor white space counts in a text; where pictures stand in it does, if they are compared too.
+    """
+    if of == "pictures" and item.images:
+        return []
+    raw, told = read_raw(item.raw, **item.options)
+    worse = [] if told.rejected is None else [read_rejected(told.rejected)]
+    messages = [(message["role"], words_of(message, of == "both")) for message in [*item.messages, *worse]]
+    right = told.references or [(answer,) for answer in item.texts("assistant")]
+    right = [[fold(text) for text in one] for one in right]
+    turns = [(turn.get("kind"), turn.get("references")) for turn in turns_of_texts(item.raw, **item.options)]
+    about = raw.get("kind"), [(i, turn) for i, turn in enumerate(turns) if any(turn)], raw.get("teacher")
+    read = (item.independent, messages, len(worse), told.ref_logprobs, right, [*map(fold, told.options)], about)
+    return [hashes.digest_text(repr(read))]
+
+
+def words_of(message: dict, has_places: bool) -> str:
+    """Return the text of a message, and with `has_places` where it shows pictures."""
+    shown = " \N{OBJECT REPLACEMENT CHARACTER} " if has_places else ""
+    return fold("".join(part.get("text", shown) for part in content_parts(message["content"])))
+
+
+def fold(text: str) -> str:
+    return " ".join(text.split())
 
 
 def compare_exact(_options: ExactOptions, folder: Path) -> Compare:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from nanovlm.data.members import encode
+from nanovlm.data.members import SHOWN, encode, is_json
 from nanovlm.data.pictures import Video
 from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.records import check, content_parts, to_sample
@@ -71,8 +71,9 @@ class Item:
 
     @functools.cached_property
     def content(self) -> str:
-        """A digest of the encoded pictures and the messages, by which the record is known again."""
-        digest = hashlib.blake2b(json.dumps(self.messages).encode(), digest_size=8)
+        """A digest of the encoded pictures and all else of the record that JSON holds, by which it is known again."""
+        rest = {name: value for name, value in self.raw.items() if name not in SHOWN and is_json(value)}
+        digest = hashlib.blake2b(json.dumps([self.messages, rest]).encode(), digest_size=8)
         for image in self.images:
             data = image if isinstance(image, bytes) else image.tobytes()
             digest.update(len(data).to_bytes(8, "little") + data)

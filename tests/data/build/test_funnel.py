@@ -398,7 +398,7 @@ def test_memory_does_not_grow_with_the_records(tmp_path):
         order = IN_ORDER
 
         def read(self, key):
-            kind, text = f"kind {key % 7}", f"The number {key - key % 3} has no name that is on a list."
+            kind, text = f"kind {key // 3 % 7}", f"The number {key - key % 3} has no name that is on a list."
             return {"question": "Which?", "answer": text, "kind": kind}
 
     def peak(num):

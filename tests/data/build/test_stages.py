@@ -203,6 +203,54 @@ def test_what_an_exact_duplicate_is():
     assert groups("text") == [0, 1, 0, 0, 0, 0, 1]
 
 
+PAIR = {"prompt": "Which?", "chosen": "red", "rejected": "blue"}
+ASKED = {"question": "How many?", "answers": ["two", "2"]}
+TURNS = {"texts": [{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}]}
+TEACHER = {"tokens": [5], "ids": [[5, 6]], "logprobs": [[-0.1, -3.0]]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "other"),
+    [
+        (PAIR, {"rejected": "green"}),
+        (PAIR, {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}),
+        (PAIR, {"prompt": None, "rejected": None, "chosen": None, "question": "Which?", "answer": "red"}),
+        (ASKED, {"answers": ["two", "a pair"]}),
+        (ASKED, {"kind": "count"}),
+        (ASKED, {"question": "How", "answers": ["many? two", "2"]}),
+        (TURNS, {"independent": True}),
+        (TURNS, {"teacher": TEACHER}),
+        (TURNS | {"teacher": TEACHER}, {"teacher": TEACHER | {"ids": [[5, 7]]}}),
+        (TURNS, {"texts": [TURNS["texts"][0], TURNS["texts"][1] | {"references": ["e"]}]}),
+        (TURNS, {"texts": [TURNS["texts"][0] | {"kind": "k"}, TURNS["texts"][1]]}),
+        ({"question": "Which?", "options": ["red", "blue"], "answer": "A"}, {"options": ["red", "green"]}),
+        ({"text": "a <image> b"}, {"text": "a b <image>"}),
+    ],
+)
+def test_all_that_training_and_scoring_read_tells_records_apart(raw, other):
+    """And a column that neither reads, case and white space do not."""
+    raws = [raw, raw | other, raw | {"taken": "in May"}, json.loads(json.dumps(raw).replace("? ", "?  "))]
+    raws = [{"image": png(picture(0))} | {key: value for key, value in x.items() if value is not None} for x in raws]
+    items = [read_item(lambda key: key, Ref(0, 0, 0, x, "here", "", None), {}) for x in raws]
+    assert comparing.mark_exact(comparing.ExactOptions())(items) == [None] * 4
+    first, second, *same = [x.marks["exact"] for x in items]
+    assert first != second and same == [first] * 2
+    assert len({x.content for x in items[:3]}) == 3
+    comparing.mark_exact(comparing.ExactOptions("pictures"))(items)
+    assert len({x.marks["exact"] for x in items}) == 1
+
+
+def test_the_same_record_in_two_layouts_is_a_duplicate():
+    raws = [{"caption": "a Red dog"}, {"texts": [{"user": "describe the image.", "assistant": "a red\ndog"}]}]
+    raws += [{"messages": [{"role": "user", "content": "<image>\nDescribe the image."},
+                           {"role": "assistant", "content": [{"type": "text", "text": "A red dog"}]}]}]  # fmt: skip
+    items = [
+        read_item(lambda key: key, Ref(0, 0, 0, raw | {"image": png(picture(0))}, "here", "", None), {}) for raw in raws
+    ]
+    comparing.mark_exact(comparing.ExactOptions())(items)
+    assert len({x.marks["exact"] for x in items}) == 1
+
+
 # --- a dual encoder ------------------------------------------------------------------------------------------------
 
 
