@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.build.items import Compare, Drop, Item, Judge, at_least
+from nanovlm.data.build.settings import digest_weights
 from nanovlm.data.reader import explain
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError, printable
 from nanovlm.hub.dual import load_dual
-from nanovlm.objectives.reference import fingerprint
 
 BLOCK = 4096  # vectors that are compared at a time
 
@@ -64,7 +64,7 @@ def open_model(name: str, device: str):
 
 def digest_model(options: AgreementOptions | AlikeOptions) -> str:
     """Return what tells the weights of a model from others."""
-    return f"{int(fingerprint(open_model(options.model, options.device)[0].state_dict())):x}"
+    return digest_weights(open_model(options.model, options.device)[0])
 
 
 @torch.inference_mode()

@@ -40,7 +40,7 @@ def main(config: AnswerConfig):
     source = open_source(config.source, allow_urls=config.allow_urls)
     model, processor = load(config.model, find_device(config.device))
     prepare(model)
-    write_records(config, source, lambda records: answer(model, processor, records, config))
+    write_records(config, source, model, lambda records: answer(model, processor, records, config))
 
 
 def answer(model: VLM, processor: Processor, records: list[Found], config: AnswerConfig) -> list[dict | Unusable]:

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from nanovlm.config.fields import check, read_weights
 from nanovlm.data.build.carry import Carried, as_line, walk
+from nanovlm.data.build.reading import ReadConfig
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError, printable
 from nanovlm.files import new_file, write_file
 
 
 @dataclasses.dataclass(frozen=True)
-class BalanceConfig:
+class BalanceConfig(ReadConfig):
     # The records, as data.sources of train.py takes them; each has a `category`, as data.build label writes it.
     source: str
     # The file to write, .jsonl.
@@ -41,16 +42,18 @@ class BalanceConfig:
         check(not self.out.exists(), f"{self.out} is there already: name another file, or remove it")
         check(self.num >= 0, f"--num {self.num} must be at least 0")
         check(self.levels in (1, 2), f"--levels {self.levels} must be 1 or 2")
+        self.check_reading()
 
 
 def main(config: BalanceConfig):
     """Write a choice of records whose categories are balanced."""
     config.validate()
-    source, weights = open_source(config.source), read_weights(config.weights, "--weights", "animals/dogs=2")
+    source = open_source(config.source, allow_urls=config.allow_urls)
+    weights = read_weights(config.weights, "--weights", "animals/dogs=2")
     if bad := [name for name, weight in weights.items() if weight < 0]:
         raise UserError(f"--weights {bad[0]}={weights[bad[0]]:g} must be at least 0")
     numbers: dict[str, list[int]] = defaultdict(list)
-    for carried in tqdm(walk(source), desc="counting", unit="record"):
+    for carried in tqdm(walk(source, config.options), desc="counting", unit="record"):
         numbers[category_of(carried, config.levels)].append(carried.number)
     counts = {name: len(found) for name, found in sorted(numbers.items())}
     check(counts, f"{config.source} has no record that can be read")
@@ -59,7 +62,7 @@ def main(config: BalanceConfig):
     kept = share_out(counts, {name: weights.get(name, 1.0) for name in counts}, config.num)
     chosen = {number for name, num in kept.items() for number in draw(numbers[name], num, config.seed)}
     with new_file(config.out) as file:
-        for carried in tqdm(walk(source, is_told=False), desc="writing", unit="record"):
+        for carried in tqdm(walk(source, config.options, is_told=False), desc="writing", unit="record"):
             if carried.number in chosen:
                 file.write(json.dumps(as_line(carried)).encode() + b"\n")
     report = {name: {"before": counts[name], "after": kept[name]} for name in counts}

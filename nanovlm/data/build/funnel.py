@@ -38,6 +38,7 @@ from nanovlm.data.build.items import Compare, Drop, Item, Judge, Stage, read_ite
 from nanovlm.data.build.ledger import BATCH, as_dropped, check_unchanged, is_whole, judge_batch, read_lines, write_lines
 from nanovlm.data.build.recipe import Recipe, read_recipe
 from nanovlm.data.build.report import Report
+from nanovlm.data.build.settings import keep_settings
 from nanovlm.data.build.shards import describe_shard, to_written, write_shard
 from nanovlm.data.build.stages import STAGES
 from nanovlm.data.build.workers import work_all
@@ -46,7 +47,7 @@ from nanovlm.data.source import Ref, Source, first_pass
 from nanovlm.data.sources import open_sources
 from nanovlm.environment import find_device
 from nanovlm.errors import UserError
-from nanovlm.files import lock, new_file, read_json, write_file
+from nanovlm.files import lock, new_file, write_file
 
 
 class Step(NamedTuple):
@@ -103,15 +104,7 @@ def take_up(work: Path, recipe: Recipe, stages: dict[str, Stage], source: Source
     if not path.exists() and (others := sorted(work.parent.glob(f"shard-*.{recipe.shards.format}"))):
         raise UserError(f"{others[0]} is there, and nothing tells of which recipe: name another folder, or remove this")
     work.mkdir(exist_ok=True)
-    if path.exists():
-        before = read_json(path)
-        if changed := [f"{k}: {before.get(k)!r} against {x!r}" for k, x in settings.items() if before.get(k) != x]:
-            raise UserError(
-                f"{work.parent} was begun with another recipe or source ({'; '.join(changed)}): use the same, or "
-                "remove it"
-            )
-    else:
-        write_file(path, json.dumps(settings, indent=2))
+    keep_settings(path, settings, "another recipe or source")
 
 
 class Funnel:

@@ -18,14 +18,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from nanovlm.config.fields import check
 from nanovlm.data.build.carry import as_line, carry
 from nanovlm.data.build.questions.write import show_words
 from nanovlm.data.build.records import BuildConfig, Found, Unusable, write_records
+from nanovlm.data.build.yaml_file import read_yaml
 from nanovlm.data.chat import Processor
-from nanovlm.data.columns import parse_fields
 from nanovlm.data.sources import open_source
 from nanovlm.data.types import Sample
 from nanovlm.environment import find_device, keep_freed_memory
@@ -64,18 +62,14 @@ def main(config: LabelConfig):
     prepare(model)
     digest = hashlib.sha256(json.dumps(taxonomy).encode()).hexdigest()[:16]
     noted = dataclasses.replace(config, taxonomy=Path(digest))  # so that a command that goes on notices another one
-    write_records(noted, source, lambda records: label(model, processor, records, taxonomy, config))
+    write_records(noted, source, model, lambda records: label(model, processor, records, taxonomy, config))
 
 
 def read_taxonomy(path: Path) -> dict[str, list[str]]:
     """Read a taxonomy. Raises UserError that names the file and what is wrong with it."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    check(isinstance(data, dict) and data, f"{path} must hold names, and of each a list of names, as animals: [dogs]")
+    what = "names, and of each a list of names, as animals: [dogs]"
+    data = read_yaml(path, what)
+    check(data, f"{path} must hold {what}")
     taxonomy = {name: [] if below is None else below for name, below in data.items()}
     for level, where in (
         (list(taxonomy), "its first level"),
@@ -156,6 +150,5 @@ def softmax(values: list[float]) -> list[float]:
 
 def labelled(found: Found, category: str, chances: list[float], config: BuildConfig) -> dict:
     """Return a record with its category and all else that it has."""
-    options = {"layout": config.layout, "fields": parse_fields(config.fields)}
     more = {"category": category, "category_probabilities": chances}
-    return as_line(carry(found.number, found.raw, options), **more)
+    return as_line(carry(found.number, found.raw, config.options), **more)

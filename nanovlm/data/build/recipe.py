@@ -22,14 +22,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from nanovlm.config import from_dict, pick
+from nanovlm.config import from_dict
 from nanovlm.config.fields import check, check_finite
 from nanovlm.data.build.items import Stage
+from nanovlm.data.build.reading import ReadConfig
 from nanovlm.data.build.stages import STAGES
-from nanovlm.data.columns import parse_fields
-from nanovlm.data.layouts import LAYOUTS
+from nanovlm.data.build.yaml_file import read_yaml, to_config
 from nanovlm.data.records import RATINGS
 from nanovlm.errors import UserError
 
@@ -44,7 +42,7 @@ class ShardOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(ReadConfig):
     # What data.sources of train.py takes; several are read one after the other.
     sources: tuple[str, ...] = ()
     # The folder to write.
@@ -55,11 +53,6 @@ class Recipe:
     shards: ShardOptions = dataclasses.field(default_factory=ShardOptions)
     # Of drawn scenes, hub and saved data sets.
     split: str = "train"
-    # How records are laid out, and the names of their columns, as data.layout and data.fields of train.py.
-    layout: str = ""
-    fields: tuple[str, ...] = ()
-    # Fetch pictures that records name by an http or https address.
-    allow_urls: bool = False
     # How many records to read, from the first on; 0 for all.
     num: int = 0
     # Records that a worker judges at a time, which are lost when it is killed.
@@ -76,9 +69,7 @@ class Recipe:
         check(self.num_workers >= 0, f"num_workers = {self.num_workers} must be at least 0")
         for name in ("most_records", "most_bytes"):
             check(getattr(self.shards, name) >= 1, f"shards.{name} = {getattr(self.shards, name)} must be at least 1")
-        if self.layout:
-            pick(LAYOUTS, self.layout, "layout")
-        parse_fields(self.fields)
+        self.check_reading()
         named = self.stages if "corrupt" in self.stages else {"corrupt": None} | self.stages
         found = {}
         for name, options in named.items():
@@ -96,7 +87,7 @@ class Recipe:
         """The keyword arguments of records.check."""
         ratings = self.stages.get("ratings")
         least = {} if ratings is None else {"min_ratings": dict(zip(RATINGS, ratings.least, strict=True))}
-        return {"layout": self.layout, "fields": parse_fields(self.fields)} | least
+        return super().options | least
 
     def settings(self) -> dict:
         """Return all that decides what is written, as JSON."""
@@ -107,16 +98,8 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read a YAML file. Raises UserError that names the file, and the field or the place that is wrong."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("stages") or {}, dict):
-        raise UserError(f"{path} must hold the fields of a recipe, and stages: the options of each by its name")
+    what = "the fields of a recipe, and stages: the options of each by its name"
+    data = read_yaml(path, what)
     stages = data.pop("stages", None) or {}
-    try:
-        return dataclasses.replace(from_dict(Recipe, data), stages=stages)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    check(isinstance(stages, dict), f"{path} must hold {what}")
+    return dataclasses.replace(to_config(path, Recipe, data), stages=stages)

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-from nanovlm.data.columns import parse_fields
+from nanovlm.data.build.reading import ReadConfig
+from nanovlm.data.build.settings import digest_weights, keep_settings
 from nanovlm.data.images import FORMATS
 from nanovlm.data.pictures import BASE64, Video
 from nanovlm.data.reader import RECORD_SECONDS, explain
@@ -30,7 +32,7 @@ from nanovlm.data.records import check, to_sample
 from nanovlm.data.source import Source, first_pass
 from nanovlm.data.types import Filtered, Sample
 from nanovlm.errors import UserError, printable
-from nanovlm.files import flush, lock, read_json, write_file
+from nanovlm.files import flush, lock
 from nanovlm.limits import time_limit
 
 NAME = "records.jsonl"
@@ -53,7 +55,7 @@ class Unusable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(ReadConfig):
     # A model: a folder, a repository of the hub, a .gguf file or smollm2.
     model: str
     # What data.sources of train.py takes: scenes, a file, a folder, hub:owner/name.
@@ -62,11 +64,6 @@ class BuildConfig:
     out: Path
     # How many records to read, from the first on; 0 for all.
     num: int = 0
-    # How records are laid out, and the names of their columns, as data.layout and data.fields of train.py.
-    layout: str = ""
-    fields: tuple[str, ...] = ()
-    # Fetch images that records name by an http or https address.
-    allow_urls: bool = False
     # cpu, cuda, or auto (cuda when there is one).
     device: str = "auto"
     # Largest share of the records that may be unusable.
@@ -80,18 +77,21 @@ class BuildConfig:
             raise UserError(f"--num {self.num} must be at least 0")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max-bad-fraction {self.max_bad_fraction} must be between 0 and 1")
+        self.check_reading()
 
 
-def write_records(config: BuildConfig, source: Source, make: Callable[[list[Found]], Iterable[dict | Unusable]]):
-    """Write what `make` makes of each record to config.out, with a progress bar.
+def write_records(
+    config: BuildConfig, source: Source, model: nn.Module, make: Callable[[list[Found]], Iterable[dict | Unusable]]
+):
+    """Write what `make`, which asks the model, makes of each record to config.out, with a progress bar.
 
-    Raises UserError if the file is there, was begun with another config, or too many records are unusable.
+    Raises UserError if the file is there, was begun with another config or model, or too many records are unusable.
     """
-    options = {"layout": config.layout, "fields": parse_fields(config.fields)}
     with lock(config.out.absolute().with_name(f".{config.out.name}.part")) as folder:
         if config.out.exists():
             raise UserError(f"{config.out} is there already: name another file, or remove it")
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        settings["weights"] = digest_weights(model)  # the model may be another of the same name
         del settings["max_bad_fraction"]  # which changes no record: a run that it ended goes on with a larger one
         part, (num_read, num_kept), named = folder / NAME, take_up(folder, settings), 0
         total = min(len(source), config.num or len(source)) if isinstance(source, Sized) else config.num or None
@@ -107,7 +107,7 @@ def write_records(config: BuildConfig, source: Source, make: Callable[[list[Foun
 
         with open(part, "a", encoding="utf-8") as lines, tqdm(total=total, initial=num_read, unit="record") as progress:
             for chunk in iter(lambda: list(itertools.islice(refs, CHUNK)), []):
-                results = [read(source, ref, options) for ref in chunk]
+                results = [read(source, ref, config.options) for ref in chunk]
                 made = iter(make([found for found in results if isinstance(found, Found)]))
                 for ref, found in zip(chunk, results, strict=True):
                     result = next(made) if isinstance(found, Found) else found
@@ -135,15 +135,8 @@ def take_up(folder: Path, settings: dict) -> tuple[int, int]:
 
     Its last chunk, which may not be whole, is cut off.
     """
-    part, about = folder / NAME, folder / "settings.json"
-    if not about.exists():
-        write_file(about, json.dumps(settings, indent=2))
-        part.touch()
-        return 0, 0
-    before = read_json(about)
-    changed = [f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x]
-    if changed:
-        raise UserError(f"{folder} was begun with other settings ({'; '.join(changed)}): use the same, or remove it")
+    part = folder / NAME
+    keep_settings(folder / "settings.json", settings, "other settings")
     part.touch()
     with open(part, "rb") as lines:
         written = [(json.loads(line)["record"], len(line)) for line in lines if line.endswith(b"\n")]

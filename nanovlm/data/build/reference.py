@@ -36,7 +36,7 @@ def main(config: ReferenceConfig):
     keep_freed_memory()
     source = open_source(config.source, allow_urls=config.allow_urls)
     model, processor = load(config.model, find_device(config.device), torch.float32)
-    write_records(config, source, lambda records: add_logprobs(model, processor, records, config))
+    write_records(config, source, model, lambda records: add_logprobs(model, processor, records, config))
 
 
 def add_logprobs(

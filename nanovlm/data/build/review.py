@@ -2,7 +2,7 @@
 
 The page is one file that loads nothing: its pictures are in it, its one script is ours, and the policy in its head lets
 nothing else run or load, whatever a record holds. All words of records are escaped. The verdicts are what the page
-saves, a JSON file: {"page": .., "verdicts": {ID: "good" or "bad"}}.
+saves, a JSON file: {"verdicts": {ID: "good" or "bad"}, "shows": {ID: a digest of what was judged}}.
 
 What is judged is a record or, of independent questions, each by itself. A record's name is its `id`, else its number in
 the source; that of a question is the `id` of its turn, else the record's and the number of the turn.
@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from nanovlm.config.fields import check
 from nanovlm.data.build.carry import Carried, as_line, read_carried, walk
+from nanovlm.data.build.hashes import digest_pixels
+from nanovlm.data.build.reading import ReadConfig
 from nanovlm.data.build.records import Unusable
-from nanovlm.data.records import content_parts, to_sample
+from nanovlm.data.records import content_parts
 from nanovlm.data.source import Ref, first_pass
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError, printable
@@ -57,7 +59,9 @@ for (const unit of units) for (const button of unit.querySelectorAll("button")) 
   tell();
 };
 document.getElementById("save").onclick = () => {
-  const data = JSON.stringify({page: document.body.dataset.page, verdicts}, null, 1);
+  const shows = Object.create(null);
+  for (const {dataset} of units) if (verdicts[dataset.name]) shows[dataset.name] = dataset.shows;
+  const data = JSON.stringify({verdicts, shows}, null, 1);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([data], {type: "application/json"}));
   link.download = "verdicts.json";
@@ -80,7 +84,7 @@ def policy() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class PageConfig:
+class PageConfig(ReadConfig):
     # The records, as data.sources of train.py takes them.
     source: str
     # The page to write, .html.
@@ -96,31 +100,31 @@ class PageConfig:
         check(self.out.suffix == ".html", f"{self.out} must end in .html")
         check(0 < self.share <= 1, f"--share {self.share} must be above 0 and at most 1")
         check(self.least >= 1, f"--least {self.least} must be at least 1")
+        self.check_reading()
 
 
 def write_page(config: PageConfig):
     """Write a page with a sample of records, for a person to judge."""
     config.validate()
-    source = open_source(config.source)
+    source = open_source(config.source, allow_urls=config.allow_urls)
     refs = list(first_pass(source))
     num = min(len(refs), max(config.least, math.ceil(config.share * len(refs))))
     chosen = sorted(sorted(refs, key=lambda ref: rank(config.seed, ref))[:num], key=lambda ref: ref.number)
     sections, lost = [], 0
     for ref in tqdm(chosen, unit="record"):
         try:
-            carried = read_carried(source, ref)
+            carried = read_carried(source, ref, config.options)
             sections += [] if isinstance(carried, Unusable) else [show_record(carried)]
             lost += isinstance(carried, Unusable)
         except Exception:  # whatever its pictures do
             lost += 1
     check(sections, f"none of the {num} records that were drawn from {config.source} can be read")
-    page = hashlib.sha256("".join(sections).encode()).hexdigest()[:16]
     title = f"{len(sections)} of {len(refs)} records of {printable(config.source, 200)}"
     text = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{html.escape(policy())}">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head>
-<body data-page="{page}"><header><h1>{html.escape(title)}</h1>
+<body><header><h1>{html.escape(title)}</h1>
 <p>Judge each question with its answer: is all of it right about the picture? <span id="count"></span> judged.
 <button id="save">Save verdicts.json</button></p></header>
 {"".join(sections)}<script>{SCRIPT}</script></body></html>
@@ -136,15 +140,16 @@ def rank(seed: int, ref: Ref) -> bytes:
 
 def show_record(carried: Carried) -> str:
     """Return the HTML of one record, all of whose words are escaped."""
-    pictures = "".join(f'<img alt="" src="{to_data(image)}">' for image in to_sample(carried.raw).images)
-    blocks = []
+    images, blocks = carried.decode(), []
+    pictures = "".join(f'<img alt="" src="{to_data(image)}">' for image in images)
     for name, _kind, pairs in units_of(carried):
         shown = "".join(
             f"<dt>{html.escape(visible(asked))}</dt><dd>{html.escape(visible(answer))}</dd>" for asked, answer in pairs
         )
         buttons = "".join(f'<button value="{x}" aria-pressed="false">{x}</button>' for x in ("good", "bad"))
-        label = html.escape(name)
-        blocks.append(f'<div class="unit" data-name="{label}"><dl>{shown}</dl>{buttons}<small>{label}</small></div>')
+        label, shows = html.escape(name), f'data-shows="{digest_of(pairs, images)}"'
+        block = f'<div class="unit" data-name="{label}" {shows}><dl>{shown}</dl>{buttons}<small>{label}</small></div>'
+        blocks.append(block)
     return f"<section><div>{pictures}</div><div>{''.join(blocks)}</div></section>\n"
 
 
@@ -165,6 +170,12 @@ def units_of(carried: Carried) -> Iterator[tuple[str, str, list[tuple[str, str]]
     turns = turns if len(turns) == len(pairs) and all(isinstance(x, dict) for x in turns) else [{}] * len(pairs)
     for i, (turn, pair) in enumerate(zip(turns, pairs, strict=True)):
         yield visible(word_of(turn, "id", f"{name}.{i}")), word_of(turn, "kind", kind), [pair]
+
+
+def digest_of(pairs: list[tuple[str, str]], images: list[Image.Image]) -> str:
+    """Return what tells whether the same is judged: the words and the pixels that are shown."""
+    shown = json.dumps([pairs, [digest_pixels(image) for image in images]])
+    return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
 def word_of(raw: dict, key: str, otherwise: str) -> str:
@@ -188,7 +199,7 @@ def to_data(image: Image.Image) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerdictsConfig:
+class VerdictsConfig(ReadConfig):
     # The records that the page was made of.
     source: str
     # The file that the page saved.
@@ -203,35 +214,44 @@ class VerdictsConfig:
         check(self.out.suffix == ".jsonl", f"{self.out} must end in .jsonl: a line is a record")
         check(not self.out.exists(), f"{self.out} is there already: name another file, or remove it")
         check(0 <= self.least_good <= 1, f"--least-good {self.least_good} must be between 0 and 1")
+        self.check_reading()
 
 
-def read_verdicts(path: Path) -> dict[str, str]:
-    """Read what a page saved. Raises UserError that names the file."""
+def read_verdicts(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Read what a page saved: of what is judged the verdict and the digest. Raises UserError that names the file."""
     try:
         if path.stat().st_size > LARGEST_VERDICTS:
             raise UserError(f"{path} has more than {LARGEST_VERDICTS} bytes, which no page saves")
         data = json.loads(path.read_text(encoding="utf-8"))
-        verdicts = data["verdicts"]
-        is_right = isinstance(verdicts, dict) and {*verdicts.values()} <= {"good", "bad"}
+        verdicts, shows = data["verdicts"], data["shows"]
+        is_right = all(isinstance(x, dict) for x in (verdicts, shows)) and {*verdicts.values()} <= {"good", "bad"}
+        is_right = is_right and verdicts.keys() == shows.keys()
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        is_right, verdicts = False, {}
-    check(is_right, f'{path} must hold what a page saves: {{"page": .., "verdicts": {{ID: "good" or "bad"}}}}')
-    return verdicts
+        is_right, verdicts, shows = False, {}, {}
+    what = '{"verdicts": {ID: "good" or "bad"}, "shows": {ID: ..}}'
+    check(is_right, f"{path} must hold what a page saves: {what}")
+    return verdicts, shows
 
 
 def apply_verdicts(config: VerdictsConfig):
     """Write the records without those, or those of their questions, that a person judged bad."""
     config.validate()
-    source, verdicts = open_source(config.source), read_verdicts(config.verdicts)
+    source = open_source(config.source, allow_urls=config.allow_urls)
+    verdicts, shows = read_verdicts(config.verdicts)
     judged, found = defaultdict(Counter), set()
-    for carried in walk(source):
-        for name, kind, _pairs in units_of(carried):
+    for carried in walk(source, config.options):
+        for name, kind, pairs in units_of(carried):
             if name in verdicts:
                 check(name not in found, f"two records of {config.source} are called {name!r}: give each an id")
+                check(
+                    is_shown(carried, pairs, shows[name]),
+                    f"{config.verdicts} judges {name!r}, which is not what the page showed: judge a page of "
+                    f"{config.source} as it is now",
+                )
                 found.add(name)
                 judged[kind][verdicts[name]] += 1
     if unknown := sorted(verdicts.keys() - found):
@@ -239,7 +259,7 @@ def apply_verdicts(config: VerdictsConfig):
     low = {kind for kind, counts in judged.items() if counts["good"] < config.least_good * counts.total()}
     counts: Counter[str] = Counter()
     with new_file(config.out) as file:
-        for carried in walk(source, is_told=False):
+        for carried in walk(source, config.options, is_told=False):
             units = list(units_of(carried))
             kept = [i for i, (name, kind, _) in enumerate(units) if kind not in low and verdicts.get(name) != "bad"]
             counts.update(questions=len(units), kept=len(kept), records=bool(kept))
@@ -252,6 +272,14 @@ def apply_verdicts(config: VerdictsConfig):
         share = f"{of_kind['good']} of {of_kind.total()} good, so {100 * least:.0f} to {100 * most:.0f} % of all"
         print(f"{printable(kind, 40):>12}  {share}{', left out' if kind in low else ''}")
     print(f"wrote {config.out}: {counts['kept']} of {counts['questions']} questions in {counts['records']} records")
+
+
+def is_shown(carried: Carried, pairs: list[tuple[str, str]], digest: str) -> bool:
+    """Tell whether a page with this digest shows the same of a record."""
+    try:
+        return digest_of(pairs, carried.decode()) == digest
+    except Exception:  # whatever its pictures do, no page shows it
+        return False
 
 
 def wilson(good: int, num: int) -> tuple[float, float]:

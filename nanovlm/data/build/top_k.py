@@ -6,6 +6,7 @@ likeliest tokens, likeliest first. The run must have the model's tokenizer, chat
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -34,7 +35,8 @@ def main(config: TopKConfig):
     model, processor = load(config.model, find_device(config.device))
     if not 1 <= config.k <= model.config.decoder.vocab_size:
         raise UserError(f"--k {config.k} must be from 1 to the model's {model.config.decoder.vocab_size} tokens")
-    write_records(config, source, lambda records: [add_top_k(model, processor, found, config.k) for found in records])
+    add = functools.partial(add_top_k, model, processor, k=config.k)
+    write_records(config, source, model, lambda records: map(add, records))
 
 
 @torch.no_grad()

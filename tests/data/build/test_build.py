@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 import train
 from nanovlm.config import DataConfig, DistillConfig, EvalConfig, SamplingConfig
+from nanovlm.data.build import answer
 from nanovlm.data.build import records as build
 from nanovlm.data.build.__main__ import main as command
 from nanovlm.data.build.answer import AnswerConfig
@@ -25,15 +25,16 @@ from nanovlm.data.sources import open_source
 from nanovlm.data.types import IGNORE
 from nanovlm.errors import UserError
 from nanovlm.hub.model_folder import save_model
+from nanovlm.hub.read import load
 from nanovlm.model.vlm import VLM, Extras
 from nanovlm.objectives import NextToken
 from tests.conftest import TINY, make_batch, make_document, noise
+from tests.data.build.killing import kill_before, run_until_killed
 from tests.objectives.test_distill import make
 from tests.test_train import SMALL, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TURNS = (("what?", "a red circle"), ("how many?", "two"))
-ROOT = Path(__file__).parent.parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -108,39 +109,34 @@ def test_the_seed_decides_and_no_neighbour(tmp_path, teacher, source, monkeypatc
     assert draw("d.jsonl", num=4) == [line for line in first if line["record"] < 4]
 
 
-KILL = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from nanovlm.data.build import answer, records
-records.CHUNK = 3
-from tests.data.build.test_build import *
-make, calls = answer.answer, []
-def killed(*args):
-    made = make(*args)
-    calls.append(1)
-    if len(calls) == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made
-answer.answer = killed
-ask({teacher!r}, {source!r}, Path({out!r}))
-"""
-
-
 def test_a_killed_command_goes_on_and_changes_no_byte(tmp_path, teacher, source, monkeypatch, capsys):
     monkeypatch.setattr(build, "CHUNK", 3)
-    ask(teacher, source, tmp_path / "whole.jsonl")
+    folder = shutil.copytree(teacher, tmp_path / "model")
+    ask(folder, source, tmp_path / "whole.jsonl")
     out, part = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.part" / "records.jsonl"
-    for number in (3, 2):
-        code = KILL.format(root=str(ROOT), number=number, teacher=str(teacher), source=str(source), out=str(out))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == -9, done.stderr
-        assert not out.exists()
+
+    def job(number):
+        answer.answer = kill_before(answer.answer, number)
+        ask(folder, source, out)
+
+    for number in (2, 1):
+        assert run_until_killed(lambda: job(number)) and not out.exists()  # noqa: B023
     written = part.read_bytes()
     assert 3 <= written.count(b"\n") < 10
     part.write_bytes(written + written[:50])  # half a line
     with pytest.raises(ValueError, match=r"was begun with other settings \(num_rows: 16 against 2\)"):
-        ask(teacher, source, out, num_rows=2)
-    ask(teacher, source, out)
+        ask(folder, source, out, num_rows=2)
+    model, processor = load(folder)
+    with torch.no_grad():
+        model.decoder.norm.weight[0] += 1e-3
+    save_model(folder, model, processor)  # as a run that is trained on
+    with pytest.raises(
+        UserError, match=r"was begun with other settings \(weights: '\w+' against '\w+'\): use the same"
+    ):
+        ask(folder, source, out)
+    shutil.rmtree(folder)
+    shutil.copytree(teacher, folder)
+    ask(folder, source, out)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

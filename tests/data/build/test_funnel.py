@@ -1,6 +1,7 @@
 """A recipe makes the same shards with any number of workers and after any kill, and every record is counted."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from nanovlm.data.shard_writer import TarShard
 from nanovlm.data.source import IN_ORDER, deal
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
+from tests.data.build.killing import kill_before, run_until_killed
 from tests.data.build.test_hashes import picture
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
@@ -170,34 +172,23 @@ def test_the_number_of_workers_changes_no_byte(planted, made, tmp_path, num_work
     assert files(tmp_path / "out") == files(made)
 
 
-def run_until_killed(recipe, place):
+def dies(recipe, number):
     """Run a recipe in a process that kills itself before its file of this number is written; tell whether it did."""
-    process = os.fork()
-    if process:
-        return os.waitpid(process, 0)[1] == signal.SIGKILL
-    try:
-        written = iter(range(place))
-        write, new = funnel.write_lines, funnel.write_shard
 
-        def count(function):
-            def wrapped(*args):
-                if next(written, None) is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                function(*args)
-
-            return wrapped
-
-        funnel.write_lines, funnel.write_shard = count(write), count(new)
+    def job():
+        write = kill_before(lambda function, *args: function(*args), number)
+        for name in ("write_lines", "write_shard"):
+            setattr(funnel, name, functools.partial(write, getattr(funnel, name)))
         run(recipe)
-    finally:
-        os._exit(0)
+
+    return run_until_killed(job)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_kills_change_no_byte(planted, made, tmp_path, seed):
     """Each attempt dies after some more files of the ledger, or shards."""
     recipe, rng, kills = make(planted[0], tmp_path / "out"), random.Random(seed), 0
-    while run_until_killed(recipe, rng.randint(1, 8)):
+    while dies(recipe, rng.randint(1, 8)):
         kills += 1
     assert kills > 2
     assert files(tmp_path / "out") == files(made) and not (tmp_path / "out" / ".work").exists()
@@ -313,7 +304,7 @@ def test_a_shard_is_written_as_it_is_read_and_none_of_another_recipe_is_taken(pl
 def test_a_source_that_has_changed_is_noticed(planted, tmp_path):
     folder = shutil.copytree(planted[0], tmp_path / "source")
     recipe = make(folder, tmp_path / "out")
-    assert run_until_killed(recipe, 18), "all is judged, and no shard is written"
+    assert dies(recipe, 18), "all is judged, and no shard is written"
     (folder / "0.bin").write_bytes(png(picture(99)))
     with pytest.raises(UserError, match=r"records.jsonl, sample 0, is not what it was when the run began"):
         run(recipe)
@@ -340,6 +331,9 @@ def test_the_command_reads_a_file(planted, made, tmp_path, capsys):
     [
         ("sources: [a\n", "a.yaml is not readable YAML: .* line"),
         ("- a\n", "a.yaml must hold the fields of a recipe"),
+        ("sources: [a]\nstages: [near]\n", "a.yaml must hold the fields of a recipe, and stages: the options of each"),
+        ("sources: [a]\nstages:\n  near:\n  near: {most_bits: 3}\n", "the key 'near' is there again in line 4"),
+        ("sources: [a]\nstages: {size: {1: 2}}\n", "the key 1 in line 2 is no text: put it in quotes"),
         ("sauces: [a]\n", "a.yaml: unknown field 'sauces'; the nearest known field is 'sources'"),
         ("sources: [a.jsonl]\n", "out is empty"),
         ("out: b\n", "sources is empty"),

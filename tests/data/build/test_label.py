@@ -117,6 +117,11 @@ def test_a_category_is_the_likeliest_name_of_each_level(tmp_path, model, process
         ("a: [other]", "a has 'other', which is there already"),
         ("a: [b, b]", "a has a name twice"),
         ("a: [", "is not readable YAML"),
+        (
+            "a: [b]\na: [c]",
+            "t.yaml is not readable YAML: the key 'a' is there again in line 2: leave one of the two out",
+        ),
+        ("yes: [b]", "the key True in line 1 is no text: put it in quotes"),
         ("!!python/name:os.system ''", "is not readable YAML"),
     ],
 )

@@ -10,7 +10,8 @@ from PIL import Image
 
 from nanovlm.data.build import review
 from nanovlm.data.build.__main__ import main as command
-from nanovlm.data.build.review import PageConfig, VerdictsConfig, apply_verdicts, wilson, write_page
+from nanovlm.data.build.balance import BalanceConfig
+from nanovlm.data.build.review import PageConfig, VerdictsConfig, apply_verdicts, digest_of, wilson, write_page
 from nanovlm.data.records import check
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
@@ -94,10 +95,18 @@ def test_a_sample_is_drawn_by_its_seed(tmp_path):
     assert len(draw("d.html", share=0.001)) == 20
 
 
-def test_verdicts_are_applied(source, tmp_path, capsys):
-    (tmp_path / "v.json").write_text(
-        json.dumps({"page": "x", "verdicts": {"1-q-0": "good", "1-q-1": "bad", "2": "bad", "4": "good"}})
+def judge(source, folder, verdicts, **options):
+    """Write what a page of all records saves when these verdicts are given."""
+    write_page(PageConfig(str(source), folder / "judged.html", share=1.0, **options))
+    page = Tags((folder / "judged.html").read_text(encoding="utf-8"))
+    shows = {a["data-name"]: a["data-shows"] for _tag, a in page.tags if "data-name" in a}
+    (folder / "v.json").write_text(
+        json.dumps({"verdicts": verdicts, "shows": {name: shows[name] for name in verdicts}})
     )
+
+
+def test_verdicts_are_applied(source, tmp_path, capsys):
+    judge(source, tmp_path, {"1-q-0": "good", "1-q-1": "bad", "2": "bad", "4": "good"})
     command(["verdicts", str(source), str(tmp_path / "v.json"), str(tmp_path / "out.jsonl")])
     shown = capsys.readouterr().out
     assert "questions  1 of 2 good, so 9 to 91 % of all" in shown and "4 of 6 questions in 3 records" in shown
@@ -128,9 +137,49 @@ def test_a_damaged_picture_is_counted_and_odd_names_come_back(tmp_path, capsys):
     shown = [attributes["data-name"] for _tag, attributes in page.tags if "data-name" in attributes]
     assert shown[:5] == ["a\\u200bb", "c\\rd", "e\nf", "__proto__", "\\x1b[2J"]
     assert f"{len(shown)} of 7 records" in (told := capsys.readouterr().out) and "more cannot be read" in told
-    (tmp_path / "v.json").write_text(json.dumps({"page": "x", "verdicts": dict.fromkeys(shown[:4], "bad")}))
+    judge(tmp_path / "a.jsonl", tmp_path, dict.fromkeys(shown[:4], "bad"))
     apply_verdicts(VerdictsConfig(str(tmp_path / "a.jsonl"), tmp_path / "v.json", tmp_path / "out.jsonl"))
     assert records(tmp_path / "out.jsonl")[0]["id"] == names[4]
+
+
+@pytest.mark.parametrize("changes", ["words", "picture", "source"])
+def test_verdicts_of_what_has_changed_since_are_refused(source, tmp_path, changes):
+    """And those of a page of another source, whose records have the same names."""
+    verdicts = {"2": "bad", "4": "good"}
+    judge(source, tmp_path, verdicts)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    if changes == "words":
+        lines[2]["answer"] = "A"
+    elif changes == "picture":
+        Image.new("RGB", (900, 30), "blue").save(tmp_path / "red.png")
+    else:
+        lines = [{"id": "2", "text": "other"}, {"id": "4", "text": "another"}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        UserError, match=r"v.json judges '2', which is not what the page showed: judge a page of .* as it"
+    ):
+        apply_verdicts(VerdictsConfig(str(source), tmp_path / "v.json", tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_columns_of_other_names_are_read(tmp_path):
+    """By page, verdicts and balance, as by the commands before them."""
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
+    lines = [{"img": "red.png", "q": f"which, {i}?", "a": f"red {i}", "category": f"c{i % 2}"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"fields": ("image=img", "question=q", "answer=a"), "layout": "question"}
+    judge(tmp_path / "a.jsonl", tmp_path, {"1": "bad"}, **options)
+    page = Tags((tmp_path / "judged.html").read_text())
+    assert ("dt", "which, 3?") in page.texts and ("dd", "red 3") in page.texts
+    apply_verdicts(VerdictsConfig(str(tmp_path / "a.jsonl"), tmp_path / "v.json", tmp_path / "out.jsonl", **options))
+    command(["balance", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--layout", "question", "--num", "2",
+             "--fields", *options["fields"]])  # fmt: skip
+    for name, numbers in (("out.jsonl", [[0, 2, 3]]), ("b.jsonl", [[a, b] for a in (0, 2) for b in (1, 3)])):
+        asked = [check(record)[1][0]["content"][-1]["text"] for record in records(tmp_path / name)]
+        assert sorted(asked) in [[f"which, {i}?" for i in sorted(some)] for some in numbers]
+    for kind, out in ((PageConfig, "x.html"), (BalanceConfig, "x.jsonl")):
+        with pytest.raises(UserError, match="layout = 'quiz' is unknown; there are texts"):
+            kind(str(tmp_path / "a.jsonl"), tmp_path / out, layout="quiz").validate()
 
 
 @pytest.mark.parametrize(
@@ -138,10 +187,16 @@ def test_a_damaged_picture_is_counted_and_odd_names_come_back(tmp_path, capsys):
     [
         ("{", "must hold what a page saves"),
         ("[]", "must hold what a page saves"),
-        ('{"verdicts": {"1": "delete"}}', "must hold what a page saves"),
-        ('{"verdicts": {"1": ["good"]}}', "must hold what a page saves"),
+        ('{"verdicts": {"1": "delete"}, "shows": {"1": ""}}', "must hold what a page saves"),
+        ('{"verdicts": {"1": ["good"]}, "shows": {"1": ""}}', "must hold what a page saves"),
+        ('{"verdicts": {"1": "good"}, "shows": {}}', "must hold what a page saves"),
+        ('{"verdicts": {"1": "good"}}', "must hold what a page saves"),
+        (
+            '{"verdicts": {"2": "good"}, "shows": {"2": "0"}}',
+            "judges '2', which is not what the page showed: judge a page",
+        ),
         ("[" * 100_000, "must hold what a page saves"),
-        ('{"verdicts": {"nobody": "good"}}', "judges 'nobody', which .* does not have"),
+        ('{"verdicts": {"nobody": "good"}, "shows": {"nobody": ""}}', "judges 'nobody', which .* does not have"),
     ],
 )
 def test_verdicts_that_are_none_are_refused(source, tmp_path, text, message):
@@ -162,7 +217,7 @@ def test_options_that_mean_nothing_are_named(source, tmp_path):
     with pytest.raises(UserError, match=r"there is no .*none.json"):
         apply_verdicts(VerdictsConfig(str(source), tmp_path / "none.json", tmp_path / "out.jsonl"))
     source.write_text((json.dumps({"id": "a", "text": "t"}) + "\n") * 2)
-    (tmp_path / "v.json").write_text('{"verdicts": {"a": "bad"}}')
+    (tmp_path / "v.json").write_text(json.dumps({"verdicts": {"a": "bad"}, "shows": {"a": digest_of([("t", "")], [])}}))
     with pytest.raises(UserError, match=r"two records of .* are called 'a'"):
         apply_verdicts(VerdictsConfig(str(source), tmp_path / "v.json", tmp_path / "out.jsonl"))
 

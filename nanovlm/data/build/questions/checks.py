@@ -16,6 +16,7 @@ from PIL import Image
 from nanovlm.data.build.questions.kinds import KINDS, Item
 from nanovlm.data.build.questions.rules import find_colours, find_numbers, words_of
 from nanovlm.data.build.questions.writers import Ask, Writer
+from nanovlm.data.build.records import Unusable
 from nanovlm.data.layouts import CHOICE_PROMPT, LETTERS
 
 LEAST_OVERLAP, LEAST_IOU = 0.5, 0.5
@@ -39,12 +40,14 @@ class Draft(NamedTuple):
     images: list[Image.Image]
 
 
-def agree(writer: Writer, drafts: Sequence[Draft], seeds: Sequence[int]) -> list[bool]:
-    """Tell of each draft whether a model, asked once, agrees with it."""
+def agree(writer: Writer, drafts: Sequence[Draft], seeds: Sequence[int]) -> list[bool | Unusable]:
+    """Tell of each draft whether a model, asked once, agrees with it, or why it cannot be asked."""
     made = [make_question(draft, seed) for draft, seed in zip(drafts, seeds, strict=True)]
     asked = [Ask(text, d.images, seed) for (text, _read), d, seed in zip(made, drafts, seeds, strict=True)]
-    replies = writer(asked) if asked else []
-    return [isinstance(reply, str) and read(reply) for (_text, read), reply in zip(made, replies, strict=True)]
+    replies = writer.ask(asked) if asked else []
+    return [
+        reply if isinstance(reply, Unusable) else read(reply) for (_, read), reply in zip(made, replies, strict=True)
+    ]
 
 
 def make_question(draft: Draft, seed: int) -> tuple[str, Callable[[str], bool]]:

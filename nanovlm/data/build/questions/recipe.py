@@ -20,16 +20,16 @@ import json
 from pathlib import Path
 
 import jinja2
-import yaml
 
-from nanovlm.config import from_dict, pick
+from nanovlm.config import pick
 from nanovlm.config.fields import check, check_finite
 from nanovlm.data.build.questions import kinds
 from nanovlm.data.build.questions.kinds import KINDS, MOST_ITEMS
 from nanovlm.data.build.questions.rules import RULES
 from nanovlm.data.build.questions.writers import WriterOptions
-from nanovlm.data.columns import parse_fields
-from nanovlm.data.layouts import CAPTION_QUESTION, LAYOUTS
+from nanovlm.data.build.reading import ReadConfig
+from nanovlm.data.build.yaml_file import read_yaml, to_config
+from nanovlm.data.layouts import CAPTION_QUESTION
 from nanovlm.data.template import compile_template
 from nanovlm.errors import UserError
 
@@ -48,7 +48,7 @@ class Prompts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(ReadConfig):
     # What data.sources of train.py takes; several are read one after the other.
     sources: tuple[str, ...] = ()
     # The file to write, .jsonl or .parquet; the report is beside it.
@@ -78,11 +78,6 @@ class Recipe:
     )
     # Of drawn scenes, hub and saved data sets.
     split: str = "train"
-    # How records are laid out, and the names of their columns, as data.layout and data.fields of train.py.
-    layout: str = ""
-    fields: tuple[str, ...] = ()
-    # Fetch pictures that records name by an http or https address.
-    allow_urls: bool = False
     # How many records to read, from the first on; 0 for all.
     num: int = 0
     # Largest share of the records of which nothing may be kept.
@@ -113,9 +108,7 @@ class Recipe:
         self.writer.validate("writer")
         if self.second != NOBODY:
             self.second.validate("second")
-        if self.layout:
-            pick(LAYOUTS, self.layout, "layout")
-        parse_fields(self.fields)
+        self.check_reading()
         self.templates()
         check_finite(self)
         return self
@@ -130,11 +123,6 @@ class Recipe:
             found[kind] = template
         return found
 
-    @property
-    def options(self) -> dict:
-        """The keyword arguments of records.to_sample."""
-        return {"layout": self.layout, "fields": parse_fields(self.fields)}
-
     def settings(self) -> dict:
         """Return all that decides what is written, as JSON."""
         found = dataclasses.asdict(self)
@@ -145,15 +133,4 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read a YAML file. Raises UserError that names the file, and the field or the place that is wrong."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold the fields of a recipe, as in sources: [photos.jsonl]")
-    try:
-        return from_dict(Recipe, data)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    return to_config(path, Recipe, read_yaml(path, "the fields of a recipe, as in sources: [photos.jsonl]"))

@@ -31,12 +31,14 @@ from nanovlm.data.build.questions.reply import Broken, read_reply
 from nanovlm.data.build.questions.rules import RULES, refuse_control, refuse_markup, refuse_orders, words_of
 from nanovlm.data.build.questions.writers import Ask, Writer, open_writer
 from nanovlm.data.build.records import Found, Unusable, read
+from nanovlm.data.build.settings import keep_settings
 from nanovlm.data.records import content_parts
 from nanovlm.data.source import Ref, Source, first_pass
 from nanovlm.data.sources import open_sources
 from nanovlm.data.template import render
 from nanovlm.errors import UserError, printable
-from nanovlm.files import lock, new_file, read_json, write_file
+from nanovlm.files import lock, new_file, write_file
+from nanovlm.infer.chat_client import Unavailable
 
 CHUNK = 16  # records that are written about at a time
 JUDGED_AFTER = 100  # records before the share of those without any question is checked
@@ -63,14 +65,15 @@ def run(recipe: Recipe) -> dict:
 def take_up(folder: Path, recipe: Recipe, source: Source):
     """Begin a run, or make sure that the one that is there was begun with the same recipe and as many records."""
     settings = recipe.settings() | {"records": len(source) if isinstance(source, Sized) else None}
-    path = folder / "settings.json"
-    if not path.exists():
-        write_file(path, json.dumps(settings, indent=2))
-    before = read_json(path)
-    if changed := [name for name, value in settings.items() if before.get(name) != value]:
-        raise UserError(
-            f"{folder} was begun with another recipe or source ({', '.join(changed)}): use the same, or remove it"
-        )
+    keep_settings(folder / "settings.json", settings, "another recipe or source")
+
+
+def open_writers(folder: Path, recipe: Recipe) -> dict[str, Writer]:
+    """Open who writes, and who has to agree; make sure that they are those that the run was begun with."""
+    named = {"writer": recipe.writer, "second": recipe.second}
+    opened = {name: open_writer(options) for name, options in named.items() if options.model}
+    keep_settings(folder / "models.json", {name: writer.model for name, writer in opened.items()}, "another model")
+    return opened
 
 
 def chunks(recipe: Recipe, source: Source) -> Iterator[tuple[int, list[Ref]]]:
@@ -82,19 +85,14 @@ def chunks(recipe: Recipe, source: Source) -> Iterator[tuple[int, list[Ref]]]:
 def write_chunks(folder: Path, recipe: Recipe, source: Source):
     """Ask about all records that no file in the folder is about."""
     total = min(len(source), recipe.num or len(source)) if isinstance(source, Sized) else recipe.num or None
-    opened: list[Writer | None] = []
+    opened: dict[str, Writer] = {}
     num_read = num_bad = 0
     with tqdm(total=total, unit="record") as progress:
         for number, refs in chunks(recipe, source):
             path = folder / f"{number:06d}.jsonl"
             if not path.exists():
-                opened = opened or [
-                    open_writer(recipe.writer),
-                    open_writer(recipe.second) if recipe.second.model else None,
-                ]
-                writer, second = opened
-                assert writer is not None
-                lines = write_chunk(recipe, writer, second, [read(source, ref, recipe.options) for ref in refs], refs)
+                opened = opened or open_writers(folder, recipe)
+                lines = write_chunk(recipe, opened, [read(source, ref, recipe.options) for ref in refs], refs)
                 write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
             lines = read_lines(path)
             num_read += len(lines)
@@ -123,7 +121,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_chunk(
-    recipe: Recipe, writer: Writer, second: Writer | None, results: Sequence[Found | Unusable], refs: Sequence[Ref]
+    recipe: Recipe, opened: dict[str, Writer], results: Sequence[Found | Unusable], refs: Sequence[Ref]
 ) -> list[dict]:
     """Return what was kept and dropped of each record of a chunk."""
     lines: list[dict] = []
@@ -137,23 +135,27 @@ def write_chunk(
     usable = [
         (line, found) for line, found in zip(lines, results, strict=True) if isinstance(found, Found) and "kept" in line
     ]
-    drafts = draft(recipe, writer, usable)
+    drafts = draft(recipe, opened["writer"], usable)
     for asker, name, times, least in (
-        (writer, "again", recipe.again, recipe.least_agreement),
-        (second, "second", 1 if second else 0, 1.0),
+        (opened["writer"], "again", recipe.again, recipe.least_agreement),
+        *((second, "second", 1, 1.0) for second in [opened.get("second")] if second),
     ):
-        votes = [0] * len(drafts)
+        votes, failed = [0] * len(drafts), {}
         for time in range(times):
-            assert asker is not None
             seeds = [seed_of(recipe, line, kind, index, name, time) for line, index, (kind, *_rest) in drafts]
             for i, agrees in enumerate(agree(asker, [draft for _line, _index, draft in drafts], seeds)):
-                votes[i] += agrees
+                if isinstance(agrees, Unusable):
+                    failed[i] = agrees
+                else:
+                    votes[i] += agrees
         passed = []
-        for (line, index, made), count in zip(drafts, votes, strict=True):
-            if count < least * times:
-                line["dropped"].append([made.kind, name, "another answer is given"])
-            else:
+        for i, (line, index, made) in enumerate(drafts):
+            if votes[i] >= least * times:
                 passed.append((line, index, made))
+            elif i in failed:
+                drop_reply(line, made.kind, name, failed[i])
+            else:
+                line["dropped"].append([made.kind, name, "another answer is given"])
         drafts = passed
     for line, _index, (kind, item, _images) in drafts:
         line["kept"].append([kind, asdict(item)])
@@ -171,12 +173,10 @@ def draft(recipe: Recipe, writer: Writer, usable: list[tuple[dict, Found]]) -> l
             asked.append(Ask(text, found.sample.images, seed, KINDS[kind].schema(recipe.num_items)))
             about.append((line, found, kind, shown))
     drafts, seen = [], defaultdict(set)
-    replies = writer(asked) if asked else []
+    replies = writer.ask(asked) if asked else []
     for (line, found, kind, shown), ask, reply in zip(about, asked, replies, strict=True):
         if isinstance(reply, Unusable):
-            if reply.__cause__ is not None:
-                tqdm.write(printable(str(reply.__cause__)))
-            line["dropped"].append([kind, "reply", str(reply)])
+            drop_reply(line, kind, "reply", reply)
             continue
         try:
             assert ask.schema is not None
@@ -194,6 +194,13 @@ def draft(recipe: Recipe, writer: Writer, usable: list[tuple[dict, Found]]) -> l
             else:
                 drafts.append((line, index, made))
     return drafts
+
+
+def drop_reply(line: dict, kind: str, stage: str, reply: Unusable):
+    """Note in a record's line that a prompt got no reply; what a server says of that is shown."""
+    if reply.__cause__ is not None:
+        tqdm.write(printable(str(reply.__cause__)))
+    line["dropped"].append([kind, "server" if isinstance(reply.__cause__, Unavailable) else stage, str(reply)])
 
 
 def find_broken(recipe: Recipe, made: Draft, seen: set[str]) -> tuple[str, str] | None:

@@ -1,8 +1,8 @@
 """Prompts about pictures -> replies, by a model in a folder or on a server of the OpenAI API.
 
 A reply of a model here depends on its prompt, pictures, seed and the options alone; a server must promise that itself.
-A prompt that a server does not take is Unusable; where it takes none, UserError ends the run, which goes on when it is
-started again.
+A prompt that a server does not take, or always fails at, is Unusable; where it takes none, UserError ends the run,
+which goes on when it is started again.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ from PIL import Image
 from nanovlm.config import SamplingConfig
 from nanovlm.config.fields import check
 from nanovlm.data.build.records import Unusable
+from nanovlm.data.build.settings import digest_weights
 from nanovlm.data.chat import Processor
 from nanovlm.data.pictures import to_url
 from nanovlm.environment import find_device, keep_freed_memory
 from nanovlm.errors import UserError
 from nanovlm.hub.read import load
 from nanovlm.infer.asking import answer_all
-from nanovlm.infer.chat_client import Refused, complete_chat
+from nanovlm.infer.chat_client import Refused, Unavailable, complete_chat, describe_model
 from nanovlm.infer.engine import Engine
 from nanovlm.infer.request import Request
 from nanovlm.infer.text import after_thinking
@@ -40,7 +41,15 @@ class Ask(NamedTuple):
     schema: dict | None = None
 
 
-Writer = Callable[[Sequence[Ask]], list[str | Unusable]]
+MOST_IN_ROW = 8  # prompts that a server may fail at, one after the other
+PLAINEST = Ask("Reply with the word yes.", [], 0)  # tells whether a server fails at a prompt or at all
+
+
+class Writer(NamedTuple):
+    """Who is asked, and what tells it from another model of the same name."""
+
+    ask: Callable[[Sequence[Ask]], list[str | Unusable]]
+    model: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +96,11 @@ class WriterOptions:
 def open_writer(options: WriterOptions) -> Writer:
     """Return the writer that a recipe names; a model is read now."""
     if options.address:
-        return lambda asked: ask_address(options, asked)
+        return Writer(lambda asked: ask_address(options, asked), describe_model(options.address, options.model))
     keep_freed_memory()
     model, processor = load(options.model, find_device(options.device))
     prepare(model)
-    return lambda asked: ask_model(model, processor, options, asked)
+    return Writer(lambda asked: ask_model(model, processor, options, asked), digest_weights(model))
 
 
 def ask_model(model: VLM, processor: Processor, options: WriterOptions, asked: Sequence[Ask]) -> list[str | Unusable]:
@@ -119,12 +128,22 @@ def ask_model(model: VLM, processor: Processor, options: WriterOptions, asked: S
 
 
 def ask_address(options: WriterOptions, asked: Sequence[Ask]) -> list[str | Unusable]:
-    """Return a server's replies."""
-    executor = ThreadPoolExecutor(options.num_rows)
+    """Return a server's replies. Raises UserError if it fails at so many prompts in a row, or at the plainest."""
+    executor, replies, in_row = ThreadPoolExecutor(options.num_rows), [], 0
+    failed: Unavailable | None = None
     try:
-        return list(executor.map(lambda ask: ask_once(options, ask), asked))
+        for reply in executor.map(lambda ask: ask_once(options, ask), asked):
+            replies.append(reply)
+            cause = reply.__cause__ if isinstance(reply, Unusable) else None
+            in_row = in_row + 1 if isinstance(cause, Unavailable) else 0
+            failed = cause if isinstance(cause, Unavailable) else failed
+            if in_row == MOST_IN_ROW:
+                break
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+    if failed and (in_row == MOST_IN_ROW or isinstance(ask_once(options, PLAINEST), Unusable)):
+        raise failed
+    return replies
 
 
 def ask_once(options: WriterOptions, ask: Ask) -> str | Unusable:
@@ -142,10 +161,11 @@ def ask_once(options: WriterOptions, ask: Ask) -> str | Unusable:
         body["response_format"] = {"type": "json_schema", "json_schema": form}
     try:
         return complete_chat(options.address, body, timeout=options.timeout)
-    except Refused as error:
-        refusal = Unusable("the server refuses the prompt")
-        refusal.__cause__ = error
-        return refusal
+    except (Refused, Unavailable) as error:
+        is_refused = isinstance(error, Refused)
+        reply = Unusable("the server refuses the prompt" if is_refused else "it gives no reply to the prompt")
+        reply.__cause__ = error
+        return reply
 
 
 def show(options: WriterOptions, image: Image.Image) -> str:

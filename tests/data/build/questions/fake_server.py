@@ -23,8 +23,11 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(reply: Callable[[dict], str | tuple[int, str]]):
-    """Yield the address and what was seen; `reply(body)` is the text of an answer, or a status and a whole body."""
+def serving(reply: Callable[[dict], str | tuple[int, str]], models: list[dict] | None = None):
+    """Yield the address and what was seen.
+
+    `reply(body)` is the text of an answer, or a status and a whole body; `models` is the list of them, if there is one.
+    """
     seen = Seen()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -42,9 +45,14 @@ def serving(reply: Callable[[dict], str | tuple[int, str]]):
             self.end_headers()
             self.wfile.write(text.encode())
 
-        def do_GET(self):  # what a redirect would become
+        def do_GET(self):  # also what a redirect would become
             seen.keys.append(self.headers.get("Authorization"))
-            self.send_error(404)
+            if models is None or self.path != "/v1/models":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"object": "list", "data": models}).encode())
 
         def log_message(self, *_):
             pass

@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -19,9 +15,9 @@ from nanovlm.data.build.questions.write import run
 from nanovlm.data.records import check, choices, to_sample
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
+from tests.data.build.killing import kill_before, run_until_killed
 from tests.data.build.questions.fake_server import picture_of, serving, text_of
 
-ROOT = Path(__file__).parent.parent.parent.parent.parent
 COLORS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (30, 50, 220), "black": (0, 0, 0)}
 OTHERS = {"red": ("green", "blue", "black"), "green": ("red", "blue", "black"),
           "blue": ("red", "green", "black"), "black": ("red", "green", "blue")}  # fmt: skip
@@ -306,39 +302,55 @@ def test_what_cannot_be_read_is_counted_and_too_much_of_it_ends_the_run(source):
     assert not source.with_name("b.jsonl").exists()
 
 
-KILL = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from tests.data.build.questions.test_write import *
-write.CHUNK, made, number = 2, write.write_chunk, []
-def killed(*args):
-    lines = made(*args)
-    number.append(1)
-    if len(number) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return lines
-write.write_chunk = killed
-run(make(Path({source!r}), {address!r}))
-"""
-
-
 def test_a_killed_run_goes_on_and_changes_no_byte(source, monkeypatch):
     monkeypatch.setattr(write, "CHUNK", 2)
-    with serving(painter) as (address, seen):
+    part, models = source.with_name(".out.jsonl.part"), [{"id": "m", "root": "one", "created": 1}]
+
+    def job():
+        write.write_chunk = kill_before(write.write_chunk, 2)
+        run(make(source, address))
+
+    with serving(painter, models) as (address, seen):
         run(make(source, address, out="whole.jsonl"))
         num_asked = len(seen.bodies)
-        code = KILL.format(root=str(ROOT), source=str(source), address=address)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        part = source.with_name(".out.jsonl.part")
+        assert run_until_killed(job)
         assert not source.with_name("out.jsonl").exists() and len([*part.glob("0*.jsonl")]) == 2
         before = len(seen.bodies)
-        with pytest.raises(UserError, match=r"begun with another recipe or source \(seed\)"):
+        with pytest.raises(UserError, match=r"begun with another recipe or source \(seed: 0 against 1\)"):
             run(make(source, address, seed=1))
+        models[0]["root"] = "two"
+        with pytest.raises(
+            UserError, match=r"begun with another model \(writer: .*one.* against .*two.*\): use the same"
+        ):
+            run(make(source, address))
+        models[0] |= {"root": "one", "created": 2}
         run(make(source, address))
         assert len(seen.bodies) - before == num_asked // 2  # what was asked is not asked again
     assert source.with_name("out.jsonl").read_bytes() == source.with_name("whole.jsonl").read_bytes()
     assert not part.exists()
+
+
+def test_a_prompt_that_a_server_fails_at_is_counted_and_a_server_that_is_gone_loses_nothing(source, monkeypatch):
+    monkeypatch.setattr("nanovlm.infer.chat_client.WAIT", 0.0)
+    ends = [False]
+
+    def failing(body):
+        text = text_of(body)
+        is_bad = name_of(picture_of(body)) == "red" if asks_to_write(text) else text.startswith("What color")
+        return (500, "cannot") if ends[0] or is_bad else painter(body)
+
+    def reply(body):
+        return failing(body) if "Reply with the word yes." != text_of(body) else (500, "no") if ends[0] else "yes"
+
+    with serving(reply) as (address, _seen):
+        ends[0] = True
+        with pytest.raises(UserError, match="gives no reply: 500 Internal Server Error: "):
+            run(make(source, address))
+        ends[0] = False
+        report = run(make(source, address))
+    failed = "server: it gives no reply to the prompt"
+    assert report["kinds"]["captions"] == {"kept": 6, "dropped": {failed: 2}}
+    assert report["kinds"]["questions"] == {"kept": 0, "dropped": {failed: 8}}, "6 of them when they are asked again"
 
 
 def test_a_picture_that_changes_meanwhile_is_noticed(source):
@@ -382,6 +394,7 @@ def test_a_recipe_is_read_and_run(source, capsys):
         ("sources: [a", "recipe.yaml is not readable YAML"),
         ("!!python/object/apply:os.system [id]", "is not readable YAML: could not determine a constructor"),
         ("- a", "must hold the fields of a recipe"),
+        ("sources: [a]\nsources: [b]", "the key 'sources' is there again in line 2: leave one of the two out"),
         ("sources: [a]\nnum: x", "num must be int, got 'x'"),
     ],
 )

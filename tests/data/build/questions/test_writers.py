@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import socket
 import threading
 from collections import Counter
@@ -56,12 +57,12 @@ def test_a_model_says_what_it_says_alone_and_behind_our_server(processor, tmp_pa
     model, own = load(tmp_path / "model")
     expected = [own.decode(x).strip() if len(x) < 24 else "the reply is longer than max_new_tokens" for x in ids]
     for num_rows in (3, 1):
-        found = open_writer(dataclasses.replace(options, num_rows=num_rows))(asked)
+        found = open_writer(dataclasses.replace(options, num_rows=num_rows)).ask(asked)
         assert list(map(str, found)) == expected
         assert [isinstance(reply, str) for reply in found] == [len(x) < 24 for x in ids]
     assert any(len(x) < 24 for x in ids)
     with serving_tests.running(own, Engine(model, 3)) as server:
-        there = open_writer(dataclasses.replace(options, model="tiny", address=f"{server.url}/v1"))(asked)
+        there = open_writer(dataclasses.replace(options, model="tiny", address=f"{server.url}/v1")).ask(asked)
     assert there == [own.decode(x) for x in ids]
 
 
@@ -96,7 +97,7 @@ def test_a_picture_is_sent_as_its_pixels_alone():
     image.info["icc_profile"] = b"of the camera, with its number"  # which PNG files get
     with serving(lambda _body: "ok") as (address, seen):
         writer = open_writer(WriterOptions("m", address, longest_side=32))
-        assert writer([Ask("?", [image], 7), Ask("?", [noise(1)], 8)]) == ["ok", "ok"]
+        assert writer.ask([Ask("?", [image], 7), Ask("?", [noise(1)], 8)]) == ["ok", "ok"]
     large, small = sorted(map(picture_of, seen.bodies), key=lambda picture: -picture.width)
     assert large.size == (32, 32) and not large.info and small.tobytes() == noise(1).tobytes()
     assert image.size == (64, 64)
@@ -106,14 +107,14 @@ def test_a_picture_is_sent_as_its_pixels_alone():
 def test_replies_come_in_the_order_of_the_prompts():
     with serving(text_of) as (address, _seen):
         asked = [Ask(f"{i}", [], i) for i in range(20)]
-        assert open_writer(WriterOptions("m", address, num_rows=5))(asked) == [f"{i}" for i in range(20)]
+        assert open_writer(WriterOptions("m", address, num_rows=5)).ask(asked) == [f"{i}" for i in range(20)]
 
 
 def test_a_prompt_that_a_server_refuses_is_unusable_and_a_server_that_refuses_all_ends_the_run(monkeypatch):
     monkeypatch.setattr(chat_client, "WAIT", 0.01)
     refuse = {"1": (400, "too long"), "2": (413, "too large")}
     with serving(lambda body: refuse.get(text_of(body), "fine")) as (address, _seen):
-        replies = open_writer(WriterOptions("m", address))([Ask(f"{i}", [], 0) for i in range(4)])
+        replies = open_writer(WriterOptions("m", address)).ask([Ask(f"{i}", [], 0) for i in range(4)])
         assert [str(reply) for reply in replies] == ["fine", *["the server refuses the prompt"] * 2, "fine"]
         assert "400 Bad Request: too long" in str(replies[1].__cause__)
     for status, text, message in (
@@ -126,12 +127,51 @@ def test_a_prompt_that_a_server_refuses_is_unusable_and_a_server_that_refuses_al
     ):
         with serving(lambda _body, made=(status, text): made) as (address, seen):
             with pytest.raises(UserError, match=message):
-                open_writer(WriterOptions("m", address))([Ask("?", [], 0)])
-            assert len(seen.bodies) == (4 if status == 503 else 1)
-    with pytest.raises(
-        UserError, match=r"the server at http://127.0.0.1:9/v1/chat/completions gives no reply: .*refused"
-    ):
-        open_writer(WriterOptions("m", "http://127.0.0.1:9/v1"))([Ask("?", [], 0)])
+                open_writer(WriterOptions("m", address)).ask([Ask("?", [], 0)])
+            assert len(seen.bodies) == (8 if status == 503 else 1)
+    with pytest.raises(UserError, match=r"the server at http://127.0.0.1:9/v1/models gives no reply: .*refused"):
+        open_writer(WriterOptions("m", "http://127.0.0.1:9/v1"))
+
+
+def test_a_prompt_that_a_server_fails_at_is_left_out_and_one_that_fails_at_all_ends_the_run(monkeypatch):
+    """Here a server fails at a prompt, there at so many in a row, or when it is asked the plainest thing, too."""
+    monkeypatch.setattr(chat_client, "WAIT", 0.0)
+    asked = [Ask(f"{i}", [], 0) for i in range(24)]
+
+    def ask(fails: str, num=24):
+        with serving(lambda body: (500, "out of memory") if re.fullmatch(fails, text_of(body)) else "x") as (at, seen):
+            try:
+                return open_writer(WriterOptions("m", at, num_rows=4)).ask(asked[:num]), seen
+            finally:
+                assert all(
+                    count == 4 for text, count in Counter(map(text_of, seen.bodies)).items() if re.match(fails, text)
+                )
+
+    replies, seen = ask("3|1[0-6]|23")  # not more than 7 in a row
+    failed = {3, *range(10, 17), 23}
+    assert [str(reply) for reply in replies] == [
+        "it gives no reply to the prompt" if i in failed else "x" for i in range(24)
+    ]
+    assert all("500 Internal Server Error: out of memory" in str(replies[i].__cause__) for i in failed)
+    assert [text_of(body) for body in seen.bodies].count("Reply with the word yes.") == 1
+    for fails in ("1[0-7]", "3|Reply.*"):
+        with pytest.raises(UserError, match="gives no reply: 500 Internal Server Error: out of memory"):
+            ask(fails)
+
+
+def test_a_list_of_models_tells_one_from_another_behind_its_name():
+    ours = {"id": "m", "object": "model", "created": 5, "root": "/models/one", "permission": [{"id": "modelperm-3"}]}
+    other = {"id": "other"}
+
+    def describe(*models):
+        with serving(lambda _body: "x", list(models)) as (address, _seen):
+            return chat_client.describe_model(address, "m")
+
+    same = describe(ours, other)
+    assert same == describe({"id": "new"}, ours | {"created": 9, "permission": []}) and "one" in same
+    assert len({same, describe(ours | {"root": "/models/two"}), describe(other), describe({"id": "third"}), ""}) == 5
+    with serving(lambda _body: "x") as (address, _seen):
+        assert chat_client.describe_model(address, "m") == ""
 
 
 def test_a_busy_server_is_asked_again(monkeypatch):
