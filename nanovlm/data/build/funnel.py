@@ -202,7 +202,8 @@ class Worker(Dataset):
 def write_shards(funnel: Funnel, out: Path) -> dict:
     """Write the shards, what was dropped, the report and then the index; return the report."""
     recipe = funnel.recipe
-    report = Report(tuple(recipe.stages), funnel.source, recipe.options)
+    worded = {name for name in recipe.stages if funnel.stages[name].shows_words}
+    report = Report(tuple(recipe.stages), worded, funnel.source, recipe.options)
     with new_file(out / "dropped.jsonl") as dropped, funnel.progress(len(funnel.steps), "shards") as progress:
 
         def kept() -> Iterator[tuple[Ref, dict]]:

@@ -101,14 +101,16 @@ class Stage(NamedTuple):
     """A stage: the class of its options, what judges or marks a record, and what compares the marks.
 
     `open` takes the options and returns a Judge; `compare` takes them and the folder of the run's temporary files. A
-    costly stage begins when all before it have judged and compared. `digest` tells the model or the files that the
-    options name from others of the same name, so that a run does not go on with these.
+    costly stage begins when all before it have judged and compared. With `shows_words` the report shows what is said in
+    the records that it drops, beside their pictures. `digest` tells the model or the files that the options name from
+    others of the same name, so that a run does not go on with these.
     """
 
     options: type
     open: Callable[[Any], Judge]
     compare: Callable[[Any, Path], Compare] | None = None
     is_costly: bool = False
+    shows_words: bool = False
     digest: Callable[[Any], str] | None = None
 
 

@@ -14,11 +14,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Sized
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from nanovlm.data.build.texts import SIGNS
-from nanovlm.data.records import check, to_sample
+from nanovlm.data.records import content_parts, to_sample
 from nanovlm.data.source import Ref, Source
 from nanovlm.errors import printable
 from nanovlm.files import write_file
@@ -29,11 +30,22 @@ COLUMNS = 6  # even, so that a record stands beside the one that is kept in its 
 WIDTH = 26  # letters in a line below a picture
 
 
+class Dropped(NamedTuple):
+    """A record that a stage dropped, and what the report shows of it."""
+
+    number: int
+    ref: Ref
+    line: dict
+    picture: Image.Image | None
+    words: str
+
+
 class Report:
     """Counts what became of each record; keeps some of those that were dropped."""
 
-    def __init__(self, stages: tuple[str, ...], source: Source, options: dict):
-        self.stages, self.source, self.options, self.num = stages, source, options, 0
+    def __init__(self, stages: tuple[str, ...], worded: set[str], source: Source, options: dict):
+        """Of the stages, those that are `worded` look at what is said."""
+        self.stages, self.worded, self.source, self.options, self.num = stages, worded, source, options, 0
         self.dropped, self.signs, self.of_source = Counter(), Counter(), Counter()
         self.chosen: dict[str, list[tuple]] = {}  # of each stage a heap of (-hash, number, ref, line)
 
@@ -78,23 +90,26 @@ class Report:
         }  # fmt: skip
         assert found["kept"] + sum(found["dropped"].values()) == found["read"]
         write_file(out / "funnel.png", draw_funnel(self.num, rows))
-        examples = {
-            name: sorted(self.chosen[name], key=lambda entry: entry[1]) for name in names if name in self.chosen
-        }
-        for name, chosen in examples.items():
-            write_file(out / f"dropped-{name}.png", self.draw_sheet(name, chosen))
+        examples = {}
+        for name in (name for name in names if name in self.chosen):
+            chosen = sorted(self.chosen[name], key=lambda entry: entry[1])
+            examples[name] = [Dropped(number, ref, line, *self.look(ref.key)) for _order, number, ref, line in chosen]
+            write_file(out / f"dropped-{name}.png", self.draw_sheet(name, examples[name]))
         write_file(out / "report.json", json.dumps(found, indent=2) + "\n")
-        write_file(out / "report.md", to_markdown(found, rows, examples))
+        write_file(out / "report.md", to_markdown(found, rows, examples, self.worded))
         return found
 
-    def draw_sheet(self, name: str, chosen: list[tuple]) -> bytes:
-        """Draw some records that a stage dropped, and beside each the one that is kept in its place, as PNG."""
+    def draw_sheet(self, name: str, chosen: list[Dropped]) -> bytes:
+        """Draw some records that a stage dropped, as PNG; beside each what it says, or the one kept in its place."""
         cells = []
-        for _order, number, ref, line in chosen:
-            shown = self.look(ref.key)
-            cells.append((shown, str(number) if shown == line["reason"] else f"{number}: {line['reason']}"))
+        for number, _ref, line, picture, words in chosen:
+            reason = str(number) if words == line["reason"] else f"{number}: {line['reason']}"
+            cells.append((picture or words, reason))
+            if picture and name in self.worded:
+                cells.append((words, ""))
             if "like" in line and isinstance(self.source, Sized):
-                cells.append((self.look(line["like"]), f"{line['like']} is kept"))
+                like, said = self.look(line["like"])
+                cells.append((like or said, f"{line['like']} is kept"))
         height = SIDE + LINES * LINE + GAP
         rows = (len(cells) + COLUMNS - 1) // COLUMNS
         sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, 30 + rows * height + GAP), "white")
@@ -113,18 +128,22 @@ class Report:
         sheet.save(png, "PNG")
         return png.getvalue()
 
-    def look(self, key) -> Image.Image | str:
-        """Return the first picture of a record, or its text, or why it has neither."""
+    def look(self, key) -> tuple[Image.Image | None, str]:
+        """Return the first picture of a record, if it has one, and what its answers say; or why it cannot be read."""
         try:
-            raw = self.source.read(key)
-            images, messages, _independent = check(raw, **self.options)
-            if images:
-                picture = to_sample(raw, **self.options).images[0]
-                method = Image.Resampling.NEAREST if max(picture.size) < SIDE else Image.Resampling.LANCZOS
-                return ImageOps.pad(picture, (SIDE, SIDE), method, color=(235, 235, 235))
-            return str(messages[-1]["content"])
+            sample = to_sample(self.source.read(key), **self.options)
+            words = [text_of(message) for message in sample.messages if message["role"] in ("assistant", "text")]
+            if not sample.images:
+                return None, "\n".join(words)
+            picture = sample.images[0]
+            method = Image.Resampling.NEAREST if max(picture.size) < SIDE else Image.Resampling.LANCZOS
+            return ImageOps.pad(picture, (SIDE, SIDE), method, color=(235, 235, 235)), "\n".join(words)
         except Exception as error:  # whatever a record does, the sheet has the others
-            return str(error)
+            return None, str(error)
+
+
+def text_of(message: dict) -> str:
+    return "".join(part.get("text", "") for part in content_parts(message["content"]))
 
 
 def wrap(text: str, num_lines: int) -> str:
@@ -159,7 +178,9 @@ def draw_funnel(num: int, rows: list[tuple[str, int, int]]) -> bytes:
     return png.getvalue()
 
 
-def to_markdown(found: dict, rows: list[tuple[str, int, int]], examples: dict[str, list[tuple]]) -> str:
+def to_markdown(
+    found: dict, rows: list[tuple[str, int, int]], examples: dict[str, list[Dropped]], worded: set[str]
+) -> str:
     lines = [f"{found['kept']} of {found['read']} records passed.", "", "![records after each stage](funnel.png)", ""]
     lines += ["| stage | dropped | left | ms a record |", "|---|--:|--:|--:|"]
     for name, number, left in rows:
@@ -171,7 +192,10 @@ def to_markdown(found: dict, rows: list[tuple[str, int, int]], examples: dict[st
     lines += [f"| {escape(name)} | {of['read']} | {of['kept']} |" for name, of in found["sources"].items()]
     for name, chosen in examples.items():
         lines += ["", f"## {escape(name)}", "", f"![dropped by {escape(name)}](dropped-{name}.png)", ""]
-        lines += [f"- {escape(ref.source)}, {escape(ref.where)}: {escape(line['reason'])}" for *_, ref, line in chosen]
+        for dropped in chosen:
+            source, where, reason = map(escape, (dropped.ref.source, dropped.ref.where, dropped.line["reason"]))
+            said = f': "{escape(dropped.words)}"' if name in worded and dropped.words != dropped.line["reason"] else ""
+            lines.append(f"- {source}, {where}: {reason}{said}")
     return "\n".join(lines) + "\n"
 
 

@@ -8,15 +8,19 @@ from nanovlm.data.build.items import Stage
 
 STAGES = {
     "ratings": Stage(checks.RatingsOptions, checks.open_ratings),
-    "text": Stage(checks.TextOptions, checks.open_text),
+    "text": Stage(checks.TextOptions, checks.open_text, shows_words=True),
     "corrupt": Stage(checks.CorruptOptions, checks.open_corrupt),
     "size": Stage(checks.SizeOptions, checks.open_size),
-    "safety": Stage(checks.SafetyOptions, checks.open_safety, digest=checks.digest_lists),
+    "safety": Stage(checks.SafetyOptions, checks.open_safety, shows_words=True, digest=checks.digest_lists),
     "leakage": Stage(leakage.LeakageOptions, leakage.open_leakage, digest=leakage.digest_asked),
     "exact": Stage(comparing.ExactOptions, comparing.mark_exact, comparing.compare_exact),
     "near": Stage(comparing.NearOptions, comparing.mark_near, comparing.compare_near),
     "agreement": Stage(
-        agreement.AgreementOptions, agreement.open_agreement, is_costly=True, digest=agreement.digest_model
+        agreement.AgreementOptions,
+        agreement.open_agreement,
+        is_costly=True,
+        shows_words=True,
+        digest=agreement.digest_model,
     ),
     "alike": Stage(
         agreement.AlikeOptions,

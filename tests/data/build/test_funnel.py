@@ -19,6 +19,7 @@ from nanovlm.data.build.__main__ import main as command
 from nanovlm.data.build.funnel import plan, run
 from nanovlm.data.build.items import Stage, each
 from nanovlm.data.build.recipe import Recipe, ShardOptions, read_recipe
+from nanovlm.data.build.report import wrap
 from nanovlm.data.build.stages import STAGES
 from nanovlm.data.records import to_sample
 from nanovlm.data.shard_writer import TarShard
@@ -252,6 +253,8 @@ def test_a_report_shows_what_a_record_says_and_obeys_nothing(planted, tmp_path, 
     evil = "</td><script>alert(1)</script> ![x](http://a.b/c.png) | `ls` \x1b[31m"
     stages = {"text": {"refuse": ["html"]}, "caps": {"field": "kind", "most": 1}}
     lines = [record("0.bin", f"{TEXT} {i}") | {"kind": evil} for i in range(3)] + [record("0.bin", evil)]
+    cells = []
+    monkeypatch.setattr(report, "wrap", lambda text, num_lines: cells.append(text) or wrap(text, num_lines))
     shutil.copy(planted[0] / "0.bin", tmp_path / "0.bin")
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(make(tmp_path, tmp_path / "out", stages=stages))
@@ -259,7 +262,10 @@ def test_a_report_shows_what_a_record_says_and_obeys_nothing(planted, tmp_path, 
     assert [line["stage"] for line in read_dropped(tmp_path / "out")] == ["caps", "caps", "text"]
     assert "script" in text and not any(sign in text for sign in ("<", "![x]", "\x1b", "`ls`", "](http"))
     assert {"dropped-caps.png", "dropped-text.png", "funnel.png"} <= {x.name for x in (tmp_path / "out").iterdir()}
-    for name in ("dropped-caps.png", "funnel.png"):
+    # what a stage about words drops is seen with its words, shown on the sheet and in the text
+    assert cells.count(evil) == 1
+    assert [line for line in text.splitlines() if "has html" in line and "alert" in line]
+    for name in ("dropped-caps.png", "dropped-text.png", "funnel.png"):
         Image.open(tmp_path / "out" / name).load()
 
 
