@@ -19,12 +19,7 @@ TROUBLE = "the server at {} gives no reply"
 TIMEOUT, TRIES, WAIT = 120, 4, 2.0  # seconds for a reply, attempts, seconds before the second, doubled each time
 LARGEST_REPLY = 2**20  # bytes
 BUSY = (408, 409, 429)
-IDENTITY = (
-    "id",
-    "root",
-    "parent",
-    "meta",
-)  # of a model in a list: root is its folder (vLLM), meta its sizes (llama.cpp)
+IDENTITY = ("id", "root", "parent", "meta")  # what a list says of a model: root is its folder, meta its sizes
 REFUSALS = (400, 413, 415, 422)  # say that one request is not taken, whoever sends it
 
 

@@ -46,8 +46,8 @@ def teacher(tmp_path_factory, processor):
     documents = [make_document(processor, 9, *TURNS, **kind) for kind in kinds]
     documents += [make_document(processor, 9, turn, images=i) for turn in TURNS for i in (0, 1)]
     batch = make_batch(documents, rows=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
         (objective.loss(model, batch) / objective.count(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -230,14 +230,13 @@ def test_a_teacher_that_does_not_fit_is_one_sentence(tmp_path, teacher, source, 
         process(raw)
 
 
-def test_a_run_learns_from_records_alone(tmp_path):
-    train.main(dataclasses.replace(SMALL, run_dir=str(tmp_path / "large"), eval=EvalConfig()))
+def test_a_run_learns_from_records_alone(tmp_path, teacher, source):
     out = tmp_path / "top.jsonl"
-    command(["top-k", str(tmp_path / "large" / "model"), "scenes", str(out), "--k", "8", "--num", "60"])
-    data = dataclasses.replace(SMALL.data, sources=(str(out),), lessons=(), num_workers=1)
-    distill = DistillConfig(losses=("forward_kl=1", "next_token=0.1"))
-    changes = dict(data=data, objective="distill", distill=distill, eval=EvalConfig())
-    changes["init"] = dataclasses.replace(SMALL.init, model=str(tmp_path / "large" / "model"))
+    command(["top-k", str(teacher), str(source), str(out), "--k", "8"])
+    data = dataclasses.replace(SMALL.data, sources=(str(out),), lessons=(), num_workers=0)
+    changes = dict(data=data, objective="distill", distill=DistillConfig(losses=("forward_kl=1", "next_token=0.1")))
+    changes |= dict(eval=EvalConfig(), model=TINY, init=dataclasses.replace(SMALL.init, model=str(teacher)))
+    changes["optim"] = dataclasses.replace(SMALL.optim, steps=3, warmup_steps=1)
     train.main(dataclasses.replace(SMALL, run_dir=str(tmp_path / "run"), **changes))
     seen = metrics(tmp_path / "run")
     assert seen[-1]["corrupt"] == 0 and 0 <= seen[0]["forward_kl"] < 1e-4 and seen[0]["agreement"] > 0.99

@@ -167,9 +167,8 @@ def test_what_is_kept_is_read_back_as_it_was(planted, made):
         assert now == was and now.images == was.images
 
 
-@pytest.mark.parametrize("num_workers", (1, 3))
-def test_the_number_of_workers_changes_no_byte(planted, made, tmp_path, num_workers):
-    run(make(planted[0], tmp_path / "out", num_workers=num_workers))
+def test_the_number_of_workers_changes_no_byte(planted, made, tmp_path):
+    run(make(planted[0], tmp_path / "out", num_workers=2))
     assert files(tmp_path / "out") == files(made)
 
 
@@ -185,10 +184,9 @@ def dies(recipe, number):
     return run_until_killed(job)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_kills_change_no_byte(planted, made, tmp_path, seed):
+def test_kills_change_no_byte(planted, made, tmp_path):
     """Each attempt dies after some more files of the ledger, or shards."""
-    recipe, rng, kills = make(planted[0], tmp_path / "out"), random.Random(seed), 0
+    recipe, rng, kills = make(planted[0], tmp_path / "out"), random.Random(0), 0
     while dies(recipe, rng.randint(1, 8)):
         kills += 1
     assert kills > 2
@@ -413,5 +411,5 @@ def test_memory_does_not_grow_with_the_records(tmp_path):
         tracemalloc.stop()
         return most
 
-    peak(40)  # what is imported, and cached
-    assert peak(800) < peak(100) + 400_000
+    peak(30)  # what is imported, and cached
+    assert peak(480) < peak(60) + 300_000

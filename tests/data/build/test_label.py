@@ -144,7 +144,7 @@ def fill(counts, weights, num):
     return kept
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.0, 0.5, 1.0, 3.0])), min_size=1, max_size=6),
     st.integers(1, 150),

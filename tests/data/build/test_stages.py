@@ -19,6 +19,7 @@ from nanovlm.data.build.items import Drop, Item, read_item
 from nanovlm.data.build.ledger import is_whole, read_lines, write_lines
 from nanovlm.data.build.shards import Written, to_written, write_shard
 from nanovlm.data.build.stages import STAGES
+from nanovlm.data.layouts import CHOICE_PROMPT
 from nanovlm.data.members import encode
 from nanovlm.data.pictures import Video
 from nanovlm.data.records import RATINGS, check, content_parts, to_sample
@@ -206,6 +207,7 @@ def test_what_an_exact_duplicate_is():
 PAIR = {"prompt": "Which?", "chosen": "red", "rejected": "blue"}
 ASKED = {"question": "How many?", "answers": ["two", "2"]}
 TURNS = {"texts": [{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}]}
+CHOICE = {"question": "Which?", "options": ["red", "blue"], "answer": "A"}
 TEACHER = {"tokens": [5], "ids": [[5, 6]], "logprobs": [[-0.1, -3.0]]}
 
 
@@ -219,11 +221,13 @@ TEACHER = {"tokens": [5], "ids": [[5, 6]], "logprobs": [[-0.1, -3.0]]}
         (ASKED, {"kind": "count"}),
         (ASKED, {"question": "How", "answers": ["many? two", "2"]}),
         (TURNS, {"independent": True}),
+        ({"texts": TURNS["texts"][:1]}, {"texts": None, "text": "a? b"}),
         (TURNS, {"teacher": TEACHER}),
         (TURNS | {"teacher": TEACHER}, {"teacher": TEACHER | {"ids": [[5, 7]]}}),
         (TURNS, {"texts": [TURNS["texts"][0], TURNS["texts"][1] | {"references": ["e"]}]}),
         (TURNS, {"texts": [TURNS["texts"][0] | {"kind": "k"}, TURNS["texts"][1]]}),
-        ({"question": "Which?", "options": ["red", "blue"], "answer": "A"}, {"options": ["red", "green"]}),
+        (CHOICE, {"options": ["red", "green"]}),
+        (CHOICE, {"options": None, "question": f"Which?\nA. red\nB. blue\n{CHOICE_PROMPT}"}),
         ({"text": "a <image> b"}, {"text": "a b <image>"}),
     ],
 )
@@ -232,9 +236,10 @@ def test_all_that_training_and_scoring_read_tells_records_apart(raw, other):
     raws = [raw, raw | other, raw | {"taken": "in May"}, json.loads(json.dumps(raw).replace("? ", "?  "))]
     raws = [{"image": png(picture(0))} | {key: value for key, value in x.items() if value is not None} for x in raws]
     items = [read_item(lambda key: key, Ref(0, 0, 0, x, "here", "", None), {}) for x in raws]
-    assert comparing.mark_exact(comparing.ExactOptions())(items) == [None] * 4
-    first, second, *same = [x.marks["exact"] for x in items]
-    assert first != second and same == [first] * 2
+    for of in ("both", "text"):
+        assert comparing.mark_exact(comparing.ExactOptions(of))(items) == [None] * 4
+        first, second, *same = [x.marks["exact"] for x in items]
+        assert (first != second or (of == "text" and "<image>" in str(raw))) and same == [first] * 2
     assert len({x.content for x in items[:3]}) == 3
     comparing.mark_exact(comparing.ExactOptions("pictures"))(items)
     assert len({x.marks["exact"] for x in items}) == 1

@@ -24,7 +24,7 @@ def depth_of(data) -> int:
     return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(JSON, st.sampled_from([None, 2]))
 def test_depth_is_that_of_the_parsed_data(data, indent):
     assert find_depth(json.dumps(data, indent=indent)) == depth_of(data)

@@ -37,8 +37,8 @@ def ask(i: int, text="what is it?") -> Ask:
 def test_a_model_says_what_it_says_alone_and_behind_our_server(processor, tmp_path):
     """The oracle is generate(), one prompt at a time. A token that the random model likes ends its answers."""
     serving_tests = pytest.importorskip("tests.infer.serving", reason="needs starlette, uvicorn and openai")
-    options = WriterOptions(str(tmp_path / "model"), max_new_tokens=24, temperature=0.8, num_rows=3, device="cpu")
-    asked = [ask(i) for i in range(6)]
+    options = WriterOptions(str(tmp_path / "model"), max_new_tokens=12, temperature=0.8, num_rows=3, device="cpu")
+    asked = [ask(i) for i in range(4)]
 
     def say(*ends: int) -> list[list[int]]:
         torch.manual_seed(3)
@@ -55,12 +55,12 @@ def test_a_model_says_what_it_says_alone_and_behind_our_server(processor, tmp_pa
     often = Counter(itertools.chain.from_iterable(map(set, say())))
     ids = say(often.most_common(1)[0][0])
     model, own = load(tmp_path / "model")
-    expected = [own.decode(x).strip() if len(x) < 24 else "the reply is longer than max_new_tokens" for x in ids]
+    expected = [own.decode(x).strip() if len(x) < 12 else "the reply is longer than max_new_tokens" for x in ids]
     for num_rows in (3, 1):
         found = open_writer(dataclasses.replace(options, num_rows=num_rows)).ask(asked)
         assert list(map(str, found)) == expected
-        assert [isinstance(reply, str) for reply in found] == [len(x) < 24 for x in ids]
-    assert any(len(x) < 24 for x in ids)
+        assert [isinstance(reply, str) for reply in found] == [len(x) < 12 for x in ids]
+    assert any(len(x) < 12 for x in ids)
     with serving_tests.running(own, Engine(model, 3)) as server:
         there = open_writer(dataclasses.replace(options, model="tiny", address=f"{server.url}/v1")).ask(asked)
     assert there == [own.decode(x) for x in ids]
