@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from nanovlm.data.build import hashes
-from nanovlm.data.build.items import Compare, Drop, Item, Judge, at_least, each
-from nanovlm.data.records import content_parts, read_raw, read_rejected, turns_of_texts
+from nanovlm.data.build.items import Compare, Drop, Item, Judge, at_least, each, text_of
+from nanovlm.data.records import read_raw, read_rejected, turns_of_texts
 from nanovlm.errors import UserError
 
 MOST_KINDS = 100_000  # that are counted
@@ -46,19 +46,14 @@ def said(item: Item, of: str) -> list[str]:
         return []
     raw, told = read_raw(item.raw, **item.options)
     worse = [] if told.rejected is None else [read_rejected(told.rejected)]
-    messages = [(message["role"], words_of(message, of == "both")) for message in [*item.messages, *worse]]
+    place = " \N{OBJECT REPLACEMENT CHARACTER} " if of == "both" else ""
+    messages = [(message["role"], fold(text_of(message, place))) for message in [*item.messages, *worse]]
     right = told.references or [(answer,) for answer in item.texts("assistant")]
     right = [[fold(text) for text in one] for one in right]
     turns = [(turn.get("kind"), turn.get("references")) for turn in turns_of_texts(item.raw, **item.options)]
     about = raw.get("kind"), [(i, turn) for i, turn in enumerate(turns) if any(turn)], raw.get("teacher")
     read = (item.independent, messages, len(worse), told.ref_logprobs, right, [*map(fold, told.options)], about)
     return [hashes.digest_text(repr(read))]
-
-
-def words_of(message: dict, has_places: bool) -> str:
-    """Return the text of a message, and with `has_places` where it shows pictures."""
-    shown = " \N{OBJECT REPLACEMENT CHARACTER} " if has_places else ""
-    return fold("".join(part.get("text", shown) for part in content_parts(message["content"])))
 
 
 def fold(text: str) -> str:

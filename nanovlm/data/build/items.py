@@ -61,8 +61,7 @@ class Item:
 
     def texts(self, *roles: str) -> list[str]:
         """Return the texts of the messages of these roles."""
-        messages = [message for message in self.messages if message["role"] in roles]
-        return ["".join(part.get("text", "") for part in content_parts(m["content"])).strip() for m in messages]
+        return [text_of(message).strip() for message in self.messages if message["role"] in roles]
 
     @functools.cached_property
     def answers(self) -> list[str]:
@@ -85,6 +84,11 @@ class Item:
         files = [image.source if isinstance(image, Video) else image for image in self.images]
         sizes = [len(x) if isinstance(x, bytes) else x.width * x.height * 3 for x in files]
         return sum(sizes) + len(json.dumps(self.messages))
+
+
+def text_of(message: dict, shown: str = "") -> str:
+    """Return the text of a message, with `shown` in the places of its pictures."""
+    return "".join(part.get("text", shown) for part in content_parts(message["content"]))
 
 
 Judge = Callable[[Sequence[Item]], list[Drop | None]]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nanovlm.data.build import hashes
 from nanovlm.data.build.items import Drop, Item, Judge, each, read_item
-from nanovlm.data.columns import parse_fields
+from nanovlm.data.build.reading import ReadConfig
 from nanovlm.data.reader import explain
 from nanovlm.data.source import first_pass
 from nanovlm.data.sources import open_source
@@ -20,19 +20,18 @@ from nanovlm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class LeakageOptions:
+class LeakageOptions(ReadConfig):
     # What evaluation asks about, as data.sources of train.py; no record may show a picture of them.
     sources: tuple[str, ...] = ()
-    # The split of drawn scenes, hub and saved data sets, and how the records are laid out.
+    # The split of drawn scenes, hub and saved data sets.
     split: str = "test"
-    layout: str = ""
-    fields: tuple[str, ...] = ()
     # Largest number of 256 bits in which the perceptual hashes of a picture and of one of evaluation differ.
     most_bits: int = 31
 
     def __post_init__(self):
         if not self.sources:
             raise UserError("stages.leakage.sources is empty: name what evaluation asks about, or leave leakage out")
+        self.check_reading("stages.leakage.")
 
 
 class Asked:
@@ -48,7 +47,7 @@ class Asked:
             if found := hashes.hash_picture(picture):
                 self.index.add(hashes.parse_hashes([found]))
         if not item.pictures:
-            self.texts.add(text_of(item))
+            self.texts.add(digest_words(item))
 
     def find(self, item: Item) -> str | None:
         """Say what of a record is asked about."""
@@ -60,21 +59,20 @@ class Asked:
                 if len(rows := self.index.find(query)[1]):
                     bits = int(hashes.distances(query, self.index.hashes[rows]).min())
                     return f"shows a picture like one of evaluation ({bits} bits differ)"
-        return "has a text of evaluation" if not item.pictures and text_of(item) in self.texts else None
+        return "has a text of evaluation" if not item.pictures and digest_words(item) in self.texts else None
 
 
-def text_of(item: Item) -> str:
+def digest_words(item: Item) -> str:
     """Return the digest of all that is said in a record."""
     return hashes.digest_text("\n".join(item.texts("system", "user", "assistant", "text")))
 
 
 def read_asked(options: LeakageOptions) -> Iterator[tuple[str, Item]]:
     """Yield what evaluation asks about, and where it is. Raises UserError for a record that cannot be read."""
-    how = {"layout": options.layout, "fields": parse_fields(options.fields)}
     for spec in options.sources:
-        source = open_source(spec, options.split)
+        source = open_source(spec, options.split, allow_urls=options.allow_urls)
         for ref in tqdm(first_pass(source), desc=f"reading {spec}", unit="record", delay=2):
-            item, where = read_item(source.read, ref, how), f"{spec}, {ref.where}"
+            item, where = read_item(source.read, ref, options.options), f"{spec}, {ref.where}"
             if isinstance(item, Drop):
                 raise UserError(f"stages.leakage.sources: {where}: {item.reason}")
             yield where, item

@@ -20,8 +20,8 @@ class ReadConfig:
         """The keyword arguments of records.check."""
         return {"layout": self.layout, "fields": parse_fields(self.fields)}
 
-    def check_reading(self):
-        """Raise UserError for a layout or a field that does not exist."""
+    def check_reading(self, where: str = ""):
+        """Raise UserError for a layout or a field that does not exist; `where` stands before their names."""
         if self.layout:
-            pick(LAYOUTS, self.layout, "layout")
+            pick(LAYOUTS, self.layout, f"{where}layout")
         parse_fields(self.fields)

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from nanovlm.data.build.items import text_of
 from nanovlm.data.build.texts import SIGNS
-from nanovlm.data.records import content_parts, to_sample
+from nanovlm.data.records import to_sample
 from nanovlm.data.source import Ref, Source
 from nanovlm.errors import printable
 from nanovlm.files import write_file
@@ -140,10 +141,6 @@ class Report:
             return ImageOps.pad(picture, (SIDE, SIDE), method, color=(235, 235, 235)), "\n".join(words)
         except Exception as error:  # whatever a record does, the sheet has the others
             return None, str(error)
-
-
-def text_of(message: dict) -> str:
-    return "".join(part.get("text", "") for part in content_parts(message["content"]))
 
 
 def wrap(text: str, num_lines: int) -> str:

@@ -19,7 +19,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -27,9 +26,9 @@ from tqdm import tqdm
 from nanovlm.config.fields import check
 from nanovlm.data.build.carry import Carried, as_line, read_carried, walk
 from nanovlm.data.build.hashes import digest_pixels
+from nanovlm.data.build.items import text_of
 from nanovlm.data.build.reading import ReadConfig
 from nanovlm.data.build.records import Unusable
-from nanovlm.data.records import content_parts
 from nanovlm.data.source import Ref, first_pass
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError, printable
@@ -160,7 +159,7 @@ def visible(text: str) -> str:
 
 def units_of(carried: Carried) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """Yield what is judged of a record: its name in the page, its kind, and pairs of a question and its answer."""
-    raw, texts = carried.raw, [text_of(m["content"]) for m in carried.messages if m["role"] != "system"]
+    raw, texts = carried.raw, [text_of(m) for m in carried.messages if m["role"] != "system"]
     pairs = list(itertools.zip_longest(texts[::2], texts[1::2], fillvalue=""))
     name, kind = visible(word_of(raw, "id", str(carried.number))), word_of(raw, "kind", "record")
     if not carried.independent:
@@ -180,10 +179,6 @@ def digest_of(pairs: list[tuple[str, str]], images: list[Image.Image]) -> str:
 
 def word_of(raw: dict, key: str, otherwise: str) -> str:
     return raw[key] if isinstance(raw.get(key), str) and raw[key] else otherwise
-
-
-def text_of(content: Any) -> str:
-    return "".join(part["text"] for part in content_parts(content) if part["type"] == "text")
 
 
 def to_data(image: Image.Image) -> str:

@@ -347,6 +347,10 @@ def test_the_command_reads_a_file(planted, made, tmp_path, capsys):
         ("sources: [a]\nout: b\nstages: {size: {min_side: wide}}\n", "stages.size.min_side must be int, got 'wide'"),
         ("sources: [a]\nout: b\nstages: {text: {languages: [english]}}\n", "'english' is unknown; there are en, de"),
         ("sources: [a]\nout: b\nstages: {leakage: }\n", "stages.leakage.sources is empty"),
+        (
+            "sources: [a]\nout: b\nstages: {leakage: {sources: [a], layout: quiz}}\n",
+            "stages.leakage.layout = 'quiz' is unknown; there are texts",
+        ),
         ("sources: [a]\nout: b\nstages: {agreement: }\n", "stages.agreement.model is empty: name a dual model"),
         ("sources: [a]\nout: b\nstages: {caps: {each: [x]}}\n", "stages.caps.each has 'x', which must be name=number"),
         ("sources: [a]\nout: b\nchunk: 0\n", "chunk = 0 must be at least 1"),
