@@ -240,7 +240,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
                     numbers |= (seen := look(state, processor, asked, held_out))
                     for sentence in (worse := alerts.find(state.step, seen)):
                         log.say(sentence)
-                    if alerts.best:
+                    if alerts.best or worse:
                         numbers["alerts"] = len(worse)
                     log.say(best.keep_best(state, seen, metric, config.eval, run_dir, processor))
             log.add(numbers, totals, data_wait_s)

@@ -67,7 +67,7 @@ class EvalConfig:
     # The run ends after so many evaluations in a row that were no better than the best; 0 for no such end.
     patience: int = 0
     # With several sources, the share by which the held-out loss of one may be above its best, or its accuracy below,
-    # until an alert says so; 0 for no alerts.
+    # until an alert says so; 0 for no alerts. A held-out loss that is not finite is one with any number of sources.
     alert: float = 0.1
     # Largest number of micro-batches for the validation loss of a source; read once and kept.
     val_batches: int = 16

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanovlm.config import pick
-from nanovlm.data.pictures import MARKER, find_pictures, kind_of, list_keys, refuse_in_turn
+from nanovlm.data.pictures import MARKER, PICTURE_KEYS, find_pictures, is_empty, kind_of, list_keys, refuse_in_turn
 from nanovlm.errors import UserError
 
 # The question for an image that has only a caption.
@@ -344,7 +344,7 @@ LAYOUTS = {
 
 
 def recognise(raw: dict) -> str:
-    """Return the layout that a record's keys tell; one without a value does not count.
+    """Return the layout that a record's keys tell; one without a value or picture does not count.
 
     Raises UserError that names the keys where no layout has them, and both layouts where two do.
     """
@@ -372,8 +372,13 @@ def is_conversation(raw: dict) -> bool:
 
 def _found(raw: dict, layout: Layout) -> set[str]:
     """Return the keys of a record by which a layout is told; none if it lacks one."""
-    found = [{key for key in need.split("|") if raw.get(key) is not None} for need in layout.needs]
+    found = [{key for key in need.split("|") if _has_value(raw, key)} for need in layout.needs]
     return set().union(*found) if all(found) else set()
+
+
+def _has_value(raw: dict, key: str) -> bool:
+    """Tell whether a key holds something; writers of tables give `"images": []` to records without pictures, too."""
+    return not is_empty(raw.get(key)) if key in PICTURE_KEYS else raw.get(key) is not None
 
 
 def read_layout(raw: dict, name: str) -> Conversation:

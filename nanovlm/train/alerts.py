@@ -1,7 +1,8 @@
 """Held-out losses and accuracies of several sources -> a sentence for each source that gets worse.
 
 A mixture may improve as a whole while one of its sources is forgotten. A source gets worse when its loss is above its
-own best by a share, or its accuracy below by as much of it.
+own best by a share, or its accuracy below by as much of it. A loss that is no finite number is named whatever was
+before, also that of a run with one source.
 """
 
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from nanovlm.train.log import read_metrics
 
-LOSS, ACCURACY = "val_loss_", "accuracy_held_out_"
+MEAN, LOSS, ACCURACY = "val_loss", "val_loss_", "accuracy_held_out_"
 
 
 class Alerts:
@@ -25,6 +26,10 @@ class Alerts:
         sentences = []
         for name, value in numbers.items() if self.share else ():
             is_loss = name.startswith(LOSS)
+            if (is_loss or (name == MEAN and not sentences)) and isinstance(value, float) and not math.isfinite(value):
+                before = "" if name not in self.best else ", {:.4g} at its best at step {}".format(*self.best[name])
+                sentences.append(f"alert at step {step}: {name} is {value}{before}: the model's numbers overflow there, "
+                                 "so go back to a checkpoint before it and lower optim.lr (eval.alert)")  # fmt: skip
             if not (is_loss or name.startswith(ACCURACY)) or not isinstance(value, float) or not math.isfinite(value):
                 continue
             best, when = self.best.get(name, (value, step))

@@ -13,6 +13,7 @@ from nanovlm.data import layouts
 from nanovlm.data.columns import parse_fields, rename
 from nanovlm.data.images import open_image
 from nanovlm.data.loader import Loader
+from nanovlm.data.pictures import PICTURE_KEYS
 from nanovlm.data.records import check, choices, content_parts, options_of, references, to_sample
 from nanovlm.data.sources import open_source
 from nanovlm.errors import UserError
@@ -81,6 +82,7 @@ READ = {
     "completion": "user {a}what is it? | assistant red",
     "completion_messages": "system be brief | user {a}what is it? | assistant red",
     "text": "text Once upon a time",
+    "text_no_images": "text Once upon a time",
     "text_interleaved": "text see {a} above,\nnot {b}.",
     "choices_scienceqa": f"user {{a}}Look.\nwhich color?\nA. red\nB. blue\n{CHOICE} | assistant A",
     "choices_dict": f"user {{a}}which color?\nA. blue\nB. red\n{CHOICE} | assistant B",
@@ -409,3 +411,11 @@ def test_a_text_beside_a_question_is_not_passed_over():
         check(record)
     messages = check(record, fields=parse_fields(["context=text"]))[1]
     assert messages[0]["content"] == "Bob is 7.\nhow old is Bob?"
+
+
+@pytest.mark.parametrize("nothing", [{key: x} for key in PICTURE_KEYS for x in (None, "", [], {})], ids=str)
+def test_a_text_beside_no_picture_is_a_text(nothing):
+    assert check({"text": "Once"} | nothing) == ([], [{"role": "text", "content": "Once"}], False)
+    assert check({"text": "1 + 1?", "answer": "2"} | nothing, fields=parse_fields(["question=text"]))[0] == []
+    with pytest.raises(UserError, match="no layout has the keys of this record"):
+        check({"label": 3} | nothing)
