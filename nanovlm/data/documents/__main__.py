@@ -33,7 +33,7 @@ from nanovlm.data.documents.fonts import read_families
 from nanovlm.data.documents.page import Drawing
 from nanovlm.data.documents.texts import photographs
 from nanovlm.data.documents.words import Words
-from nanovlm.errors import UserError
+from nanovlm.errors import UserError, printable
 from nanovlm.files import new_folder, write_file
 
 ALL_KINDS = (*TEMPLATES, "web")
@@ -75,13 +75,14 @@ def main(config: DocumentsConfig):
     if named := [kind for kind in config.kinds if kind in missing]:
         raise UserError(f"{named[0]} cannot be drawn: {missing[named[0]]}")
     kinds = tuple(dict.fromkeys(config.kinds)) or tuple(kind for kind in ALL_KINDS if kind not in missing)
-    families = read_families(config.fonts)
+    families, no_use = read_families(config.fonts)
     account = {
         "what": "drawn documents, not scanned ones",
         "config": {key: value for key, value in asdict(config).items() if key not in ("out", "num_workers")},
         "left_out": {} if config.kinds else missing,
         "versions": versions() | ({"browser": browser_version()} if "web" in kinds else {}),
         "fonts": {split: [family.name for family in families[split]] for split in SPLITS},
+        "fonts_left_out": no_use,
         "splits": {},
     }
     shown: list[tuple[Image.Image, dict]] = []
@@ -95,6 +96,9 @@ def main(config: DocumentsConfig):
         draw_sheet(shown).save(folder / "sheet.png")
     for kind, reason in account["left_out"].items():
         print(f"left out: {kind}: {reason}")
+    if no_use:
+        name, reason = next(iter(no_use.items()))
+        print(f"left out: {len(no_use)} fonts, such as {printable(name)}: {reason} (fonts_left_out in documents.json)")
     print(
         f"wrote {config.train} pictures for training and {config.test} for tests to {config.out}: see sheet.png there"
     )

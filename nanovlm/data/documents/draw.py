@@ -66,9 +66,8 @@ def compose(split: str, index: int, kinds=KINDS, seed: int = 0, families=None) -
 
 
 def choose_family(rng: Random, kind: str, families: Sequence[Family]) -> Family:
-    """Choose one of the families that a kind can be written in: charts need a file, formulas a font of mathematics."""
-    able = {"chart": lambda family: family.path, "formula": lambda family: family.math}.get(kind, lambda family: True)
-    return rng.choice([family for family in families if able(family)])
+    """Choose one of the families that a kind can be written in: formulas need a font of mathematics."""
+    return rng.choice([family for family in families if family.math or kind != "formula"])
 
 
 def choose_asked(rng: Random, asked: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:

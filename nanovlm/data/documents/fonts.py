@@ -7,6 +7,7 @@ as "DejaVu Sans Light", and else to the split that a hash of its name gives, whe
 
 import hashlib
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,9 +39,9 @@ class Family:
     math: str = ""
 
     @property
-    def path(self) -> Path | None:
-        """The file of the regular font; None for what is no file, which matplotlib cannot use."""
-        return self.regular if isinstance(self.regular, Path) else None
+    def path(self) -> Path:
+        """The file of the regular font, as matplotlib needs one."""
+        return self.regular if isinstance(self.regular, Path) else store(self.regular)
 
 
 @cache
@@ -58,32 +59,53 @@ def own_families() -> dict[str, tuple[Family, ...]]:
     }
     aileron = ImageFont.load_default(LOADED)
     assert isinstance(aileron, ImageFont.FreeTypeFont)
-    shipped["test"] += (Family("Aileron", aileron.font_bytes, aileron.font_bytes),)
+    shipped["test"] += (Family("Aileron", aileron.font_bytes, aileron.font_bytes, "stixsans"),)
     return shipped
 
 
-def read_families(paths: Sequence[str]) -> dict[str, tuple[Family, ...]]:
+@cache
+def store(font: bytes) -> Path:
+    """Write a font to a file, which is there as long as this process."""
+    file = Path(kept_folder().name) / f"{hashlib.sha256(font).hexdigest()[:16]}.ttf"
+    file.write_bytes(font)
+    return file
+
+
+@cache
+def kept_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="nanovlm-fonts-")
+
+
+def read_families(paths: Sequence[str]) -> tuple[dict[str, tuple[Family, ...]], dict[str, str]]:
     """Return our families and those of font files and folders, by split; `system` names the folders of the system.
 
-    A font that cannot write CHARACTERS, or is wider than all of ours, is left out. Raises UserError for a path
-    without any font.
+    Beside them, the files that are left out and why: a font that cannot write CHARACTERS, is slanted or wider than all
+    of ours, or is not needed. Raises UserError for a path without any font.
     """
-    families = dict(own_families())
+    families, left_out = dict(own_families()), {}
     found: dict[str, list[tuple[bool, bool, str, Path]]] = {}
     for path in paths:
         files = _find_files(path)
         if not files:
             raise UserError(f"--fonts {path} names no font: give a file {' or '.join(SUFFIXES)}, a folder, or system")
         for file in files:
-            if not is_own(file) and (font := _describe(file)):
-                found.setdefault(font[0], []).append((*font[1:], file))
+            font = "it is one of ours" if is_own(file) else _describe(file)
+            if isinstance(font, str):
+                left_out[file.name] = font
+            elif (*font[1:], file) not in found.setdefault(font[0], []):
+                found[font[0]].append((*font[1:], file))
     for name, fonts in sorted(found.items()):
         regular = [font for font in sorted(fonts) if not font[0]]
+        used = []
         if name not in own_names() and regular:
             bold = [font for font in sorted(fonts) if font[0] and font[1] == regular[0][1]]
-            family = Family(name, regular[0][-1], (bold or regular)[0][-1])
-            families[split_of(name)] += (family,)
-    return families
+            used = [regular[0][-1], (bold or regular)[0][-1]]
+            families[split_of(name)] += (Family(name, *used),)
+        why = (
+            "it is one of ours" if name in own_names() else f"{name} has {'another style' if regular else 'only bold'}"
+        )
+        left_out |= {font[-1].name: why for font in sorted(fonts) if font[-1] not in used}
+    return families, dict(sorted(left_out.items()))
 
 
 @cache
@@ -96,8 +118,8 @@ def own_names() -> dict[str, str]:
 
 def is_own(file: Path) -> bool:
     """Return whether a file is of the folder of ours, of which some write symbols in the places of letters."""
-    folders = {family.path.parent.resolve() for of in own_families().values() for family in of if family.path}
-    return file.parent in folders
+    own = (family.regular for families in own_families().values() for family in families)
+    return file.parent in {regular.parent.resolve() for regular in own if isinstance(regular, Path)}
 
 
 def split_of(name: str) -> str:
@@ -118,8 +140,8 @@ def _find_files(path: str) -> list[Path]:
     return sorted(file.resolve() for file in files if file.suffix.lower() in SUFFIXES)
 
 
-def _describe(file: Path) -> tuple[str, bool, bool, str] | None:
-    """Return family, whether it is bold, whether it is a variant, and style; None for a font that is no use."""
+def _describe(file: Path) -> tuple[str, bool, bool, str] | str:
+    """Return family, whether it is bold, whether it is a variant, and style; of a font that is no use the reason."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -128,10 +150,14 @@ def _describe(file: Path) -> tuple[str, bool, bool, str] | None:
         style = font.style_name.lower()
         is_wide = any(own > most for own, most in zip(_widths(file), widest(), strict=True))
     except (RuntimeError, OSError, UnicodeError):  # damaged, or of pixels
-        return None
+        return "it cannot be read"
     words = style.split()
-    if "italic" in style or "oblique" in style or is_wide or any(ord(c) not in letters for c in CHARACTERS):
-        return None
+    if lacking := "".join(c for c in CHARACTERS if ord(c) not in letters):
+        return f"it lacks the letters {lacking}"
+    if "italic" in style or "oblique" in style:
+        return "it is slanted"
+    if is_wide:
+        return "it is wider than all of ours"
     return font.family_name, "bold" in words, not {*words} <= {"bold", *PLAIN_STYLES}, style
 
 

@@ -27,14 +27,14 @@ def _letter(words: Words) -> dict[str, str]:
         "street": words.street(),
         "city": words.one("city"),
         "phone": words.phone(),
-        "date": words.date(form),
+        "date": words.date(form, (2015, 2022)),
         "to": words.person(),
         "from": words.person(),
         "job": words.one("job"),
         "reference": words.code(),
         "subject": f"{words.one('color').capitalize()} {words.one('goods').lower()} {words.one('topic')}",
         "amount": money(words.rng.randint(1000, 99999)),
-        "due": words.date(form),
+        "due": words.date(form, (2023, 2029)),
         "contact": words.person(),
         "place": words.one("city"),
         "hour": words.time(),
@@ -127,7 +127,7 @@ TITLES = ("APPLICATION FORM", "REGISTRATION FORM", "PATIENT RECORD", "MEMBER DET
 OPTIONS = {
     "membership": ("basic", "silver", "gold"),
     "payment": ("cash", "card", "transfer"),
-    "contact by": ("phone", "mail", "letter"),
+    "contact": ("phone", "mail", "letter"),
 }
 
 

@@ -11,6 +11,7 @@ from nanovlm.data.documents.fonts import load_font
 from nanovlm.data.documents.page import MARGIN, Page
 from nanovlm.data.documents.papers import Asked
 from nanovlm.data.documents.words import Words
+from nanovlm.data.images import FORMATS
 from nanovlm.errors import UserError
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
@@ -32,7 +33,8 @@ def _lines(words: Words) -> tuple[list[str], Asked]:
         lines.append(line)
     place = rng.randrange(len(lines))
     number = str(rng.randint(10, 9999))
-    lines[place] = [*lines[place][:2], number] if len(" ".join(lines[place][:2])) < LONGEST_LINE - 5 else [number]
+    before, after = (*lines[place], chosen.pop())[:2]
+    lines[place] = [before, number, after]  # as it is no first or last word
     joined = [" ".join(line) for line in lines]
     row = rng.randrange(len(lines))
     asked = [
@@ -104,7 +106,7 @@ def _photograph(words: Words) -> Image.Image:
     folder, rng = photographs(), words.rng
     if folder is None:
         raise UserError('signs stand on the photographs of scikit-image: pip install -e ".[documents]"')
-    with Image.open(folder / rng.choice(PHOTOGRAPHS[words.split])) as file:
+    with Image.open(folder / rng.choice(PHOTOGRAPHS[words.split]), formats=FORMATS) as file:
         image = file.convert("RGB")
     scale = rng.uniform(0.6, 0.95) * min(image.width / SIGN[0], image.height / SIGN[1])
     wide, high = round(scale * SIGN[0]), round(scale * SIGN[1])

@@ -22,6 +22,7 @@ from nanovlm.data.documents.fonts import Family
 from nanovlm.data.documents.page import SIDE, Drawing
 from nanovlm.data.documents.papers import Asked
 from nanovlm.data.documents.words import Words, money
+from nanovlm.data.images import FORMATS
 from nanovlm.errors import UserError
 
 WIDTH, TALLEST = 480, 15_000  # pixels of a page, and of a screenshot
@@ -77,8 +78,9 @@ def product(words: Words, accent: str) -> tuple[str, Asked]:
         f'<tr><td style="padding:4px 20px 4px 0;color:#555">{key}</td><td>{value}</td></tr>'
         for key, value in rows.items()
     )
+    # The picture of the product is grey, as its color is asked for and stands in words.
     page = f"""<div style="display:flex;gap:16px;padding:16px"><div style="width:130px;height:150px;flex:none;
-        background:linear-gradient({accent},#ddd);border-radius:8px"></div><div>
+        background:linear-gradient(#bbb,#eee);border-radius:8px"></div><div>
         <h1 style="font-size:20px;margin:0 0 8px">{name}</h1><div>Rating: {rating}</div>
         <div style="font-size:24px;color:{accent};margin:8px 0">{price}</div>
         <div>{stock} in stock</div><div style="display:inline-block;background:{accent};color:#fff;border-radius:6px;
@@ -173,7 +175,7 @@ def take_pictures(pages: Sequence[str], families: Sequence[Family]) -> list[Imag
         if not picture.is_file():
             last = (ended.stderr.strip() or "it says nothing").splitlines()[-1]
             raise UserError(f"{browser} took no picture of web pages: {last}")
-        with Image.open(picture) as image:
+        with Image.open(picture, formats=FORMATS) as image:
             pixels = np.asarray(image.convert("RGB"))
     return cut(pixels, len(pages))
 

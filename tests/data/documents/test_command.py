@@ -71,6 +71,15 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, capsys):
         main(DocumentsConfig(tmp_path / "out"))
 
 
+def test_fonts_that_are_left_out_are_in_the_account(tmp_path, capsys):
+    (tmp_path / "fonts").mkdir()
+    (tmp_path / "fonts" / "broken.ttf").write_bytes(b"no font")
+    main(DocumentsConfig(tmp_path / "out", train=1, test=0, kinds=("text",), fonts=(str(tmp_path / "fonts"),)))
+    account = json.loads((tmp_path / "out" / "documents.json").read_text())
+    assert account["fonts_left_out"] == {"broken.ttf": "it cannot be read"}
+    assert "left out: 1 fonts, such as broken.ttf: it cannot be read" in capsys.readouterr().out
+
+
 def test_workers_draw_no_more_than_can_be_written(monkeypatch):
     """A pool hands all pictures that wait to the one process that writes, which is slower, and has to hold them."""
     drawn = []
@@ -120,7 +129,7 @@ def rename(file, name, style="Regular", wider=1.0):
 def test_a_font_that_is_wider_than_ours_is_left_out(tmp_path):
     """Its texts would not fit the pages, and a drawing of thousands would end with an error."""
     rename(tmp_path / "wide.ttf", "Wide", wider=1.6)
-    assert fonts.read_families([str(tmp_path)]) == fonts.own_families()
+    assert fonts.read_families([str(tmp_path)]) == (fonts.own_families(), {"wide.ttf": "it is wider than all of ours"})
     wide = fonts.Family("Wide", tmp_path / "wide.ttf", tmp_path / "wide.ttf")
     with pytest.raises(UserError, match="pixels in Wide, and has 100: leave that font out of --fonts"):
         Page(Random(0), wide).write(0, 0, "a word that is too long", 100)
@@ -132,7 +141,8 @@ def test_fonts_of_ones_own_have_a_split_by_their_name(tmp_path):
         rename(tmp_path / f"{name}.ttf", name)
     rename(tmp_path / "bold.ttf", "Alpha", "Bold")
     (tmp_path / "broken.ttf").write_bytes(b"no font")
-    own, found = fonts.own_families(), fonts.read_families([str(tmp_path)])
+    own, (found, left_out) = fonts.own_families(), fonts.read_families([str(tmp_path)])
+    assert left_out == {"broken.ttf": "it cannot be read"}
     new = {split: [family for family in found[split] if family not in own[split]] for split in found}
     assert {split: [family.name for family in new[split]] for split in new} == {
         split: [name for name in sorted(names) if fonts.split_of(name) == split] for split in new
@@ -140,7 +150,7 @@ def test_fonts_of_ones_own_have_a_split_by_their_name(tmp_path):
     (alpha,) = [family for families in new.values() for family in families if family.name == "Alpha"]
     assert alpha.regular.name == "Alpha.ttf" and alpha.bold.name == "bold.ttf"
     assert all(family.bold == family.regular for f in new.values() for family in f if family.name != "Alpha")
-    one = fonts.read_families([str(tmp_path / "Beta.ttf")])[fonts.split_of("Beta")]
+    one = fonts.read_families([str(tmp_path / "Beta.ttf")])[0][fonts.split_of("Beta")]
     assert one[-1].name == "Beta", "whatever else is beside it"
 
 
@@ -155,10 +165,13 @@ def test_splits_of_families():
 def test_fonts_that_are_no_use_are_left_out(tmp_path):
     """Those of matplotlib are known already, wherever they are, or lack letters; a path without a font is a mistake."""
     own = fonts.own_families()
-    assert fonts.read_families([f"{get_data_path()}/fonts/ttf"]) == own
+    families, left_out = fonts.read_families([f"{get_data_path()}/fonts/ttf"])
+    assert families == own and {*left_out.values()} == {"it is one of ours"}
     for name in ("STIXGeneral", "DejaVuSans", "STIXNonUni", "DejaVuSansDisplay", "cmb10"):
         shutil.copy(f"{get_data_path()}/fonts/ttf/{name}.ttf", tmp_path)
-    assert fonts.read_families([str(tmp_path)]) == own
+    families, left_out = fonts.read_families([str(tmp_path)])
+    assert families == own and left_out["STIXNonUni.ttf"].startswith("it lacks the letters ")
+    assert left_out["DejaVuSans.ttf"] == "it is one of ours" and len(left_out) == 5
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError, match=r"--fonts .*empty names no font: give a file .ttf or .otf, a folder, or system"
@@ -192,6 +205,8 @@ def test_answers_are_on_the_web_pages():
         page, asked, template = web.write_page(rng, Words(rng, split), fonts.own_families()[split][0])
         assert template in web.PAGES[split] and len(asked) >= 6
         assert all(answer in " ".join(page.split()) for _kind, _question, answer in asked)
+        if template == "product":  # whose color is asked for, and stands in words
+            assert "linear-gradient(#bbb,#eee)" in page
     assert not web.PAGES["train"].keys() & web.PAGES["test"].keys()
 
 
