@@ -133,7 +133,7 @@ def _survey(container, config: VideoConfig, side: int | None) -> tuple[Index, li
         raise UserError(f"its pictures are of the codec {codec.name}; what is read is {', '.join(CODECS)}")
     told = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
     _check_length(told, config)
-    most = Image.MAX_IMAGE_PIXELS or 0
+    most = most_pixels()
     if codec.width * codec.height > most:
         raise UserError(f"it has frames of {codec.width} x {codec.height} pixels, more than data.max_pixels = {most}")
     # Of a trimmed mp4, FFmpeg reads those frames alone that its edit list needs.
@@ -149,6 +149,11 @@ def _survey(container, config: VideoConfig, side: int | None) -> tuple[Index, li
     return index, chosen
 
 
+def most_pixels() -> int:
+    """Return data.max_pixels, which is PIL's limit, where None is none; FFmpeg's own largest number of pixels, then."""
+    return 2**31 - 1 if Image.MAX_IMAGE_PIXELS is None else Image.MAX_IMAGE_PIXELS
+
+
 def _count_pixels(frame, side: int | None) -> int:
     """Return how many pixels at most are kept of a frame."""
     return frame.width * frame.height if side is None else min(frame.width * frame.height, side**2)
@@ -159,9 +164,9 @@ def _read_frames(
 ) -> tuple[list[Image.Image], tuple[int, int]]:
     """Return the frames that are shown at these times, which ascend, upright, and the size of the first in the file."""
     stream = container.streams.video[0]
-    stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}  # frames may say another size
+    stream.codec_context.options = {"max_pixels": str(most_pixels())}  # frames may say another size
     stream.codec_context.thread_count = 1
-    images, size, most = [], (0, 0), Image.MAX_IMAGE_PIXELS or 0
+    images, size, most = [], (0, 0), most_pixels()
     for frame in _decode(container, stream, wanted, keys):
         most -= _count_pixels(frame, side)  # which may grow along the stream
         if most < 0:

@@ -272,15 +272,22 @@ def test_limits_hold_before_a_frame_is_decoded(mp4, monkeypatch):
         decode_video(mp4, "the clip", MANY)
 
 
+def test_without_a_limit_of_pils_there_is_none(mp4, monkeypatch):
+    """A program that uses this package may have set it."""
+    before = decode_video(mp4, "the clip", MANY)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert [x.tobytes() for x in decode_video(mp4, "the clip", MANY).images] == [x.tobytes() for x in before.images]
+
+
 def test_frames_that_are_larger_than_the_file_says_are_not_decoded(monkeypatch):
     """The limit is the decoder's own, too, as a stream may say another size than its container."""
     data = make_video(5, 10, "mpeg4", "mp4", size=(64, 48))
     survey = video._survey
 
-    def lying(container, config):
+    def lying(container, config, side):
         with monkeypatch.context() as change:
             change.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
-            return survey(container, config)
+            return survey(container, config, side)
 
     monkeypatch.setattr(video, "_survey", lying)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
