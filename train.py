@@ -132,7 +132,9 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
         seed=config.seed,
         shuffle=data.shuffle,
         allow_urls=data.allow_urls,
-        shards=ShardOptions(data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb)),
+        shards=ShardOptions(
+            data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb), data.max_bad_fraction
+        ),
         temperature=data.temperature,
         max_passes=data.max_passes,
         stages=data.stages,

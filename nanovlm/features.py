@@ -108,7 +108,7 @@ def store(given: FeaturesConfig, config: TrainConfig) -> str:
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads or choose_threads(device))
     precision = choose_precision(device) if config.precision == "auto" else config.precision
-    shards = ShardOptions(data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb))
+    shards = ShardOptions(data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb), data.max_bad_fraction)
     source = open_sources(
         data.sources, data.weights, data.lessons, allow_urls=data.allow_urls, shards=shards, stages=data.stages
     )

@@ -298,7 +298,7 @@ class Loader:
             self._judge()
         self._epoch = ref.epoch
         slot.next = ref.number + 1
-        slot.counts["read"] += 1
+        slot.counts["read"] += not (isinstance(result, Skipped) and result.kind == "damaged")  # which is no record
         if isinstance(result, Skipped):
             self._note(slot, result.kind, f"{name}: {result.reason}")
             return

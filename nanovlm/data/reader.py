@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from nanovlm.config import DataConfig
 from nanovlm.data.features import Missing
 from nanovlm.data.records import options_of
-from nanovlm.data.source import Ref, Source
+from nanovlm.data.source import Damaged, Ref, Source
 from nanovlm.data.split import is_validation
 from nanovlm.data.types import Document, Filtered
 from nanovlm.errors import UserError, printable
@@ -75,7 +75,7 @@ class Reader(Dataset):
         except Exception as error:  # whatever a record does, it is counted and named
             if raw is None and self.split == "val":  # of what cannot be read no one knows the split: once is enough
                 return Skipped("other split")
-            return Skipped("corrupt", printable(explain(error)))
+            return Skipped("damaged" if isinstance(error, Damaged) else "corrupt", printable(explain(error)))
         reason = why_too_long(document, self.config)
         return Skipped("too long", reason) if reason else document
 

@@ -18,6 +18,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nanovlm.errors import UserError
+
+
+class Damaged(UserError):
+    """Raised by `read` for a loss of nobody knows how many records, where one that cannot be read is one."""
+
 
 class Ref(NamedTuple):
     """A reference to a record that is dealt to a slot but not read yet."""

@@ -25,7 +25,7 @@ import numpy as np
 
 from nanovlm.data.shard_cache import CacheOptions, fetch, find, is_address, read_whole
 from nanovlm.data.shard_index import LARGEST_INDEX, NAME, Members, parse_index, parse_members
-from nanovlm.data.source import IN_ORDER, Order, Ref
+from nanovlm.data.source import IN_ORDER, Damaged, Order, Ref
 from nanovlm.data.source_files import expand_braces
 from nanovlm.data.source_tar import Shapes, find_samples, read_sample
 from nanovlm.errors import UserError, printable
@@ -36,10 +36,11 @@ REMEMBERED = 60  # seconds for which a shard that cannot be fetched is not tried
 
 
 class ShardOptions(NamedTuple):
-    """How many shards are shuffled together, and where those from addresses are kept."""
+    """How many shards are shuffled together, where those from addresses are kept, and what share may be lost."""
 
     window: int = 8
     cache: CacheOptions = CacheOptions()
+    most_lost: float = 1.0
 
 
 USUAL = ShardOptions()
@@ -56,13 +57,17 @@ class Place(NamedTuple):
 class Shards:
     """Tar shards, found by `find_shards`; a stream, as not all of their samples need be counted.
 
-    A shard that cannot be opened, or is damaged, is one record that cannot be read, and says so.
+    A shard that cannot be opened, or is damaged, is as many records that cannot be read as its index says. Without an
+    index it is one loss, and reading ends with a UserError where more than `most_lost` of the shards are lost whole.
     """
 
     def __init__(self, spec: str, order: Order = IN_ORDER, options: ShardOptions = USUAL):
         self.name, self.order, self.options = spec, order, options
         self.files, self.counts, self.damaged = find_shards(spec)
         self.is_remote = is_address(self.files[0])
+        self.has_count = [count is not None for count in self.counts]
+        self.lost: set[int] = set()  # the shards without a count of which no record can be read
+        self.num_dealt = float(len(self.files))
         self.tables: dict[int, list[tuple[str, Members | None]]] = {}  # of the shards that were opened last
         self.most_tables = 2
         self.fetched: dict[int, Path] = {}
@@ -79,6 +84,7 @@ class Shards:
         start = start or {"number": 0, "places": {}}
         num_lines = max(n for n in range(1, num_slots + 1) if num_slots % n == 0 and n <= len(self.files))
         self.most_tables = 2 * self.options.window * min(len(slots), num_lines)
+        self.num_dealt = len(self.files) * len(slots) / num_slots
         places = dict(start["places"])
         readers = {slot: self._walk(slot, num_slots, num_lines, start["number"],
                                     Place(*places.get(str(slot), ()))) for slot in slots}  # fmt: skip
@@ -92,7 +98,7 @@ class Shards:
     def read(self, key: tuple[int, str, Members | None]) -> dict:
         shard, name, members = key
         if members is None:
-            raise UserError(name)
+            raise UserError(name) if self.has_count[shard] else Damaged(name)
         where = f"sample {name} of {self.files[shard]}"
         for is_last in (False, True):
             try:
@@ -183,12 +189,27 @@ class Shards:
                 return list(parse_members(data, name))
         except (UserError, OSError):
             pass  # the headers say the same
+        num = self.counts[shard] or 1
         try:
             samples, losses = find_samples(self._local(shard), Shapes())
+            losses = [f"{self.files[shard]}: {loss}" if self.is_remote else loss for loss in losses]
         except (UserError, OSError) as error:
-            return [(f"{self.files[shard]} cannot be opened: {error}", None)]
-        found: list[tuple[str, Members | None]] = [(key, tuple(members)) for key, members in samples]
-        return found + [(f"{self.files[shard]}: {loss}" if self.is_remote else loss, None) for loss in losses]
+            samples, losses = [], [str(error)] * num
+        if losses and not samples and not self.has_count[shard]:
+            self._lose(shard, losses[0])
+            losses = [f"the whole shard is lost, and nothing tells how many records it has: {losses[0]}"] * num
+        else:
+            self.lost.discard(shard)
+        return [*((key, tuple(members)) for key, members in samples), *((loss, None) for loss in losses)]
+
+    def _lose(self, shard: int, why: str):
+        """Note a shard that is lost whole. Raises UserError when these are too many of those that are dealt here."""
+        self.lost.add(shard)
+        num, total = len(self.lost), len(self.files)
+        if num > self.options.most_lost * self.num_dealt or num == total:
+            allowed = "" if num == total else f", more than data.max_bad_fraction = {self.options.most_lost} allows"
+            name = printable(self.name, most=200)
+            raise UserError(f"{num} of the {total} shards of {name} cannot be read at all{allowed}: {why}")
 
     def _local(self, shard: int) -> Path:
         """Return the file of a shard on this machine."""

@@ -219,6 +219,7 @@ def test_what_is_damaged_is_a_loss_that_is_named(tmp_path):
     source = Shards(f"{folder}/{{000000..000009}}.tar", IN_ORDER)  # without an index
     found = losses(source, 45)
     assert len(found) == 2 and "4 whole samples are before that" in found[0] and "No such file" in found[1]
+    assert "the whole shard is lost, and nothing tells how many records it has: " in found[1]
 
 
 def test_an_index_that_says_too_much_loses_nothing_in_silence(tmp_path):
@@ -248,6 +249,43 @@ def test_a_loader_counts_the_losses(tmp_path, capsys):
     list(loader)
     assert loader.counts["read"] == 10 and 0 < loader.counts["corrupt"] == 10 - loader.counts["packed"]
     assert "skipped as corrupt: " in capsys.readouterr().out
+
+
+def count_all(source, most_lost=1.0, **config):
+    """Read a pass over shards without an index with a loader; return what it counts."""
+    source.options = source.options._replace(most_lost=most_lost)
+    loader = Loader(
+        source, numbered, DataConfig(row_length=32, batch_rows=9, pack_buffer=20, **config), 0, num_epochs=1
+    )
+    list(loader)
+    return loader.counts
+
+
+def test_a_shard_without_an_index_is_lost_as_a_whole(folder, remote, tmp_path, capsys):
+    """It is no record: how many there were nobody knows, and the share of lost shards decides whether a run goes on."""
+    fs, name = remote[0], "memory://data/{000000..000009}.tar"
+    for file in ("index.json", "000004.tar", "000007.tar"):
+        fs.rm(f"/data/{file}")
+    fs.pipe("/data/000002.tar", b"no tar" * 1000)
+    counts = count_all(opened(name, folder=str(tmp_path)), 0.3)
+    assert (counts["read"], counts["documents"], counts["damaged"], counts["corrupt"]) == (NUM - 15, NUM - 15, 3, 0)
+    said = capsys.readouterr().out.splitlines()
+    lost = "the whole shard is lost, and nothing tells how many records it has: there is no"
+    assert f"skipped as damaged: {name}, memory://data/000004.tar: {lost} memory://data/000004.tar" in said
+    assert sum("the whole shard is lost" in line for line in said) == 3
+    fails = r"\d of the 10 shards of memory://data/\S+ cannot be read at all, more than .* = 0.2 allows: .*000\d\.tar"
+    with pytest.raises(ValueError, match=fails):
+        count_all(opened(name, folder=str(tmp_path)), 0.2)
+    half = opened(name, folder=str(tmp_path))  # of a rank that reads half of the shards
+    half.options = half.options._replace(most_lost=0.2)
+    with pytest.raises(ValueError, match="2 of the 10 shards"):
+        [half.read(ref.key) for ref in take(half, [0], 2, NUM) if ref.key[2]]
+    for number in range(10):
+        fs.store.pop(f"/data/{number:06}.tar", None)
+    with pytest.raises(
+        ValueError, match=r"^10 of the 10 shards of \S+ cannot be read at all: there is no memory://data"
+    ):
+        count_all(opened(name, folder=str(tmp_path)), max_bad_fraction=1.0)
 
 
 def test_shards_without_samples_are_named(tmp_path):
