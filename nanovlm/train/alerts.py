@@ -26,11 +26,13 @@ class Alerts:
         sentences = []
         for name, value in numbers.items() if self.share else ():
             is_loss = name.startswith(LOSS)
-            if (is_loss or (name == MEAN and not sentences)) and isinstance(value, float) and not math.isfinite(value):
+            if not isinstance(value, float) or not (is_loss or name == MEAN or name.startswith(ACCURACY)):
+                continue
+            if not math.isfinite(value) and (is_loss or (name == MEAN and not sentences)):
                 before = "" if name not in self.best else ", {:.4g} at its best at step {}".format(*self.best[name])
-                sentences.append(f"alert at step {step}: {name} is {value}{before}: the model's numbers overflow there, "
-                                 "so go back to a checkpoint before it and lower optim.lr (eval.alert)")  # fmt: skip
-            if not (is_loss or name.startswith(ACCURACY)) or not isinstance(value, float) or not math.isfinite(value):
+                sentences.append(f"alert at step {step}: {name} is {value}{before}: the model's numbers overflow, so "
+                                 "go back to a checkpoint before it and lower optim.lr (eval.alert)")  # fmt: skip
+            if not math.isfinite(value) or name == MEAN:
                 continue
             best, when = self.best.get(name, (value, step))
             if value < best if is_loss else value > best:

@@ -23,12 +23,15 @@ def test_same_on_any_machine(split, digest):
     assert hashlib.sha256(pixels + clip["question"].encode() + clip["answer"].encode()).hexdigest()[:16] == digest
 
 
-def follow(record):
-    """Return for each frame the place of a shape of the color that the question names first; None where it is not."""
+def follow(record, frames=None):
+    """Return for each frame, or some by their numbers, where a shape of the color is that the question names first.
+
+    None where it is not.
+    """
     named = record["question"].removeprefix("what came first, the ").split()
     color = np.array(COLORS[next(word for word in named if word in COLORS)])
     places = []
-    for image in record["video"].images:
+    for image in record["video"].images if frames is None else [record["video"].images[i] for i in frames]:
         rows, columns = np.nonzero(np.abs(np.asarray(image, dtype=int) - color).max(axis=2) < 45)
         places.append((columns.mean(), rows.mean()) if len(rows) > 14 else None)
     return places
@@ -37,7 +40,7 @@ def follow(record):
 def test_answers_agree_with_the_pixels():
     """Work the answers out again from the pictures, for clips whose two shapes are of different colors."""
     seen = Counter()
-    for index in range(240):
+    for index in range(120):
         record = draw("test", index)
         words = [word for word in record["question"].rstrip("?").split() if word in COLORS]
         places, kind = follow(record), record["kind"]
@@ -61,24 +64,24 @@ def test_answers_agree_with_the_pixels():
             if other[MIDDLE] is not None and starts[0] != starts[1]:
                 assert record["answer"].split()[0] == words[starts[1] < starts[0]], index
                 seen[kind] += 1
-    assert all(seen[kind] > 20 for kind in scenes_video.QUESTIONS), seen
+    assert all(seen[kind] > 10 for kind in scenes_video.QUESTIONS), seen
 
 
 def test_no_question_and_no_middle_frame_tells_the_answer():
     """Each answer is about as common as the others, whatever is in the middle frame: where, how many and which."""
     told = {kind: Counter() for kind in scenes_video.QUESTIONS}
     halves = Counter()
-    for index in range(600):
+    for index in range(450):
         record = draw("train", index)
         kind, answer = record["kind"], record["answer"]
         if kind == "first":
             answer = str(record["question"].index(answer) < 30)
         told[kind][answer] += 1
-        if kind == "moves" and (place := follow(record)[MIDDLE]) is not None:
+        if kind == "moves" and (place := follow(record, [MIDDLE])[0]) is not None:
             halves[(answer in ("left", "right"), place[0] < 24, place[1] < 24)] += 1
     for kind, chances in {"moves": 4, "first": 2, "times": 3}.items():
         n = told[kind].total()
-        assert len(told[kind]) == chances and n > 150
+        assert len(told[kind]) == chances and n > 110
         assert max(told[kind].values()) < n / chances + 4 * math.sqrt(n / chances), told
     assert len(halves) == 8 and max(halves.values()) < 3 * min(halves.values())
 

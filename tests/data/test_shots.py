@@ -1,7 +1,7 @@
 """Cuts and standing pictures: the figures of FFmpeg's own filters."""
 
 import itertools
-import subprocess
+import runpy
 import sys
 from fractions import Fraction
 
@@ -119,7 +119,7 @@ def test_only_small_frames_are_kept(tmp_path, monkeypatch):
     assert (told["width"], told["height"], told["frames"]) == (640, 480, 10)
 
 
-def test_files_are_described_and_broken_ones_counted(tmp_path, capsys):
+def test_files_are_described_and_broken_ones_counted(tmp_path, capsys, monkeypatch):
     pytest.importorskip("av", reason="needs av, the extra video")
     clip, path = make_clip(), tmp_path / "three.gif"
     clip.images[0].save(path, save_all=True, append_images=clip.images[1:], duration=200, loop=0)
@@ -128,5 +128,8 @@ def test_files_are_described_and_broken_ones_counted(tmp_path, capsys):
     out = capsys.readouterr()
     assert "three.gif: 11.0 s of 64 x 48, " in out.out and "2 videos, 1 of them broken" in out.out
     assert "broken.mp4 cannot be read as a video: its 7 bytes are no mp4, webm or gif" in out.err
-    done = subprocess.run([sys.executable, "-m", "nanovlm.data.shots", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--num-frames" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["shots", "--help"])
+    monkeypatch.delitem(sys.modules, "nanovlm.data.shots")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("nanovlm.data.shots", run_name="__main__")
+    assert ended.value.code == 0 and "--num-frames" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def test_a_source_that_gets_worse_is_named(tmp_path):
     assert found[2][0] == (
         "alert at step 30: val_loss_b is 1.2, 20% above its best, 1 at step 10: this source gets worse (eval.alert)"
     )
-    assert "val_loss_b is nan, 0.9 at its best at step 40: the model's numbers overflow there" in found[4][1]
+    assert "val_loss_b is nan, 0.9 at its best at step 40: the model's numbers overflow, so go back" in found[4][1]
     assert "accuracy_held_out_b is 0.1, 83% below its best, 0.6 at step 40" in found[4][2]
 
 
