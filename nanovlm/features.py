@@ -41,7 +41,7 @@ from nanovlm.data.source_shards import ShardOptions
 from nanovlm.data.sources import open_source, open_sources, sample_texts
 from nanovlm.environment import choose_precision, choose_threads, find_device, git_commit, keep_freed_memory
 from nanovlm.errors import UserError, printable
-from nanovlm.files import flush, lock, read_json, write_file
+from nanovlm.files import changes, flush, lock, read_json, write_file
 from nanovlm.limits import time_limit
 from nanovlm.model.vlm import VLM
 from nanovlm.tensor_files import open_tensors
@@ -137,12 +137,8 @@ def take_up(folder: Path, about: dict, given: FeaturesConfig) -> dict:
     settings = {**about, "shard_mb": given.shard_mb, "batch_tiles": given.batch_tiles}
     if (folder / PROGRESS).exists():
         done = read_json(folder / PROGRESS)
-        changed = [f"{name}: {done['settings'].get(name)!r} against {x!r}" for name, x in settings.items()
-                   if name != "commit" and done["settings"].get(name) != x]  # fmt: skip
-        if changed:
-            raise UserError(
-                f"{folder} was begun with other settings ({'; '.join(changed)}): use the same, or remove it"
-            )
+        if changed := changes(done["settings"], settings | {"commit": done["settings"].get("commit")}):
+            raise UserError(f"{folder} was begun with other settings ({changed}): use the same, or remove it")
         return done
     if any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nanovlm.errors import UserError
+from nanovlm.errors import UserError, printable
 
 
 @contextlib.contextmanager
@@ -122,6 +122,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(data).__name__}")
     return data
+
+
+def changes(before: dict, now: dict) -> str:
+    """Say in which of its settings an attempt differs from an earlier one, with both values; nothing if in none."""
+
+    def show(value) -> str:
+        return printable(repr(value), most=200)
+
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    return "; ".join(f"{name}: {show(before.get(name))} against {show(now[name])}" for name in changed)
 
 
 def flush(path: Path):

@@ -25,7 +25,7 @@ from nanovlm.config import VLMConfig
 from nanovlm.data.images import to_rgb
 from nanovlm.data.pictures import Video, kind_of
 from nanovlm.errors import UserError
-from nanovlm.files import read_json
+from nanovlm.files import changes, read_json
 from nanovlm.tensor_files import open_tensors, read_tensors
 
 INDEX, PICTURES = "index.json", "pictures.safetensors"
@@ -74,12 +74,11 @@ class Features:
             raise UserError(f"data.features = {folder} has no {INDEX}: write it first, by {COMMAND} {folder} ...")
         self.folder, self.about = folder, read_json(folder / INDEX)
         self.encoder = self.about["encoder"]
-        stored, wanted = (flatten(x) for x in (self.about["preprocessing"], describe_preprocessing(config)))
-        if changed := [f"model.{name}: {stored.get(name)!r} against {x!r}" for name, x in wanted.items()
-                       if stored.get(name) != x]:  # fmt: skip
+        stored, wanted = (flatten(x, "model.") for x in (self.about["preprocessing"], describe_preprocessing(config)))
+        if changed := changes(stored, wanted):
             raise UserError(
                 f"data.features = {folder} are of another encoder or another preprocessing than the run's "
-                f"({'; '.join(changed)}): write them anew, by {COMMAND}"
+                f"({changed}): write them anew, by {COMMAND}"
             )
         pictures = read_tensors(folder / PICTURES)
         self.sizes, self.places = pictures["sizes"], pictures["places"]

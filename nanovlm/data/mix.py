@@ -23,7 +23,7 @@ import numpy as np
 
 from nanovlm import cli
 from nanovlm.errors import UserError
-from nanovlm.files import read_json, write_file
+from nanovlm.files import changes, read_json, write_file
 
 # Weights of published models, in per cent: of the last stage of SmolVLM with a decoder of 1.7 B parameters and with
 # smaller ones (arXiv 2504.05299), and SmolDocling's (arXiv 2503.11576).
@@ -106,12 +106,14 @@ def search(config: SearchConfig):
     mixtures = choose_mixtures(len(config.sources), config.num)
     settings = take_up(config)
     losses = np.zeros((len(mixtures), len(config.seeds), len(config.sources)))
-    for (m, (name, weights)), (s, seed) in itertools.product(enumerate(mixtures.items()), enumerate(config.seeds)):
-        print(f"{name}, seed {seed}: {', '.join(f'{weight:.3f}' for weight in weights)}", flush=True)
+    runs = itertools.product(enumerate(mixtures.items()), enumerate(config.seeds))
+    for number, ((m, (name, weights)), (s, seed)) in enumerate(runs, start=1):
+        shares = " ".join(f"{weight:.3f}" for weight in weights)
+        print(f"run {number} of {losses[..., 0].size}: {name}, seed {seed}, weights {shares}", flush=True)
         losses[m, s] = run(config, weights, seed, config.folder / f"{name}-{seed}")
     ranking = rank(mixtures, losses, config.goals)
     write_file(config.folder / "ranking.json", json.dumps(settings | {"seeds": config.seeds} | ranking, indent=1))
-    print(format_ranking(ranking))
+    print(format_ranking(ranking, config.sources))
 
 
 def take_up(config: SearchConfig) -> dict:
@@ -122,10 +124,8 @@ def take_up(config: SearchConfig) -> dict:
     if not path.exists():
         config.folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(settings, indent=1))
-    before = read_json(path)
-    changed = [f"{name}: {before.get(name)!r} against {x!r}" for name, x in settings.items() if before.get(name) != x]
-    if changed:
-        raise UserError(f"the runs in {config.folder} are others ({'; '.join(changed)}): name another folder")
+    if changed := changes(read_json(path), settings):
+        raise UserError(f"the runs in {config.folder} are others ({changed}): name another folder")
     return settings
 
 
@@ -146,13 +146,19 @@ def run(config: SearchConfig, weights: Sequence[float], seed: int, run_dir: Path
         if code := subprocess.run([sys.executable, "-c", TRAIN, *args]).returncode:
             raise UserError(f"the run in {run_dir} ended with status {code}: what it says is above")
     results = read_json(run_dir / "eval.json")
-    losses = [loss for name, loss in results.items() if name.startswith("val_loss_")]  # in the order of the sources
-    if len(losses) != len(config.sources) or not all(isinstance(loss, float) and 0 < loss < np.inf for loss in losses):
+    # In the order of the sources.
+    losses = {x.removeprefix("val_loss_"): loss for x, loss in results.items() if x.startswith("val_loss_")}
+    if len(losses) != len(config.sources):
         raise UserError(
-            f"{run_dir / 'eval.json'} has the held-out losses {losses}, and there are {len(config.sources)} sources: "
-            f"hold out more records, by --val-fraction, now {config.val_fraction}, or use another folder"
+            f"{run_dir / 'eval.json'} has held-out losses of {len(losses)} of the {len(config.sources)} sources, "
+            f"{', '.join(losses) or 'none'}: hold out more records, by --val-fraction, now {config.val_fraction}, or "
+            "use another folder"
         )
-    return losses
+    for name, loss in losses.items():
+        if not isinstance(loss, float) or not 0 < loss < np.inf:
+            raise UserError(f"the held-out loss on {name} is {loss} in {run_dir / 'eval.json'}: the run diverged, so "
+                            "lower optim.lr by --options and use another folder")  # fmt: skip
+    return list(losses.values())
 
 
 def rank(mixtures: dict[str, tuple[float, ...]], losses: np.ndarray, goals: Sequence[float] = ()) -> dict:
@@ -209,18 +215,22 @@ def correlate_ranks(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def format_ranking(ranking: dict) -> str:
+def format_ranking(ranking: dict, sources: Sequence[str]) -> str:
     """Return a ranking as a table, and what follows from it."""
-    lines = [f"{'mixture':<16}{'score':>9}{'fitted':>9}  weights"]
+    lines = [f"{'mixture':<16}{'score':>9}{'fitted':>9}  weights of {', '.join(sources)}"]
     for row in ranking["ranking"]:
         shares = " ".join(f"{weight:.3f}" for weight in row["weights"])
         lines.append(f"{row['name']:<16}{row['score']:>9.4f}{row['fitted']:>9.4f}  {shares}")
-    noise = ranking["between_seeds"]
+    noise, (best, *others) = ranking["between_seeds"], ranking["ranking"]
+    varies = "" if noise is None else f"; between seeds it varies by {noise:.4f}"
+    lines.append(f"the score is the mean log loss on the sources, and less is better{varies}")
+    if alike := [row["name"] for row in others if row["score"] - best["score"] <= (noise or 0)]:
+        lines.append(
+            f"not told apart from {best['name']} by these seeds: {', '.join(alike)}; more --steps or --seeds may"
+        )
     lines.append(
-        "the score is the mean log loss" + ("" if noise is None else f"; between seeds it varies by {noise:.4f}")
-    )
-    lines.append(
-        f"rank correlation of each mixture with its prediction from the others: {ranking['rank_correlation']:.2f}"
+        f"rank correlation of each mixture with its prediction from the others: {ranking['rank_correlation']:.2f} "
+        "(1 is the same order, 0 is chance)"
     )
     lines.append(
         f"proposed: --data.weights {' '.join(map(str, ranking['proposed']))}, predicted {ranking['proposed_score']:.4f}"

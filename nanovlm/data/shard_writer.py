@@ -25,7 +25,7 @@ from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.shard_index import NAME, Shard, format_members, write_index
 from nanovlm.data.source import Source, first_pass
 from nanovlm.errors import UserError, printable
-from nanovlm.files import flush, lock, write_file
+from nanovlm.files import changes, flush, lock, write_file
 from nanovlm.limits import time_limit
 
 PROGRESS = ".progress.jsonl"
@@ -229,9 +229,8 @@ def take_up(folder: Path, settings: dict) -> tuple[list[Shard], int, int]:
     first, *lines = [
         json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]
-    changed = [f"{name}: {first.get(name)!r} against {x!r}" for name, x in settings.items() if first.get(name) != x]
-    if changed:
-        raise UserError(f"{folder} was begun with other settings ({'; '.join(changed)}): use the same, or remove it")
+    if changed := changes(first, settings):
+        raise UserError(f"{folder} was begun with other settings ({changed}): use the same, or remove it")
     shards = [Shard(*line["shard"]) for line in lines]
     write_file(path, "".join(json.dumps(line) + "\n" for line in (first, *lines)))  # without half a line
     return shards, lines[-1]["read"] if lines else 0, lines[-1]["lost"] if lines else 0

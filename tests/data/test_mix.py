@@ -1,5 +1,6 @@
 """The search for weights ranks mixtures as the truth does, and asks train.py for just the runs that it says."""
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -57,6 +58,16 @@ def test_a_ranking_of_noise_says_so():
     assert abs(np.mean(found)) < 0.4 and min(found) < 0
 
 
+def test_mixtures_that_differ_less_than_seeds_are_named():
+    mixtures = mix.choose_mixtures(2, 3)
+    losses = np.exp(np.array([[[0.0, 0.0], [0.4, 0.4]], [[0.1, 0.1], [0.5, 0.5]], [[0.7, 0.7], [1.1, 1.1]]]))
+    said = mix.format_ranking(mix.rank(mixtures, losses), ("a", "b"))
+    first, second, _third = mixtures
+    assert (
+        "between seeds it varies by 0.2828" in said and f"not told apart from {first} by these seeds: {second};" in said
+    )
+
+
 def test_ranks_correlate_as_scipy_says():
     """Spearman's rho without ties is 1 - 6 sum d^2 / (n (n^2 - 1))."""
     rng = np.random.default_rng(0)
@@ -67,16 +78,21 @@ def test_ranks_correlate_as_scipy_says():
 
 
 def test_a_search_trains_each_mixture_once_with_each_seed(tmp_path, monkeypatch, capsys):
-    """By the command line of train.py, which is read here and not run; what is done is not done again."""
+    """By the command line of train.py, which is not run here; what is done is not done again."""
     asked = []
 
+    def given(name, words):
+        after = words[words.index(f"--{name}") + 1 :]
+        return list(itertools.takewhile(lambda word: not word.startswith("--"), after))
+
     def train(command):
-        config = parse_train(command[3:]).validate()
-        asked.append(config)
-        Path(config.run_dir).mkdir(parents=True)
-        losses = true_losses(mix.normalise(config.data.weights)) * (1 + 0.001 * config.seed)
+        asked.append(words := command[3:])
+        run_dir = Path(*given("run-dir", words))
+        run_dir.mkdir(parents=True)
+        weights = mix.normalise([float(weight) for weight in given("data.weights", words)])
+        losses = true_losses(weights) * (1 + 0.001 * int(*given("seed", words)))
         named = {f"val_loss_{name}": loss for name, loss in zip("abc", losses, strict=True)}
-        (Path(config.run_dir) / "eval.json").write_text(json.dumps(named | {"val_loss": 1.0}))
+        (run_dir / "eval.json").write_text(json.dumps(named | {"val_loss": 1.0}))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(mix.subprocess, "run", train)
@@ -96,18 +112,19 @@ def test_a_search_trains_each_mixture_once_with_each_seed(tmp_path, monkeypatch,
     ]
     args += ["--steps", "40", "--options=--optim.lr 0.002 --device cpu"]
     mix.main(args)
-    assert len(asked) == 6 and {config.seed for config in asked} == {0, 3}
-    first = asked[0]
+    assert len(asked) == 6 and {*given("seed", asked[0]), *given("seed", asked[1])} == {"0", "3"}
+    first = parse_train(asked[0]).validate()
     assert first.data.sources == ("a.jsonl", "b/*.parquet", "c") and first.data.val_fraction == 0.05
     assert (first.optim.steps, first.optim.lr, first.device) == (40, 0.002, "cpu")
     said = capsys.readouterr().out
     ranking = json.loads((tmp_path / "ranking.json").read_text())
     assert len(ranking["ranking"]) == 3 and ranking["steps"] == 40
+    assert "run 6 of 6: " in said and "weights of a.jsonl, b/*.parquet, c\n" in said and "not told apart" not in said
     assert f"proposed: --data.weights {' '.join(map(str, ranking['proposed']))}" in said
     (tmp_path / "equal-0" / "eval.json").unlink()
     (tmp_path / "equal-0").rmdir()
     mix.main(args)
-    assert len(asked) == 7 and asked[-1].run_dir == str(tmp_path / "equal-0")
+    assert len(asked) == 7 and given("run-dir", asked[-1]) == [str(tmp_path / "equal-0")]
     assert json.loads((tmp_path / "ranking.json").read_text()) == ranking
     for changed in (["--steps", "80"], ["--sources", "a.jsonl", "b", "c"], ["--val-fraction", "0.1"]):
         with pytest.raises(ValueError, match=rf"are others \({changed[0][2:].replace('-', '_')}: .*another folder"):
@@ -135,9 +152,10 @@ def test_mistakes_of_a_search_are_named(tmp_path, monkeypatch, capsys):
         search()
     (tmp_path / "equal-0").mkdir()
     (tmp_path / "equal-0" / "eval.json").write_text('{"val_loss": 1.0}')
-    with pytest.raises(
-        ValueError, match=r"eval.json has the held-out losses \[\], and there are 2 sources: hold out more"
-    ):
+    with pytest.raises(ValueError, match=r"eval.json has held-out losses of 0 of the 2 sources, none: hold out more"):
+        search()
+    (tmp_path / "equal-0" / "eval.json").write_text('{"val_loss_a": 1.0, "val_loss_b": null}')
+    with pytest.raises(ValueError, match=r"the held-out loss on b is None in .*eval.json: the run diverged"):
         search()
     with pytest.raises(ValueError, match="there is no command 'find'; there are search, presets"):
         mix.main(["find"])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from nanovlm.errors import UserError, printable
-from nanovlm.files import read_json, write_file
+from nanovlm.errors import UserError
+from nanovlm.files import changes, read_json, write_file
 from nanovlm.objectives.reference import fingerprint
 
 
@@ -16,14 +16,8 @@ def keep_settings(path: Path, settings: dict, what: str):
     if not path.exists():
         write_file(path, json.dumps(settings, indent=2))
         return
-    before = read_json(path)
-    if changed := [name for name, value in settings.items() if before.get(name) != value]:
-        shown = "; ".join(f"{name}: {show(before.get(name))} against {show(settings[name])}" for name in changed)
-        raise UserError(f"{path.parent} was begun with {what} ({shown}): use the same, or remove it")
-
-
-def show(value) -> str:
-    return printable(repr(value), most=200)
+    if changed := changes(read_json(path), settings):
+        raise UserError(f"{path.parent} was begun with {what} ({changed}): use the same, or remove it")
 
 
 def digest_weights(model: nn.Module) -> str:
