@@ -108,7 +108,6 @@ class Mixture:
             for stage in self._stages(1):
                 self._check(stage.weights)
             self.counts = self._count_rounds(tuple(weights[: len(sources)]))
-            self.schedule = self._find_schedule(tuple(weights[: len(sources)]))
 
     def refs(self, slots: Sequence[int], num_slots: int, start: dict | None = None) -> Iterator[Ref]:
         start = start or {"number": 0, "parts": [None] * len(self.sources), "epochs": [0] * len(self.sources)}

@@ -22,7 +22,8 @@ def describe_counts(counts: dict[str, int], source: Source) -> str:
     shown += [f"{counts[kind]} {kind}" for kind in ("too long", "corrupt")]
     of = f"of {len(source)} records" if isinstance(source, Sized) else "of records"
     fewer = f"; {counts['shrunk']} took fewer tiles (data.too_long)" if counts["shrunk"] else ""
-    return f"{counts['read']} reads {of}: {', '.join(shown)}{fewer}"
+    lost = f"; {counts['damaged']} losses of unknown numbers of records" if counts["damaged"] else ""
+    return f"{counts['read']} reads {of}: {', '.join(shown)}{fewer}{lost}"
 
 
 def estimate_steps(source: Source, loader: Loader, config: TrainConfig, num_updates: int = 1) -> int:
