@@ -96,15 +96,13 @@ def read_families(paths: Sequence[str]) -> tuple[dict[str, tuple[Family, ...]], 
                 found[font[0]].append((*font[1:], file))
     for name, fonts in sorted(found.items()):
         regular = [font for font in sorted(fonts) if not font[0]]
-        used = []
-        if name not in own_names() and regular:
+        if name in own_names() or not regular:
+            why, used = "it is one of ours" if name in own_names() else f"{name} has no regular style", ()
+        else:
             bold = [font for font in sorted(fonts) if font[0] and font[1] == regular[0][1]]
-            used = [regular[0][-1], (bold or regular)[0][-1]]
-            families[split_of(name)] += (Family(name, *used),)
-        why = (
-            "it is one of ours" if name in own_names() else f"{name} has {'another style' if regular else 'only bold'}"
-        )
-        left_out |= {font[-1].name: why for font in sorted(fonts) if font[-1] not in used}
+            why, used = f"another style of {name} is used", (regular[0][-1], (bold or regular)[0][-1])
+            families[split_of(name)] += (Family(name, used[0], used[1]),)
+        left_out |= {font[-1].name: why for font in fonts if font[-1] not in used}
     return families, dict(sorted(left_out.items()))
 
 
