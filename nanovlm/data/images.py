@@ -20,19 +20,12 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from nanovlm.config import DataConfig, VLMConfig, pick
+from nanovlm.data.pictures import FORMATS
 from nanovlm.data.tile_plan import TilePlan, find_grid
 from nanovlm.data.tilings import TILING
 from nanovlm.data.types import Grid
 from nanovlm.errors import UserError
 
-Image.init()
-# What is read, of all that PIL knows: formats that people keep pictures in. Among the others are programs that it would
-# have Ghostscript run (EPS), and decoders that hardly anyone uses or looks after.
-FORMATS = tuple(
-    kind
-    for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-    if kind in Image.OPEN  # AVIF and WEBP are not in every build
-)
 # PIL checks it wherever a size is read. train.py sets it to data.max_pixels of the run.
 Image.MAX_IMAGE_PIXELS = DataConfig.max_pixels
 LONGEST_SIDE = 65535  # that of JPEG; to resize a longer one takes memory out of proportion to its pixels

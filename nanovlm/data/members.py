@@ -14,9 +14,8 @@ import json
 from PIL import Image
 
 from nanovlm.data.columns import FIELDS
-from nanovlm.data.images import FORMATS
 from nanovlm.data.layouts import REFERENCE, recognise
-from nanovlm.data.pictures import KINDS, PICTURE_KEYS, VIDEO_KEYS, Record, Video, fetch, find_pictures
+from nanovlm.data.pictures import FORMATS, KINDS, PICTURE_KEYS, VIDEO_KEYS, Record, Video, fetch, find_pictures
 from nanovlm.data.records import check, read_raw, read_rejected
 from nanovlm.data.video import SUFFIX_OF, find_container
 from nanovlm.errors import UserError

@@ -17,6 +17,14 @@ from PIL import Image
 
 from nanovlm.errors import UserError
 
+Image.init()
+# What is read, of all that PIL knows: formats that people keep pictures in. Among the others are programs that it would
+# have Ghostscript run (EPS), and decoders that hardly anyone uses or looks after.
+FORMATS = tuple(
+    kind
+    for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+    if kind in Image.OPEN  # AVIF and WEBP are not in every build
+)
 # The keys of a record's pictures; the first that is not empty holds all of them.
 PICTURE_KEYS = ("images", "image", "file_names", "file_name")
 # A line break that only sets the marker apart from the text goes with it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanovlm.data.images import FORMATS
+from nanovlm.data.pictures import FORMATS
 from nanovlm.errors import UserError
 
 # Suffixes of the image formats that are read.

@@ -23,8 +23,9 @@ from PIL import EpsImagePlugin, Image
 
 from nanovlm.config import DataConfig
 from nanovlm.data import source_address, source_names, source_parquet, source_tar
-from nanovlm.data.images import FORMATS, decode_image, to_rgb
+from nanovlm.data.images import decode_image, to_rgb
 from nanovlm.data.loader import Loader
+from nanovlm.data.pictures import FORMATS
 from nanovlm.data.records import to_sample
 from nanovlm.data.source_address import is_public
 from nanovlm.data.source_tar import Tar

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from nanovlm.data.build.reading import ReadConfig
 from nanovlm.data.build.settings import digest_weights, keep_settings
-from nanovlm.data.images import FORMATS
-from nanovlm.data.pictures import BASE64, Video
+from nanovlm.data.pictures import BASE64, FORMATS, Video
 from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.records import check, to_sample
 from nanovlm.data.source import Source, first_pass

@@ -11,7 +11,7 @@ from nanovlm.data.documents.fonts import load_font
 from nanovlm.data.documents.page import MARGIN, Page
 from nanovlm.data.documents.papers import Asked
 from nanovlm.data.documents.words import Words
-from nanovlm.data.images import FORMATS
+from nanovlm.data.pictures import FORMATS
 from nanovlm.errors import UserError
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth")

@@ -22,7 +22,7 @@ from nanovlm.data.documents.fonts import Family
 from nanovlm.data.documents.page import SIDE, Drawing
 from nanovlm.data.documents.papers import Asked
 from nanovlm.data.documents.words import Words, money
-from nanovlm.data.images import FORMATS
+from nanovlm.data.pictures import FORMATS
 from nanovlm.errors import UserError
 
 WIDTH, TALLEST = 480, 15_000  # pixels of a page, and of a screenshot
