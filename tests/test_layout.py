@@ -69,10 +69,10 @@ def test_the_readme_shows_the_committed_results():
 
 def test_the_page_of_data_shows_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # of which one imports another as the script beside it
-    from benchmarks import features, funnel, pages, shards
+    from benchmarks import boxes, features, funnel, pages, shards
 
     found = {(name, "funnel.py"): table for name, table in funnel.tables(pages.read_lines(funnel.RESULTS)).items()}
-    for benchmark in (features, shards):
+    for benchmark in (boxes, features, shards):
         name = benchmark.RESULTS.stem
         found[name, f"{name}.py"] = benchmark.format_table(pages.read_lines(benchmark.RESULTS))
     assert found == {key: pages.find(ROOT / "docs" / "data.md", *key)[1] for key in found}
