@@ -69,12 +69,15 @@ def test_the_readme_shows_the_committed_results():
 
 def test_the_page_of_data_shows_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # of which one imports another as the script beside it
-    from benchmarks import boxes, features, funnel, pages, shards
+    from benchmarks import drawn, features, funnel, pages, shards
 
     found = {(name, "funnel.py"): table for name, table in funnel.tables(pages.read_lines(funnel.RESULTS)).items()}
-    for benchmark in (boxes, features, shards):
+    for benchmark in (features, shards):
         name = benchmark.RESULTS.stem
         found[name, f"{name}.py"] = benchmark.format_table(pages.read_lines(benchmark.RESULTS))
+    found |= {(name, "drawn.py"): table for name, table in drawn.tables(pages.read_lines(drawn.RESULTS)).items()}
+    page = " ".join((ROOT / "docs" / "data.md").read_text("utf-8").replace("\\\n", "").split())
+    assert all(f"python train.py {command} " in page for command in drawn.COMMANDS.values())
     assert found == {key: pages.find(ROOT / "docs" / "data.md", *key)[1] for key in found}
 
 
