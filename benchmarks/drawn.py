@@ -98,9 +98,9 @@ def format_table(lines: list[dict]) -> str:
         shares = ([round(100 * each[name], 1) for each in of_runs] for name in ("accuracy", *shown))
         rows.append([f"{kind} ({first['kinds'][kind]['n']} questions)", *map(summarise, shares)])
     header = [f"{len(lines)} runs, percent" if len(lines) > 1 else "one run, percent", "right", *shown.values()]
-    about = ["mean IoU of the boxes " + summarise([round(100 * line["found"]["box_iou"], 1) for line in lines])] * (
-        "box_iou" in first
-    )
+    about = []
+    if "box_iou" in first:
+        about.append("mean IoU of the boxes " + summarise([round(100 * line["found"]["box_iou"], 1) for line in lines]))
     if seconds := [line["seconds"] for line in lines if line["seconds"]]:
         about.append(f"{summarise(seconds)} processor seconds of training")
     places = dict.fromkeys(pages.where(line) for line in lines)
