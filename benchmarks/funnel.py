@@ -303,6 +303,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
     newest: dict = {}
     for line in lines:
         key = line["what"], line.get("by"), line.get("change"), line.get("stage"), line.get("records")
+        newest.pop(key, None)  # so that lines stand as they were measured last
         newest[key] = line
     found = {
         what: [line for line in newest.values() if line["what"] == what]
