@@ -88,7 +88,8 @@ def fetch(url: str, options: CacheOptions) -> Path:
         info = try_again(lambda: fs.info(path), url)
     except FileNotFoundError as error:
         raise UserError(f"there is no {printable(url, most=200)}") from error
-    marks = sorted((name, str(value)) for name, value in info.items())
+    # Not where a redirect led: some servers sign that anew each time.
+    marks = sorted((name, str(value)) for name, value in info.items() if name != "url")
     folder = options.path
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{hashlib.sha256(repr((url, marks)).encode()).hexdigest()[:32]}.tar"

@@ -290,7 +290,8 @@ def check_header(header: bytes, name: str, size: int, where: str):
     if len(header) < HEADER:
         return  # what is cut off is named where it is read
     told, given = header[124:136].strip(b"\0 "), header[:100].rstrip(b"\0").lower()
-    is_size = told[:1] >= b"\x80" or (told.isdigit() and int(told, 8) == size)  # from 8 GiB on it is written otherwise
+    # From 8 GiB on it is written otherwise.
+    is_size = told[:1] >= b"\x80" or told.lstrip(b"0") == (b"%o" % size if size else b"")
     whole = name.lower().encode()
     is_name = given.endswith(whole) or whole.endswith(given) or len(given) > 98 or not name.isascii()
     if not (is_size and is_name and given):

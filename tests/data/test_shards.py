@@ -27,10 +27,11 @@ from nanovlm.data.shard_index import format_members, parse_index, parse_members
 from nanovlm.data.shard_writer import ShardSize, ShardWriter
 from nanovlm.data.source import Order
 from nanovlm.data.source_lines import TextFiles
-from nanovlm.data.source_shards import ShardOptions, Shards
+from nanovlm.data.source_shards import ShardOptions, Shards, check_header
 from nanovlm.data.source_tar import Tar
 from nanovlm.data.sources import open_source, open_sources
 from nanovlm.data.types import Document
+from nanovlm.errors import UserError
 from tests.conftest import noise
 
 SHUFFLED, IN_ORDER = Order(0, shuffle=True), Order()
@@ -220,6 +221,16 @@ def test_what_is_damaged_is_a_loss_that_is_named(tmp_path):
     found = losses(source, 45)
     assert len(found) == 2 and "4 whole samples are before that" in found[0] and "No such file" in found[1]
     assert "the whole shard is lost, and nothing tells how many records it has: " in found[1]
+
+
+@pytest.mark.parametrize("told", [b"00000000019", b"00000000006", b"", b"0000000000x"])
+def test_a_size_that_is_another_or_none_is_told(told):
+    head = tarfile.TarInfo("a.json")
+    head.size = 5
+    header = head.tobuf()
+    check_header(header, "a.json", 5, "a")
+    with pytest.raises(UserError, match="a is not where the index says"):
+        check_header(header[:124] + told.ljust(12, b"\0") + header[136:], "a.json", 5, "a")
 
 
 def test_an_index_that_says_too_much_loses_nothing_in_silence(tmp_path):
@@ -580,13 +591,33 @@ def test_shards_are_mixed_with_others(folder):
     assert [ref[:6] for ref in again] == [ref[:6] for ref in refs[10:]]
 
 
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Shows files, those of /moved/ at the end of a redirect that is another one each time, as if it were signed."""
+
+    signed = itertools.count()
+
+    def log_message(self, *_args):
+        pass
+
+    def send_head(self):
+        if not self.path.startswith("/moved/"):
+            return super().send_head()
+        self.send_response(302)
+        self.send_header("Location", f"{self.path.removeprefix('/moved')}?signed={next(self.signed)}")
+        self.end_headers()
+        return None
+
+
 def test_shards_come_by_http(folder, tmp_path):
     pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
-    handler = functools.partial(quiet, directory=str(folder))
+    handler = functools.partial(Server, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        source = opened(f"http://127.0.0.1:{server.server_port}/", folder=str(tmp_path))
+        address = f"http://127.0.0.1:{server.server_port}"
+        source = opened(f"{address}/", folder=str(tmp_path))
         here = opened(folder)
         assert numbers(source, take(source, [0], 1, 20)) == numbers(here, take(here, [0], 1, 20))
+        options = CacheOptions(str(tmp_path / "moved"))
+        first, again = (fetch(f"{address}/moved/000000.tar", options) for _ in range(2))
+        assert first == again and first.read_bytes() == (folder / "000000.tar").read_bytes()
         server.shutdown()
