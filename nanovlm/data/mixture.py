@@ -214,8 +214,10 @@ class Mixture:
 def by_temperature(weights: Sequence[float], temperature: float) -> list[float]:
     """Return weights that favour small sources: their power 1 / temperature (mT5, arXiv 2010.11934, has 1 / 0.3).
 
-    They sum to 1, so that no power is too large for a number.
+    They sum to 1, so that no power is too large for a number. What are no weights of a mixture come back as they are.
     """
     largest = max(weights)
+    if largest <= 0 or min(weights) < 0:
+        return list(weights)
     powers = [(weight / largest) ** (1 / temperature) for weight in weights]
     return [power / sum(powers) for power in powers]

@@ -160,8 +160,11 @@ def test_sources_are_opened_as_the_config_says(tmp_path):
     mixture = open_sources(specs, [1, 1, 0, 0, 0, 1], stages=[10], max_passes=[2], is_gradual=True)
     assert mixture.most == [54, 16, 2] and mixture.is_gradual
     assert open_sources(specs, [1, 1, 1], max_passes=[0, 1.5, 3]).most == [None, 12, 3]
-    with pytest.raises(ValueError, match="the weights of a stage are all 0: 0, 0, 0"):
-        open_sources(specs, [1, 1, 1, 0, 0, 0], stages=[10])
+    for temperature in (0, 2):
+        with pytest.raises(ValueError, match="the weights of a stage are all 0: 0, 0, 0"):
+            open_sources(specs, [1, 1, 1, 0, 0, 0], stages=[10], temperature=temperature)
+        with pytest.raises(ValueError, match=r"the weight of .*a.jsonl is -1; it must be positive"):
+            open_sources(specs, [-1, 1, 1], temperature=temperature)
     with pytest.raises(ValueError, match=r"c.jsonl is 0.001, too little of 10.001: it must be at least 1/1000"):
         open_sources(specs, [1, 1, 1, 10, 0, 0.001], stages=[10])
 
