@@ -100,10 +100,10 @@ def read_boxes(text: str) -> list[Box]:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Return the area that two boxes share, as a fraction of the area that they cover together."""
+    """Return the area that two boxes share, as a fraction of what they cover together; 0 where they share none."""
     shared = Box(max(a.left, b.left), max(a.top, b.top), min(a.right, b.right), min(a.bottom, b.bottom))
     covered = _area(shared)
-    return covered / (_area(a) + _area(b) - covered)
+    return covered / (_area(a) + _area(b) - covered) if covered else 0.0
 
 
 def match_boxes(said: Sequence[Box], true: Sequence[Box]) -> list[float]:

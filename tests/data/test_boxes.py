@@ -96,7 +96,7 @@ def test_overlaps_are_those_of_pixels():
         point = Point(float(rng.choice(col)), float(rng.choice(row)))
         assert contains(a, point) == bool(paint(a)[int(point.y * side), int(point.x * side)])
         seen.add(iou(a, b) > 0)
-    assert seen == {True, False}
+    assert seen == {True, False} and iou(Box(0, 0, 0, 0), Box(0, 0, 0, 0)) == 0
 
 
 def test_each_box_has_one_partner_and_the_nearest_first():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from nanovlm.data.boxes import Box, iou
 from nanovlm.data.build.questions.kinds import KINDS, Item
 from nanovlm.data.build.questions.rules import find_colours, find_numbers, words_of
 from nanovlm.data.build.questions.writers import Ask, Writer
@@ -85,15 +86,7 @@ def says_option(reply: str, options: Sequence[str], right: int) -> bool:
 def says_box(reply: str, box: Sequence[float]) -> bool:
     """Tell whether a reply holds one box, which overlaps the other well."""
     numbers = [float(number) for number in re.findall(r"-?\d{1,6}(?:\.\d{1,9})?", reply)]
-    return len(numbers) == 4 and iou(numbers, box) >= LEAST_IOU
-
-
-def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the area that two boxes share, as a fraction of what they cover together; 0 where one has no area."""
-    areas = [max(0.0, right - left) * max(0.0, bottom - top) for left, top, right, bottom in (a, b)]
-    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-    shared = max(0.0, width) * max(0.0, height)
-    return shared / (sum(areas) - shared) if shared else 0.0
+    return len(numbers) == 4 and iou(Box(*numbers), Box(*box)) >= LEAST_IOU
 
 
 def means_same(a: str, b: str) -> bool:

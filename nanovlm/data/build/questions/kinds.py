@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from nanovlm.data.boxes import Box, write_box
 from nanovlm.data.build.questions.reply import lists, objects, texts
 
 MOST_ITEMS = 20
@@ -43,10 +44,6 @@ class Kind(NamedTuple):
     items: Callable[[dict, Sequence[str], random.Random], list[Item]]
     # Whether its questions can be asked by themselves, their answers compared.
     is_asked_again: bool = True
-
-
-def write_box(box: Sequence[float]) -> str:
-    return f"[{', '.join(f'{number:.2f}' for number in box)}]"
 
 
 KNOWN = """\
@@ -104,7 +101,8 @@ KINDS = {
         BOXES,
         lambda num: objects(objects=lists(objects(label=texts(200), box=lists({"type": "number"}, 4, 4)), 1, num)),
         lambda data, _asked, _rng: [
-            Item([[f"Where is {x['label'].strip()}?", write_box(x["box"])]], box=x["box"]) for x in data["objects"]
+            Item([[f"Where is {x['label'].strip()}?", write_box(Box(*x["box"]))]], box=x["box"])
+            for x in data["objects"]
         ],
     ),
     "choices": Kind(
