@@ -44,10 +44,8 @@ from nanovlm.data.loader import Loader
 from nanovlm.data.mixture import parts_of
 from nanovlm.data.process import make_process
 from nanovlm.data.records import options_of
-from nanovlm.data.shard_cache import CacheOptions
 from nanovlm.data.source import Source
-from nanovlm.data.source_shards import ShardOptions
-from nanovlm.data.sources import open_sources, sample_texts
+from nanovlm.data.sources import open_data, sample_texts
 from nanovlm.data.split import describe_split
 from nanovlm.environment import (
     choose_precision,
@@ -125,21 +123,7 @@ def train(config: TrainConfig, run_dir: Path, device: torch.device) -> dict:
     # --- data --------------------------------------------------------------------------------------------
     data = config.data
     Image.MAX_IMAGE_PIXELS = data.max_pixels
-    source = open_sources(
-        data.sources,
-        data.weights,
-        data.lessons,
-        seed=config.seed,
-        shuffle=data.shuffle,
-        allow_urls=data.allow_urls,
-        shards=ShardOptions(
-            data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb), data.max_bad_fraction
-        ),
-        temperature=data.temperature,
-        max_passes=data.max_passes,
-        stages=data.stages,
-        is_gradual=data.stage_change == "linear",
-    )
+    source = open_data(data, config.seed)
     if checkpoints:
         processor, fill = init.load_processor(run_dir, config), None
     else:

@@ -35,10 +35,8 @@ from nanovlm.data.features import DIGEST, INDEX, PICTURES, describe_preprocessin
 from nanovlm.data.images import make_tiles
 from nanovlm.data.reader import RECORD_SECONDS, explain
 from nanovlm.data.records import check, options_of, to_image
-from nanovlm.data.shard_cache import CacheOptions
 from nanovlm.data.source import Ref, Source, first_pass
-from nanovlm.data.source_shards import ShardOptions
-from nanovlm.data.sources import open_source, open_sources, sample_texts
+from nanovlm.data.sources import open_data, open_source, sample_texts, shard_options
 from nanovlm.environment import choose_precision, choose_threads, find_device, git_commit, keep_freed_memory
 from nanovlm.errors import UserError, printable
 from nanovlm.files import changes, flush, lock, read_json, write_file
@@ -108,11 +106,8 @@ def store(given: FeaturesConfig, config: TrainConfig) -> str:
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads or choose_threads(device))
     precision = choose_precision(device) if config.precision == "auto" else config.precision
-    shards = ShardOptions(data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb), data.max_bad_fraction)
-    source = open_sources(
-        data.sources, data.weights, data.lessons, allow_urls=data.allow_urls, shards=shards, stages=data.stages
-    )
-    model, _processor = init.start(config, sample_texts(source, 1000, options_of(data)))
+    texts = sample_texts(open_data(data, config.seed), 1000, options_of(data))
+    model, _processor = init.start(config, texts)
     assign_rules(model, config.optim, config.adapter)
     check_frozen(model)
     model.vision.to(device).eval()
@@ -125,7 +120,7 @@ def store(given: FeaturesConfig, config: TrainConfig) -> str:
         "sources": list(data.sources),
         "commit": git_commit(),
     }
-    parts = [open_source(spec, allow_urls=data.allow_urls, shards=shards) for spec in data.sources]
+    parts = [open_source(spec, allow_urls=data.allow_urls, shards=shard_options(data)) for spec in data.sources]
     with lock(given.folder) as folder:
         done = take_up(folder, about, given)
         fill_shards(folder, done, given, model, parts, data, precision == "bf16")

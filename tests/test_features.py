@@ -21,6 +21,7 @@ from nanovlm.data.features import Features, Missing, digest
 from nanovlm.data.images import make_tiles, marker_tokens, open_image
 from nanovlm.data.loader import fingerprint
 from nanovlm.data.process import make_process
+from nanovlm.data.shard_writer import write_shards
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.data.types import Document
 from nanovlm.errors import UserError
@@ -283,14 +284,15 @@ def test_a_video_is_no_picture_that_was_forgotten(folder, stored, cutting):
 
 
 def test_the_sources_are_read_as_in_the_run(folder, tmp_path, monkeypatch):
-    """By stages, and with shards where data.shard_cache has them."""
+    """Mixed by temperature, of which a stream has to tell its size, and shards where data.shard_cache has them."""
     given = []
     opened = features.open_source
     monkeypatch.setattr(features, "open_source", lambda spec, **how: given.append(how["shards"]) or opened(spec, **how))
-    sources = (str(folder / "mine.jsonl"),) * 2
-    changes = {"data__weights": (1.0, 2.0, 3.0, 4.0), "data__stages": (10,), "data__shard_cache": str(tmp_path)}
+    mine = str(folder / "mine.jsonl")
+    write_shards(opened(mine), tmp_path / "shards", num=3)
+    sources, changes = (mine, str(tmp_path / "shards")), {"data__temperature": 2.0, "data__shard_cache": str(tmp_path)}
     said = store(FeaturesConfig(tmp_path / "out"), config_of(folder, data__sources=sources, **changes))
-    assert f"in {2 * len(SHOWN) + 2} records" in said
+    assert f"in {len(SHOWN) + 1 + 3} records" in said
     assert [shards.cache.folder for shards in given] == [str(tmp_path)] * 2
 
 

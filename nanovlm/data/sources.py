@@ -7,12 +7,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanovlm.config import DataConfig
 from nanovlm.data.documents.draw import Documents
 from nanovlm.data.mixture import Concatenation, Mixture, by_temperature, parts_of
 from nanovlm.data.records import check, content_parts
 from nanovlm.data.scenes import Scenes
 from nanovlm.data.scenes_video import Clips
-from nanovlm.data.shard_cache import is_address
+from nanovlm.data.shard_cache import CacheOptions, is_address
 from nanovlm.data.shard_index import is_indexed
 from nanovlm.data.source import IN_ORDER, Order, Source, first_pass
 from nanovlm.data.source_arrow import Arrow, is_saved, open_saved
@@ -25,6 +26,8 @@ from nanovlm.data.source_shards import USUAL, ShardOptions, Shards
 from nanovlm.data.source_tar import Tar
 from nanovlm.errors import UserError
 
+# Sources that are drawn: NAME, or NAME:KIND,KIND for some kinds alone.
+DRAWN = {"scenes": Scenes, "scenes_video": Clips, "documents": Documents}
 FILES = {**dict.fromkeys(SUFFIXES, TextFiles), ".parquet": Parquet, ".arrow": Arrow, ".tar": Tar}
 # What is no source, and what to do with it.
 OTHERS = {
@@ -52,14 +55,9 @@ def open_source(
     Drawn scenes and documents, hub datasets and saved datasets use `split`. With `allow_urls`, images that records name
     by their addresses are fetched.
     """
-    if spec == "scenes" or spec.startswith("scenes:"):
-        kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
-        return Scenes(split, kinds=kinds, order=order)
-    if spec == "scenes_video" or spec.startswith("scenes_video:"):
-        return Clips(split, kinds=tuple(filter(None, spec.partition(":")[2].split(","))), order=order)
-    if spec == "documents" or spec.startswith("documents:"):
-        kinds = tuple(spec.partition(":")[2].split(",")) if ":" in spec else ()
-        return Documents(split, kinds=kinds, order=order)
+    name, colon, kinds = spec.partition(":")
+    if name in DRAWN:
+        return DRAWN[name](split, kinds=tuple(kinds.split(",")) if colon else (), order=order)
     if spec.startswith("hub:"):
         return Hub(spec, split, order, allow_urls)
     if is_address(spec):
@@ -107,6 +105,27 @@ def _open_folder(path: Path, split: str, order: Order, allow_urls: bool) -> Sour
     if texts:
         return TextFiles(texts, order, allow_urls)
     return Classes(path, order)
+
+
+def open_data(data: DataConfig, seed: int) -> Source:
+    """Open the sources of a run, combined into one."""
+    return open_sources(
+        data.sources,
+        data.weights,
+        data.lessons,
+        seed=seed,
+        shuffle=data.shuffle,
+        allow_urls=data.allow_urls,
+        shards=shard_options(data),
+        temperature=data.temperature,
+        max_passes=data.max_passes,
+        stages=data.stages,
+        is_gradual=data.stage_change == "linear",
+    )
+
+
+def shard_options(data: DataConfig) -> ShardOptions:
+    return ShardOptions(data.shard_window, CacheOptions(data.shard_cache, data.shard_cache_gb), data.max_bad_fraction)
 
 
 def open_sources(

@@ -13,7 +13,7 @@ from PIL import Image
 
 import train
 from nanovlm.config import EvalConfig, MoEConfig
-from nanovlm.data.sources import open_source
+from nanovlm.data.sources import open_source, open_sources
 from nanovlm.data.split import _hash, is_below
 from nanovlm.data.types import IGNORE
 from nanovlm.model.vlm import Extras
@@ -86,7 +86,7 @@ def test_a_source_without_held_out_records_is_named(tmp_path, own, capsys):
 def test_the_validation_loss_is_the_mean_over_the_held_out_units(tmp_path, own):
     config = dataclasses.replace(SMALL, data=own, run_dir=str(tmp_path / "run"), precision="fp32")
     config = train.share_micro_batches(config)
-    source = train.open_sources(own.sources, own.weights)
+    source = open_sources(own.sources, own.weights)
     model, processor = train.init.start(config, ["what is 1 of many?"])
     held_out = read_held_out({"many": train.make_loader(source.sources[0], processor, config, "val")}, config)
     state = train.TrainState(model, model, {}, None, threads=1, precision="fp32")
@@ -119,7 +119,7 @@ def test_held_out_records_are_a_source_to_ask_about_in_any_layout(tmp_path, layo
     )
     config = train.share_micro_batches(dataclasses.replace(SMALL, data=data))
     _model, processor = train.init.start(config, ["what is it?"])
-    loaders = {"own": train.make_loader(train.open_sources(data.sources), processor, config, "val")}
+    loaders = {"own": train.make_loader(open_sources(data.sources), processor, config, "val")}
     [(task, questions)] = train.ask_held_out(loaders, processor, config)
     expected = [i for i in range(40) if i != 3 and is_below(_hash(pictures[i]), 0.4)]
     assert sorted(question.truth for question in questions) == sorted(f"it is {i}" for i in expected)
@@ -157,7 +157,7 @@ def test_held_out_records_of_two_sources_are_read_from_their_own(tmp_path):
 
 def test_accuracy_is_told_for_each_source(own):
     config = train.share_micro_batches(dataclasses.replace(SMALL, data=own))
-    source = train.open_sources(own.sources, own.weights)
+    source = open_sources(own.sources, own.weights)
     _model, processor = train.init.start(config, ["what is 1 of many?"])
     loaders = {part.name: train.make_loader(part, processor, config, "val") for part in source.sources}
     [(task, questions)] = train.ask_held_out(loaders, processor, config)
@@ -171,7 +171,7 @@ def test_the_loss_of_a_source_is_that_of_its_documents(own):
     """Found again by the words of each document; against torch's cross-entropy of the logits."""
     config = train.share_micro_batches(dataclasses.replace(SMALL, data=own, precision="fp32"))
     model, processor = train.init.start(config, ["what is 1 of many or one?"])
-    loader = train.make_loader(train.open_sources(own.sources, own.weights), processor, config)
+    loader = train.make_loader(open_sources(own.sources, own.weights), processor, config)
     batches, sums, counts = next(loader), {}, Counter()
     for batch in batches:
         with torch.no_grad():
@@ -197,7 +197,7 @@ def test_what_balances_experts_is_no_part_of_the_validation_loss(own):
     config = train.share_micro_batches(
         dataclasses.replace(SMALL, data=own, model=dataclasses.replace(SMALL.model, decoder=decoder))
     )
-    source = train.open_sources(own.sources, own.weights)
+    source = open_sources(own.sources, own.weights)
     model, processor = train.init.start(config, ["what is 1 of many?"])
     held_out = read_held_out({"many": train.make_loader(source.sources[0], processor, config, "val")}, config)
     state = train.TrainState(model, model, {}, None, threads=1, precision="fp32")
