@@ -1,6 +1,6 @@
 """Find weights of a mixture by short runs.
 
-    python -m nanovlm.data.mix search PRESET FOLDER --sources a.jsonl b.jsonl c.jsonl       5 to 8 mixtures, ranked
+    python -m nanovlm.data.mix search PRESET FOLDER --sources a.jsonl b.jsonl c.jsonl       6 mixtures, ranked
     python -m nanovlm.data.mix presets                                                      mixtures of published models
 
 Each mixture trains PRESET for some steps, a run in FOLDER for each seed. Their held-out losses on each source are
