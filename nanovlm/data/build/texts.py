@@ -29,11 +29,19 @@ LANGUAGES = (*WORDS, *dict.fromkeys(SCRIPTS.values()))
 LEAST_WORDS = 2  # of a language that have to be there, more than of any other
 
 MARKUP = re.compile(r"</?[a-zA-Z][^<>]{0,1000}>|<!--|<!doctype|&(?:lt|gt|amp|nbsp|quot|#\d{1,6});|javascript:", re.I)
-CONTROL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<(?:bos|eos|pad|start_of_turn|end_of_turn)>", re.I)
+# Tokens of chat templates, and the marks of turns, which a text has no business to spell.
+CONTROL = re.compile(
+    r"<\|[^|<>\n]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|start_of_turn|end_of_turn|end_of_utterance)>|"
+    r"</?think>",
+    re.I,
+)
+# Sentences by which a text speaks to the model that reads it.
 ORDERS = re.compile(
-    r"\b(?:ignore|disregard|forget)\s+(?:all\s+|any\s+|everything\s+)?(?:of\s+)?(?:the\s+|your\s+|these\s+)?"
-    r"(?:above|previous|prior|preceding|earlier|instructions)|\bsystem prompt\b|\byou are now\b|"
-    r"\bnew instructions\s*:|\bdo not follow\b",
+    r"\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}\b(?:above|previous|prior|earlier|before|preceding|"
+    r"instructions?|prompts?|rules|everything)\b"
+    r"|\b(?:system|developer)\s+(?:prompt|message|instructions?)\b"
+    r"|\byou\s+are\s+(?:now|no\s+longer)\b|\bfrom\s+now\s+on\b[^.!?\n]{0,20}\byou\b"
+    r"|\b(?:new|updated|real)\s+instructions?\b|\bdo\s+not\s+follow\b",
     re.I,
 )
 # What captions of web pages are made of, and what models say in place of an answer.

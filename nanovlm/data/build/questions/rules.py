@@ -12,25 +12,18 @@ import numpy as np
 from PIL import Image
 
 from nanovlm.data.build.questions.kinds import Item
+from nanovlm.data.build.texts import CONTROL, ORDERS
 from nanovlm.data.pictures import MARKER
 
-# Tokens of chat templates, and the marks of turns, which a text has no business to spell.
-CONTROL = re.compile(
-    r"<\|[^|>\n]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?think>|<end_of_utterance>"
-)
+# Stricter than that of the funnel: an answer has no business to begin a tag, either.
 MARKUP = re.compile(
     r"<\s*(?:[/!?]\s*)?[a-z][^<>]*(?:>|$)|<!--|&(?:#\w+|[a-z]+);|\b(?:javascript|vbscript)\s*:|\bdata:[a-z]+/|\bon[a-z]+\s*=\s*[\"']",
     re.IGNORECASE,
 )
 ADDRESS = re.compile(r"\b(?:https?|ftp|file)://|\bwww\.", re.IGNORECASE)
-# Sentences by which a text speaks to the model that reads it.
-ORDERS = re.compile(
-    r"\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}\b(?:above|previous|prior|earlier|before|preceding|"
-    r"instructions?|prompts?|rules|everything)\b"
-    r"|\b(?:system|developer)\s+(?:prompt|message|instructions?)\b"
-    r"|\byou\s+are\s+(?:now|no\s+longer)\b|\bfrom\s+now\s+on\b[^.!?\n]{0,20}\byou\b"
-    r"|\b(?:new|updated|real)\s+instructions?\b|\bdo\s+not\s+follow\b"
-    r"|\b(?:answer|reply|respond|output|say|print|write)\b[^.!?\n]{0,30}\b(?:only|always|exactly|instead|verbatim)\b",
+# How to reply is an order, too, where a model is about to.
+REPLIES = re.compile(
+    r"\b(?:answer|reply|respond|output|say|print|write)\b[^.!?\n]{0,30}\b(?:only|always|exactly|instead|verbatim)\b",
     re.IGNORECASE,
 )
 REFUSAL = re.compile(
@@ -131,7 +124,11 @@ def refuse_markup(item: Item, _images: list) -> str:
 
 
 def refuse_orders(item: Item, _images: list) -> str:
-    return "it gives orders to who reads it" if any(ORDERS.search(text) for text in item.words) else ""
+    return (
+        "it gives orders to who reads it"
+        if any(ORDERS.search(text) or REPLIES.search(text) for text in item.words)
+        else ""
+    )
 
 
 def refuse_refusals(item: Item, _images: list) -> str:
