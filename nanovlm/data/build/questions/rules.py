@@ -124,11 +124,8 @@ def refuse_markup(item: Item, _images: list) -> str:
 
 
 def refuse_orders(item: Item, _images: list) -> str:
-    return (
-        "it gives orders to who reads it"
-        if any(ORDERS.search(text) or REPLIES.search(text) for text in item.words)
-        else ""
-    )
+    is_order = any(sign.search(text) for text in item.words for sign in (ORDERS, REPLIES))
+    return "it gives orders to who reads it" if is_order else ""
 
 
 def refuse_refusals(item: Item, _images: list) -> str:
