@@ -53,6 +53,8 @@ def find_dual(name: str | Path) -> StoredDual:
     data = read_json(path)
     if "model_type" in data:
         return open_hub(folder, data)
+    if "decoder" in data:
+        raise UserError(f"{folder} is a vision-language model: a dual encoder, of a contrastive run, is needed here")
     try:
         config = from_dict(DualConfig, data).validate()
     except ValueError as error:

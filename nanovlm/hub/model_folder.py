@@ -49,6 +49,8 @@ def open_folder(folder: str | Path) -> Stored:
         raise UserError(f"there is no model folder {folder}")
     refuse_run(folder)
     data = read_json(folder / "config.json")
+    if "text" in data and "decoder" not in data:
+        raise UserError(f"{folder} is a dual encoder: a vision-language model, which answers, is needed here")
     try:
         config = from_dict(VLMConfig, data).validate()
     except ValueError as error:

@@ -9,6 +9,7 @@ import transformers as hub
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import nanovlm
 from nanovlm.config import DualConfig
 from nanovlm.data.records import to_sample
 from nanovlm.errors import UserError
@@ -199,3 +200,12 @@ def test_a_record_becomes_its_caption_and_its_picture(tmp_path):
     assert torch.equal(document.tiles, processor.encode_images(IMAGES[:1]))
     with pytest.raises(UserError, match="the record has 2 pictures"):
         processor.document(to_sample(record | {"images": IMAGES[:2]}))
+
+
+def test_a_model_of_the_other_kind_is_named_as_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vision": {}, "decoder": {}, "bos_token_id": 1}))
+    with pytest.raises(UserError, match="is a vision-language model: a dual encoder, of a contrastive run, is needed"):
+        load_dual(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vision": {}, "text": {}, "image_pooling": "mean"}))
+    with pytest.raises(UserError, match="is a dual encoder: a vision-language model, which answers, is needed"):
+        nanovlm.load(tmp_path)
