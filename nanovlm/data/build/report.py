@@ -114,9 +114,9 @@ class Report:
         height = SIDE + LINES * LINE + GAP
         rows = (len(cells) + COLUMNS - 1) // COLUMNS
         sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, 30 + rows * height + GAP), "white")
-        canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+        canvas, font = ImageDraw.Draw(sheet), letters(10)
         title = f"{name}: {len(chosen)} of {self.dropped[name]} records that were left out"
-        canvas.text((GAP, 8), title, fill="black", font=ImageFont.load_default(15))
+        canvas.text((GAP, 8), title, fill="black", font=letters(14))
         for place, (picture, text) in enumerate(cells):
             x, y = GAP + place % COLUMNS * (SIDE + GAP), 30 + place // COLUMNS * height
             if isinstance(picture, Image.Image):
@@ -141,6 +141,13 @@ class Report:
             return ImageOps.pad(picture, (SIDE, SIDE), method, color=(235, 235, 235)), "\n".join(words)
         except Exception as error:  # whatever a record does, the sheet has the others
             return None, str(error)
+
+
+def letters(size: int) -> ImageFont.FreeTypeFont:
+    """Return matplotlib's DejaVu Sans, as Pillow's own font has no letters but those of English."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def wrap(text: str, num_lines: int) -> str:
