@@ -125,13 +125,22 @@ def read_json(path: Path) -> dict:
 
 
 def changes(before: dict, now: dict) -> str:
-    """Say in which of its settings an attempt differs from an earlier one, with both values; nothing if in none."""
+    """Say in which of its settings an attempt differs from an earlier one, with both values; nothing if in none.
+
+    Of a setting that has settings of its own, those that differ are named: writer.model.
+    """
 
     def show(value) -> str:
         return printable(repr(value), most=200)
 
+    def differ(name: str, was, value) -> list[str]:
+        if not (isinstance(was, dict) and isinstance(value, dict) and was and value):
+            return [f"{name}: {show(was)} against {show(value)}"]
+        inner = [key for key in was | value if was.get(key, ...) != value.get(key, ...)]
+        return [sentence for key in inner for sentence in differ(f"{name}.{key}", was.get(key), value.get(key))]
+
     changed = [name for name, value in now.items() if before.get(name) != value]
-    return "; ".join(f"{name}: {show(before.get(name))} against {show(now[name])}" for name in changed)
+    return "; ".join(sentence for name in changed for sentence in differ(name, before.get(name), now[name]))
 
 
 def flush(path: Path):

@@ -101,8 +101,9 @@ def take_up(work: Path, recipe: Recipe, stages: dict[str, Stage], source: Source
         if (digest := stages[name].digest) is not None:
             settings[f"what stages.{name} names"] = digest(options)
     path = work / "settings.json"
-    if not path.exists() and (others := sorted(work.parent.glob(f"shard-*.{recipe.shards.format}"))):
-        raise UserError(f"{others[0]} is there, and nothing tells of which recipe: name another folder, or remove this")
+    others = sorted(file for file in work.parent.iterdir() if not file.name.startswith("."))
+    if others and not path.exists():  # perhaps records, which an index would hide from whoever reads the folder
+        raise UserError(f"{others[0]} is there, and nothing tells of which recipe: name a new or empty folder as out")
     work.mkdir(exist_ok=True)
     keep_settings(path, settings, "another recipe or source")
 

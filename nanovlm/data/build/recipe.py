@@ -92,6 +92,7 @@ class Recipe(ReadConfig):
     def settings(self) -> dict:
         """Return all that decides what is written, as JSON."""
         found = dataclasses.asdict(self) | {"stages": {k: dataclasses.asdict(v) for k, v in self.stages.items()}}
+        found["order of stages"] = [*self.stages]  # which dicts that are compared do not tell
         del found["num_workers"], found["out"]
         return json.loads(json.dumps(found))
 

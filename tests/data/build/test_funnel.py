@@ -301,8 +301,13 @@ def test_a_shard_is_written_as_it_is_read_and_none_of_another_recipe_is_taken(pl
     run(recipe)
     assert len(events) > 4 and events == ["read", "write"] * (len(events) // 2)
     (tmp_path / "out" / "index.json").unlink()
-    with pytest.raises(UserError, match=r"shard-00000.tar is there, and nothing tells of which recipe"):
+    with pytest.raises(UserError, match=r"out.[\w.-]+ is there, and nothing tells of which recipe"):
         run(recipe)
+    with pytest.raises(UserError, match=r"mine.0.bin is there, and nothing tells of which recipe"):
+        run(dataclasses.replace(recipe, out=str(shutil.copytree(planted[0], tmp_path / "mine"))))
+    assert {*os.listdir(tmp_path / "mine")} == {*os.listdir(planted[0])}, (
+        "an index would hide the records of the folder"
+    )
 
 
 def test_a_source_that_has_changed_is_noticed(planted, tmp_path):
@@ -314,6 +319,11 @@ def test_a_source_that_has_changed_is_noticed(planted, tmp_path):
         run(recipe)
     with pytest.raises(UserError, match=r"was begun with another recipe or source \(chunk: 7 against 8\)"):
         run(dataclasses.replace(recipe, chunk=8))
+    stages = recipe.stages | {"size": {"min_side": 33}}
+    with pytest.raises(UserError, match=r"source \(stages.size.min_side: \d+ against 33[;)]"):
+        run(dataclasses.replace(recipe, stages=stages))
+    with pytest.raises(UserError, match=r"was begun with another recipe or source \(order of stages: "):
+        run(dataclasses.replace(recipe, stages=dict(reversed(recipe.stages.items()))))
     (folder / "asked30.png").write_bytes(png(picture(98)))
     with pytest.raises(UserError, match=r"another recipe or source \(what stages.leakage names: '\w+' against '\w+'\)"):
         run(recipe)

@@ -320,7 +320,7 @@ def test_a_killed_run_goes_on_and_changes_no_byte(source, monkeypatch):
             run(make(source, address, seed=1))
         models[0]["root"] = "two"
         with pytest.raises(
-            UserError, match=r"begun with another model \(writer: .*one.* against .*two.*\): use the same"
+            UserError, match=r"begun with another model \(writer.*one.* against .*two.*\): use the same"
         ):
             run(make(source, address))
         models[0] |= {"root": "one", "created": 2}
