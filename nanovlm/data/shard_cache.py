@@ -149,13 +149,22 @@ def try_again(call: Callable[[], Any], url: str) -> Any:
     for wait in (*WAITS, None):
         try:
             return call()
-        except (FileNotFoundError, UserError):
+        except UserError:
             raise
         except Exception as error:  # every file system raises errors of its own
+            if isinstance(error, FileNotFoundError) and not _is_unasked(error.__cause__):
+                raise
             if wait is None:
-                reason = printable(str(error) or type(error).__name__, most=300)
+                cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+                reason = printable(str(cause) or type(cause).__name__, most=300)
                 raise UserError(
                     f"{printable(url, most=200)} cannot be read, tried {ATTEMPTS} times: {reason}"
                 ) from error
             time.sleep(wait)
     return None
+
+
+def _is_unasked(cause: BaseException | None) -> bool:
+    """Tell whether a server did not say what it has; of http fsspec calls that a file that is not found, too."""
+    is_broken = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return is_broken or getattr(cause, "status", 0) >= 500

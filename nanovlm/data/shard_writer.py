@@ -224,6 +224,8 @@ def take_up(folder: Path, settings: dict) -> tuple[list[Shard], int, int]:
     """Return the shards of an earlier attempt, and how many records were read for them and lost by then."""
     path = folder / PROGRESS
     if not path.exists():
+        if others := sorted(file for file in folder.iterdir() if not file.name.startswith(".")):
+            raise UserError(f"{others[0]} is there, which an index would hide from readers: name a new or empty folder")
         write_file(path, json.dumps(settings) + "\n")
         return [], 0, 0
     first, *lines = [

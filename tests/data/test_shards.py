@@ -457,6 +457,8 @@ def test_mistakes_of_a_command_are_named(lines, tmp_path):
             shards.write(config(**{change: sentence[0]}))
     with pytest.raises(ValueError, match=r"begun with other settings \(max_samples: 10000 against 7"):
         shards.write(config(max_samples=7))
+    with pytest.raises(ValueError, match=r"is there, which an index would hide from readers: name a new or empty"):
+        shards.write(config(folder=lines.parent, max_bad_fraction=0.2))
     with pytest.raises(ValueError, match="there is no command 'wirte'; there are write, index"):
         shards.main(["wirte"])
     with pytest.raises(ValueError, match=r"has no \.tar files"):
@@ -589,6 +591,31 @@ def test_shards_are_mixed_with_others(folder):
     assert [ref.source for ref in refs[:4]] == 2 * [str(folder), "scenes"]
     again = take(open_sources([str(folder), "scenes"], weights=[1, 1]), [0], 1, 10, refs[9].after)
     assert [ref[:6] for ref in again] == [ref[:6] for ref in refs[10:]]
+
+
+def test_a_server_that_is_not_there_or_fails_is_asked_again(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
+    monkeypatch.setattr("nanovlm.data.shard_cache.WAITS", (0.0, 0.0))
+    asked = Counter()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.path] += 1
+            self.send_error(int(self.path[1:4]))
+
+        do_HEAD, log_message = do_GET, lambda *args: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match=r"there is no \S+/404.tar"):
+            fetch(f"{address}/404.tar", CacheOptions(str(tmp_path)))
+        with pytest.raises(UserError, match=r"503.tar cannot be read, tried 3 times: 503"):
+            fetch(f"{address}/503.tar", CacheOptions(str(tmp_path)))
+        assert asked["/503.tar"] == 3 * asked["/404.tar"]
+        server.shutdown()
+    with pytest.raises(UserError, match=r"404.tar cannot be read, tried 3 times: Cannot connect"):
+        fetch(f"{address}/404.tar", CacheOptions(str(tmp_path)))
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
