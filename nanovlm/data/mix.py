@@ -121,8 +121,8 @@ def take_up(config: SearchConfig) -> dict:
     names = ("preset", "sources", "steps", "val_fraction", "options")
     settings = json.loads(json.dumps({name: getattr(config, name) for name in names}))
     path = config.folder / "search.json"
-    if not path.exists():
-        config.folder.mkdir(parents=True, exist_ok=True)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not any(file.is_dir() for file in config.folder.iterdir()):  # no run has begun
         write_file(path, json.dumps(settings, indent=1))
     if changed := changes(read_json(path), settings):
         raise UserError(f"the runs in {config.folder} are others ({changed}): name another folder")

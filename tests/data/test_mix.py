@@ -149,6 +149,8 @@ def test_mistakes_of_a_search_are_named(tmp_path, monkeypatch, capsys):
             search(*args)
     monkeypatch.setattr(mix.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
     with pytest.raises(ValueError, match=r"the run in .*equal-0 ended with status 1: what it says is above"):
+        search("--sources", "a", "c")
+    with pytest.raises(ValueError, match=r"ended with status 1"):  # not of others: no run has begun
         search()
     (tmp_path / "equal-0").mkdir()
     (tmp_path / "equal-0" / "eval.json").write_text('{"val_loss": 1.0}')
