@@ -231,7 +231,9 @@ def take_up(folder: Path, settings: dict) -> tuple[list[Shard], int, int]:
     first, *lines = [
         json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]
-    if changed := changes(first, settings):
+    if not lines:  # nothing is written yet, so a mistake in the settings can be corrected
+        first = settings
+    elif changed := changes(first, settings):
         raise UserError(f"{folder} was begun with other settings ({changed}): use the same, or remove it")
     shards = [Shard(*line["shard"]) for line in lines]
     write_file(path, "".join(json.dumps(line) + "\n" for line in (first, *lines)))  # without half a line

@@ -105,7 +105,7 @@ def take_up(work: Path, recipe: Recipe, stages: dict[str, Stage], source: Source
     if others and not path.exists():  # perhaps records, which an index would hide from whoever reads the folder
         raise UserError(f"{others[0]} is there, and nothing tells of which recipe: name a new or empty folder as out")
     work.mkdir(exist_ok=True)
-    keep_settings(path, settings, "another recipe or source")
+    keep_settings(path, settings, "another recipe or source", has_written=any(work.glob("*/*.jsonl")))
 
 
 class Funnel:

@@ -135,8 +135,8 @@ def take_up(folder: Path, settings: dict) -> tuple[int, int]:
     Its last chunk, which may not be whole, is cut off.
     """
     part = folder / NAME
-    keep_settings(folder / "settings.json", settings, "other settings")
     part.touch()
+    keep_settings(folder / "settings.json", settings, "other settings", has_written=part.stat().st_size > 0)
     with open(part, "rb") as lines:
         written = [(json.loads(line)["record"], len(line)) for line in lines if line.endswith(b"\n")]
     num_read = written[-1][0] // CHUNK * CHUNK if written else 0

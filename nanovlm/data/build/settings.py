@@ -10,10 +10,13 @@ from nanovlm.files import changes, read_json, write_file
 from nanovlm.objectives.reference import fingerprint
 
 
-def keep_settings(path: Path, settings: dict, what: str):
-    """Write the settings of a run that begins. Raises UserError if one that goes on was begun with `what` is others."""
+def keep_settings(path: Path, settings: dict, what: str, has_written: bool):
+    """Write the settings of a run that begins, or has written nothing yet, so that a mistake in them can be corrected.
+
+    Raises UserError if one that goes on was begun with `what` is others.
+    """
     settings = json.loads(json.dumps(settings))
-    if not path.exists():
+    if not path.exists() or not has_written:
         write_file(path, json.dumps(settings, indent=2))
         return
     if changed := changes(read_json(path), settings):

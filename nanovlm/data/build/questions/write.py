@@ -65,14 +65,16 @@ def run(recipe: Recipe) -> dict:
 def take_up(folder: Path, recipe: Recipe, source: Source):
     """Begin a run, or make sure that the one that is there was begun with the same recipe and as many records."""
     settings = recipe.settings() | {"records": len(source) if isinstance(source, Sized) else None}
-    keep_settings(folder / "settings.json", settings, "another recipe or source")
+    has_written = any(folder.glob("*.jsonl"))
+    keep_settings(folder / "settings.json", settings, "another recipe or source", has_written)
 
 
 def open_writers(folder: Path, recipe: Recipe) -> dict[str, Writer]:
     """Open who writes, and who has to agree; make sure that they are those that the run was begun with."""
     named = {"writer": recipe.writer, "second": recipe.second}
     opened = {name: open_writer(options) for name, options in named.items() if options.model}
-    keep_settings(folder / "models.json", {name: writer.model for name, writer in opened.items()}, "another model")
+    models, has_written = {name: writer.model for name, writer in opened.items()}, any(folder.glob("*.jsonl"))
+    keep_settings(folder / "models.json", models, "another model", has_written)
     return opened
 
 

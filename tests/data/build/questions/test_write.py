@@ -310,6 +310,9 @@ def test_a_killed_run_goes_on_and_changes_no_byte(source, monkeypatch):
         write.write_chunk = kill_before(write.write_chunk, 2)
         run(make(source, address))
 
+    with pytest.raises(UserError, match="no-such-folder"):
+        run(make(source, "", writer=WriterOptions(model="no-such-folder"), seed=2))
+    assert [*part.iterdir()]  # of a run that wrote nothing, whose mistake does not bind the next
     with serving(painter, models) as (address, seen):
         run(make(source, address, out="whole.jsonl"))
         num_asked = len(seen.bodies)
