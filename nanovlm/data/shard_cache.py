@@ -4,15 +4,18 @@ Processes share a cache: one fetches a shard while the others that need it wait.
 first. A shard that changes at its address is another one, by the size, date or tag that the server tells.
 """
 
+import contextvars
 import fcntl
 import hashlib
 import os
 import shutil
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from nanovlm.data.source_address import is_public
 from nanovlm.errors import UserError, printable
 
 ATTEMPTS = 3
@@ -49,13 +52,48 @@ def connect(url: str) -> tuple:
             import aiohttp  # pyright: ignore[reportMissingImports]
 
             # By default a shard that takes more than five minutes would fail.
-            options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            options = {"client_kwargs": {"timeout": timeout}, "get_client": open_session}
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         package = PACKAGES.get(protocol, str(error))
         raise UserError(f"{printable(url, most=100)} needs the package {package}: pip install {package}") from error
     except ValueError as error:
         raise UserError(f"{printable(url, most=100)} cannot be opened: {error}") from error
+
+
+async def open_session(**options):
+    """Open a session of aiohttp in which no public server redirects into the network of this machine.
+
+    The address that counts is the one that is connected to, before anything is sent there, so that neither a name that
+    changes its address nor a connection that is open already leads around it. A server that the user names may itself
+    be in this network, and redirect within it.
+    """
+    import aiohttp  # pyright: ignore[reportMissingImports]
+
+    came_from = contextvars.ContextVar("came_from", default="")  # the public host whose answer this request follows
+
+    class Connector(aiohttp.TCPConnector):
+        async def connect(self, req, *rest, **more):
+            connection = await super().connect(req, *rest, **more)
+            try:
+                address = connection.transport.get_extra_info("peername")[0]  # pyright: ignore[reportOptionalMemberAccess]
+                is_inside = not is_public(address)
+                if came_from.get() and is_inside:
+                    raise UserError(f"{came_from.get()} redirects to {req.url.host}, which is {address}, "
+                                     "not a public address")  # fmt: skip
+            except BaseException:
+                connection.close()
+                raise
+            came_from.set("" if is_inside else req.url.host)
+            return connection
+
+    async def begin(*_event):
+        came_from.set("")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_start.append(begin)  # not of what follows a redirect
+    return aiohttp.ClientSession(connector=Connector(), trace_configs=[trace], **options)
 
 
 def read_whole(url: str, most_bytes: int) -> bytes | None:
@@ -102,8 +140,11 @@ def fetch(url: str, options: CacheOptions) -> Path:
             if file.exists():
                 part.unlink()
             else:
-                make_room(options, info.get("size") or 0)
-                try_again(lambda: _download(fs, path, part, info.get("size")), url)
+                try:
+                    try_again(lambda: _download(fs, path, part, info.get("size"), options), url)
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
                 part.rename(file)
         os.utime(file)
         return file
@@ -117,14 +158,45 @@ def _is_at(opened: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _download(fs, path: str, part: Path, size: int | None):
-    fs.get_file(path, str(part))
+def _download(fs, path: str, part: Path, size: int | None, options: CacheOptions):
+    """Fetch a shard of so many bytes; where that is not known, one that fills no more than the room."""
+    from fsspec.callbacks import DEFAULT_CALLBACK, Callback
+
+    room = make_room(options, size or 0)
+
+    def stop(_size, came: int, **_more):
+        if size is not None and came > size:
+            raise OSError(f"more than its {size} bytes came")
+        if size is None and came > room:
+            raise UserError(
+                f"{printable(fs.unstrip_protocol(path), most=200)} has more than {room} bytes, all that "
+                f"{options.path} has room for: name a larger folder by --data.shard-cache, or keep more by "
+                f"--data.shard-cache-gb, now {options.most_gb:g}"
+            )
+
+    # Stores keep to the sizes that they tell, and that of Hugging Face is slower when it is watched.
+    is_watched = size is None or path.startswith("http")
+    # What is cut off a second time is damage of the shard itself, which is counted where it is read.
+    for _ in range(2 if size is None else 1):
+        fs.get_file(path, str(part), callback=Callback(hooks={"stop": stop}) if is_watched else DEFAULT_CALLBACK)
+        if _ends_as_tar(part):
+            break
     if size is not None and part.stat().st_size != size:
         raise OSError(f"{part.stat().st_size} of its {size} bytes came")
 
 
-def make_room(options: CacheOptions, size: int):
-    """Remove the shards that were not used for longest until there is room for another one of so many bytes."""
+def _ends_as_tar(file: Path) -> bool:
+    """Tell whether a file ends with a block of zeros."""
+    with open(file, "rb") as opened:
+        opened.seek(-min(tarfile.BLOCKSIZE, file.stat().st_size), os.SEEK_END)
+        return opened.read() == bytes(tarfile.BLOCKSIZE)
+
+
+def make_room(options: CacheOptions, size: int) -> int:
+    """Remove the shards that were not used for longest until there is room for another one of so many bytes.
+
+    Returns how many bytes one of unknown size may have.
+    """
     kept = []
     for file in options.path.glob("*.tar"):
         try:
@@ -137,11 +209,13 @@ def make_room(options: CacheOptions, size: int):
             break
         file.unlink(missing_ok=True)
         total -= of_file
-    if shutil.disk_usage(options.path).free < size + FREE_SPACE:
+    free = shutil.disk_usage(options.path).free - FREE_SPACE
+    if free < size:
         raise UserError(
             f"{options.path} has no room for a shard of {size} bytes: name a larger folder by --data.shard-cache, or "
             f"keep fewer by --data.shard-cache-gb, now {options.most_gb:g}"
         )
+    return int(min(most, free))
 
 
 def try_again(call: Callable[[], Any], url: str) -> Any:
@@ -152,10 +226,13 @@ def try_again(call: Callable[[], Any], url: str) -> Any:
         except UserError:
             raise
         except Exception as error:  # every file system raises errors of its own
-            if isinstance(error, FileNotFoundError) and not _is_unasked(error.__cause__):
+            # fsspec says of http that a file is not found, whatever kept it from looking.
+            cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+            if isinstance(cause, UserError):
+                raise cause from None
+            if isinstance(error, FileNotFoundError) and not _is_unasked(cause):
                 raise
             if wait is None:
-                cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
                 reason = printable(str(cause) or type(cause).__name__, most=300)
                 raise UserError(
                     f"{printable(url, most=200)} cannot be read, tried {ATTEMPTS} times: {reason}"

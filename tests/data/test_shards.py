@@ -1,5 +1,6 @@
 """Tar shards as a stream: each record once a pass, exact resume, losses counted, shards written the same each time."""
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -22,7 +23,7 @@ from nanovlm.config import DataConfig
 from nanovlm.data import shard_cache, shards
 from nanovlm.data.loader import Loader
 from nanovlm.data.members import members_of
-from nanovlm.data.shard_cache import CacheOptions, fetch
+from nanovlm.data.shard_cache import CacheOptions, fetch, find, read_whole
 from nanovlm.data.shard_index import format_members, parse_index, parse_members
 from nanovlm.data.shard_writer import ShardSize, ShardWriter
 from nanovlm.data.source import Order
@@ -539,10 +540,10 @@ def test_who_waited_for_another_holds_the_next_one_back(remote, tmp_path, monkey
         if waits.append(1) or len(waits) == 1:
             Path(held.name).unlink()
 
-    def download_alone(fs, path, part, size):
+    def download_alone(fs, path, part, *rest):
         with open(part, "ab") as third, pytest.raises(BlockingIOError):
             wait(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return download(fs, path, part, size)
+        return download(fs, path, part, *rest)
 
     monkeypatch.setattr(shard_cache.fcntl, "flock", wait_long)
     monkeypatch.setattr(shard_cache, "_download", download_alone)
@@ -623,32 +624,135 @@ def test_a_server_that_is_not_there_or_fails_is_asked_again(tmp_path, monkeypatc
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Shows files, those of /moved/ at the end of a redirect that is another one each time, as if it were signed."""
+    """Shows files, and what goes on at some servers.
 
-    signed = itertools.count()
+    Those of /moved/ are at the end of a redirect that is another one each time, as if it were signed, and those of /to/
+    at an address that follows. What is in /unsized/ comes without a length: large.tar has 16 MiB, cut.tar is cut off
+    the first `cuts` times.
+    """
+
+    signed, asked, cuts = itertools.count(), [], 0
 
     def log_message(self, *_args):
         pass
 
+    def copyfile(self, source, outputfile):
+        with contextlib.suppress(ConnectionError):  # it was enough
+            super().copyfile(source, outputfile)
+
     def send_head(self):
-        if not self.path.startswith("/moved/"):
+        self.asked.append((self.server.server_address, self.path))
+        if self.path.startswith("/unsized/"):
+            return self.send_unsized(self.path.rpartition("/")[2])
+        if not self.path.startswith(("/moved/", "/to/")):
             return super().send_head()
         self.send_response(302)
-        self.send_header("Location", f"{self.path.removeprefix('/moved')}?signed={next(self.signed)}")
+        moved = f"{self.path.removeprefix('/moved')}?signed={next(self.signed)}"
+        self.send_header("Location", moved if self.path.startswith("/moved/") else self.path.removeprefix("/to/"))
         self.end_headers()
         return None
+
+    def send_unsized(self, name):
+        if name not in ("large.tar", "cut.tar"):
+            return self.send_error(404)
+        self.send_response(200)
+        self.end_headers()
+        if name == "large.tar":
+            return io.BytesIO(bytes(2**24))
+        data = Path(self.directory, "000000.tar").read_bytes()
+        is_cut, Server.cuts = self.cuts > 0, self.cuts - (self.command == "GET")
+        return io.BytesIO(data[: len(data) // 2] if is_cut else data)
+
+
+@contextlib.contextmanager
+def serve(folder, host="127.0.0.1"):
+    """Yield the address of a server of a folder."""
+    try:
+        server = http.server.ThreadingHTTPServer((host, 0), functools.partial(Server, directory=str(folder)))
+    except OSError:
+        pytest.skip(f"{host} is no address of this machine")
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://{host}:{server.server_port}"
+        server.shutdown()
 
 
 def test_shards_come_by_http(folder, tmp_path):
     pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
-    handler = functools.partial(Server, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with serve(folder) as address:
         source = opened(f"{address}/", folder=str(tmp_path))
         here = opened(folder)
         assert numbers(source, take(source, [0], 1, 20)) == numbers(here, take(here, [0], 1, 20))
         options = CacheOptions(str(tmp_path / "moved"))
         first, again = (fetch(f"{address}/moved/000000.tar", options) for _ in range(2))
         assert first == again and first.read_bytes() == (folder / "000000.tar").read_bytes()
-        server.shutdown()
+
+
+def test_a_public_server_redirects_to_public_ones_alone(folder, tmp_path, monkeypatch):
+    """One of this network may redirect within it; a connection that is open already is no way around."""
+    pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
+    monkeypatch.setattr(shard_cache, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(shard_cache, "is_public", lambda address: address == "127.0.0.2")
+    monkeypatch.setattr(Server, "asked", asked := [])
+    options = CacheOptions(str(tmp_path))
+    with serve(folder) as inside, serve(folder, "127.0.0.2") as outside:
+        for way in (f"{inside}/to/{inside}", f"{inside}/to/{outside}", f"{outside}/to/{outside}"):
+            assert fetch(f"{way}/000000.tar", options).stat().st_size
+            assert read_whole(f"{way}/000000.idx", 2**20)
+        # Asked for twice, as it has no size: the second time begins anew.
+        assert fetch(f"{inside}/to/{outside}/unsized/cut.tar", options).stat().st_size
+        asked.clear()
+        refused = r"^127\.0\.0\.2 redirects to {}, which is 127\.0\.0\.1, not a public address$"
+        for way in (
+            f"{outside}/to/{inside}",
+            f"{outside}/to/{outside}/to/{inside}",
+            f"{inside}/to/{outside}/to/{inside}",
+        ):
+            for call in (lambda url: fetch(url, options), lambda url: read_whole(url, 2**20), find):
+                with pytest.raises(ValueError, match=refused.format(r"127\.0\.0\.1")):
+                    call(f"{way}/00000{'*' if call is find else 0}.tar")
+        with pytest.raises(ValueError, match=refused.format("localhost")):
+            fetch(f"{outside}/to/{inside.replace('127.0.0.1', 'localhost')}/000000.tar", options)
+        assert asked and all(path.startswith("/to/") for _server, path in asked)  # nothing was sent where they led
+
+
+def test_a_shard_of_unknown_size_has_an_end(folder, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
+    monkeypatch.setattr(shard_cache, "WAITS", (0.0, 0.0))
+    whole = (folder / "000000.tar").read_bytes()
+    with serve(folder) as address:
+        options = CacheOptions(str(tmp_path / "a"), 0.001)
+        with pytest.raises(ValueError, match=r"unsized/large.tar has more than 1000000 bytes, all that .*/a has room"):
+            fetch(f"{address}/unsized/large.tar", options)
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match="tried 3 times: more than its 9 bytes came"),
+        ):
+            # A server that tells one size and sends another.
+            patch.setattr(shard_cache.connect(address)[0], "info", lambda _path: {"size": 9})
+            fetch(f"{address}/unsized/large.tar", options)
+        assert not list((tmp_path / "a").iterdir())
+        monkeypatch.setattr(Server, "cuts", 2)  # the first is the one that asks for its size
+        assert fetch(f"{address}/unsized/cut.tar", options).read_bytes() == whole and Server.cuts == -1
+        monkeypatch.setattr(Server, "cuts", 99)
+        source = opened(f"{address}/unsized/cut.tar", IN_ORDER, folder=str(tmp_path / "b"))
+        found = losses(source, 3)
+        assert len(found) == 1 and "cut.tar: " in found[0] and "whole samples are before that" in found[0]
+
+
+def test_a_shard_is_as_long_as_its_server_says(remote, tmp_path, monkeypatch):
+    fs, info = remote[0], type(remote[0]).info
+    for size in (100, 10**6):
+        monkeypatch.setattr(type(fs), "info", lambda *args, size=size, **more: info(*args, **more) | {"size": size})
+        with pytest.raises(
+            ValueError, match=rf"000000.tar cannot be read, tried 3 times: \d+ of its {size} bytes came"
+        ):
+            fetch("memory://data/000000.tar", CacheOptions(str(tmp_path)))
+        assert not list(tmp_path.iterdir())
+
+
+def test_no_room_leaves_nothing(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "FREE_SPACE", 2**60)
+    with pytest.raises(ValueError, match=r"has no room for a shard of \d+ bytes"):
+        fetch("memory://data/000000.tar", CacheOptions(str(tmp_path)))
+    assert not list(tmp_path.iterdir())
