@@ -57,8 +57,9 @@ class Place(NamedTuple):
 class Shards:
     """Tar shards, found by `find_shards`; a stream, as not all of their samples need be counted.
 
-    A shard that cannot be opened, or is damaged, is as many records that cannot be read as its index says. Without an
-    index it is one loss, and reading ends with a UserError where more than `most_lost` of the shards are lost whole.
+    A shard that cannot be opened, or is damaged, is as many records that cannot be read as its index says, and one with
+    more than its index says is named in place of the last that the index knows. Without an index it is one loss, and
+    reading ends with a UserError where more than `most_lost` of the shards are lost whole.
     """
 
     def __init__(self, spec: str, order: Order = IN_ORDER, options: ShardOptions = USUAL):
@@ -169,10 +170,16 @@ class Shards:
 
     def _sample(self, shard: int, index: int) -> tuple[str, Members | None]:
         """Return name and members of a sample; of what cannot be read the reason, and None."""
-        table = self._table(shard)
-        if index < len(table):
-            return table[index]
-        return f"{self.files[shard]} has {len(table)} samples, and its index says {self.counts[shard]}", None
+        table, told = self._table(shard), self._count(shard)
+        if index >= len(table):
+            return f"{self.files[shard]} has {len(table)} samples, and its index says {told}", None
+        # Its places are counted by the index, so the last of them tells of those that have none.
+        if index == told - 1 and self.has_count[shard]:
+            num = sum(members is not None for _name, members in table)
+            if num > told:
+                why = f"the last {num - told + 1} are not read, as the shard has changed since, so write its index anew"
+                return f"{self.files[shard]} has {num} samples, and its index says {told}: {why}", None
+        return table[index]
 
     def _table(self, shard: int) -> list[tuple[str, Members | None]]:
         """Return the samples of a shard, by its .idx or by its headers, and after them what is lost of it."""

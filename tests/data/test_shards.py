@@ -244,6 +244,18 @@ def test_an_index_that_says_too_much_loses_nothing_in_silence(tmp_path):
     assert found == [f"{folder}/000009.tar has 2 samples, and its index says 4"] * 2
 
 
+@pytest.mark.parametrize("has_idx", [True, False])
+def test_an_index_that_says_too_little_loses_nothing_in_silence(folder, tmp_path, has_idx):
+    other = shutil.copytree(folder, tmp_path / "other")
+    text = (other / "index.json").read_text()
+    (other / "index.json").write_text(text.replace('"nsamples": 5', '"nsamples": 3', 1))
+    if not has_idx:
+        (other / "000000.idx").unlink()
+    found = losses(opened(other, IN_ORDER), NUM - 2)
+    told = f"{other}/000000.tar has 5 samples, and its index says 3: the last 3 are not read"
+    assert found == [f"{told}, as the shard has changed since, so write its index anew"]
+
+
 def test_an_index_that_cannot_be_read_is_done_without(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     (other / "000000.idx").unlink()
