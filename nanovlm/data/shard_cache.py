@@ -80,8 +80,9 @@ async def open_session(**options):
                 address = connection.transport.get_extra_info("peername")[0]  # pyright: ignore[reportOptionalMemberAccess]
                 is_inside = not is_public(address)
                 if came_from.get() and is_inside:
-                    raise UserError(f"{came_from.get()} redirects to {req.url.host}, which is {address}, "
-                                     "not a public address")  # fmt: skip
+                    raise UserError(
+                        f"{came_from.get()} redirects to {req.url.host}, which is {address}, not a public address"
+                    )
             except BaseException:
                 connection.close()
                 raise
