@@ -197,8 +197,10 @@ def test_a_server_that_speaks_no_http_is_asked_again_and_named(monkeypatch, repl
         def answer():
             for _ in range(chat_client.TRIES):
                 connection, _address = server.accept()
-                with connection:
-                    connection.recv(65536)
+                with connection, connection.makefile("rb") as asked:
+                    headers = list(iter(asked.readline, b"\r\n"))
+                    [length] = [int(x.split(b":")[1]) for x in headers if x.lower().startswith(b"content-length")]
+                    asked.read(length)  # what is not read when a connection is closed resets it
                     connection.sendall(reply)
 
         thread = threading.Thread(target=answer, daemon=True)
