@@ -19,6 +19,7 @@ from nanovlm.data.loader import collate
 from nanovlm.data.packing import make_row
 from nanovlm.data.records import to_sample
 from nanovlm.data.scenes import Scenes
+from nanovlm.data.source import Order, deal
 from nanovlm.data.sources import sample_texts
 from nanovlm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nanovlm.hub.stored import read_model
@@ -139,3 +140,22 @@ def assert_ranks_fill_their_rows(stored, num_ranks=3):
         stored.fill(places)
         for name, rows in places.items():
             assert rows.equal(whole[name]), (rank, name)
+
+
+class Numbers:
+    """A source of known size whose records are numbers."""
+
+    damaged, blocks, order = (), None, Order()
+
+    def __init__(self, name, length):
+        self.name, self.length = name, length
+
+    def __len__(self):
+        return self.length
+
+    def refs(self, slots, num_slots, start=None):
+        return deal(self, slots, num_slots, start)
+
+    def read(self, key):
+        assert 0 <= key < self.length
+        return {"number": (self.name, key)}

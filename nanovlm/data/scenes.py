@@ -21,7 +21,7 @@ import functools
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +29,8 @@ from typing import Literal
 
 from nanovlm import cli
 from nanovlm.data.boxes import Box, write_box, write_point
+from nanovlm.data.drawn import Drawn
 from nanovlm.data.scene_pixels import COLORS, IMAGE_SIZE, SHAPES, Object, find_extent, render
-from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.errors import UserError
 
 SPLITS = ("train", "test", "compositional")
@@ -254,25 +254,8 @@ LESSON_KINDS = QUESTIONS | {
 }
 
 
-class Scenes:
-    """The drawn scenes of one split, with all kinds of questions, or as a lesson with only these `kinds`."""
-
-    damaged, blocks = (), None
-
-    def __init__(self, split: str, length: int = 1_000_000, kinds: tuple[str, ...] = (), order: Order = IN_ORDER):
-        self.split, self.length, self.kinds, self.order = split, length, kinds, order
-        self.name = f"scenes:{','.join(kinds)}" if kinds else "scenes"
-        if unknown := [kind for kind in kinds if kind not in LESSON_KINDS]:
-            raise UserError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(LESSON_KINDS)}")
-
-    def __len__(self):
-        return self.length
-
-    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
-        return deal(self, slots, num_slots, start)
-
-    def read(self, key: int) -> dict:
-        return draw(self.split, key, self.kinds)
+# The drawn scenes of one split, with all kinds of questions, or as a lesson with only some: Scenes("train", kinds=...).
+Scenes = functools.partial(Drawn, "scenes", draw, SPLITS, LESSON_KINDS)
 
 
 def main(

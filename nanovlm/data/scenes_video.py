@@ -14,18 +14,19 @@ over, does no better than chance: the control `still` (eval/controls.py).
 `python -m nanovlm.data.scenes_video FOLDER` writes clips as animated GIFs with their questions, which train.py reads.
 """
 
+import functools
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from nanovlm import cli
+from nanovlm.data.drawn import Drawn
 from nanovlm.data.scene_pixels import IMAGE_SIZE, Object, blend, choose_ink, make_background
 from nanovlm.data.scenes import SEEN
-from nanovlm.data.source import IN_ORDER, Order, Ref, deal
 from nanovlm.data.video import Clip
 from nanovlm.errors import UserError
 
@@ -111,25 +112,8 @@ def _in_corner(rng, thing, corner):
 QUESTIONS = {"moves": _move, "first": _come, "times": _appear}
 
 
-class Clips:
-    """The drawn clips of one split, with all kinds of questions or only with some."""
-
-    damaged, blocks = (), None
-
-    def __init__(self, split: str, length: int = 1_000_000, kinds: tuple[str, ...] = (), order: Order = IN_ORDER):
-        self.split, self.length, self.kinds, self.order = split, length, kinds, order
-        self.name = f"scenes_video:{','.join(kinds)}" if kinds else "scenes_video"
-        if unknown := [kind for kind in kinds if kind not in QUESTIONS]:
-            raise UserError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(QUESTIONS)}")
-
-    def __len__(self):
-        return self.length
-
-    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
-        return deal(self, slots, num_slots, start)
-
-    def read(self, key: int) -> dict:
-        return draw(self.split, key, self.kinds)
+# The drawn clips of one split, with all kinds of questions or only with some: Clips("train", kinds=...).
+Clips = functools.partial(Drawn, "scenes_video", draw, SPLITS, QUESTIONS)
 
 
 def main(folder: Path, split: Literal["train", "test"] = "test", num: int = 8):

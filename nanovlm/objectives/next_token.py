@@ -25,8 +25,9 @@ class NextToken:
         hidden = model(batch, extras=extras).flatten(0, 1)[batch.trained]
         labels, backend = batch.labels.flatten()[batch.trained], model.config.decoder.cross_entropy
         loss, losses = next_token_losses(hidden, labels, model.decoder.head_weight, backend=backend)
+        of = batch.value("source") if extras.sources else None
         for number, name in enumerate(extras.sources):
-            is_own = batch.value("source") == number
+            is_own = of == number
             extras.add(f"loss_of_{name}", losses.where(is_own, 0).sum(), is_own.sum())
         return loss + balance(model, batch, extras, len(batch.trained))
 

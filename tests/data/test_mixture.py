@@ -9,26 +9,9 @@ import pytest
 
 from nanovlm.config import DataConfig
 from nanovlm.data.mixture import Mixture, by_temperature
-from nanovlm.data.source import Order, deal
+from nanovlm.data.source import deal
 from nanovlm.data.sources import open_sources
-
-
-class Numbers:
-    """A source of known size whose records are numbers."""
-
-    damaged, blocks, order = (), None, Order()
-
-    def __init__(self, name, length):
-        self.name, self.length = name, length
-
-    def __len__(self):
-        return self.length
-
-    def refs(self, slots, num_slots, start=None):
-        return deal(self, slots, num_slots, start)
-
-    def read(self, key):
-        return {"number": (self.name, key)}
+from tests.conftest import Numbers
 
 
 def sources(*lengths):

@@ -164,6 +164,8 @@ def test_a_scene_is_a_record_like_public_data():
     assert max(kinds.values()) == 1
     with pytest.raises(ValueError, match="unknown split 'tset'"):
         draw("tset", 0)
+    with pytest.raises(ValueError, match="scenes has no split 'tset'; there are train, test, compositional"):
+        Scenes("tset")
 
 
 def test_a_lesson_asks_its_kinds_alone():

@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanovlm.data import sources
+from nanovlm.data.drawn import Drawn
 from nanovlm.data.images import decode_image
 from nanovlm.data.mixture import Concatenation, Mixture
 from nanovlm.data.records import to_sample
-from nanovlm.data.scenes import Scenes
-from nanovlm.data.source import Order, deal
 from nanovlm.data.source_folder import Folder
 from nanovlm.data.source_hub import Hub
 from nanovlm.data.source_lines import TextFiles
@@ -32,7 +31,7 @@ from nanovlm.data.source_parquet import Parquet
 from nanovlm.data.source_tar import Tar
 from nanovlm.data.sources import open_source, open_sources, sample_texts
 from nanovlm.data.types import Filtered
-from tests.conftest import noise
+from tests.conftest import Numbers, noise
 
 datasets = pytest.importorskip("datasets")  # these tests are not for a machine without it
 
@@ -792,7 +791,7 @@ def test_turns_of_low_rating_are_dropped(tmp_path):
 
 def test_scenes_are_records():
     source = open_source("scenes")
-    assert isinstance(source, Scenes) and source.name == "scenes" and not source.damaged
+    assert isinstance(source, Drawn) and source.name == "scenes" and not source.damaged
     assert to_sample(source.read(30_000)).independent and len(source) == 1_000_000
 
 
@@ -838,25 +837,6 @@ def test_streams_are_mixed_by_weights(hub, monkeypatch):
 
 
 # --- mixtures ------------------------------------------------------------------------------------------------
-
-
-class Numbers:
-    """A source of known size whose records are numbers."""
-
-    damaged, blocks, order = (), None, Order()
-
-    def __init__(self, name, length):
-        self.name, self.length = name, length
-
-    def __len__(self):
-        return self.length
-
-    def refs(self, slots, num_slots, start=None):
-        return deal(self, slots, num_slots, start)
-
-    def read(self, key):
-        assert 0 <= key < self.length
-        return {"number": (self.name, key)}
 
 
 def test_without_weights_sources_follow_each_other():

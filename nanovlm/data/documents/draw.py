@@ -10,7 +10,8 @@ never occur in training. The questions of a picture are independent. No side is 
 set smaller than 12, those of `text` and `formula` on 256.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from random import Random
 
 from nanovlm.data.documents.charts import CHARTS, draw_chart
@@ -20,8 +21,7 @@ from nanovlm.data.documents.papers import PAPERS
 from nanovlm.data.documents.tables import TABLES
 from nanovlm.data.documents.texts import TEXTS
 from nanovlm.data.documents.words import Words
-from nanovlm.data.source import IN_ORDER, Order, Ref, deal
-from nanovlm.errors import UserError
+from nanovlm.data.drawn import Drawn
 
 SPLITS = ("train", "test")
 MOST_ASKED = 5  # questions about a picture
@@ -36,14 +36,16 @@ KINDS = tuple(kind for kind in TEMPLATES if kind != "sign")
 def draw(
     split: str,
     index: int,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = (),
     seed: int = 0,
     families: dict[str, tuple[Family, ...]] | None = None,
 ) -> dict:
     """Return `{"images": [PIL], "texts": [{"user", "assistant", "kind"}, ...], "independent": True, ...}`.
 
-    Documents number 0, 1, ... of a split are of the kinds in turn; `families` are those that it may be written in.
+    Documents number 0, 1, ... of a split are of the kinds in turn, by default KINDS; `families` are those that it may
+    be written in.
     """
+    kinds = tuple(dict.fromkeys(kinds)) or KINDS
     return to_record(compose(split, index, kinds, seed, families), kinds[index % len(kinds)])
 
 
@@ -85,25 +87,5 @@ def to_record(drawing: Drawing, kind: str) -> dict:
     }
 
 
-class Documents:
-    """The drawn documents of one split, of all kinds that need no further package, or of these `kinds` in turn."""
-
-    damaged, blocks = (), None
-
-    def __init__(self, split: str, length: int = 1_000_000, kinds: Sequence[str] = (), order: Order = IN_ORDER):
-        self.split, self.length, self.order = split, length, order
-        self.kinds = tuple(dict.fromkeys(kinds)) or KINDS
-        self.name = f"documents:{','.join(kinds)}" if kinds else "documents"
-        if split not in SPLITS:
-            raise UserError(f"{self.name} has no split {split!r}; there are {', '.join(SPLITS)}")
-        if unknown := [kind for kind in self.kinds if kind not in TEMPLATES]:
-            raise UserError(f"{self.name}: unknown kind {unknown[0]!r}; there are {', '.join(TEMPLATES)}")
-
-    def __len__(self):
-        return self.length
-
-    def refs(self, slots: Sequence[int], num_slots: int, start: int | None = None) -> Iterator[Ref]:
-        return deal(self, slots, num_slots, start)
-
-    def read(self, key: int) -> dict:
-        return draw(self.split, key, self.kinds)
+# The drawn documents of one split, of all kinds that need no further package, or of some in turn.
+Documents = functools.partial(Drawn, "documents", draw, SPLITS, TEMPLATES)
